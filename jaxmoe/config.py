@@ -1,0 +1,134 @@
+"""`Llama4Config`: every number of a Llama 4 text model, and each layer's kind as data.
+
+Field names are those of the Hugging Face `config.json`; `jaxmoe.hf_config` reads and writes that file.
+"""
+
+import dataclasses
+from typing import Literal
+
+from jaxmoe.errors import UserError
+
+Attention = Literal["local", "global"]
+FeedForward = Literal["moe", "dense"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What one decoder layer is.
+
+    `local`: rotary positions, attention within one chunk, QK norm where the model has it.
+    `global`: no positions (NoPE), full causal attention, temperature on the queries.
+    """
+
+    attention: Attention
+    feed_forward: FeedForward
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """The `llama3` frequency scaling. With `low == high` the smooth band is empty: a hard threshold."""
+
+    factor: float = 16.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama4Config:
+    """A Llama 4 text decoder. Sizes are counts of elements; positions and lengths are in tokens.
+
+    Attributes:
+        layers: the kind of each decoder layer, first to last.
+        intermediate_size: hidden width of each routed expert and of the shared expert.
+        intermediate_size_mlp: hidden width of dense layers.
+        attention_chunk_size: tokens a local layer attends within; None means all earlier ones.
+        rope_scaling: None for unscaled frequencies (Maverick).
+        floor_scale, attn_scale: the temperature is `1 + attn_scale * ln(floor((p+1)/floor_scale) + 1)`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    intermediate_size_mlp: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_local_experts: int
+    layers: tuple[LayerKind, ...]
+    num_experts_per_tok: int = 1
+    attention_chunk_size: int | None = 8192
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    use_qk_norm: bool = True
+    attn_temperature_tuning: bool = True
+    floor_scale: int = 8192
+    attn_scale: float = 0.1
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 10485760
+    tie_word_embeddings: bool = False
+    bos_token_id: int = 200000
+    eos_token_ids: tuple[int, ...] = (200001, 200007, 200008)
+    pad_token_id: int = 200018
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd; rotary positions need pairs.")
+        if not 1 <= self.num_experts_per_tok <= max(1, self.num_local_experts):
+            raise UserError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and "
+                f"num_local_experts={self.num_local_experts}."
+            )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def has_local_ring(self) -> bool:
+        """Whether local layers can keep one chunk instead of the whole sequence."""
+        return self.attention_chunk_size is not None
+
+
+def layer_kinds(
+    num_layers: int, nope_interval: int = 4, moe_step: int = 1
+) -> tuple[LayerKind, ...]:
+    """Llama 4's rule: every `nope_interval`-th layer is global, every `moe_step`-th is MoE."""
+    return tuple(
+        LayerKind(
+            "global" if (i + 1) % nope_interval == 0 else "local",
+            "moe" if (i + 1) % moe_step == 0 else "dense",
+        )
+        for i in range(num_layers)
+    )
+
+
+SCOUT = Llama4Config(
+    vocab_size=202048,
+    hidden_size=5120,
+    intermediate_size=8192,
+    intermediate_size_mlp=16384,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    head_dim=128,
+    num_local_experts=16,
+    layers=layer_kinds(48),
+    rope_scaling=RopeScaling(),
+    use_qk_norm=True,
+)
+
+MAVERICK = dataclasses.replace(
+    SCOUT,
+    num_local_experts=128,
+    layers=layer_kinds(48, moe_step=2),
+    rope_scaling=None,
+    use_qk_norm=False,
+    max_position_embeddings=1048576,
+)
+
+PRESETS = {"scout": SCOUT, "maverick": MAVERICK}

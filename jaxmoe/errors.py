@@ -1,0 +1,5 @@
+"""The one exception type for mistakes that the user can fix."""
+
+
+class UserError(ValueError):
+    """A mistake in a file, a flag or a value; the message is one sentence that names it and the fix."""

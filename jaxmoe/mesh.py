@@ -1,0 +1,184 @@
+"""The device mesh and the one table that says which mesh axis each logical axis lies on.
+
+Nothing else names a mesh axis: parameters and activations name logical axes (`embed`, `heads`, ...).
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import yaml
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxmoe.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+
+# Logical axis -> mesh axes. Parameters must divide; an activation is replicated over axes that do not.
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),  # gathered before use
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "expert": ("expert",),
+    # activations and cache
+    "batch": ("data", "fsdp", "expert"),  # outside the experts, the expert axis holds rows too
+    "length": ("sequence",),
+    "slots": ("sequence",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each mesh axis has; at most one is -1, to be inferred."""
+
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshConfig":
+        """Reads `expert=4,sequence=2`, or a YAML file of the same names.
+
+        Raises:
+            UserError: for an unknown axis, a size that is no number, or an unreadable file.
+        """
+        if text.endswith((".yaml", ".yml")):
+            return cls.from_mapping(_read_yaml(text), source=text)
+        pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+        return cls.from_mapping({k.strip(): v.strip() for k, _, v in pairs}, source=f"'{text}'")
+
+    @classmethod
+    def from_mapping(cls, sizes: dict, source: str) -> "MeshConfig":
+        parsed = {}
+        for axis, size in sizes.items():
+            if axis not in AXES:
+                raise UserError(f"mesh {source} names axis '{axis}'; the axes are {', '.join(AXES)}.")
+            try:
+                parsed[axis] = int(size)
+            except (TypeError, ValueError):
+                raise UserError(f"mesh {source} gives {axis} the size '{size}', no number.") from None
+            if parsed[axis] < 1 and parsed[axis] != -1:
+                raise UserError(f"mesh {source} gives {axis} the size {size}; use 1 or more, or -1.")
+        return cls(**parsed)
+
+    def resolve(self, num_devices: int) -> "MeshConfig":
+        """Fills in the axis given as -1 and checks that the product is `num_devices`."""
+        sizes = dataclasses.asdict(self)
+        inferred = [axis for axis, size in sizes.items() if size == -1]
+        if len(inferred) > 1:
+            raise UserError(f"mesh {self} has {len(inferred)} sizes of -1; only one can be inferred.")
+        known = math.prod(size for size in sizes.values() if size != -1)
+        if inferred:
+            sizes[inferred[0]] = num_devices // known
+        if math.prod(sizes.values()) != num_devices:
+            raise UserError(
+                f"mesh {self} does not fit {num_devices} device(s): the sizes multiply to {known}"
+                f"{' before ' + inferred[0] if inferred else ''}; change the mesh or --cpu-devices."
+            )
+        return MeshConfig(**sizes)
+
+    def make(self, devices=None) -> Mesh:
+        """A `jax.sharding.Mesh` over `devices` (default: all)."""
+        devices = jax.devices() if devices is None else devices
+        sizes = dataclasses.astuple(self.resolve(len(devices)))
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+    def __str__(self) -> str:
+        sizes = {axis: size for axis, size in dataclasses.asdict(self).items() if size != 1}
+        return ",".join(f"{axis}={size}" for axis, size in sizes.items()) or "data=1"
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"mesh file {path} cannot be read: {error}.".replace("\n", " ")) from None
+    content = content.get("mesh", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise UserError(f"mesh file {path} holds no mapping; write lines such as 'expert: 4'.")
+    return content
+
+
+def axis_size(mesh, logical: str) -> int:
+    """How many devices the logical axis spreads over."""
+    return math.prod(mesh.shape[axis] for axis in RULES[logical])
+
+
+def param_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Where a parameter lies, from its logical axes."""
+    return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
+
+
+def param_spec_at_use(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Where a parameter lies inside its layer: gathered over fsdp, otherwise as stored."""
+    return param_spec(tuple(None if axis == "embed" else axis for axis in axes))
+
+
+def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> None:
+    """Raises a UserError if the mesh does not divide a parameter's dimension."""
+    for size, axis in zip(shape, axes, strict=True):
+        if axis and size % axis_size(mesh, axis):
+            raise UserError(
+                f"mesh axis {'*'.join(RULES[axis])}={axis_size(mesh, axis)} does not divide the "
+                f"{size} of '{axis}' in {name} {shape}; choose a divisor of {size}."
+            )
+
+
+def activation_axes(mesh, logical: str | None, size: int) -> tuple[str, ...]:
+    """The mesh axes an activation's dimension is spread over: the longest run that divides it."""
+    chosen: tuple[str, ...] = ()
+    product = 1
+    for axis in RULES[logical] if logical else ():
+        product *= mesh.shape[axis]
+        if size % product:
+            break
+        chosen += (axis,)
+    return chosen
+
+
+def activation_spec(mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """Where an activation or cache array lies, from its logical axes and shape."""
+    return PartitionSpec(
+        *(activation_axes(mesh, axis, size) or None for axis, size in zip(axes, shape, strict=True))
+    )
+
+
+def current_mesh():
+    """The mesh set by `jax.set_mesh`, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lays an activation out over the current mesh; does nothing without one."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(mesh, axes, x.shape))
+
+
+def constrain_param(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Gathers a parameter over fsdp for its use; does nothing without a mesh."""
+    if current_mesh() is None:
+        return w
+    return jax.lax.with_sharding_constraint(w, param_spec_at_use(axes))
+
+
+def sharding(mesh, spec: PartitionSpec) -> NamedSharding:
+    return NamedSharding(mesh, spec)
+
+
+def per_device(body, in_specs, out_specs):
+    """`jax.shard_map` over the whole current mesh; `body` itself where there is no mesh."""
+    mesh = current_mesh()
+    if mesh is None:
+        return body
+    return jax.shard_map(
+        body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )

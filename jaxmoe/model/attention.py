@@ -1,0 +1,165 @@
+"""Llama 4 attention: chunked rotary (local) and NoPE with temperature (global), cached or not.
+
+Shape letters: B rows, S new tokens, D embed, H query heads, K key/value heads, d head size.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxmoe import mesh as meshes
+from jaxmoe.config import LayerKind, Llama4Config
+from jaxmoe.model.cache import Cache, LayerCache, Writes, keeps_ring, plan_writes, write
+from jaxmoe.model.layers import linear, rms_normalize, rope_angles, rotate, temperature
+from pallas_kernels.attention import Coords, flash_attention, lse_weight, merge
+
+
+class Step(NamedTuple):
+    """What all layers share in one call of the model."""
+
+    coords: Coords  # of the new tokens
+    rope: tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
+    temperature: Float[Array, "B S"]
+    writes: Writes | None = None
+    old_ring: Coords | None = None  # the ring before this call
+    new_ring: Coords | None = None
+    new_log: Coords | None = None
+
+
+def start_step(
+    config: Llama4Config, coords: Coords, cache: Cache | None
+) -> tuple[Step, Cache | None]:
+    """Everything that depends on positions, computed once a call."""
+    step = Step(coords, rope_angles(config, coords.position), temperature(config, coords.position))
+    if cache is None:
+        return step, None
+    mesh = meshes.current_mesh()
+    shards = meshes.axis_size(mesh, "slots") if mesh is not None else 1
+    writes, updated = plan_writes(cache, coords, shards)
+    step = step._replace(
+        writes=writes, old_ring=cache.ring, new_ring=updated.ring, new_log=updated.log
+    )
+    return step, updated
+
+
+def attention(
+    config: Llama4Config,
+    kind: LayerKind,
+    p: dict,
+    x: Float[Array, "B S D"],
+    step: Step,
+    cache: LayerCache | None,
+) -> tuple[Float[Array, "B S D"], LayerCache | None]:
+    """One attention block, without its norm and residual."""
+    q = linear("BSD,DHd->BSHd", x, p["q"])
+    k = linear("BSD,DKd->BSKd", x, p["k"])
+    v = linear("BSD,DKd->BSKd", x, p["v"])
+    if kind.attention == "local":
+        q, k = rotate(q, *step.rope), rotate(k, *step.rope)
+        if config.use_qk_norm:
+            q, k = (rms_normalize(z, config.rms_norm_eps) for z in (q, k))
+    else:
+        q = (q.astype(jnp.float32) * step.temperature[..., None, None]).astype(x.dtype)
+    q, k, v = (jnp.swapaxes(z, 1, 2) for z in (q, k, v))
+    out, cache = attend(config, kind, q, k, v, step, cache)
+    return linear("BHSd,HdD->BSD", out, p["o"]), cache
+
+
+def attend(
+    config: Llama4Config,
+    kind: LayerKind,
+    q: Float[Array, "B H S d"],
+    k: Float[Array, "B K S d"],
+    v: Float[Array, "B K S d"],
+    step: Step,
+    cache: LayerCache | None,
+) -> tuple[Float[Array, "B H S d"], LayerCache | None]:
+    """Attention of the new tokens to themselves and to the cache, on any mesh."""
+    local = kind.attention == "local"
+    flash = functools.partial(
+        flash_attention,
+        scale=config.head_dim**-0.5,
+        chunk=config.attention_chunk_size if local else None,
+    )
+    if cache is None:
+        return _per_device(_attend_new, flash, q, k, v, step.coords), None
+    if keeps_ring(config, kind):
+        state = (cache, step.writes.ring, step.old_ring, step.new_ring)
+        return _per_device(_attend_ring, flash, q, k, v, step.coords, *state)
+    return _per_device(_attend_log, flash, q, k, v, step.coords, cache, step.writes.log, step.new_log)
+
+
+def _per_device(body, flash, q, k, v, coords, *state):
+    """Runs `body` on each device's part of the rows, heads, new tokens and slots."""
+    mesh = meshes.current_mesh()
+    if mesh is None:
+        return body(flash, (), q, k, v, coords, *state)
+    slots = "slots" if body is _attend_log else None
+
+    def spec(x, *axes):
+        return meshes.activation_spec(mesh, axes, x.shape)
+
+    tokens = meshes.activation_axes(mesh, "length", q.shape[2])
+    q_spec = spec(q, "batch", "heads", "length", None)
+    kv_spec = spec(k, "batch", "kv_heads", "length", None)
+    in_specs = [q_spec, kv_spec, kv_spec, Coords(*(spec(c, "batch", "length") for c in coords))]
+    out_specs = q_spec
+    if state:
+        cache, writes, *slot_coords = state
+        cache_spec = LayerCache(*(spec(c, "batch", "kv_heads", slots, None) for c in cache))
+        in_specs += [cache_spec, spec(writes, "batch", None)]
+        in_specs += [Coords(*(spec(c, "batch", slots) for c in part)) for part in slot_coords]
+        out_specs = (q_spec, cache_spec)
+    run = meshes.per_device(functools.partial(body, flash, tokens), tuple(in_specs), out_specs)
+    return run(q, k, v, coords, *state)
+
+
+def _gather(x, axes: tuple[str, ...], axis: int):
+    """All new tokens' part of x, where the devices of `axes` hold a part each."""
+    gather = functools.partial(lax.all_gather, axis_name=axes, axis=axis, tiled=True)
+    return jax.tree.map(gather, x) if axes else x
+
+
+def _attend_new(flash, axes, q, k, v, coords):
+    k, v = _gather((k, v), axes, 2)
+    return flash(q, k, v, coords, _gather(coords, axes, 1))[0]
+
+
+def _attend_ring(flash, axes, q, k, v, coords, cache, slots, old_coords, new_coords):
+    """Local layers: the chunk so far is in the ring, the rest of it among the new tokens."""
+    k, v = _gather((k, v), axes, 2)
+    new_cache = LayerCache(write(cache.k, k, slots), write(cache.v, v, slots))
+    if k.shape[2] == 1:  # once written, the token's whole chunk is in the ring
+        return flash(q, *new_cache, coords, new_coords)[0], new_cache
+    past = flash(q, *cache, coords, old_coords)
+    present = flash(q, k, v, coords, _gather(coords, axes, 1))
+    return merge([past, present]), new_cache
+
+
+def _attend_log(flash, axes, q, k, v, coords, cache, slots, log_coords):
+    """Global layers: write first, then attend to this device's slots and merge over devices."""
+    k, v, q = _gather((k, v, q), axes, 2)
+    slot_axes = meshes.RULES["slots"] if meshes.current_mesh() is not None else ()
+    if slot_axes:
+        slots = slots - lax.axis_index(slot_axes) * cache.k.shape[2]
+    cache = LayerCache(write(cache.k, k, slots), write(cache.v, v, slots))
+    out, lse = flash(q, *cache, _gather(coords, axes, 1), log_coords)
+    return _merge_over_devices(out, lse, slot_axes, axes), cache
+
+
+def _merge_over_devices(out, lse, slot_axes, token_axes):
+    """Sums attention over the devices' slots; each keeps its own new tokens."""
+    if not slot_axes:
+        return out
+    weight = lse_weight(lse, lax.pmax(lse, slot_axes))[..., None]
+    parts = (out.astype(jnp.float32) * weight, weight)
+    if token_axes:
+        add = functools.partial(lax.psum_scatter, scatter_dimension=2, tiled=True)
+        total, norm = (add(x, slot_axes) for x in parts)
+    else:
+        total, norm = (lax.psum(x, slot_axes) for x in parts)
+    return (total / jnp.where(norm == 0, 1, norm)).astype(out.dtype)

@@ -1,0 +1,187 @@
+"""The cache: one chunk a row for local layers, the whole sequence for global layers.
+
+Every slot carries the position and segment of its token, shared by all layers of a kind, so masks
+never depend on where a token lies. Local layers keep a ring (slot = position % chunk). Global layers
+keep a log: each row's real tokens in the order of arrival, dealt out in blocks over the devices of
+the `slots` axis, so that any prefix lies evenly on all of them.
+
+Shape letters: B rows, K key/value heads, T slots, d head size, S new tokens a row.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.config import LayerKind, Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.mesh import activation_spec, axis_size, sharding
+from pallas_kernels.attention import Coords
+
+DEAL = 64  # slots of the log that go to one device before the next device's turn
+
+
+class LayerCache(NamedTuple):
+    k: Float[Array, "B K T d"]
+    v: Float[Array, "B K T d"]
+
+
+class Cache(NamedTuple):
+    """State of a batch of rows between calls of the model."""
+
+    layers: tuple[LayerCache, ...]
+    ring: Coords  # [B, chunk]: what the local layers' slots hold
+    log: Coords  # [B, capacity]: what the global layers' slots hold
+    length: Int[Array, "B"]  # real tokens in the log
+
+
+class Writes(NamedTuple):
+    """The slots that the new tokens go to; one past the last slot for tokens that go nowhere."""
+
+    ring: Int[Array, "B S"]
+    log: Int[Array, "B S"]
+
+
+def keeps_ring(config: Llama4Config, kind: LayerKind) -> bool:
+    return kind.attention == "local" and config.has_local_ring
+
+
+def round_capacity(tokens: int, mesh=None) -> int:
+    """The smallest legal capacity that holds `tokens` tokens a row."""
+    deal = DEAL * (axis_size(mesh, "slots") if mesh is not None else 1)
+    return -(-tokens // deal) * deal
+
+
+def init_cache(
+    config: Llama4Config, rows: int, capacity: int, dtype=jnp.float32, mesh=None
+) -> Cache:
+    """An empty cache, laid out over `mesh` if given.
+
+    Args:
+        capacity: tokens a row can hold; a value of `round_capacity`.
+
+    Raises:
+        UserError: if the capacity exceeds the model's positions.
+    """
+    if round_capacity(capacity, mesh) != capacity:
+        raise UserError(
+            f"cache capacity {capacity} must be {round_capacity(capacity, mesh)} on this mesh."
+        )
+    if mesh is None:
+        return _zeros(config, rows, capacity, dtype)
+    shapes = abstract_cache(config, rows, capacity, dtype, mesh)
+    make = jax.jit(
+        lambda: _zeros(config, rows, capacity, dtype),
+        out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
+    )
+    return make()
+
+
+def abstract_cache(config: Llama4Config, rows: int, capacity: int, dtype, mesh) -> Cache:
+    """ShapeDtypeStructs with shardings."""
+    shapes = jax.eval_shape(lambda: _zeros(config, rows, capacity, dtype))
+    axes = Cache(
+        layers=tuple(
+            LayerCache(*(2 * [("batch", "kv_heads", _slots_axis(config, kind), None)]))
+            for kind in config.layers
+        ),
+        ring=Coords(*2 * [("batch", None)]),
+        log=Coords(*2 * [("batch", "slots")]),
+        length=("batch",),
+    )
+    return jax.tree.map(
+        lambda x, names: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding(mesh, activation_spec(mesh, names, x.shape))
+        ),
+        shapes,
+        axes,
+    )
+
+
+def _slots_axis(config: Llama4Config, kind: LayerKind) -> str | None:
+    return None if keeps_ring(config, kind) else "slots"
+
+
+def _zeros(config: Llama4Config, rows: int, capacity: int, dtype) -> Cache:
+    chunk = config.attention_chunk_size or 0
+
+    def layer(kind):
+        slots = chunk if keeps_ring(config, kind) else capacity
+        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def coords(slots):
+        return Coords(*(jnp.zeros((rows, slots), jnp.int32) for _ in range(2)))
+
+    return Cache(
+        tuple(layer(kind) for kind in config.layers),
+        coords(chunk),
+        coords(capacity),
+        jnp.zeros(rows, jnp.int32),
+    )
+
+
+def restart_rows(cache: Cache, restart: Int[Array, "B"]) -> Cache:
+    """Empties the rows where `restart` is true, ready for another sequence; keys stay unseen."""
+    keep = jnp.where(restart, 0, 1)
+
+    def clear(coords):
+        return Coords(coords.position, coords.segment * keep[:, None])
+
+    return cache._replace(
+        ring=clear(cache.ring), log=clear(cache.log), length=cache.length * keep
+    )
+
+
+def plan_writes(cache: Cache, new: Coords, shards: int) -> tuple[Writes, Cache]:
+    """Where the new tokens go, and the cache with its coordinates (not yet its keys) updated.
+
+    Tokens beyond the capacity go nowhere: callers check `length` against it.
+
+    Args:
+        new: coordinates of the new tokens, [B, S]; a row's segments are contiguous.
+        shards: devices the log is dealt out to.
+    """
+    capacity, chunk = cache.log.position.shape[1], cache.ring.position.shape[1]
+    real = new.segment != 0
+    slot = cache.length[:, None] + jnp.cumsum(real, axis=1) - 1
+    log = jnp.where(real & (slot < capacity), deal_out(slot, capacity, shards), capacity)
+    ring = jnp.where(_in_last_chunk(new, real, chunk), new.position % max(chunk, 1), chunk)
+    cache = cache._replace(
+        ring=_write_coords(cache.ring, ring, new),
+        log=_write_coords(cache.log, log, new),
+        length=cache.length + jnp.sum(real, axis=1),
+    )
+    return Writes(ring, log), cache
+
+
+def deal_out(slot: jax.Array, capacity: int, shards: int) -> jax.Array:
+    """The place of a log slot when blocks of DEAL slots are dealt to the shards in turn."""
+    block, within = slot // DEAL, slot % DEAL
+    return block % shards * (capacity // shards) + block // shards * DEAL + within
+
+
+def _in_last_chunk(new: Coords, real: jax.Array, chunk: int) -> jax.Array:
+    """Tokens of the chunk that the row ends in: the only ones that a later token may see."""
+    if not chunk:
+        return jnp.zeros_like(real)
+    order = jnp.arange(real.shape[1])
+    last = jnp.max(jnp.where(real, order, 0), axis=1, keepdims=True)
+    position, segment = (jnp.take_along_axis(c, last, axis=1) for c in new)
+    return real & (new.segment == segment) & (new.position // chunk == position // chunk)
+
+
+def _write_coords(coords: Coords, slots: jax.Array, new: Coords) -> Coords:
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return Coords(*(old.at[rows, slots].set(x, mode="drop") for old, x in zip(coords, new, strict=True)))
+
+
+def write(
+    cache: Float[Array, "B K T d"], new: Float[Array, "B K S d"], slots: Int[Array, "B S"]
+) -> Float[Array, "B K T d"]:
+    """Puts new keys or values in their slots; a slot outside [0, T) drops its token."""
+    slots = jnp.where(slots < 0, cache.shape[2], slots)
+    rows = jnp.arange(slots.shape[0])[:, None]
+    values = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
+    return cache.at[rows, :, slots].set(values, mode="drop")

@@ -1,0 +1,95 @@
+"""The small pure functions that Llama 4's layers are made of.
+
+Dtype rules (as the reference implementations round): matmuls accumulate in float32 and round to the
+model dtype; norms, rotation, temperature and the router's sigmoid are float32 inside.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.config import Llama4Config, RopeScaling
+
+
+def linear(subscripts: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum with float32 sums, rounded to the dtype of `x`."""
+    out = jnp.einsum(
+        subscripts, x, w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    return out.astype(x.dtype)
+
+
+def rms_normalize(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, rounded to x's dtype."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rms_norm(
+    x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float
+) -> Float[Array, "... D"]:
+    """RMSNorm; the normalized value is rounded before the weight multiplies it."""
+    return rms_normalize(x, eps) * weight
+
+
+def swiglu(p: dict, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """down(silu(gate(x)) * up(x))"""
+    hidden = jax.nn.silu(linear("BSD,DF->BSF", x, p["gate"]))
+    return linear("BSF,FD->BSD", hidden * linear("BSD,DF->BSF", x, p["up"]), p["down"])
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None
+) -> Float[Array, "half"]:
+    """Angle per position of each pair of dimensions, float32.
+
+    `theta ** (-2m / head_dim)`, and with `llama3` scaling divided by `factor` where the wavelength
+    exceeds `original / low`, unchanged below `original / high`, and a ramp between the two, which is
+    empty when they are equal.
+    """
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequency = 1.0 / jnp.float32(theta) ** exponent
+    if scaling is None:
+        return frequency
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low == high:
+        keep = (turns >= low).astype(jnp.float32)
+    else:
+        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequency * keep + frequency / scaling.factor * (1 - keep)
+
+
+def rope_angles(
+    config: Llama4Config, positions: Int[Array, "B S"]
+) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
+    """Cosine and sine of every rotation, from the position within the chunk.
+
+    Rotation is relative and rotary layers attend within one chunk, so `position % chunk` gives the
+    same attention as `position`, and float32 stays exact at ten million tokens.
+    """
+    if config.attention_chunk_size is not None:
+        positions = positions % config.attention_chunk_size
+    frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "B S H d"], cos: Float[Array, "B S half"], sin: Float[Array, "B S half"]
+) -> Float[Array, "B S H d"]:
+    """Rotates the pairs (0, 1), (2, 3), ... of each head, in float32."""
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return pairs.reshape(x.shape).astype(x.dtype)
+
+
+def temperature(config: Llama4Config, positions: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    """The queries' scale on global layers: 1 + attn_scale * ln(floor((p+1) / floor_scale) + 1)."""
+    if not config.attn_temperature_tuning:
+        return jnp.ones(positions.shape, jnp.float32)
+    steps = (positions + 1) // config.floor_scale
+    return 1.0 + config.attn_scale * jnp.log1p(steps.astype(jnp.float32))

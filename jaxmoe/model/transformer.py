@@ -1,0 +1,134 @@
+"""The Llama 4 text decoder, top to bottom.
+
+    hidden, cache, routing = forward(config, params, tokens, positions, segment_ids, cache)
+    logits = unembed(config, params, hidden)
+
+Pure functions of arrays; `Llama4` owns the parameters as an NNX module. Shape letters: B rows,
+S tokens a row, D embed, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.config import LayerKind, Llama4Config
+from jaxmoe.mesh import constrain, constrain_param
+from jaxmoe.model.attention import Step, attention, start_step
+from jaxmoe.model.cache import Cache, LayerCache
+from jaxmoe.model.layers import linear, rms_norm, swiglu
+from jaxmoe.model.moe import Routing, moe
+from jaxmoe.model.params import init_params, layer_specs, map_specs
+from pallas_kernels.attention import Coords
+
+
+class Output(NamedTuple):
+    hidden: Float[Array, "B S D"]  # after the final norm; `unembed` makes logits of it
+    cache: Cache | None
+    routing: tuple[Routing, ...]  # one a MoE layer, first to last
+
+
+def forward(
+    config: Llama4Config,
+    params: dict,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    cache: Cache | None = None,
+    *,
+    remat: bool = False,
+) -> Output:
+    """Runs the decoder on new tokens, after those that `cache` holds.
+
+    Args:
+        params: a tree like `param_specs(config)`.
+        positions: of each token within its own sequence, from 0.
+        segment_ids: which sequence a token belongs to; 0 is padding, anywhere in the row. Tokens
+            see only their own segment. A segment is contiguous and may continue in the next call.
+        cache: None for a whole forward pass; otherwise a cache with room for the new tokens.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+    step, cache = start_step(config, Coords(positions, segment_ids), cache)
+    entries = cache.layers if cache is not None else [None] * len(config.layers)
+    run_layer = _remat_layer if remat else _jit_layer
+    table = constrain_param(params["embed"], ("vocab", "embed"))
+    x = constrain(table[tokens], "batch", "length", None)
+    new_entries, routing = [], []
+    for kind, p, entry in zip(config.layers, params["layers"], entries, strict=True):
+        x, entry, routed = run_layer(config, kind, p, x, step, entry)
+        new_entries.append(entry)
+        routing += [routed] if routed is not None else []
+    if cache is not None:
+        cache = cache._replace(layers=tuple(new_entries))
+    return Output(rms_norm(x, params["norm"], config.rms_norm_eps), cache, tuple(routing))
+
+
+def decoder_layer(
+    config: Llama4Config,
+    kind: LayerKind,
+    p: dict,
+    x: Float[Array, "B S D"],
+    step: Step,
+    cache: LayerCache | None,
+) -> tuple[Float[Array, "B S D"], LayerCache | None, Routing | None]:
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    p = map_specs(lambda spec, w: constrain_param(w, spec.axes), layer_specs(config, kind), p)
+    normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
+    out, cache = attention(config, kind, p["attention"], normed, step, cache)
+    x = constrain(x + out, "batch", "length", None)
+    normed = rms_norm(x, p["feed_forward_norm"], config.rms_norm_eps)
+    if kind.feed_forward == "moe":
+        out, routing = moe(config, p["feed_forward"], normed, step.coords.segment != 0)
+    else:
+        out, routing = swiglu(p["feed_forward"], normed), None
+    return constrain(x + out, "batch", "length", None), cache, routing
+
+
+# Layers of one kind are traced once and called many times.
+_jit_layer = jax.jit(decoder_layer, static_argnums=(0, 1))
+_remat_layer = jax.checkpoint(decoder_layer, static_argnums=(0, 1))
+
+
+def unembed(
+    config: Llama4Config, params: dict, hidden: Float[Array, "*batch D"]
+) -> Float[Array, "*batch V"]:
+    """Logits, float32."""
+    if config.tie_word_embeddings:
+        table = constrain_param(params["embed"], ("vocab", "embed"))
+        logits = linear("...D,VD->...V", hidden, table)
+    else:
+        head = constrain_param(params["lm_head"], ("embed", "vocab"))
+        logits = linear("...D,DV->...V", hidden, head)
+    return logits.astype(jnp.float32)
+
+
+def positions_of(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Positions that restart at 0 where the segment changes; 0 on padding."""
+    order = jnp.arange(segment_ids.shape[1])
+    previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    start = jax.lax.cummax(jnp.where(segment_ids != previous, order, 0), axis=1)
+    return jnp.where(segment_ids == 0, 0, order - start)
+
+
+class Llama4(nnx.Module):
+    """Owns the parameters; `nnx.split` or `model.params()` hands them to the pure functions."""
+
+    def __init__(self, config: Llama4Config, params: dict):
+        self.config = config
+        self.tree = nnx.data(jax.tree.map(nnx.Param, params))
+
+    @classmethod
+    def init(cls, config: Llama4Config, rngs: nnx.Rngs, dtype=jnp.float32) -> "Llama4":
+        return cls(config, init_params(config, rngs.params(), dtype))
+
+    def params(self) -> dict:
+        """The plain tree of arrays, as `forward` takes it."""
+        return jax.tree.map(lambda p: p[...], self.tree, is_leaf=lambda x: isinstance(x, nnx.Param))
+
+    def __call__(self, tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"]):
+        """Float32 logits [B, S, V] of a whole forward pass."""
+        params = self.params()
+        out = forward(self.config, params, tokens, positions_of(segment_ids), segment_ids)
+        return unembed(self.config, params, out.hidden)

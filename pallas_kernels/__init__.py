@@ -1,0 +1,1 @@
+"""Accelerator kernels and their XLA references. Imports jax, numpy and jaxtyping only."""
