@@ -1,6 +1,6 @@
 """`Llama4Config`: every number of a Llama 4 text model, and each layer's kind as data.
 
-Field names are those of the Hugging Face `config.json`; `jaxmoe.hf_config` reads and writes that file.
+Field names are those of the Hugging Face `config.json`; `jaxmoe.hf_config` reads and writes it.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """The `llama3` frequency scaling. With `low == high` the smooth band is empty: a hard threshold."""
+    """The `llama3` frequency scaling; with `low == high` it is a hard threshold."""
 
     factor: float = 16.0
     low_freq_factor: float = 1.0
@@ -44,7 +44,8 @@ class Llama4Config:
         intermediate_size_mlp: hidden width of dense layers.
         attention_chunk_size: tokens a local layer attends within; None means all earlier ones.
         rope_scaling: None for unscaled frequencies (Maverick).
-        floor_scale, attn_scale: the temperature is `1 + attn_scale * ln(floor((p+1)/floor_scale) + 1)`.
+        floor_scale, attn_scale: of `1 + attn_scale * ln(floor((p+1) / floor_scale) + 1)`, the
+            temperature of global layers.
     """
 
     vocab_size: int
@@ -87,6 +88,7 @@ class Llama4Config:
 
     @property
     def num_hidden_layers(self) -> int:
+        """How many decoder layers there are."""
         return len(self.layers)
 
     @property

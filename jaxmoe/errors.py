@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A mistake in a file, a flag or a value; the message is one sentence that names it and the fix."""
+    """A mistake in a file, a flag or a value; one sentence that names it and the fix."""

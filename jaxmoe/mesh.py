@@ -1,6 +1,6 @@
-"""The device mesh and the one table that says which mesh axis each logical axis lies on.
+"""The device mesh, and the one table that says which mesh axis each logical axis lies on.
 
-Nothing else names a mesh axis: parameters and activations name logical axes (`embed`, `heads`, ...).
+Nothing else names a mesh axis: parameters and activations name logical axes (`embed`, `heads`).
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from jaxmoe.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
-# Logical axis -> mesh axes. Parameters must divide; an activation is replicated over axes that do not.
+# Logical axis -> mesh axes. Parameters must divide; an activation is replicated over an axis that
+# does not.
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "vocab": ("tensor",),
@@ -55,16 +56,23 @@ class MeshConfig:
 
     @classmethod
     def from_mapping(cls, sizes: dict, source: str) -> "MeshConfig":
+        """Reads sizes by axis; `source` is what an error names."""
         parsed = {}
         for axis, size in sizes.items():
             if axis not in AXES:
-                raise UserError(f"mesh {source} names axis '{axis}'; the axes are {', '.join(AXES)}.")
+                raise UserError(
+                    f"mesh {source} names axis '{axis}'; the axes are {', '.join(AXES)}."
+                )
             try:
                 parsed[axis] = int(size)
             except (TypeError, ValueError):
-                raise UserError(f"mesh {source} gives {axis} the size '{size}', no number.") from None
+                raise UserError(
+                    f"mesh {source} gives {axis} the size '{size}', no number."
+                ) from None
             if parsed[axis] < 1 and parsed[axis] != -1:
-                raise UserError(f"mesh {source} gives {axis} the size {size}; use 1 or more, or -1.")
+                raise UserError(
+                    f"mesh {source} gives {axis} the size {size}; use 1 or more, or -1."
+                )
         return cls(**parsed)
 
     def resolve(self, num_devices: int) -> "MeshConfig":
@@ -72,7 +80,9 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         inferred = [axis for axis, size in sizes.items() if size == -1]
         if len(inferred) > 1:
-            raise UserError(f"mesh {self} has {len(inferred)} sizes of -1; only one can be inferred.")
+            raise UserError(
+                f"mesh {self} has {len(inferred)} sizes of -1; only one can be inferred."
+            )
         known = math.prod(size for size in sizes.values() if size != -1)
         if inferred:
             sizes[inferred[0]] = num_devices // known
@@ -171,6 +181,7 @@ def constrain_param(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def sharding(mesh, spec: PartitionSpec) -> NamedSharding:
+    """`spec` on `mesh`."""
     return NamedSharding(mesh, spec)
 
 
@@ -179,6 +190,4 @@ def per_device(body, in_specs, out_specs):
     mesh = current_mesh()
     if mesh is None:
         return body
-    return jax.shard_map(
-        body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -36,7 +36,7 @@ class _Static:
 
 
 def visible(q: Coords, k: Coords, chunk: int | None) -> jax.Array:
-    """The attention rule, [B, S, T]: same segment, not later, and same chunk if there are chunks."""
+    """The attention rule, [B, S, T]: same segment, not later, and the same chunk if any."""
     q_position, k_position = q.position[:, :, None], k.position[:, None, :]
     q_segment, k_segment = q.segment[:, :, None], k.segment[:, None, :]
     allowed = (k_position <= q_position) & (k_segment == q_segment) & (k_segment != 0)
@@ -72,7 +72,9 @@ def flash_attention(
     B, H, S, d = q.shape
     K = k.shape[1]
     static = _Static(scale, chunk, min(block_q, S), min(block_k, k.shape[2]))
-    q_coords, k_coords = (_pad_coords(c, b) for c, b in ((q_coords, static.block_q), (k_coords, static.block_k)))
+    q_coords, k_coords = (
+        _pad_coords(c, b) for c, b in ((q_coords, static.block_q), (k_coords, static.block_k))
+    )
     q_BKGSd = _pad(q, static.block_q).reshape(B, K, H // K, -1, d)
     k, v = _pad(k, static.block_k), _pad(v, static.block_k)
     out, lse = _flash(static, q_BKGSd, k, v, q_coords, k_coords)
@@ -160,7 +162,7 @@ def _flash(static: _Static, q, k, v, q_coords: Coords, k_coords: Coords):
 
 
 def _join(blocks: jax.Array) -> jax.Array:
-    """[blocks, B, K, G, q, ...] -> [B, K, G, S, ...]"""
+    """[blocks, B, K, G, q, ...] to [B, K, G, S, ...]."""
     blocks = jnp.moveaxis(blocks, 0, 3)
     return blocks.reshape(*blocks.shape[:3], -1, *blocks.shape[5:])
 
@@ -171,7 +173,9 @@ def _attend_block(static: _Static, q_i, q_coords, k, v, k_coords, row_of_pairs):
     def step(state, j):
         k_j, v_j = (_block(x, j, static.block_k, 2) for x in (k, v))
         top, total, acc = state
-        scores, allowed = _scores(static, q_i, k_j, q_coords, _coords_block(k_coords, j, static.block_k))
+        scores, allowed = _scores(
+            static, q_i, k_j, q_coords, _coords_block(k_coords, j, static.block_k)
+        )
         new_top = jnp.maximum(top, scores.max(-1))
         p = jnp.where(allowed, jnp.exp(scores - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
@@ -210,8 +214,12 @@ def _flash_backward(static, saved, cotangents):
         def step(state, i):
             dq, dk_j, dv_j = state
             q_i, o_i = (_block(x, i, static.block_q, 3) for x in (q, d_out))
-            lse_i, constant_i = (_block(x, i, static.block_q, 3)[..., None] for x in (lse, constant))
-            scores, allowed = _scores(static, q_i, k_j, _coords_block(q_coords, i, static.block_q), c_j)
+            lse_i, constant_i = (
+                _block(x, i, static.block_q, 3)[..., None] for x in (lse, constant)
+            )
+            scores, allowed = _scores(
+                static, q_i, k_j, _coords_block(q_coords, i, static.block_q), c_j
+            )
             p = jnp.where(allowed, jnp.exp(scores - jnp.where(lse_i == -jnp.inf, 0.0, lse_i)), 0.0)
             ds = p * (_dot("BKGqd,BKtd->BKGqt", o_i, v_j) + constant_i) * static.scale
             ds = ds.astype(q.dtype)

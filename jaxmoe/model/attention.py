@@ -18,32 +18,36 @@ from jaxmoe.model.layers import linear, rms_normalize, rope_angles, rotate, temp
 from pallas_kernels.attention import Coords, flash_attention, lse_weight, merge
 
 
+class CacheStep(NamedTuple):
+    """Where the new tokens go, and what the slots hold before and after."""
+
+    writes: Writes
+    old_ring: Coords
+    new_ring: Coords
+    new_log: Coords
+
+
 class Step(NamedTuple):
     """What all layers share in one call of the model."""
 
     coords: Coords  # of the new tokens
     rope: tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
     temperature: Float[Array, "B S"]
-    writes: Writes | None = None
-    old_ring: Coords | None = None  # the ring before this call
-    new_ring: Coords | None = None
-    new_log: Coords | None = None
+    cache: CacheStep | None
 
 
 def start_step(
     config: Llama4Config, coords: Coords, cache: Cache | None
 ) -> tuple[Step, Cache | None]:
     """Everything that depends on positions, computed once a call."""
-    step = Step(coords, rope_angles(config, coords.position), temperature(config, coords.position))
+    rope, scale = rope_angles(config, coords.position), temperature(config, coords.position)
     if cache is None:
-        return step, None
+        return Step(coords, rope, scale, None), None
     mesh = meshes.current_mesh()
     shards = meshes.axis_size(mesh, "slots") if mesh is not None else 1
     writes, updated = plan_writes(cache, coords, shards)
-    step = step._replace(
-        writes=writes, old_ring=cache.ring, new_ring=updated.ring, new_log=updated.log
-    )
-    return step, updated
+    cache_step = CacheStep(writes, cache.ring, updated.ring, updated.log)
+    return Step(coords, rope, scale, cache_step), updated
 
 
 def attention(
@@ -85,12 +89,13 @@ def attend(
         scale=config.head_dim**-0.5,
         chunk=config.attention_chunk_size if local else None,
     )
-    if cache is None:
+    if cache is None or step.cache is None:
         return _per_device(_attend_new, flash, q, k, v, step.coords), None
+    writes, old_ring, new_ring, new_log = step.cache
     if keeps_ring(config, kind):
-        state = (cache, step.writes.ring, step.old_ring, step.new_ring)
+        state = (cache, writes.ring, old_ring, new_ring)
         return _per_device(_attend_ring, flash, q, k, v, step.coords, *state)
-    return _per_device(_attend_log, flash, q, k, v, step.coords, cache, step.writes.log, step.new_log)
+    return _per_device(_attend_log, flash, q, k, v, step.coords, cache, writes.log, new_log)
 
 
 def _per_device(body, flash, q, k, v, coords, *state):
@@ -100,21 +105,19 @@ def _per_device(body, flash, q, k, v, coords, *state):
         return body(flash, (), q, k, v, coords, *state)
     slots = "slots" if body is _attend_log else None
 
-    def spec(x, *axes):
-        return meshes.activation_spec(mesh, axes, x.shape)
+    def specs(tree, *axes):
+        return jax.tree.map(lambda x: meshes.activation_spec(mesh, axes, x.shape), tree)
 
-    tokens = meshes.activation_axes(mesh, "length", q.shape[2])
-    q_spec = spec(q, "batch", "heads", "length", None)
-    kv_spec = spec(k, "batch", "kv_heads", "length", None)
-    in_specs = [q_spec, kv_spec, kv_spec, Coords(*(spec(c, "batch", "length") for c in coords))]
-    out_specs = q_spec
+    q_spec = specs(q, "batch", "heads", "length", None)
+    kv_specs = specs((k, v), "batch", "kv_heads", "length", None)
+    in_specs, out_specs = (q_spec, *kv_specs, specs(coords, "batch", "length")), q_spec
     if state:
         cache, writes, *slot_coords = state
-        cache_spec = LayerCache(*(spec(c, "batch", "kv_heads", slots, None) for c in cache))
-        in_specs += [cache_spec, spec(writes, "batch", None)]
-        in_specs += [Coords(*(spec(c, "batch", slots) for c in part)) for part in slot_coords]
+        cache_spec = specs(cache, "batch", "kv_heads", slots, None)
+        in_specs += (cache_spec, specs(writes, "batch", None), *specs(slot_coords, "batch", slots))
         out_specs = (q_spec, cache_spec)
-    run = meshes.per_device(functools.partial(body, flash, tokens), tuple(in_specs), out_specs)
+    tokens = meshes.activation_axes(mesh, "length", q.shape[2])
+    run = meshes.per_device(functools.partial(body, flash, tokens), in_specs, out_specs)
     return run(q, k, v, coords, *state)
 
 

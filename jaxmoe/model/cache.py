@@ -1,9 +1,9 @@
 """The cache: one chunk a row for local layers, the whole sequence for global layers.
 
 Every slot carries the position and segment of its token, shared by all layers of a kind, so masks
-never depend on where a token lies. Local layers keep a ring (slot = position % chunk). Global layers
-keep a log: each row's real tokens in the order of arrival, dealt out in blocks over the devices of
-the `slots` axis, so that any prefix lies evenly on all of them.
+never depend on where a token lies. Local layers keep a ring (slot = position % chunk). Global
+layers keep a log: each row's real tokens in the order of arrival, dealt out in blocks over the
+devices of the `slots` axis, so that any prefix lies evenly on all of them.
 
 Shape letters: B rows, K key/value heads, T slots, d head size, S new tokens a row.
 """
@@ -23,6 +23,8 @@ DEAL = 64  # slots of the log that go to one device before the next device's tur
 
 
 class LayerCache(NamedTuple):
+    """Keys and values of one layer."""
+
     k: Float[Array, "B K T d"]
     v: Float[Array, "B K T d"]
 
@@ -44,6 +46,7 @@ class Writes(NamedTuple):
 
 
 def keeps_ring(config: Llama4Config, kind: LayerKind) -> bool:
+    """Whether a layer keeps one chunk; otherwise it keeps the sequence."""
     return kind.attention == "local" and config.has_local_ring
 
 
@@ -81,21 +84,24 @@ def init_cache(
 def abstract_cache(config: Llama4Config, rows: int, capacity: int, dtype, mesh) -> Cache:
     """ShapeDtypeStructs with shardings."""
     shapes = jax.eval_shape(lambda: _zeros(config, rows, capacity, dtype))
-    axes = Cache(
-        layers=tuple(
-            LayerCache(*(2 * [("batch", "kv_heads", _slots_axis(config, kind), None)]))
-            for kind in config.layers
-        ),
-        ring=Coords(*2 * [("batch", None)]),
-        log=Coords(*2 * [("batch", "slots")]),
-        length=("batch",),
-    )
-    return jax.tree.map(
-        lambda x, names: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=sharding(mesh, activation_spec(mesh, names, x.shape))
-        ),
-        shapes,
-        axes,
+
+    def lay(tree, *axes):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding(mesh, activation_spec(mesh, axes, x.shape))
+            ),
+            tree,
+        )
+
+    layers = [
+        lay(layer, "batch", "kv_heads", _slots_axis(config, kind), None)
+        for kind, layer in zip(config.layers, shapes.layers, strict=True)
+    ]
+    return Cache(
+        tuple(layers),
+        lay(shapes.ring, "batch", None),
+        lay(shapes.log, "batch", "slots"),
+        lay(shapes.length, "batch"),
     )
 
 
@@ -129,9 +135,7 @@ def restart_rows(cache: Cache, restart: Int[Array, "B"]) -> Cache:
     def clear(coords):
         return Coords(coords.position, coords.segment * keep[:, None])
 
-    return cache._replace(
-        ring=clear(cache.ring), log=clear(cache.log), length=cache.length * keep
-    )
+    return cache._replace(ring=clear(cache.ring), log=clear(cache.log), length=cache.length * keep)
 
 
 def plan_writes(cache: Cache, new: Coords, shards: int) -> tuple[Writes, Cache]:
@@ -174,7 +178,9 @@ def _in_last_chunk(new: Coords, real: jax.Array, chunk: int) -> jax.Array:
 
 def _write_coords(coords: Coords, slots: jax.Array, new: Coords) -> Coords:
     rows = jnp.arange(slots.shape[0])[:, None]
-    return Coords(*(old.at[rows, slots].set(x, mode="drop") for old, x in zip(coords, new, strict=True)))
+    return Coords(
+        *(old.at[rows, slots].set(x, mode="drop") for old, x in zip(coords, new, strict=True))
+    )
 
 
 def write(

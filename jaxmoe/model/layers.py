@@ -35,7 +35,7 @@ def rms_norm(
 
 
 def swiglu(p: dict, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """down(silu(gate(x)) * up(x))"""
+    """down(silu(gate(x)) * up(x))."""
     hidden = jax.nn.silu(linear("BSD,DF->BSF", x, p["gate"]))
     return linear("BSF,FD->BSD", hidden * linear("BSD,DF->BSF", x, p["up"]), p["down"])
 
@@ -46,8 +46,8 @@ def rope_frequencies(
     """Angle per position of each pair of dimensions, float32.
 
     `theta ** (-2m / head_dim)`, and with `llama3` scaling divided by `factor` where the wavelength
-    exceeds `original / low`, unchanged below `original / high`, and a ramp between the two, which is
-    empty when they are equal.
+    exceeds `original / low`, unchanged below `original / high`, and a ramp between the two, which
+    is empty when they are equal.
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequency = 1.0 / jnp.float32(theta) ** exponent

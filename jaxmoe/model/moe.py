@@ -80,7 +80,7 @@ def run_experts(
     expert: Int[Array, "B S k"],
     score: Float[Array, "B S k"],
 ) -> Float[Array, "B S D"]:
-    """Experts `first`, `first + 1`, ... of this device on the tokens that chose them, 0 for others."""
+    """This device's experts, `first` and on, on the tokens that chose them; 0 for the others."""
     here = p["down"].shape[0]
     group = (expert - first).reshape(-1)
     group = jnp.where((group >= 0) & (group < here), group, here)

@@ -29,7 +29,8 @@ class ParamSpec:
     axes: tuple[str | None, ...]
     fan_in: int | None
 
-    def init(self, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def init(self, key: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Random values, or ones."""
         if self.fan_in is None:
             return jnp.ones(self.shape, dtype)
         return (jax.random.normal(key, self.shape) * self.fan_in**-0.5).astype(dtype)
@@ -40,6 +41,7 @@ SpecTree = dict
 
 
 def attention_specs(config: Llama4Config) -> SpecTree:
+    """Projections of one attention block."""
     D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     d = config.head_dim
     return {
@@ -51,6 +53,7 @@ def attention_specs(config: Llama4Config) -> SpecTree:
 
 
 def swiglu_specs(D: int, F: int) -> SpecTree:
+    """A dense layer, or the shared expert."""
     return {
         "gate": ParamSpec((D, F), ("embed", "ffn"), D),
         "up": ParamSpec((D, F), ("embed", "ffn"), D),
@@ -59,6 +62,7 @@ def swiglu_specs(D: int, F: int) -> SpecTree:
 
 
 def moe_specs(config: Llama4Config) -> SpecTree:
+    """Router, shared expert and routed experts of one layer."""
     D, F, E = config.hidden_size, config.intermediate_size, config.num_local_experts
     return {
         "router": ParamSpec((D, E), ("embed", None), D),
@@ -99,6 +103,7 @@ def param_specs(config: Llama4Config) -> SpecTree:
 
 
 def is_spec(x) -> bool:
+    """For `is_leaf` of tree functions."""
     return isinstance(x, ParamSpec)
 
 
@@ -110,10 +115,14 @@ def map_specs(function: Callable, specs: SpecTree, *rest):
 def named_specs(config: Llama4Config) -> dict[str, ParamSpec]:
     """Dotted name, such as `layers.3.attention.q`, to spec, in a fixed order."""
     leaves, _ = jax.tree.flatten_with_path(param_specs(config), is_leaf=is_spec)
-    return {".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): spec for path, spec in leaves}
+    return {
+        ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): spec
+        for path, spec in leaves
+    }
 
 
 def num_params(config: Llama4Config) -> int:
+    """Parameters of the text model."""
     return sum(math.prod(spec.shape) for spec in named_specs(config).values())
 
 

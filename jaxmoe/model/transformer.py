@@ -25,6 +25,8 @@ from pallas_kernels.attention import Coords
 
 
 class Output(NamedTuple):
+    """What `forward` returns."""
+
     hidden: Float[Array, "B S D"]  # after the final norm; `unembed` makes logits of it
     cache: Cache | None
     routing: tuple[Routing, ...]  # one a MoE layer, first to last
@@ -121,6 +123,7 @@ class Llama4(nnx.Module):
 
     @classmethod
     def init(cls, config: Llama4Config, rngs: nnx.Rngs, dtype=jnp.float32) -> "Llama4":
+        """A model with random parameters."""
         return cls(config, init_params(config, rngs.params(), dtype))
 
     def params(self) -> dict:

@@ -1,0 +1,75 @@
+# make            the environment                make oracle   agreement with torch and transformers
+# make demo       a small Llama 4 writes text    make bench    speed on this CPU
+# make test       every test but the oracle's    make lock     newest versions into requirements/
+# make lint       style and types                make clean    removes what was built
+#
+# Settable, as in `make VENV=/tmp/venv test`: PYTHON and ORACLE_PYTHON (which build the environments),
+# VENV, VENV_ORACLE, BUILD.
+
+VENV = .venv
+VENV_ORACLE = .venv-oracle
+BUILD = build
+
+python = $(VENV)/bin/python
+with_oracle = JAXMOE_ORACLE_PYTHON="$(abspath $(VENV_ORACLE))/bin/python"
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The environment has the compiler for absent GPUs but not CUDA's libraries, and JAX would complain.
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: venv demo test lint oracle bench lock clean
+.DEFAULT_GOAL = venv
+
+venv: $(VENV)/.project
+
+demo: $(VENV)/.project $(BUILD)/demo.converted
+	$(python) scripts/generate.py $(BUILD)/demo --prompt "In the beginning" \
+	    --mesh expert=4,sequence=2 --cpu-devices 8 --max-new-tokens 120 --temperature 0
+
+test: $(VENV)/.project
+	$(python) -m pytest -m "not oracle"
+
+lint: $(VENV)/.project
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m pyrefly check --python-interpreter-path $(python)
+
+oracle: $(VENV)/.project $(VENV_ORACLE)/.locked
+	$(with_oracle) $(python) -m pytest -m oracle
+
+bench: $(VENV)/.project $(VENV_ORACLE)/.locked
+	$(with_oracle) $(python) scripts/benchmark.py cpu
+
+lock:
+	.ci/lock $(BUILD)
+
+clean:
+	rm -rf $(BUILD) .pytest_cache .ruff_cache *.egg-info
+
+# The stamps below are written last, so that an interrupted step is done again.
+
+$(BUILD)/demo.converted: $(wildcard demo/model/* jaxmoe/checkpoint/*.py) | $(VENV)/.project
+	rm -rf $(BUILD)/demo $@
+	mkdir -p $(BUILD)
+	$(python) scripts/convert.py demo/model $(BUILD)/demo
+	touch $@
+
+# new_venv(folder, variable, oldest, newest): an empty environment; an earlier one is cleared, so
+# that nothing but the lock is in it.
+new_venv = python=$$(.ci/find-python $2 $3 $4) && \
+    "$$python" -m venv $$(test ! -e $1/pyvenv.cfg || echo --clear) $1
+
+$(VENV)/.locked: requirements/dev.lock
+	@$(call new_venv,$(VENV),PYTHON,3.12,3.14)
+	@echo "Installing $< into $(VENV): about 2 GB, once."
+	@$(python) -m pip install --quiet --require-hashes --requirement $<
+	@touch $@
+
+$(VENV)/.project: $(VENV)/.locked pyproject.toml $(wildcard */__init__.py)
+	@$(python) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV_ORACLE)/.locked: requirements/oracle.lock
+	@$(call new_venv,$(VENV_ORACLE),ORACLE_PYTHON,3.11,3.14)
+	@echo "Installing $< into $(VENV_ORACLE): torch and transformers, once."
+	@$(VENV_ORACLE)/bin/python -m pip install --quiet --requirement $<
+	@touch $@

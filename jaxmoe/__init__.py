@@ -1,0 +1,41 @@
+"""Llama 4 (Scout, Maverick) in JAX and Flax: exact, long, and on your own mesh.
+
+import jax, jaxmoe
+
+mesh = jaxmoe.MeshConfig.parse("expert=4,sequence=2").make()
+config, params = jaxmoe.load("checkpoint", mesh)
+tokenizer = jaxmoe.Tokenizer.load("checkpoint")
+request = jaxmoe.Request("0", tuple(tokenizer.encode("Hello", bos=True)), max_new_tokens=32)
+with jax.set_mesh(mesh):
+    for token in jaxmoe.generate(config, params, [request], jaxmoe.Sampling(temperature=0)):
+        print(tokenizer.decode([token.token]), end="", flush=True)
+"""
+
+from jaxmoe.checkpoint.store import load, save
+from jaxmoe.config import MAVERICK, SCOUT, LayerKind, Llama4Config, RopeScaling
+from jaxmoe.errors import UserError
+from jaxmoe.generate.engine import Request, Token, generate
+from jaxmoe.generate.sampling import Sampling
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.transformer import Llama4, forward, unembed
+from jaxmoe.text import Tokenizer
+
+__all__ = [
+    "MAVERICK",
+    "SCOUT",
+    "LayerKind",
+    "Llama4",
+    "Llama4Config",
+    "MeshConfig",
+    "Request",
+    "RopeScaling",
+    "Sampling",
+    "Token",
+    "Tokenizer",
+    "UserError",
+    "forward",
+    "generate",
+    "load",
+    "save",
+    "unembed",
+]

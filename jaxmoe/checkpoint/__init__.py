@@ -1,0 +1,1 @@
+"""Checkpoint files <-> parameters: Hugging Face safetensors in and out, Orbax in between."""

@@ -1,0 +1,351 @@
+"""Checkpoints on disk, in Orbax's layout; the only module that knows Orbax and TensorStore.
+
+A checkpoint is one folder: an Orbax v1 checkpoint of the parameter tree, one Zarr array per
+parameter, with the configuration in its custom metadata and the tokenizer's files beside it.
+`orbax.checkpoint.v1.load` reads it without this project.
+
+Why TensorStore writes the arrays and not Orbax: Orbax takes whole arrays, and the experts of one
+Maverick layer are 10 GB. Orbax's layout without OCDBT is a plain Zarr array in
+`state/<dotted name>`, so `Writer` fills such arrays block by block, lets Orbax write a tree of
+placeholders, and puts the arrays in their place. All of it happens beside the output under another
+name; before the last rename there is nothing that Orbax or `load` would take for a checkpoint.
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+import tensorstore as ts
+from orbax.checkpoint import v1 as ocp
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.hf_config import from_hf, to_hf
+from jaxmoe.model.params import abstract_params, is_spec, map_specs, named_specs, param_specs
+
+FORMAT = 1
+KEY = "jaxmoe"  # of the custom metadata
+STATE = "state"  # the folder that Orbax gives to the tree of `ocp.save`
+RESULT = "result"  # in a workspace: what becomes the output
+CHUNK_BYTES = 2**20  # read at once: less than any device's share of a large parameter
+READ_BYTES = 512 * 2**20  # in flight while loading, unless one device's share is larger
+
+COMPANIONS = (  # files that travel with the weights
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def workspace_of(output: Path) -> Path:
+    """The folder beside `output` where it is prepared.
+
+    Raises:
+        UserError: if `output` exists and is not an empty folder, or an earlier run was interrupted.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty; choose another output or delete it.")
+    workspace = output.resolve().with_name(output.resolve().name + ".partial")
+    if workspace.exists():
+        raise UserError(f"{workspace} is left from an interrupted run; delete it and run again.")
+    return workspace
+
+
+@contextlib.contextmanager
+def prepared(output: Path) -> Iterator[Path]:
+    """A workspace whose `RESULT` becomes `output` at the end; on any error all of it vanishes.
+
+    Raises:
+        UserError: as `workspace_of`, or if the file system refuses.
+    """
+    workspace = workspace_of(output)
+    try:
+        workspace.mkdir(parents=True)
+        yield workspace
+        (workspace / RESULT).rename(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies those of `COMPANIONS` that `source` has."""
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+class Writer:
+    """Writes a checkpoint's arrays block by block, then makes it a checkpoint.
+
+    While one block is written the next may be read: memory holds two, and TensorStore's encoded
+    copy of one. A context: at its end nothing is being written any more.
+    """
+
+    def __init__(self, workspace: Path):
+        self._arrays = workspace / "arrays"
+        self._result = workspace / RESULT
+        self._pending: list[tuple[Path, ts.WriteFutures]] = []
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _path, done in self._pending:
+            done.exception()  # waits, raises nothing
+
+    def create(self, name: str, shape: tuple[int, ...], dtype: np.dtype, block: tuple[int, ...]):
+        """A new array of `shape`, to be written in aligned blocks of shape `block`."""
+        metadata = _zarr_metadata(shape, dtype, block)
+        spec = {**_spec(self._arrays / name), "create": True, "metadata": metadata}
+        return ts.open(spec).result()
+
+    def write(self, blocks: list[tuple[ts.TensorStore, tuple[slice, ...], np.ndarray]]) -> None:
+        """Starts writing blocks of arrays, once the blocks of the last call are on disk.
+
+        Raises:
+            UserError: if the file system refuses, as when the disk is full.
+        """
+        self.wait()
+        for array, index, data in blocks:
+            done = array[index].write(data, can_reference_source_data_indefinitely=True)
+            self._pending.append((_path(array), done))
+
+    def wait(self) -> None:
+        """Returns once all that was written is on disk."""
+        while self._pending:
+            path, done = self._pending[0]
+            try:
+                done.result()
+            except ValueError as error:
+                raise UserError(f"{path} cannot be written: {_reason(error)}.") from error
+            del self._pending[0]
+
+    def finish(self, config: Llama4Config, dtype: str, sources: list[dict[str, Any]]) -> None:
+        """Makes the arrays an Orbax checkpoint, in `RESULT` of the workspace."""
+        self.wait()
+        placeholders = map_specs(lambda _: np.zeros((), np.int8), param_specs(config))
+        _save(self._result, placeholders, _metadata(config, dtype) | {"sources": sources})
+        for name in named_specs(config):
+            shutil.rmtree(self._result / STATE / name)
+            (self._arrays / name).rename(self._result / STATE / name)
+
+
+def save(path: str | Path, config: Llama4Config, params: dict) -> None:
+    """Saves parameters that lie on a mesh; each host writes what it holds.
+
+    Raises:
+        UserError: if `path` exists and is not empty.
+    """
+    workspace_of(Path(path))
+    dtype = jax.tree.leaves(params)[0].dtype.name
+    _save(Path(path).resolve(), params, _metadata(config, dtype))
+
+
+def read_config(path: str | Path) -> Llama4Config:
+    """The configuration of a checkpoint.
+
+    Raises:
+        UserError: if `path` is no finished checkpoint, or of a newer format.
+    """
+    return _config(_open(Path(path)), Path(path))
+
+
+def load(path: str | Path, mesh: jax.sharding.Mesh, dtype: Any = None) -> tuple[Llama4Config, dict]:
+    """Loads a checkpoint straight into the sharding that `mesh` gives each parameter.
+
+    Each host reads the shares of its own devices. Beyond the parameters, memory holds the shares
+    in flight: `READ_BYTES`, or the largest share of one parameter on one device.
+
+    Args:
+        path: a checkpoint folder.
+        mesh: the devices, with the axes of `jaxmoe.mesh`.
+        dtype: what to cast to while reading; None keeps the dtype of each array.
+
+    Returns:
+        The configuration, and parameters as `param_specs` declares them.
+
+    Raises:
+        UserError: if the checkpoint is unfinished or damaged, or the mesh does not divide it.
+    """
+    path = Path(path)
+    found = _open(path)
+    config = _config(found, path)
+    targets, structure = jax.tree.flatten(abstract_params(config, mesh))
+    arrays = _check_arrays(found, config, path)
+    abstract = [
+        jax.ShapeDtypeStruct(target.shape, dtype or array.dtype, sharding=target.sharding)
+        for target, array in zip(targets, arrays, strict=True)
+    ]
+    context = ocp.Context()
+    largest = max(map(_read_bytes, targets, arrays))
+    context.memory_options.read_concurrent_bytes = max(READ_BYTES, largest + 1)
+    with context, _quiet(), _readable(path):
+        params = ocp.load(str(path.resolve()), structure.unflatten(abstract))
+    return config, cast(dict, params)
+
+
+def open_arrays(path: str | Path) -> tuple[Llama4Config, dict[str, ts.TensorStore]]:
+    """The arrays of a checkpoint by dotted name, to be read in slices with `read_slice`.
+
+    Raises:
+        UserError: as `load`.
+    """
+    path = Path(path)
+    found = _open(path)
+    config = _config(found, path)
+    _check_arrays(found, config, path)
+    names = named_specs(config)
+    return config, {name: ts.open(_spec(path.resolve() / STATE / name)).result() for name in names}
+
+
+def read_slice(
+    array: ts.TensorStore, index: tuple[slice, ...], axes: tuple[int, ...]
+) -> np.ndarray:
+    """A slice of a stored array, its axes reordered as by `np.transpose`, contiguous.
+
+    Raises:
+        UserError: if a part of it is missing or damaged.
+    """
+    with _readable(_path(array)):
+        return array[index].transpose(axes).read(order="C").result()
+
+
+def _path(array: ts.TensorStore) -> Path:
+    assert array.kvstore is not None  # only arrays that are computed have none
+    return Path(array.kvstore.path)
+
+
+def _spec(path: Path) -> dict[str, Any]:
+    """Which array; data that is missing is an error, never read as zeros."""
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }
+
+
+def _zarr_metadata(shape: tuple[int, ...], dtype: np.dtype, block: tuple[int, ...]) -> dict:
+    """One file per block, inside it chunks with a checksum each, so that any part can be read."""
+    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    codecs = [little_endian, {"name": "crc32c"}]
+    sharding = {
+        "chunk_shape": _chunk_shape(block, dtype.itemsize),
+        "codecs": codecs,
+        "index_codecs": codecs,
+    }
+    return {
+        "shape": shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": block}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+
+
+def _chunk_shape(block: tuple[int, ...], itemsize: int) -> list[int]:
+    """Halves the largest even axis until a chunk has at most `CHUNK_BYTES`."""
+    chunk = list(block)
+    while math.prod(chunk) * itemsize > CHUNK_BYTES:
+        even = [size for size in chunk if size % 2 == 0]
+        if not even:
+            break
+        chunk[chunk.index(max(even))] //= 2
+    return chunk
+
+
+def _metadata(config: Llama4Config, dtype: str) -> dict[str, Any]:
+    version = importlib.metadata.version("jaxmoe")
+    return {"format": FORMAT, "version": version, "config": to_hf(config, dtype)}
+
+
+def _save(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
+    context = ocp.Context()
+    context.array_options.saving.use_ocdbt = False  # plain arrays: see the module's docstring
+    with context, _quiet():
+        ocp.save(str(path), tree, custom_metadata={KEY: metadata}, overwrite=path.exists())
+
+
+def _open(path: Path) -> ocp.CheckpointMetadata:
+    """Orbax's description of a checkpoint."""
+    if not ocp.is_orbax_checkpoint(str(path.resolve())):
+        raise UserError(f"{path} is no finished checkpoint; make one with scripts/convert.py.")
+    with _quiet(), _readable(path):
+        return ocp.metadata(str(path.resolve()))
+
+
+def _config(found: ocp.CheckpointMetadata, path: Path) -> Llama4Config:
+    metadata = cast(dict, found.custom_metadata or {}).get(KEY)
+    if metadata is None:
+        raise UserError(f"{path} is not from this project; make one with scripts/convert.py.")
+    if metadata["format"] > FORMAT:
+        raise UserError(f"{path} was written by jaxmoe {metadata['version']}; update jaxmoe.")
+    return from_hf(metadata["config"], source=str(path))
+
+
+def _check_arrays(found: ocp.CheckpointMetadata, config: Llama4Config, path: Path) -> list[Any]:
+    """What Orbax says of each parameter, in the order of `named_specs`."""
+    specs = named_specs(config)
+    structure = jax.tree.structure(param_specs(config), is_leaf=is_spec)
+    try:
+        arrays = structure.flatten_up_to(found.metadata)
+    except ValueError:
+        raise UserError(f"{path} lacks parameters of its own config; convert it again.") from None
+    for (name, spec), array in zip(specs.items(), arrays, strict=True):
+        if tuple(array.shape) != spec.shape:
+            raise UserError(
+                f"{path} holds {name} with shape {tuple(array.shape)}, but its config says "
+                f"{spec.shape}; convert it again."
+            )
+    return arrays
+
+
+def _read_bytes(target: jax.ShapeDtypeStruct, array: Any) -> int:
+    """What one device's share occupies while it is read: all chunks that it touches."""
+    share = target.sharding.shard_shape(target.shape)
+    chunk = array.storage_metadata.chunk_shape
+    touched = ((-(-s // c) + bool(s % c)) * c for s, c in zip(share, chunk, strict=True))
+    return math.prod(touched) * array.dtype.itemsize
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns the errors of Orbax and TensorStore about files into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        root = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        if not isinstance(root, (ValueError, OSError)):  # such as running out of memory
+            raise
+        raise UserError(f"{path} is damaged: {_reason(root)}; convert it again.") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's message, without its appended details."""
+    return str(error).splitlines()[0].partition(" [")[0].rstrip(".")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax warns that a checkpoint of plain Zarr arrays is unusual."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

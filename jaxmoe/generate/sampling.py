@@ -1,0 +1,82 @@
+"""Choosing the next token: greedy, temperature, top-k, top-p.
+
+A token's random numbers come from the seed, its request's id and its index in the answer, so they
+depend neither on the other rows of a batch nor on the mesh.
+"""
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt
+
+from jaxmoe.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to choose a token.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the largest.
+        top_p: keeps a token while the probability of all larger ones is at most this.
+        top_k: keeps this many tokens; 0 keeps all.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise UserError(f"temperature {self.temperature} is below 0; use 0 for greedy.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} is not above 0 and at most 1; use 1 to keep all.")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} is below 0; use 0 to keep all.")
+
+
+def request_hash(request_id: object) -> np.uint32:
+    """A stable number for a request's id."""
+    return np.uint32(zlib.crc32(str(request_id).encode()))
+
+
+def sample(
+    sampling: Sampling,
+    logits: Float[Array, "B V"],
+    request: UInt[Array, "B"],
+    index: Int[Array, "B"],
+) -> Int[Array, "B"]:
+    """The next token of each row.
+
+    Args:
+        request: `request_hash` of the row's request.
+        index: how many tokens the row has generated before.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = keep_likely(sampling, logits / sampling.temperature)
+    seed = jax.random.key(sampling.seed)
+
+    def choose(row, request, index):
+        key = jax.random.fold_in(jax.random.fold_in(seed, request), index)
+        return jax.random.categorical(key, row).astype(jnp.int32)
+
+    return jax.vmap(choose)(logits, request, index)
+
+
+def keep_likely(sampling: Sampling, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """-inf for the tokens that top-k and top-p leave out."""
+    if sampling.top_p == 1 and not sampling.top_k:
+        return logits
+    order = jnp.argsort(-logits, axis=-1)
+    ordered = jnp.take_along_axis(logits, order, axis=-1)
+    probability = jax.nn.softmax(ordered, axis=-1)
+    kept = jnp.cumsum(probability, axis=-1) - probability <= sampling.top_p
+    if sampling.top_k:
+        kept &= jnp.arange(logits.shape[-1]) < sampling.top_k
+    kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.where(kept, logits, -jnp.inf)

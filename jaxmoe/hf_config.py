@@ -1,0 +1,340 @@
+"""Hugging Face `config.json` <-> `Llama4Config`, in every spelling that Llama 4 checkpoints use.
+
+Nothing is guessed: a size must be there, a key that is not known is refused by name.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxmoe.config import (
+    Attention,
+    FeedForward,
+    LayerKind,
+    Llama4Config,
+    RopeScaling,
+    layer_kinds,
+)
+from jaxmoe.errors import UserError
+
+ATTENTION_NAMES: dict[str, Attention] = {"chunked_attention": "local", "full_attention": "global"}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+ROPE_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+
+# Keys that say how the text model computes.
+TEXT_KEYS = frozenset(
+    """
+    num_hidden_layers num_local_experts num_experts_per_tok interleave_moe_layer_step moe_layers
+    no_rope_layers no_rope_layer_interval layer_types attention_chunk_size rope_theta
+    rope_scaling rope_parameters use_qk_norm attn_temperature_tuning floor_scale attn_scale
+    rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id
+    """.split()
+).union(SIZES)
+
+# Keys that change the model unless they have this value.
+FIXED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "pretraining_tp": (1,),
+    "per_layer_config": (None,),
+    "quantization_config": (None,),
+}
+
+# Keys without effect on the text model's forward pass: training, the vision side, and what
+# transformers keeps in every config (its bookkeeping and its generation defaults).
+IGNORED = frozenset(
+    """
+    attention_dropout router_aux_loss_coef router_jitter_noise output_router_logits
+    initializer_range use_cache for_llm_compressor cache_implementation
+
+    vision_config boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id
+    image_token_id
+
+    architectures model_type transformers_version dtype torch_dtype name_or_path _name_or_path
+    _commit_hash attn_implementation _attn_implementation _attn_implementation_autoset
+    experts_implementation unsloth_fixed unsloth_version auto_map tokenizer_class
+    return_dict output_hidden_states output_attentions output_scores return_dict_in_generate
+    torchscript use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward
+    is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size
+    tie_encoder_decoder tie_last_hidden_states id2label label2id num_labels problem_type
+    finetuning_task task_specific_params prefix sep_token_id decoder_start_token_id
+
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens
+    """.split()
+)
+
+TEXT_MODEL, NESTED_MODEL = "llama4_text", "llama4"
+
+
+def read_config(folder: str | Path) -> Llama4Config:
+    """The configuration of a Hugging Face checkpoint folder.
+
+    Raises:
+        UserError: if `config.json` is missing, is no JSON, or is not one that `from_hf` reads.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        mapping = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; is {folder} a model?") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}; download it again.") from None
+    if not isinstance(mapping, dict):
+        raise UserError(f"{path} holds no JSON object; download it again.")
+    return from_hf(mapping, source=str(path))
+
+
+def from_hf(mapping: Mapping[str, Any], source: str) -> Llama4Config:
+    """Reads a `config.json`, text-only or with the text model nested in `text_config`.
+
+    Accepts the keys of transformers 4.x (`rope_scaling`, `torch_dtype`) and 5.x (`rope_parameters`,
+    `dtype`, `layer_types`). Lists of layers win over the rules that would generate them.
+
+    Args:
+        mapping: the parsed JSON.
+        source: what error messages call it, usually the file's path.
+
+    Raises:
+        UserError: for an unknown or missing key, a value out of range, or keys that contradict.
+    """
+    outer = _Keys(mapping, source)
+    if mapping.get("model_type") not in (TEXT_MODEL, NESTED_MODEL):
+        outer.refuse("model_type", f"one of '{TEXT_MODEL}' and '{NESTED_MODEL}'")
+    text = outer
+    if "text_config" in mapping:
+        outer.check_known(extra=("text_config",))
+        if not isinstance(mapping["text_config"], Mapping):
+            outer.refuse("text_config", "an object")
+        text = _Keys(mapping["text_config"], f"{source}, text_config")
+    text.check_known()
+    return _text_config(text)
+
+
+def to_hf(config: Llama4Config, dtype: str) -> dict[str, Any]:
+    """The text-only `config.json` that transformers 4.51 and later, 5.x included, reads.
+
+    Args:
+        config: any configuration.
+        dtype: the name of the weights' dtype, such as `bfloat16`.
+    """
+    copied = TEXT_KEYS & set(Llama4Config.__dataclass_fields__) - {"rope_scaling"}
+    scaling = config.rope_scaling
+    local = [kind.attention == "local" for kind in config.layers]
+    moe = [i for i, kind in enumerate(config.layers) if kind.feed_forward == "moe"]
+    names = {attention: name for name, attention in ATTENTION_NAMES.items()}
+    return {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": TEXT_MODEL,
+        **{key: getattr(config, key) for key in sorted(copied)},
+        "num_hidden_layers": config.num_hidden_layers,
+        "no_rope_layers": [int(flag) for flag in local],  # 1: the layer does use rotary positions
+        "layer_types": [names[kind.attention] for kind in config.layers],
+        "moe_layers": moe,
+        "rope_scaling": {"rope_type": "llama3", **vars(scaling)} if scaling else None,
+        "eos_token_id": list(config.eos_token_ids),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "torch_dtype": dtype,
+    }
+
+
+class _Keys:
+    """A JSON object read key by key; every refusal names the file, the key and its value."""
+
+    def __init__(self, mapping: Mapping[str, Any], source: str):
+        self.mapping = mapping
+        self.source = source
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the key is there with a value other than null."""
+        return self.mapping.get(key) is not None
+
+    def refuse(self, key: str, expected: str) -> NoReturn:
+        if key not in self.mapping:
+            raise UserError(f"{self.source} lacks {key}; add it: {expected}.")
+        value = json.dumps(self.mapping[key], default=str)
+        raise UserError(f"{self.source} gives {key} the value {value}; expected {expected}.")
+
+    def check_known(self, extra: tuple[str, ...] = ()) -> None:
+        known = TEXT_KEYS | FIXED.keys() | IGNORED | set(extra)
+        for key in self.mapping:
+            if key not in known:
+                near = get_close_matches(key, known, n=1, cutoff=0)
+                raise UserError(
+                    f"{self.source} has the unknown key '{key}' (the nearest known one is "
+                    f"'{near[0]}'); remove it if the model does not depend on it."
+                )
+        if "quantization_config" in self:
+            raise UserError(
+                f"{self.source} has a quantization_config: quantized checkpoints cannot be read; "
+                "use the model's bfloat16 release."
+            )
+        for key, allowed in FIXED.items():
+            if key in self and self.mapping[key] not in allowed:
+                self.refuse(key, " or ".join(json.dumps(value) for value in allowed))
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        value = default if key not in self else self.mapping[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            self.refuse(key, f"an integer, {minimum} or more")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = default if key not in self else self.mapping[key]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.refuse(key, "a positive number")
+        if not 0 < value < math.inf:
+            self.refuse(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean; some configs store the number 4 for true."""
+        value = default if key not in self else self.mapping[key]
+        if type(value) not in (bool, int):
+            self.refuse(key, "true or false")
+        return bool(value)
+
+    def integers(self, key: str, allowed: range) -> list[int]:
+        value = self.mapping[key]
+        expected = f"a list of integers from {allowed[0]} to {allowed[-1]}"
+        if not isinstance(value, list):
+            self.refuse(key, expected)
+        if any(type(item) is not int or item not in allowed for item in value):
+            self.refuse(key, expected)
+        return value
+
+
+def _text_config(keys: _Keys) -> Llama4Config:
+    layers = _layers(keys)
+    has_moe = any(kind.feed_forward == "moe" for kind in layers)
+    fields: dict[str, Any] = dict(
+        **{key: keys.integer(key) for key in SIZES},
+        num_local_experts=keys.integer("num_local_experts", minimum=int(has_moe)),
+        num_experts_per_tok=max(1, keys.integer("num_experts_per_tok", 1, minimum=int(has_moe))),
+        layers=layers,
+        attention_chunk_size=_chunk(keys),
+        **_rope(keys),
+        use_qk_norm=keys.flag("use_qk_norm", True),
+        attn_temperature_tuning=keys.flag("attn_temperature_tuning", True),
+        floor_scale=keys.integer("floor_scale", Llama4Config.floor_scale),
+        attn_scale=keys.number("attn_scale", Llama4Config.attn_scale),
+        rms_norm_eps=keys.number("rms_norm_eps", Llama4Config.rms_norm_eps),
+        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
+        **_token_ids(keys),
+    )
+    try:
+        return Llama4Config(**fields)
+    except UserError as error:
+        raise UserError(f"{keys.source}: {error}") from None
+
+
+def _chunk(keys: _Keys) -> int | None:
+    """Absent means 8192; null means that local layers attend to everything earlier."""
+    if keys.mapping.get("attention_chunk_size", ...) is None:
+        return None
+    return keys.integer("attention_chunk_size", Llama4Config.attention_chunk_size)
+
+
+def _layers(keys: _Keys) -> tuple[LayerKind, ...]:
+    """Each layer's kind: lists where they are given, else Llama 4's rule."""
+    count = keys.integer("num_hidden_layers")
+    step = keys.integer("interleave_moe_layer_step", 1, minimum=0) or count + 1  # 0: all dense
+    rule = layer_kinds(count, keys.integer("no_rope_layer_interval", 4), step)
+    attention = _attention_kinds(keys, count) or [kind.attention for kind in rule]
+    feed_forward: list[FeedForward] = [kind.feed_forward for kind in rule]
+    if "moe_layers" in keys:
+        moe = keys.integers("moe_layers", range(count))
+        feed_forward = ["moe" if i in moe else "dense" for i in range(count)]
+    return tuple(LayerKind(a, f) for a, f in zip(attention, feed_forward, strict=True))
+
+
+def _attention_kinds(keys: _Keys, count: int) -> list[Attention] | None:
+    """From `no_rope_layers` (1: rotary, so local) or `layer_types`; None if neither says."""
+    by_rope: list[Attention] | None = None
+    by_type: list[Attention] | None = None
+    if keys.mapping.get("no_rope_layers"):
+        flags = keys.integers("no_rope_layers", range(2))
+        if len(flags) < count:
+            keys.refuse("no_rope_layers", f"an entry for each of the {count} layers")
+        by_rope = ["local" if flag else "global" for flag in flags[:count]]
+    if "layer_types" in keys:
+        types = keys.mapping["layer_types"]
+        expected = f"{count} of {' or '.join(ATTENTION_NAMES)}"
+        if not isinstance(types, list) or len(types) != count:
+            keys.refuse("layer_types", expected)
+        if any(name not in list(ATTENTION_NAMES) for name in types):
+            keys.refuse("layer_types", expected)
+        by_type = [ATTENTION_NAMES[name] for name in types]
+    if by_rope and by_type and by_rope != by_type:
+        keys.refuse("layer_types", "chunked_attention exactly where no_rope_layers has 1")
+    return by_rope or by_type
+
+
+def _rope(keys: _Keys) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, from the keys of transformers 4.x or 5.x."""
+    if "rope_scaling" in keys and "rope_parameters" in keys:
+        keys.refuse("rope_scaling", "null beside rope_parameters")
+    name = "rope_parameters" if "rope_parameters" in keys else "rope_scaling"
+    if name not in keys:
+        return {"rope_theta": keys.number("rope_theta", Llama4Config.rope_theta)}
+    if not isinstance(keys.mapping[name], Mapping):
+        keys.refuse(name, "an object or null")
+    rope = _Keys(keys.mapping[name], f"{keys.source}, {name}")
+    theta = (rope if "rope_theta" in rope else keys).number("rope_theta", Llama4Config.rope_theta)
+    return {"rope_theta": theta, "rope_scaling": _rope_scaling(rope)}
+
+
+def _rope_scaling(rope: _Keys) -> RopeScaling | None:
+    if set(rope.mapping) <= {"rope_theta"}:
+        return None
+    kind = "type" if "type" in rope and "rope_type" not in rope else "rope_type"
+    known = {"type", "rope_type", "rope_theta", "original_max_position_embeddings", *ROPE_FACTORS}
+    for key in rope.mapping:
+        if key not in known:
+            rope.refuse(key, f"no key but {', '.join(sorted(known))}")
+    if rope.mapping.get(kind) == "default":
+        return None
+    if rope.mapping.get(kind) != "llama3":
+        rope.refuse(kind, "'llama3' or 'default'")
+    factors = {key: rope.number(key) for key in ROPE_FACTORS}
+    if factors["low_freq_factor"] > factors["high_freq_factor"]:
+        rope.refuse("low_freq_factor", "at most high_freq_factor")
+    original = rope.integer("original_max_position_embeddings")
+    return RopeScaling(**factors, original_max_position_embeddings=original)
+
+
+def _token_ids(keys: _Keys) -> dict[str, Any]:
+    """Ids of special tokens; absent ones are Llama 4's, as far as the vocabulary has them."""
+    ids: dict[str, Any] = {}
+    if "bos_token_id" in keys:
+        ids["bos_token_id"] = keys.integer("bos_token_id", minimum=0)
+    if "eos_token_id" in keys:
+        is_list = isinstance(keys.mapping["eos_token_id"], list)
+        ids["eos_token_ids"] = (
+            tuple(keys.integers("eos_token_id", range(2**31)))
+            if is_list
+            else (keys.integer("eos_token_id", minimum=0),)
+        )
+    fallback = Llama4Config.pad_token_id
+    if fallback >= keys.mapping["vocab_size"]:
+        fallback = 0  # padding is masked out: any row of the embedding will do
+    pad = keys.mapping.get("pad_token_id")
+    ids["pad_token_id"] = fallback if pad in (None, -1) else keys.integer("pad_token_id", minimum=0)
+    return ids

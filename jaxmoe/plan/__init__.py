@@ -1,0 +1,1 @@
+"""What lands where and what fits: by formula, and by the compilers of absent hardware."""

@@ -1,0 +1,193 @@
+"""The Llama 4 chat format: messages in, token ids out.
+
+The text between two special tokens is that of the chat template published with the Hugging Face
+checkpoints. It is encoded here piece by piece, so that nothing a message says can become a special
+token. Where the template loses or garbles a message this module keeps it: an assistant turn with an
+empty list of tool calls, a system message of several text items, tools before a first user message
+that is a list of items, and tool call arguments that are already JSON text.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxmoe.errors import UserError
+from jaxmoe.text.tokenizer import BEGIN_OF_TEXT, Tokenizer
+
+type Json = Any  # what a JSON file may hold, checked here
+
+_HEADER_START = "<|header_start|>"
+_HEADER_END = "<|header_end|>"
+_END_OF_TURN = "<|eot|>"
+_PYTHON_START = "<|python_start|>"
+_PYTHON_END = "<|python_end|>"
+_NEEDED = (BEGIN_OF_TEXT, _HEADER_START, _HEADER_END, _END_OF_TURN)
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "ipython": "ipython",
+    "tool": "ipython",
+}
+
+_TOOLS_IN_SYSTEM = "Environment: ipython\n"
+# The missing space between the last two sentences is the published template's.
+_TOOLS_IN_USER = (
+    "Given the following functions, please respond with a JSON for a function call with its proper "
+    "arguments that best answers the given prompt.\n\n"
+    'Respond in the format {"name": function name, "parameters": dictionary of argument name and '
+    "its value}.Do not use variables.\n\n"
+)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    role: str
+    text: str
+    calls: str = ""
+
+
+def render(
+    messages: Json,
+    tokenizer: Tokenizer,
+    tools: Json = None,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """The token ids of a conversation, from the begin-of-text token on.
+
+    Args:
+        messages: a list of `{"role": ..., "content": ...}`; a role is system, user, assistant, or
+            ipython (also called tool) for the result of a tool. Content is a string or a list of
+            `{"type": "text", "text": ...}`; a tool's result may be any JSON value. An assistant
+            message may have `tool_calls`, each
+            `{"function": {"name": ..., "arguments": {...}}}`.
+        tokenizer: one that has the special tokens of the format.
+        tools: a list of JSON objects that describe functions, which go into the first user message.
+        add_generation_prompt: whether to open the assistant's turn at the end.
+
+    Raises:
+        UserError: the tokenizer has no chat format, or a message is not as described above.
+    """
+    _check_chat_format(tokenizer)
+    if not isinstance(messages, list) or not messages:
+        raise UserError("messages is not a list of at least one message; write it as one")
+    turns = [_turn(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    if turns[0].role == "system":
+        turns[0] = replace(turns[0], text=turns[0].text.strip())
+    if tools:
+        turns = _with_tools(turns, tools)
+    ids = [tokenizer.bos_id]
+    for turn in turns:
+        ids += _turn_ids(turn, tokenizer)
+    if add_generation_prompt:
+        ids += _header_ids("assistant", tokenizer) + tokenizer.encode("\n\n")
+    return ids
+
+
+def _check_chat_format(tokenizer: Tokenizer) -> None:
+    missing = [name for name in _NEEDED if name not in tokenizer.specials]
+    if missing:
+        raise UserError(
+            f"the model has no chat format: its tokenizer lacks {', '.join(missing)}; "
+            'use "prompt" instead of "messages"'
+        )
+
+
+def _turn_ids(turn: _Turn, tokenizer: Tokenizer) -> list[int]:
+    ids = _header_ids(turn.role, tokenizer)
+    if turn.calls:
+        ids += [
+            *tokenizer.encode("\n\n"),
+            tokenizer.special(_PYTHON_START),
+            *tokenizer.encode(turn.text),
+            tokenizer.special(_PYTHON_END),
+            *tokenizer.encode(turn.calls),
+        ]
+    else:
+        # One text, since a leading newline of the content merges with the header's.
+        ids += tokenizer.encode("\n\n" + turn.text)
+    return [*ids, tokenizer.special(_END_OF_TURN)]
+
+
+def _header_ids(role: str, tokenizer: Tokenizer) -> list[int]:
+    start, end = tokenizer.special(_HEADER_START), tokenizer.special(_HEADER_END)
+    return [start, *tokenizer.encode(role), end]
+
+
+def _with_tools(turns: list[_Turn], tools: Json) -> list[_Turn]:
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError("tools is not a list of JSON objects; describe each function by one object")
+    system, rest = turns[:1], turns[1:]
+    if system[0].role != "system":
+        system, rest = [], turns
+    if not rest or rest[0].role != "user":
+        raise UserError("tools go into the first user message; begin with one, or a system message")
+    listed = "".join(_json(tool, indent=4) + "\n\n" for tool in tools)
+    user = replace(rest[0], text=_TOOLS_IN_USER + listed + rest[0].text.strip())
+    return [*(replace(turn, text=_TOOLS_IN_SYSTEM + turn.text) for turn in system), user, *rest[1:]]
+
+
+def _turn(message: Json, where: str) -> _Turn:
+    if not isinstance(message, dict) or str(message.get("role")) not in _ROLES:
+        raise UserError(f"{where} has no known role; give it one of {', '.join(_ROLES)}")
+    role, content = _ROLES[str(message["role"])], message.get("content")
+    calls = _calls(message.get("tool_calls") or [], where)
+    if calls and role != "assistant":
+        raise UserError(f"{where} has tool calls, which only an assistant makes; remove them")
+    _refuse_images(content, where)
+    if content is None and calls:
+        content = ""
+    if content is None:
+        raise UserError(f"{where} has no content; give it a text")
+    text = _json(content) if role == "ipython" else _text(content, where)
+    return _Turn(role, text, calls)
+
+
+def _refuse_images(content: Json, where: str) -> None:
+    items = content if isinstance(content, list) else [content]
+    if any(isinstance(item, dict) and "image" in str(item.get("type")) for item in items):
+        raise UserError(f"{where} holds an image; images are not supported yet, so send only text")
+
+
+def _text(content: Json, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(_is_text_item(item) for item in content):
+        return "".join(item["text"] for item in content)
+    raise UserError(
+        f'{where} has content that is neither a string nor a list of {{"type": "text", '
+        '"text": ...}; write it as one of these'
+    )
+
+
+def _is_text_item(item: Json) -> bool:
+    match item:
+        case {"type": "text", "text": str()}:
+            return True
+    return False
+
+
+def _calls(calls: Json, where: str) -> str:
+    """The JSON of each tool call, one after the other without a separator."""
+    if not isinstance(calls, list):
+        raise UserError(f"{where} has tool_calls that are not a list; write them as one")
+    return "".join(_call(call, where) for call in calls)
+
+
+def _call(call: Json, where: str) -> str:
+    match call:
+        case {"function": {"name": str(name), "arguments": dict(arguments)}}:
+            parameters = _json(arguments)
+        case {"function": {"name": str(name), "arguments": str(parameters)}}:
+            pass
+        case _:
+            raise UserError(
+                f"{where} has a tool call that is not "
+                '{"function": {"name": ..., "arguments": {...}}}; write it so'
+            )
+    return f'{{"name": {_json(name)}, "parameters": {parameters}}}'
+
+
+def _json(value: Json, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)

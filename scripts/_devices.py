@@ -1,0 +1,60 @@
+"""The flags that choose devices, mesh and dtype, and loading a checkpoint onto them."""
+
+import argparse
+import os
+import sys
+
+import jax
+from rich.console import Console
+
+from jaxmoe.checkpoint import store
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.plan.layout import layout_table
+from jaxmoe.text import Tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mesh",
+        metavar="SPEC",
+        help="axes and sizes, as in expert=4,sequence=2, or a YAML file; default: data=-1",
+    )
+    parser.add_argument(
+        "--cpu-devices", type=int, metavar="N", help="simulate N devices on the CPU"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="compute in this; default: as stored"
+    )
+
+
+def start(args: argparse.Namespace) -> jax.sharding.Mesh:
+    """Starts JAX as the flags say and returns the mesh."""
+    if not os.path.exists("/dev/nvidiactl"):
+        # A compiler for absent GPUs may be installed, and JAX would complain about their driver.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    if args.cpu_devices is not None:
+        if args.cpu_devices < 1:
+            raise UserError(f"--cpu-devices {args.cpu_devices} is below 1.")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    return MeshConfig.parse(args.mesh or "data=-1").make()
+
+
+def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Config, dict]:
+    """The checkpoint's configuration and parameters, laid out over the mesh."""
+    if mesh.size > 1 and sys.stderr.isatty():
+        Console(stderr=True).print(layout_table(store.read_config(args.checkpoint), mesh))
+    return store.load(args.checkpoint, mesh, args.dtype)
+
+
+def tokenizer(checkpoint: str) -> Tokenizer | None:
+    """The checkpoint's tokenizer, or None if it has none."""
+    if not os.path.isdir(checkpoint):
+        raise UserError(f"{checkpoint} is no folder; give one that convert.py wrote.")
+    if not any(os.path.exists(os.path.join(checkpoint, file)) for file in TOKENIZER_FILES):
+        return None
+    return Tokenizer.load(checkpoint)

@@ -1,0 +1,94 @@
+#!/usr/bin/env python
+"""Generates text from a checkpoint: one prompt to the terminal, or many as JSON lines."""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+
+import _devices
+import jax
+from _cli import run, task_progress
+
+from jaxmoe.errors import UserError
+from jaxmoe.generate import jobs
+from jaxmoe.generate.engine import Request, generate
+from jaxmoe.generate.sampling import Sampling
+from jaxmoe.text import StreamDecoder
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="folder that convert.py wrote")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--prompts", metavar="FILE.jsonl")
+    parser.add_argument("--output", metavar="FILE.jsonl")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=0.9, metavar="P")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument(
+        "--rows", type=int, default=8, metavar="N", help="requests at once, at most"
+    )
+    _devices.add_flags(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    mesh = _devices.start(args)
+    sampling = Sampling(
+        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
+    )
+    tokenizer = _devices.tokenizer(args.checkpoint)
+    requests = _requests(args, tokenizer)
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(jobs.output_file(args.output)) if args.output else None
+        config, params = _devices.load(args, mesh)
+        stack.enter_context(jax.set_mesh(mesh))
+        stream = generate(config, params, requests, sampling, rows=args.rows)
+        show = _stream_text if args.prompt is not None else _show_progress
+        for record in show(jobs.finished(stream, tokenizer), requests, tokenizer, args):
+            if output is not None or args.prompts is not None:
+                print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
+
+
+def _requests(args, tokenizer):
+    if args.prompts is not None:
+        return jobs.read_requests(args.prompts, tokenizer, args.max_new_tokens)
+    if tokenizer is None:
+        raise UserError(f"{args.checkpoint} has no tokenizer; use --prompts with tokens.")
+    tokens = tuple(tokenizer.encode(args.prompt, bos=True))
+    return [Request("0", tokens, args.max_new_tokens)]
+
+
+def _stream_text(stream, requests, tokenizer, args):
+    """Prints text as it comes: the prompt and the closing line on stderr, the answer on stdout."""
+    print(args.prompt, end="", file=sys.stderr, flush=True)
+    decoder, first, count = StreamDecoder(tokenizer), None, 0
+    for token, record in stream:
+        first, count = first or time.perf_counter(), count + 1
+        print(decoder.push(token.token), end="", flush=True)
+        if record is not None:
+            print(decoder.flush())
+            rate = (count - 1) / max(time.perf_counter() - first, 1e-9)
+            print(f"[{count} tokens, {rate:.1f} tokens/s, {token.finish_reason}]", file=sys.stderr)
+            yield record
+
+
+def _show_progress(stream, requests, tokenizer, args):
+    """A bar over the tokens asked for; a request that stops early completes its share."""
+    budget = sum(request.max_new_tokens for request in requests)
+    with task_progress("Generating", budget, "tokens") as advance:
+        for token, record in stream:
+            advance(1)
+            if record is not None:
+                advance(token.request.max_new_tokens - len(record["tokens"]))
+                yield record
+
+
+if __name__ == "__main__":
+    run(main)
