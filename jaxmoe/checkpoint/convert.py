@@ -2,16 +2,20 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from jaxmoe.checkpoint.names import StoredTensor, match_names, stored_tensors
 from jaxmoe.checkpoint.reader import SafetensorsFolder
-from jaxmoe.checkpoint.store import RESULT, Writer, copy_companions, prepared
+from jaxmoe.checkpoint.store import (
+    RESULT,
+    Progress,
+    Writer,
+    copy_companions,
+    no_progress,
+    prepared,
+)
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +27,7 @@ class Report:
     left_out: int
 
 
-def convert(
-    source: str | Path, output: str | Path, progress: Progress = lambda done, total: None
-) -> Report:
+def convert(source: str | Path, output: str | Path, progress: Progress = no_progress) -> Report:
     """Converts a Hugging Face checkpoint, text-only or multimodal, to one that `store.load` reads.
 
     Every tensor keeps its dtype and its bytes. Vision tensors are left out. All names, shapes and

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmoe.checkpoint.convert import Progress, Report
+from jaxmoe.checkpoint.convert import Report
 from jaxmoe.checkpoint.names import StoredTensor, stored_tensors
 from jaxmoe.checkpoint.reader import DTYPES, INDEX, SINGLE
-from jaxmoe.checkpoint.store import RESULT, copy_companions, open_arrays, prepared, read_slice
+from jaxmoe.checkpoint.store import (
+    RESULT,
+    Progress,
+    copy_companions,
+    no_progress,
+    open_arrays,
+    prepared,
+    read_slice,
+)
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import to_hf
 
@@ -21,9 +29,7 @@ SHARD_BYTES = 5 * 10**9
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def export(
-    checkpoint: str | Path, output: str | Path, progress: Progress = lambda done, total: None
-) -> Report:
+def export(checkpoint: str | Path, output: str | Path, progress: Progress = no_progress) -> Report:
     """Writes a checkpoint in the text-only Hugging Face layout that transformers reads.
 
     One file, or shards of at most 5 GB (or of one tensor) and their index. Every tensor keeps its

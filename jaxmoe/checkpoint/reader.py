@@ -161,7 +161,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
         if any(file.is_relative_to(parent) for parent in allowed):
             return folder / path
     raise UserError(
-        f"{index} names the file '{name}', which lies outside {folder}; do not trust it."
+        f"{index} names the file {name!r}, which lies outside {folder}; do not trust it."
     )
 
 

@@ -9,18 +9,21 @@ Maverick layer are 10 GB. Orbax's layout without OCDBT is a plain Zarr array in
 `state/<dotted name>`, so `Writer` fills such arrays block by block, lets Orbax write a tree of
 placeholders, and puts the arrays in their place. All of it happens beside the output under another
 name; before the last rename there is nothing that Orbax or `load` would take for a checkpoint.
+TensorStore reads them too, one device's share at a time, where Orbax holds many at once.
 """
 
+import collections
 import contextlib
 import importlib.metadata
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
@@ -28,14 +31,14 @@ from orbax.checkpoint import v1 as ocp
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import from_hf, to_hf
-from jaxmoe.model.params import abstract_params, is_spec, map_specs, named_specs, param_specs
+from jaxmoe.model.params import abstract_params, map_specs, named_specs, param_specs
 
 FORMAT = 1
 KEY = "jaxmoe"  # of the custom metadata
 STATE = "state"  # the folder that Orbax gives to the tree of `ocp.save`
+MARKER = "_CHECKPOINT_METADATA"  # Orbax's own file in every finished checkpoint
 RESULT = "result"  # in a workspace: what becomes the output
 CHUNK_BYTES = 2**20  # read at once: less than any device's share of a large parameter
-READ_BYTES = 512 * 2**20  # in flight while loading, unless one device's share is larger
 
 COMPANIONS = (  # files that travel with the weights
     "tokenizer.json",
@@ -46,6 +49,13 @@ COMPANIONS = (  # files that travel with the weights
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+def no_progress(done: int, total: int) -> None:
+    """For callers that do not watch."""
 
 
 def workspace_of(output: Path) -> Path:
@@ -160,19 +170,55 @@ def read_config(path: str | Path) -> Llama4Config:
     Raises:
         UserError: if `path` is no finished checkpoint, or of a newer format.
     """
-    return _config(_open(Path(path)), Path(path))
+    path = Path(path)
+    if not (path / MARKER).is_file():
+        raise UserError(f"{path} is no finished checkpoint; make one with scripts/convert.py.")
+    with _quiet(), _readable(path):
+        found = ocp.metadata(str(path.resolve()))
+    metadata = cast(dict, found.custom_metadata or {}).get(KEY)
+    if metadata is None:
+        raise UserError(f"{path} is not from this project; make one with scripts/convert.py.")
+    if metadata["format"] > FORMAT:
+        raise UserError(f"{path} was written by jaxmoe {metadata['version']}; update jaxmoe.")
+    return from_hf(metadata["config"], source=str(path))
 
 
-def load(path: str | Path, mesh: jax.sharding.Mesh, dtype: Any = None) -> tuple[Llama4Config, dict]:
+def open_arrays(path: str | Path) -> tuple[Llama4Config, dict[str, ts.TensorStore]]:
+    """The configuration and every parameter's array by dotted name, to be read in slices.
+
+    Raises:
+        UserError: as `read_config`, or if an array is missing or contradicts the configuration.
+    """
+    path = Path(path)
+    config = read_config(path)
+    arrays = {}
+    for name, spec in named_specs(config).items():
+        with _readable(path / STATE / name):
+            arrays[name] = ts.open(_spec(path.resolve() / STATE / name)).result()
+        if arrays[name].shape != spec.shape:
+            raise UserError(
+                f"{path} holds {name} with shape {arrays[name].shape}, but its config says "
+                f"{spec.shape}; convert it again."
+            )
+    return config, arrays
+
+
+def load(
+    path: str | Path,
+    mesh: jax.sharding.Mesh,
+    dtype: Any = None,
+    progress: Progress = no_progress,
+) -> tuple[Llama4Config, dict]:
     """Loads a checkpoint straight into the sharding that `mesh` gives each parameter.
 
-    Each host reads the shares of its own devices. Beyond the parameters, memory holds the shares
-    in flight: `READ_BYTES`, or the largest share of one parameter on one device.
+    Each host reads the shares of its own devices, one share after the other: beyond the parameters
+    themselves, memory holds one device's share of one parameter.
 
     Args:
         path: a checkpoint folder.
         mesh: the devices, with the axes of `jaxmoe.mesh`.
         dtype: what to cast to while reading; None keeps the dtype of each array.
+        progress: called after every parameter.
 
     Returns:
         The configuration, and parameters as `param_specs` declares them.
@@ -180,35 +226,28 @@ def load(path: str | Path, mesh: jax.sharding.Mesh, dtype: Any = None) -> tuple[
     Raises:
         UserError: if the checkpoint is unfinished or damaged, or the mesh does not divide it.
     """
-    path = Path(path)
-    found = _open(path)
-    config = _config(found, path)
+    config, arrays = open_arrays(path)
     targets, structure = jax.tree.flatten(abstract_params(config, mesh))
-    arrays = _check_arrays(found, config, path)
-    abstract = [
-        jax.ShapeDtypeStruct(target.shape, dtype or array.dtype, sharding=target.sharding)
-        for target, array in zip(targets, arrays, strict=True)
-    ]
-    context = ocp.Context()
-    largest = max(map(_read_bytes, targets, arrays))
-    context.memory_options.read_concurrent_bytes = max(READ_BYTES, largest + 1)
-    with context, _quiet(), _readable(path):
-        params = ocp.load(str(path.resolve()), structure.unflatten(abstract))
-    return config, cast(dict, params)
+    total = sum(array.size * array.dtype.numpy_dtype.itemsize for array in arrays.values())
+    params, done = [], 0
+    for target, array in zip(targets, arrays.values(), strict=True):
+        params.append(_load_array(array, target.sharding, dtype))
+        done += array.size * array.dtype.numpy_dtype.itemsize
+        progress(done, total)
+    return config, structure.unflatten(params)
 
 
-def open_arrays(path: str | Path) -> tuple[Llama4Config, dict[str, ts.TensorStore]]:
-    """The arrays of a checkpoint by dotted name, to be read in slices with `read_slice`.
-
-    Raises:
-        UserError: as `load`.
-    """
-    path = Path(path)
-    found = _open(path)
-    config = _config(found, path)
-    _check_arrays(found, config, path)
-    names = named_specs(config)
-    return config, {name: ts.open(_spec(path.resolve() / STATE / name)).result() for name in names}
+def _load_array(array: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
+    source = array if dtype is None else ts.cast(array, ts.dtype(jnp.dtype(dtype)))
+    devices_of = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        devices_of[index].append(device)
+    shares = []
+    for index, devices in devices_of.items():
+        with _readable(_path(array)):
+            share = source[index].read(order="C").result()
+        shares += jax.block_until_ready([jax.device_put(share, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shares)
 
 
 def read_slice(
@@ -276,48 +315,6 @@ def _save(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
     context.array_options.saving.use_ocdbt = False  # plain arrays: see the module's docstring
     with context, _quiet():
         ocp.save(str(path), tree, custom_metadata={KEY: metadata}, overwrite=path.exists())
-
-
-def _open(path: Path) -> ocp.CheckpointMetadata:
-    """Orbax's description of a checkpoint."""
-    if not ocp.is_orbax_checkpoint(str(path.resolve())):
-        raise UserError(f"{path} is no finished checkpoint; make one with scripts/convert.py.")
-    with _quiet(), _readable(path):
-        return ocp.metadata(str(path.resolve()))
-
-
-def _config(found: ocp.CheckpointMetadata, path: Path) -> Llama4Config:
-    metadata = cast(dict, found.custom_metadata or {}).get(KEY)
-    if metadata is None:
-        raise UserError(f"{path} is not from this project; make one with scripts/convert.py.")
-    if metadata["format"] > FORMAT:
-        raise UserError(f"{path} was written by jaxmoe {metadata['version']}; update jaxmoe.")
-    return from_hf(metadata["config"], source=str(path))
-
-
-def _check_arrays(found: ocp.CheckpointMetadata, config: Llama4Config, path: Path) -> list[Any]:
-    """What Orbax says of each parameter, in the order of `named_specs`."""
-    specs = named_specs(config)
-    structure = jax.tree.structure(param_specs(config), is_leaf=is_spec)
-    try:
-        arrays = structure.flatten_up_to(found.metadata)
-    except ValueError:
-        raise UserError(f"{path} lacks parameters of its own config; convert it again.") from None
-    for (name, spec), array in zip(specs.items(), arrays, strict=True):
-        if tuple(array.shape) != spec.shape:
-            raise UserError(
-                f"{path} holds {name} with shape {tuple(array.shape)}, but its config says "
-                f"{spec.shape}; convert it again."
-            )
-    return arrays
-
-
-def _read_bytes(target: jax.ShapeDtypeStruct, array: Any) -> int:
-    """What one device's share occupies while it is read: all chunks that it touches."""
-    share = target.sharding.shard_shape(target.shape)
-    chunk = array.storage_metadata.chunk_shape
-    touched = ((-(-s // c) + bool(s % c)) * c for s, c in zip(share, chunk, strict=True))
-    return math.prod(touched) * array.dtype.itemsize
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Next-token training: data, loss, optimizer, and the loop around them."""

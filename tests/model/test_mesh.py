@@ -1,0 +1,103 @@
+"""The same answer on any mesh of eight simulated devices, and gradients too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.errors import UserError
+from jaxmoe.evaluate import token_logits
+from jaxmoe.generate.engine import Request, generate
+from jaxmoe.generate.sampling import Sampling
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.transformer import forward, positions_of, unembed
+
+MESHES = [
+    "data=8",
+    "fsdp=4",
+    "expert=8",
+    "sequence=4",
+    "tensor=4",
+    "expert=4,sequence=2",
+    "data=2,fsdp=2,tensor=2",
+]
+LENGTH = 60
+
+
+@pytest.fixture(scope="module")
+def batch(small):
+    tokens = np.random.default_rng(5).integers(0, small.config.vocab_size, (4, LENGTH), np.int32)
+    segments = np.ones((4, LENGTH), np.int32)
+    segments[1, :7], segments[2, 25:] = 0, 2
+    return tokens, segments
+
+
+@pytest.fixture(scope="module")
+def on_one_device(small, batch):
+    return token_logits(small.config, small.params, *batch), sampled(small, small.params)
+
+
+def sampled(model, params):
+    prompts = [[1, 2, 3], list(range(30)), [9] * 17]
+    requests = [Request(str(i), tuple(prompt), 12) for i, prompt in enumerate(prompts)]
+    written = {request.id: [] for request in requests}
+    settings = Sampling(temperature=1.0, top_p=0.9, seed=4)
+    for token in generate(model.config, params, requests, settings, rows=2, stop_ids=()):
+        written[token.request.id].append(token.token)
+    return written
+
+
+def make_mesh(text):
+    sizes = MeshConfig.parse(text)
+    count = int(np.prod([getattr(sizes, axis) for axis in sizes.__dataclass_fields__]))
+    return sizes.make(jax.devices()[:count])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_logits_and_sampled_tokens(small, batch, on_one_device, mesh):
+    logits, tokens = on_one_device
+    mesh = make_mesh(mesh)
+    params = small.on(mesh)
+    with jax.set_mesh(mesh):
+        assert abs(token_logits(small.config, params, *batch) - logits).max() < 1e-5
+        assert sampled(small, params) == tokens
+
+
+@pytest.mark.parametrize("mesh", ["sequence=8", "expert=2,sequence=2,tensor=2"])
+def test_segments_and_decode(small, batch, on_one_device, mesh):
+    """Prefill segments that the sequence axis does and does not divide, then single tokens."""
+    mesh = make_mesh(mesh)
+    with jax.set_mesh(mesh):
+        path = {"prefill_segment": 24, "decode_from": 52}
+        logits = token_logits(small.config, small.on(mesh), *batch, **path)
+    assert abs(logits - on_one_device[0]).max() < 1e-5
+
+
+def gradients(model, params, batch):
+    tokens, segments = (jnp.asarray(x) for x in batch)
+
+    @jax.jit
+    def grad(params):
+        def loss(params):
+            out = forward(model.config, params, tokens, positions_of(segments), segments)
+            log_p = jax.nn.log_softmax(unembed(model.config, params, out.hidden))
+            return -jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], -1).mean()
+
+        return jax.grad(loss)(params)
+
+    return jax.tree.map(np.asarray, grad(params))
+
+
+def test_gradients(small, batch):
+    expected = gradients(small, small.params, batch)
+    mesh = make_mesh("fsdp=2,expert=2,sequence=2")
+    with jax.set_mesh(mesh):
+        ours = gradients(small, small.on(mesh), batch)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(ours), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * max(1e-2, abs(one).max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["tensor=8", "expert=3"])
+def test_mesh_that_does_not_divide_names_the_axis(small, mesh):
+    with pytest.raises(UserError, match=f"{mesh} does not divide"):
+        small.on(make_mesh(mesh))

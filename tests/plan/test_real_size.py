@@ -1,0 +1,59 @@
+"""Scout and Maverick at full size, as shapes: counted, lowered, and compiled for absent GPUs."""
+
+import jax
+import pytest
+
+from jaxmoe.config import PRESETS
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.cache import round_capacity
+from jaxmoe.model.params import num_params
+from jaxmoe.plan.absent import absent_h100s, compiler_options
+from jaxmoe.plan.layout import device_bytes, layout_table
+from jaxmoe.plan.steps import abstract_arguments, lower_step
+
+PARAMETERS = {"scout": 107_769_861_120, "maverick": 400_711_848_960}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_count(name):
+    assert num_params(PRESETS[name]) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("tokens", [1, 8192], ids=["decode", "prefill"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_lowers_at_full_size(name, tokens):
+    mesh = MeshConfig.parse("expert=4,tensor=2").make()
+    arguments = abstract_arguments(
+        PRESETS[name], mesh, rows=1, tokens=tokens, capacity=round_capacity(131072, mesh)
+    )
+    lowered = lower_step(PRESETS[name], mesh, arguments)
+    logits, cache = lowered.out_info
+    assert logits.shape == (1, 202048)
+    assert len(cache.layers) == 48
+
+
+@pytest.mark.absent_gpu
+@pytest.mark.parametrize("name, mesh", [("scout", "tensor=8"), ("maverick", "expert=8")])
+def test_decode_step_compiles_for_eight_h100s(name, mesh):
+    """Argument bytes are the formula's, the cache is updated in place, temporaries are small."""
+    config, mesh = PRESETS[name], MeshConfig.parse(mesh).make(absent_h100s(8))
+    arguments = abstract_arguments(
+        config, mesh, rows=8, tokens=1, capacity=round_capacity(131072, mesh)
+    )
+    compiled = lower_step(config, mesh, arguments).compile(compiler_options())
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes == device_bytes(arguments)
+    assert memory.alias_size_in_bytes == device_bytes(arguments[-1])
+    assert memory.temp_size_in_bytes < 3 * 2**30
+
+
+def test_layout_table_covers_every_byte():
+    mesh = MeshConfig.parse("expert=4,tensor=2").make()
+    config = PRESETS["maverick"]
+    table = layout_table(config, mesh)
+    arguments = abstract_arguments(config, mesh, rows=1, tokens=1, capacity=64)
+    total = list(table.columns[-1].cells)[-1]
+    assert total == f"{device_bytes(arguments[0]) / 2**20:,.1f}"
+    assert sum(int(cell) for cell in list(table.columns[1].cells)[:-1]) == len(
+        jax.tree.leaves(arguments[0])
+    )
