@@ -136,23 +136,35 @@ def to_hf(config: Llama4Config, dtype: str) -> dict[str, Any]:
     """
     copied = TEXT_KEYS & set(Llama4Config.__dataclass_fields__) - {"rope_scaling"}
     scaling = config.rope_scaling
-    local = [kind.attention == "local" for kind in config.layers]
-    moe = [i for i, kind in enumerate(config.layers) if kind.feed_forward == "moe"]
     names = {attention: name for name, attention in ATTENTION_NAMES.items()}
+    nope = [kind.attention == "global" for kind in config.layers]
+    moe = [kind.feed_forward == "moe" for kind in config.layers]
+    intervals = {  # beside the lists, for readers that only know the rules
+        "no_rope_layer_interval": _interval(nope),
+        "interleave_moe_layer_step": _interval(moe),
+    }
     return {
         "architectures": ["Llama4ForCausalLM"],
         "model_type": TEXT_MODEL,
         **{key: getattr(config, key) for key in sorted(copied)},
         "num_hidden_layers": config.num_hidden_layers,
-        "no_rope_layers": [int(flag) for flag in local],  # 1: the layer does use rotary positions
+        **{key: interval for key, interval in intervals.items() if interval},
+        "no_rope_layers": [int(not flag) for flag in nope],  # 1: the layer is rotary
         "layer_types": [names[kind.attention] for kind in config.layers],
-        "moe_layers": moe,
+        "moe_layers": [i for i, flag in enumerate(moe) if flag],
         "rope_scaling": {"rope_type": "llama3", **vars(scaling)} if scaling else None,
         "eos_token_id": list(config.eos_token_ids),
         "hidden_act": "silu",
         "attention_bias": False,
         "torch_dtype": dtype,
     }
+
+
+def _interval(flags: list[bool]) -> int | None:
+    """The n for which every n-th flag is set and no other; None if there is none."""
+    first = [*flags, True].index(True) + 1
+    regular = [(i + 1) % first == 0 for i in range(len(flags))]
+    return first if flags == regular else None
 
 
 class _Keys:

@@ -232,6 +232,22 @@ def test_written_configs_are_read_back(config):
     assert written["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    "layers, interval, step",
+    [
+        (layer_kinds(48), 4, 1),
+        (layer_kinds(48, moe_step=2), 4, 2),
+        (layer_kinds(3, moe_step=9), 4, 4),  # none: beyond the last layer
+        (layer_kinds(8)[1:], None, 1),
+    ],
+)
+def test_written_rules_agree_with_the_lists(layers, interval, step):
+    """Some readers know the rules only."""
+    written = to_hf(dataclasses.replace(SCOUT, layers=layers), "bfloat16")
+    assert written.get("no_rope_layer_interval") == interval
+    assert written.get("interleave_moe_layer_step") == step
+
+
 def test_written_temperature_is_a_bool():
     """Transformers 5 refuses the integer that some published configs have."""
     assert (

@@ -9,18 +9,20 @@ Maverick layer are 10 GB. Orbax's layout without OCDBT is a plain Zarr array in
 `state/<dotted name>`, so `Writer` fills such arrays block by block, lets Orbax write a tree of
 placeholders, and puts the arrays in their place. All of it happens beside the output under another
 name; before the last rename there is nothing that Orbax or `load` would take for a checkpoint.
-TensorStore reads them too, one device's share at a time, where Orbax holds many at once.
+TensorStore reads them too: one device's share at a time, where Orbax holds many, and what is
+damaged is named.
 """
 
 import collections
 import contextlib
 import importlib.metadata
+import json
 import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +82,12 @@ def prepared(output: Path) -> Iterator[Path]:
         UserError: as `workspace_of`, or if the file system refuses.
     """
     workspace = workspace_of(output)
-    try:
+    with _writable(output):
         workspace.mkdir(parents=True)
-        yield workspace
-        (workspace / RESULT).rename(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror or error}.") from error
+    try:
+        with _writable(output):
+            yield workspace
+            (workspace / RESULT).rename(output.resolve())
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
 
@@ -171,13 +173,7 @@ def read_config(path: str | Path) -> Llama4Config:
         UserError: if `path` is no finished checkpoint, or of a newer format.
     """
     path = Path(path)
-    if not (path / MARKER).is_file():
-        raise UserError(f"{path} is no finished checkpoint; make one with scripts/convert.py.")
-    with _quiet(), _readable(path):
-        found = ocp.metadata(str(path.resolve()))
-    metadata = cast(dict, found.custom_metadata or {}).get(KEY)
-    if metadata is None:
-        raise UserError(f"{path} is not from this project; make one with scripts/convert.py.")
+    metadata = _read_metadata(path)
     if metadata["format"] > FORMAT:
         raise UserError(f"{path} was written by jaxmoe {metadata['version']}; update jaxmoe.")
     return from_hf(metadata["config"], source=str(path))
@@ -317,18 +313,34 @@ def _save(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
         ocp.save(str(path), tree, custom_metadata={KEY: metadata}, overwrite=path.exists())
 
 
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """What `_metadata` wrote; Orbax would open every array to give it."""
+    convert = "make one with scripts/convert.py"
+    try:
+        return json.loads((path / MARKER).read_text())["custom_metadata"][KEY]
+    except OSError:
+        raise UserError(f"{path} is no finished checkpoint; {convert}.") from None
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is not from this project; {convert}.") from None
+    except ValueError as error:
+        raise UserError(f"{path / MARKER} is no JSON ({error}); convert again.") from None
+
+
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns the errors of Orbax and TensorStore about files into a UserError."""
+def _writable(path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
-        root = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        if not isinstance(root, (ValueError, OSError)):  # such as running out of memory
-            raise
-        raise UserError(f"{path} is damaged: {_reason(root)}; convert it again.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns TensorStore's errors into a UserError; running out of memory stays what it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {_reason(error)}; convert it again.") from error
 
 
 def _reason(error: Exception) -> str:

@@ -28,8 +28,8 @@ SHARD = "model-00002-of-00003.safetensors"
 @pytest.fixture
 def small_blocks(monkeypatch):
     """As for real sizes, every tensor is written in several blocks of several chunks."""
-    monkeypatch.setattr(names, "BLOCK_BYTES", 5000)
-    monkeypatch.setattr(store, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(names, "BLOCK_BYTES", 20000)
+    monkeypatch.setattr(store, "CHUNK_BYTES", 4000)
 
 
 def weights(dtype="float32", config=CONFIG):

@@ -81,7 +81,8 @@ def folder(tmp_path):
 
 
 def test_peak_memory_of_converting_and_loading_2_gb(folder):
+    """Half a gigabyte over the model is about one share, and what the allocator keeps."""
     size = write_sparse_checkpoint(folder / "hf")
     assert size > 2e9
     assert measure(CONVERT, folder / "hf", folder / "orbax") < 600e6
-    assert measure(LOAD, folder / "orbax") < 1.15 * size
+    assert measure(LOAD, folder / "orbax") < size + 500e6

@@ -40,8 +40,8 @@ def pristine(tmp_path_factory, weights):
     """A checkpoint of several blocks and chunks an array; not to be changed."""
     folder = tmp_path_factory.mktemp("pristine")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(names, "BLOCK_BYTES", 5000)
-        patch.setattr(store, "CHUNK_BYTES", 1000)
+        patch.setattr(names, "BLOCK_BYTES", 20000)
+        patch.setattr(store, "CHUNK_BYTES", 4000)
         convert(tiny.write_checkpoint(folder / "hf", CONFIG, weights, 2), folder / "orbax")
     return folder / "orbax"
 
@@ -122,11 +122,20 @@ def _assert_same(a, b):
     assert a == b
 
 
-def test_load_casts(pristine, weights):
+def test_load_casts_up(pristine, weights):
     _, params = store.load(pristine, mesh("tensor=2"), dtype="float32")
     wanted = jax.tree.map(lambda leaf: leaf.astype(np.float32), expected(weights))
     assert_equal_trees(params, wanted)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_load_casts_down_to_the_nearest(tmp_path):
+    full = tiny.random_tensors(CONFIG, seed=3)
+    convert(tiny.write_checkpoint(tmp_path / "hf", CONFIG, full), tmp_path / "orbax")
+    _, params = store.load(tmp_path / "orbax", mesh(), dtype=jnp.bfloat16)
+    assert_equal_trees(
+        params, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), expected(full))
+    )
 
 
 def test_load_keeps_the_dtype_of_each_array(tmp_path, weights):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
@@ -15,6 +16,7 @@ from jaxmoe.model.cache import (
     restart_rows,
     round_capacity,
 )
+from jaxmoe.model.transformer import Llama4
 from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.steps import abstract_arguments, lower_step
 from pallas_kernels.attention import Coords
@@ -80,10 +82,6 @@ def test_decode_updates_the_cache_in_place(small, mesh):
 
 
 def test_the_module_owns_the_same_parameters(small):
-    from flax import nnx
-
-    from jaxmoe.model.transformer import Llama4
-
     model = Llama4.init(small.config, nnx.Rngs(0))
     assert jax.tree.structure(model.params()) == jax.tree.structure(small.params)
     tokens, segments = jnp.ones((1, 5), jnp.int32), jnp.ones((1, 5), jnp.int32)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -57,7 +58,7 @@ def test_temperature_at_every_chunk_edge():
     where = np.unique(np.concatenate([edges - 2, edges - 1, edges, [0, LAST]]))
     where = where[where <= LAST].astype(np.int32)
     expected = [1 + 0.1 * math.log((p + 1) // 8192 + 1) for p in where.tolist()]
-    np.testing.assert_allclose(temperature(SCOUT, where[None])[0], expected, rtol=2e-7)
+    np.testing.assert_allclose(temperature(SCOUT, jnp.asarray(where[None]))[0], expected, rtol=2e-7)
 
 
 @pytest.mark.parametrize(
@@ -65,5 +66,5 @@ def test_temperature_at_every_chunk_edge():
     [(8190, 1.0), (8191, 1.069315), (16383, 1.109861), (1048575, 1.485981), (LAST, 1.715540)],
 )
 def test_temperature_values(position, scale):
-    ours = temperature(SCOUT, np.array([[position]], np.int32))[0, 0]
+    ours = temperature(SCOUT, jnp.array([[position]]))[0, 0]
     assert abs(float(ours) - scale) < 1e-6

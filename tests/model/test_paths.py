@@ -1,5 +1,7 @@
 """Padded and packed batches by every path against the NumPy reference, where transformers errs."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,9 +67,6 @@ def test_packing_changes_nothing(small, expected):
 def test_bfloat16_follows_the_reference(small, expected):
     """Rounding, and now and then a token whose expert flips, but the same likeliest token."""
     tokens, segments, logits = expected
-    import jax
-    import jax.numpy as jnp
-
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small.params)
     ours = token_logits(small.config, params, tokens, segments, decode_from=40)
     real = segments != 0

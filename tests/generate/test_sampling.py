@@ -1,0 +1,150 @@
+"""Sampling: which tokens are kept, how often each is taken, and that nobody else matters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.errors import UserError
+from jaxmoe.generate.sampling import Sampling, keep_likely, request_hash, sample
+
+CHI_SQUARE_999 = {3: 16.27, 15: 37.70}  # exceeded once in 1000 by chance; degrees of freedom
+QUARTERS = [0.0, 0.0, 0.0, 0.0]  # four tokens of probability exactly 1/4
+LOGITS = np.log(np.array([0.4, 0.1, 0.3, 0.2], np.float32))
+
+
+run = jax.jit(sample, static_argnums=0)
+
+
+def kept(logits, **options):
+    row = keep_likely(Sampling(**options), jnp.array([logits]))[0]
+    return np.flatnonzero(np.isfinite(row)).tolist()
+
+
+def drawn(sampling, logits, request, index):
+    """Tokens of rows that share `logits`; `request` and `index` broadcast."""
+    request, index = np.broadcast_arrays(np.asarray(request, np.uint32), np.asarray(index))
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (len(request), len(logits)))
+    return np.asarray(run(sampling, rows, jnp.asarray(request), jnp.asarray(index, jnp.int32)))
+
+
+def assert_frequencies(counts, probabilities):
+    """Pearson's test of counts against probabilities, none of them zero."""
+    counts, expected = np.ravel(counts), np.sum(counts) * np.ravel(probabilities)
+    assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE_999[counts.size - 1]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "tokens"),
+    [(0.01, [0]), (0.24, [0]), (0.25, [0, 1]), (0.5, [0, 1, 2]), (0.74, [0, 1, 2])],
+)
+def test_top_p_keeps_a_token_while_the_mass_before_it_is_at_most_p(top_p, tokens):
+    """At 0.5 the mass before the third token is exactly 0.5; the mass with it is 0.75."""
+    assert kept(QUARTERS, top_p=top_p) == tokens
+
+
+def test_top_p_goes_by_probability_not_by_place():
+    assert kept(LOGITS, top_p=0.5) == [0, 2]
+    assert kept(LOGITS, top_p=0.75) == [0, 2, 3]
+    assert kept(LOGITS, top_p=1.0) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "tokens"), [(1, [0]), (2, [0, 2]), (3, [0, 2, 3]), (9, [0, 1, 2, 3])]
+)
+def test_top_k_keeps_the_largest(top_k, tokens):
+    assert kept(LOGITS, top_p=1.0, top_k=top_k) == tokens
+
+
+def test_the_stricter_of_top_k_and_top_p_decides():
+    assert kept(LOGITS, top_p=0.1, top_k=3) == [0]
+    assert kept(LOGITS, top_p=0.99, top_k=2) == [0, 2]
+
+
+def test_top_p_sees_the_probabilities_after_temperature():
+    """At temperature 4 the first token's share falls below one half, so a second one is kept."""
+    logits = np.log([0.75, 0.15, 0.1])
+    requests = np.arange(2000)
+    assert set(drawn(Sampling(temperature=1.0, top_p=0.5), logits, requests, 0)) == {0}
+    assert set(drawn(Sampling(temperature=4.0, top_p=0.5), logits, requests, 0)) == {0, 1}
+
+
+def test_temperature_zero_takes_the_largest_and_the_first_of_equals():
+    logits = jnp.array([[1.0, 3.0, 2.0], [5.0, 5.0, 4.0], [-9.0, -9.5, -8.0]])
+    rows = jnp.arange(3, dtype=jnp.uint32), jnp.zeros(3, jnp.int32)
+    tokens = sample(Sampling(temperature=0.0, top_p=0.01), logits, *rows)
+    assert tokens.tolist() == [1, 0, 2]
+    assert tokens.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_the_probabilities(temperature):
+    """Of many requests, each once."""
+    tokens = drawn(Sampling(temperature=temperature, top_p=1.0), LOGITS, np.arange(20_000), 0)
+    weights = np.exp(LOGITS / temperature)
+    assert_frequencies(np.bincount(tokens, minlength=4), weights / weights.sum())
+
+
+def test_what_is_kept_keeps_its_proportions():
+    logits = np.append(LOGITS, [-4.0, -5.0])  # left out by top-k
+    tokens = drawn(Sampling(temperature=1.0, top_p=1.0, top_k=4), logits, np.arange(20_000), 0)
+    assert tokens.max() < 4
+    assert_frequencies(np.bincount(tokens, minlength=4), np.exp(LOGITS))
+
+
+@pytest.mark.parametrize(
+    "change", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["seed", "request", "index"]
+)
+def test_draws_do_not_depend_on_one_another(change):
+    """Pairs of draws, of which only the seed, the request or the index differs, are independent."""
+
+    def draw(seed, request, index):
+        sampling = Sampling(temperature=1.0, top_p=1.0, seed=seed)
+        return drawn(sampling, LOGITS, 2 * np.arange(20_000) + request, 7 + index)
+
+    pairs = np.histogram2d(draw(0, 0, 0), draw(*change), bins=(4, 4))[0]
+    assert_frequencies(pairs, np.outer(np.exp(LOGITS), np.exp(LOGITS)))
+
+
+def test_tokens_of_one_request_follow_the_probabilities():
+    """Catches an index that does not reach the random numbers."""
+    tokens = drawn(
+        Sampling(temperature=1.0, top_p=1.0), LOGITS, request_hash("a"), np.arange(20_000)
+    )
+    assert_frequencies(np.bincount(tokens, minlength=4), np.exp(LOGITS))
+
+
+def test_neighbours_and_row_order_do_not_matter():
+    rng, sampling = np.random.default_rng(0), Sampling(temperature=1.0, top_p=0.95, top_k=40)
+    logits = jnp.asarray(rng.standard_normal((16, 64)), jnp.float32)
+    request = jnp.array([request_hash(f"request {i}") for i in range(16)])
+    index = jnp.asarray(rng.integers(0, 100, 16), jnp.int32)
+    together = run(sampling, logits, request, index)
+    order = rng.permutation(16)
+    turned = run(sampling, logits[order], request[order], index[order])
+    np.testing.assert_array_equal(turned, together[order])
+    for i in (0, 9):
+        alone = run(sampling, *(x[i : i + 1] for x in (logits, request, index)))
+        assert alone.tolist() == [together[i]]
+
+
+def test_the_hash_of_an_id_is_stable():
+    """Python's own hash of a string changes from run to run. The number is CRC-32's check value."""
+    assert request_hash("123456789") == 0xCBF43926
+    assert request_hash(123456789) == 0xCBF43926
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": -0.1}, "temperature -0.1"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.01}, "top_p 1.01"),
+        ({"top_p": float("nan")}, "top_p nan"),
+        ({"top_k": -1}, "top_k -1"),
+    ],
+)
+def test_impossible_options_are_refused(options, words):
+    with pytest.raises(UserError, match=words):
+        Sampling(**options)

@@ -1,0 +1,88 @@
+"""Equal to transformers on configurations drawn at random: `make oracle`.
+
+`JAXMOE_ORACLE_SEED` repeats a run; the seed of each draw is in its test's output and in failures.
+"""
+
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmoe.checkpoint.export import export
+from jaxmoe.evaluate import token_logits
+from jaxmoe.generate.engine import Request, generate
+from jaxmoe.generate.sampling import Sampling
+from tests import tiny
+from tests.conftest import load_tiny, one_device
+from tests.oracle import draw
+
+pytestmark = pytest.mark.oracle
+
+DRAWS = 20
+NEW_TOKENS = 24
+SEED = int(os.environ.get("JAXMOE_ORACLE_SEED") or random.SystemRandom().randrange(10**6))
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """A function that asks a process of the oracle's environment."""
+    python = os.environ.get("JAXMOE_ORACLE_PYTHON")
+    if not python:
+        pytest.fail("JAXMOE_ORACLE_PYTHON is not set; run `make oracle`, which sets it")
+    print(f"\nJAXMOE_ORACLE_SEED={SEED}")
+    command = [python, str(Path(__file__).with_name("server.py"))]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+
+        def ask(checkpoint, folder, tokens, decode_from):
+            request = {"checkpoint": str(checkpoint), "decode_from": decode_from}
+            request |= {"tokens": str(folder / "in.npz"), "output": str(folder / "out.npz")}
+            np.savez(request["tokens"], tokens=tokens)
+            process.stdin.write(json.dumps(request | {"greedy": NEW_TOKENS}) + "\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            assert not answer, answer
+            return np.load(request["output"])
+
+        yield ask
+        process.stdin.close()
+
+
+def greedy(model, prompts):
+    requests = [Request(str(i), tuple(row.tolist()), NEW_TOKENS) for i, row in enumerate(prompts)]
+    written = {request.id: [] for request in requests}
+    with jax.set_mesh(one_device()):
+        settings = Sampling(temperature=0.0)
+        for token in generate(model.config, model.params, requests, settings, stop_ids=()):
+            written[token.request.id].append(token.token)
+    return list(written.values())
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + DRAWS))
+def test_random_configuration(seed, transformers, tmp_path):
+    hf_config, tokens, info = draw.draw(seed)
+    start = info["decode_from"]
+    model = load_tiny(tmp_path, hf_config, tiny.random_tensors(hf_config, info["weights_seed"]))
+    theirs = transformers(tmp_path / "hf", tmp_path, tokens, start)
+    full = token_logits(model.config, model.params, tokens)
+    assert abs(full - theirs["full"]).max() < 1e-4
+    decode = token_logits(model.config, model.params, tokens, decode_from=start)
+    assert abs(decode - theirs["decode"]).max() < 1e-4
+    np.testing.assert_array_equal(greedy(model, tokens[:, :start]), theirs["greedy"])
+
+
+@pytest.mark.parametrize("name", ["scout", "maverick"])
+def test_exported_files_are_read_by_transformers(name, request, transformers, tmp_path):
+    """What export writes, config.json included, means the same to transformers."""
+    model = request.getfixturevalue(name)
+    export(model.checkpoint, tmp_path / "exported")
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 50), np.int32)
+    theirs = transformers(tmp_path / "exported", tmp_path, tokens, 20)
+    ours = token_logits(model.config, model.params, tokens)
+    assert abs(ours - theirs["full"]).max() < 1e-4
