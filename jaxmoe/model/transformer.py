@@ -18,7 +18,8 @@ from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import constrain, constrain_param
 from jaxmoe.model.attention import Step, attention, start_step
 from jaxmoe.model.cache import Cache, LayerCache
-from jaxmoe.model.layers import linear, rms_norm, swiglu
+from jaxmoe.model.embedding import embed, unembed
+from jaxmoe.model.layers import rms_norm, swiglu
 from jaxmoe.model.moe import Routing, moe
 from jaxmoe.model.params import init_params, layer_specs, map_specs
 from pallas_kernels.attention import Coords
@@ -55,8 +56,7 @@ def forward(
     step, cache = start_step(config, Coords(positions, segment_ids), cache)
     entries = cache.layers if cache is not None else [None] * len(config.layers)
     run_layer = _remat_layer if remat else _jit_layer
-    table = constrain_param(params["embed"], ("vocab", "embed"))
-    x = constrain(table[tokens], "batch", "length", None)
+    x = constrain(embed(params["embed"], tokens), "batch", "length", None)
     new_entries, routing = [], []
     for kind, p, entry in zip(config.layers, params["layers"], entries, strict=True):
         x, entry, routed = run_layer(config, kind, p, x, step, entry)
@@ -91,19 +91,6 @@ def decoder_layer(
 # Layers of one kind are traced once and called many times.
 _jit_layer = jax.jit(decoder_layer, static_argnums=(0, 1))
 _remat_layer = jax.checkpoint(decoder_layer, static_argnums=(0, 1))
-
-
-def unembed(
-    config: Llama4Config, params: dict, hidden: Float[Array, "*batch D"]
-) -> Float[Array, "*batch V"]:
-    """Logits, float32."""
-    if config.tie_word_embeddings:
-        table = constrain_param(params["embed"], ("vocab", "embed"))
-        logits = linear("...D,VD->...V", hidden, table)
-    else:
-        head = constrain_param(params["lm_head"], ("embed", "vocab"))
-        logits = linear("...D,DV->...V", hidden, head)
-    return logits.astype(jnp.float32)
 
 
 def positions_of(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:

@@ -30,6 +30,13 @@ class DataConfig:
     batch_size: int
     held_out_every: int = 0
 
+    def __post_init__(self):
+        if self.length < 2 or self.batch_size < 1:
+            raise UserError(
+                f"data length={self.length}, batch_size={self.batch_size}: a row has 2 tokens or "
+                "more, and a batch one row or more."
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:

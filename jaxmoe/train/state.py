@@ -68,8 +68,9 @@ class SavedStates:
     def open(cls, folder: Path) -> Iterator["SavedStates"]:
         """Waits at its end until the last state is on disk."""
         newest = ocp.training.preservation_policies.LatestN(1)
-        path = str(folder.resolve())
-        with ocp.training.Checkpointer(path, preservation_policy=newest) as checkpointer:
+        with ocp.training.Checkpointer(
+            str(folder.resolve()), preservation_policy=newest, cleanup_tmp_directories=True
+        ) as checkpointer:
             yield cls(checkpointer)
 
     def newest(self, abstract: TrainState) -> TrainState | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def train(config: TrainConfig, mesh: jax.sharding.Mesh, source: str) -> Iterator
         source: what error messages call the config, usually its file.
 
     Yields:
-        The records, also those of steps that were done before.
+        Each record as it is written.
 
     Raises:
         UserError: for a bad model, data that is too short, or an output that is not this run's.
@@ -53,11 +54,12 @@ def train(config: TrainConfig, mesh: jax.sharding.Mesh, source: str) -> Iterator
     abstract = abstract_state(model, optimizer, mesh)
     with SavedStates.open(folder / "states") as states:
         state = states.newest(abstract) or init_state(model, optimizer, mesh, config.seed)
-        log = MetricsLog(folder / "metrics.jsonl", int(state.step))
-        yield from log.records
+        metrics = folder / "metrics.jsonl"
+        _cut_back(metrics, int(state.step))
         for state, record in _steps(config, model, optimizer, tokens, state):
             if record:
-                log.append(record)
+                with open(metrics, "a") as file:
+                    file.write(json.dumps(record) + "\n")
                 yield record
             if _every(config.save_every, int(state.step)):
                 states.save(state)
@@ -193,29 +195,22 @@ def _claim(folder: Path, config: TrainConfig) -> None:
 
 
 def _finish(config: TrainConfig, model: Llama4Config, params: dict) -> None:
-    """Writes the checkpoint that the other scripts read, tokenizer included."""
-    output = Path(config.output) / "checkpoint"
+    """Writes the checkpoint that the other scripts read; nothing is left to resume from."""
+    folder = Path(config.output)
     params = jax.tree.map(lambda p: p.astype(config.checkpoint_dtype), params)
-    store.save(output, model, params)
+    store.save(folder / "checkpoint", model, params)
     if config.tokenizer is not None:
-        store.copy_companions(Path(config.tokenizer), output)
+        store.copy_companions(Path(config.tokenizer), folder / "checkpoint")
+    shutil.rmtree(folder / "states")
 
 
 def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
 
 
-class MetricsLog:
-    """A JSON Lines file of records, cut back to the step that a run resumes from."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.records: list[Record] = [json.loads(line) for line in kept]
-
-    def append(self, record: Record) -> None:
-        """Adds a record; it is on disk when this returns."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+def _cut_back(metrics: Path, step: int) -> None:
+    """Removes the records of steps that will be taken again, and a line cut short."""
+    if metrics.exists():
+        lines = metrics.read_text().splitlines(keepends=True)
+        whole = (line for line in lines if line.endswith("}\n"))
+        metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))

@@ -1,0 +1,42 @@
+"""Tokens to vectors and vectors to logits, with the vocabulary spread over the mesh."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxmoe import mesh as meshes
+from jaxmoe.config import Llama4Config
+from jaxmoe.model.layers import linear
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Rows of the table; each device looks up the tokens of its part of the vocabulary."""
+    mesh = meshes.current_mesh()
+    if mesh is None:
+        return table[tokens]
+    vocab = meshes.RULES["vocab"]
+
+    def body(table, tokens):
+        index = tokens - lax.axis_index(vocab) * table.shape[0]
+        here = (index >= 0) & (index < table.shape[0])
+        found = table[jnp.where(here, index, 0)]
+        return lax.psum(jnp.where(here[..., None], found, 0), vocab)
+
+    out_spec = meshes.activation_spec(mesh, ("batch", "length", None), (*tokens.shape, 1))
+    token_spec = meshes.activation_spec(mesh, ("batch", "length"), tokens.shape)
+    in_specs = (meshes.param_spec_at_use(("vocab", "embed")), token_spec)
+    return meshes.per_device(body, in_specs, out_spec)(table, tokens)
+
+
+def unembed(
+    config: Llama4Config, params: dict, hidden: Float[Array, "*batch D"]
+) -> Float[Array, "*batch V"]:
+    """Logits, float32."""
+    if config.tie_word_embeddings:
+        table = meshes.constrain_param(params["embed"], ("vocab", "embed"))
+        logits = linear("...D,VD->...V", hidden, table)
+    else:
+        head = meshes.constrain_param(params["lm_head"], ("embed", "vocab"))
+        logits = linear("...D,DV->...V", hidden, head)
+    return logits.astype(jnp.float32)

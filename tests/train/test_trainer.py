@@ -1,0 +1,168 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.checkpoint import store
+from jaxmoe.errors import UserError
+from jaxmoe.hf_config import from_hf
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.params import init_params
+from jaxmoe.train import data
+from jaxmoe.train.config import DataConfig, OptimizerConfig, TrainConfig
+from jaxmoe.train.optimizer import make_optimizer
+from jaxmoe.train.state import init_state
+from jaxmoe.train.trainer import held_out_loss, make_step, train
+from tests import tiny
+from tests.conftest import one_device
+
+MODEL = tiny.scout_like(
+    num_hidden_layers=2,
+    no_rope_layer_interval=2,  # one local layer, one global
+    hidden_size=32,
+    intermediate_size=32,
+    num_local_experts=4,
+    vocab_size=32,
+    attention_chunk_size=8,
+    bos_token_id=0,
+    eos_token_id=[1],
+    pad_token_id=2,
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Thirty steps on documents that count: 0 5 6 7 ... 20, over and over."""
+    np.save(tmp_path / "tokens.npy", np.tile([0, *range(5, 21)], 100))
+    return TrainConfig(
+        model=MODEL,
+        data=DataConfig(
+            tokens=str(tmp_path / "tokens.npy"), length=32, batch_size=4, held_out_every=10
+        ),
+        optimizer=OptimizerConfig(peak_lr=0.01, warmup_steps=5),
+        output=str(tmp_path / "run"),
+        steps=30,
+        log_every=1,
+        save_every=10,
+    )
+
+
+def run(config, stop_after=None):
+    """The records of a run, which is dropped after some step, as if killed."""
+    mesh, records = one_device(), []
+    with jax.set_mesh(mesh):
+        for record in train(config, mesh, "test"):
+            records.append(record)
+            if record["step"] == stop_after:
+                break
+    return records
+
+
+def logged(config):
+    lines = open(f"{config.output}/metrics.jsonl").read().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def without_speed(records):
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+
+
+def test_training_learns_and_a_killed_run_resumes_to_the_same_parameters(config, tmp_path):
+    killed = dataclasses.replace(config, output=str(tmp_path / "killed"))
+    records = run(config)
+    assert [r["step"] for r in records] == list(range(1, 31))
+    assert records[0]["loss"] > 3 > 0.5 > records[-1]["loss"]  # ln(32) = 3.47
+    assert records[-1]["held_out_loss"] < 0.5
+    assert all(r["dropped"] == 0 for r in records)
+
+    run(killed, stop_after=17)
+    resumed = run(killed)
+    assert [r["step"] for r in resumed] == list(range(11, 31))
+    assert without_speed(logged(killed)) == without_speed(records) == without_speed(logged(config))
+    params = [store.load(f"{c.output}/checkpoint", one_device())[1] for c in (config, killed)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    with pytest.raises(UserError, match="holds a finished run"):
+        run(killed)
+
+
+def test_an_output_of_another_run_is_refused(config, tmp_path):
+    run(dataclasses.replace(config, steps=1))
+    (tmp_path / "run" / "checkpoint").rename(tmp_path / "checkpoint")
+    with pytest.raises(UserError, match="a run of another config"):
+        run(config)
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(UserError, match="is no training run"):
+        run(config)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(config):
+    np.save(config.data.tokens, np.arange(200))
+    with pytest.raises(UserError, match=r"tokens\.npy holds token 199.*vocab_size is 32"):
+        run(config)
+
+
+def test_a_bad_model_is_refused_by_key(config):
+    bad = dataclasses.replace(config, model={**MODEL, "hiden_size": 3})
+    with pytest.raises(UserError, match=r"test, model.*hiden_size"):
+        run(bad)
+
+
+def first_losses(config, mesh, steps=3):
+    """The losses of the first steps, and the state after them."""
+    model = from_hf(config.model, "test")
+    optimizer = make_optimizer(config.optimizer, model, config.steps)
+    tokens = data.read_tokens(config.data.tokens)
+    with jax.set_mesh(mesh):
+        state = init_state(model, optimizer, mesh, config.seed)
+        step = make_step(config, model, optimizer)
+        results = []
+        for i in range(steps):
+            batch = data.training_batch(tokens, 0, length=32, rows=4, seed=0, step=i)
+            state, result, _ = step(state, *batch)
+            results.append(float(result.total))
+    return results, state
+
+
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,expert=2", "sequence=2,tensor=4"])
+def test_training_is_the_same_on_any_mesh(config, mesh):
+    alone, _ = first_losses(config, one_device())
+    spread, state = first_losses(config, MeshConfig.parse(mesh).make())
+    np.testing.assert_allclose(spread, alone, rtol=1e-5)
+    moments = jax.tree.leaves(state.optimizer)
+    query = state.params["layers"][0]["attention"]["q"]
+    alike = [m for m in moments if m.shape == query.shape]
+    assert alike and all(m.sharding == query.sharding for m in alike)
+
+
+def test_bfloat16_computes_roughly_the_same_and_trains_float32(config):
+    exact, _ = first_losses(config, one_device())
+    rounded, state = first_losses(dataclasses.replace(config, dtype="bfloat16"), one_device())
+    assert rounded != exact
+    np.testing.assert_allclose(rounded, exact, rtol=0.02)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(state)}
+    assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_the_step_reuses_the_memory_of_the_state(config):
+    model = from_hf(config.model, "test")
+    optimizer = make_optimizer(config.optimizer, model, config.steps)
+    rows = jax.ShapeDtypeStruct((4, 32), jnp.int32)
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        state = init_state(model, optimizer, mesh, seed=0)
+        compiled = make_step(config, model, optimizer).lower(state, rows, rows).compile()
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes == nbytes
+
+
+def test_held_out_loss_does_not_depend_on_the_batch(config):
+    model = from_hf(config.model, "test")
+    params = init_params(model, jax.random.key(1))
+    tokens = np.asarray(data.read_tokens(config.data.tokens))[:130]
+    wide = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8))
+    losses = [held_out_loss(c, model, params, tokens=tokens) for c in (config, wide)]
+    np.testing.assert_allclose(losses[0]["held_out_loss"], losses[1]["held_out_loss"], rtol=1e-6)
+    assert held_out_loss(config, model, params, tokens=tokens[:0]) == {}
