@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 
 import jax
 from rich.console import Console
@@ -45,9 +44,13 @@ def start(args: argparse.Namespace) -> jax.sharding.Mesh:
 
 
 def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Config, dict]:
-    """The checkpoint's configuration and parameters, laid out over the mesh."""
-    if mesh.size > 1 and sys.stderr.isatty():
-        Console(stderr=True).print(layout_table(store.read_config(args.checkpoint), mesh))
+    """The checkpoint's configuration and parameters, laid out over the mesh.
+
+    With --mesh, first prints what lands where.
+    """
+    if args.mesh:
+        config = store.read_config(args.checkpoint)
+        Console(stderr=True).print(layout_table(config, mesh, args.dtype or "bfloat16"))
     return store.load(args.checkpoint, mesh, args.dtype)
 
 

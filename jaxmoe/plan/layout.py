@@ -6,11 +6,12 @@ import re
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from rich import box
 from rich.table import Table
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.mesh import axis_size, check_divides, param_spec, sharding
-from jaxmoe.model.params import named_specs
+from jaxmoe.model.params import ParamSpec, named_specs
 
 
 def device_bytes(tree) -> int:
@@ -27,18 +28,18 @@ def layout_table(config: Llama4Config, mesh: Mesh, dtype=jnp.bfloat16) -> Table:
         UserError: if the mesh does not divide a parameter.
     """
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    table = Table(title=f"Parameters on {mesh.size} device(s): {sizes or 'one'}")
-    for column in ("parameter", "count", "shape", "spread over", "MiB a device"):
-        table.add_column(
-            column, justify="right" if "MiB" in column or column == "count" else "left"
-        )
+    title = f"Parameters on {mesh.size} device(s): {sizes or 'one'}"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
+    for column in ("parameter", "n", "shape", "spread over", "MiB each"):
+        number = column in ("n", "MiB each")
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
     total = 0
     for pattern, (count, spec) in _kinds(config).items():
         check_divides(pattern, spec.shape, spec.axes, mesh)
         place = sharding(mesh, param_spec(spec.axes))
         nbytes = count * math.prod(place.shard_shape(spec.shape)) * jnp.dtype(dtype).itemsize
         total += nbytes
-        shape = " x ".join(map(str, spec.shape))
+        shape = "x".join(map(str, spec.shape))
         table.add_row(
             pattern, str(count), shape, _spread(mesh, spec.axes), f"{nbytes / 2**20:,.1f}"
         )
@@ -47,18 +48,12 @@ def layout_table(config: Llama4Config, mesh: Mesh, dtype=jnp.bfloat16) -> Table:
     return table
 
 
-def _kinds(config: Llama4Config) -> dict:
+def _kinds(config: Llama4Config) -> dict[str, tuple[int, ParamSpec]]:
     """Parameters that differ only in their layer, as pattern -> (how many, spec)."""
-    kinds: dict = {}
+    kinds: dict[str, tuple[int, ParamSpec]] = {}
     for name, spec in named_specs(config).items():
-        pattern = re.sub(r"^layers\.\d+\.", "layers.*.", name)
-        count, known = kinds.get(pattern, (0, spec))
-        if known != spec:  # the dense and the MoE layers of one model
-            pattern, count = (
-                f"{pattern} {spec.shape}",
-                kinds.get(f"{pattern} {spec.shape}", (0,))[0],
-            )
-        kinds[pattern] = (count + 1, spec)
+        pattern = re.sub(r"^layers\.\d+\.", "*.", name)
+        kinds[pattern] = (kinds.get(pattern, (0, spec))[0] + 1, spec)
     return kinds
 
 
