@@ -1,6 +1,5 @@
 """Tokens to vectors and vectors to logits, with the vocabulary spread over the mesh."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int

@@ -43,7 +43,7 @@ def absent_h100s(count: int) -> list[jax.Device]:
 
 
 def compiler_options() -> dict[str, str | int]:
-    """For `.compile()`: no GPU to try kernels on, and the assembler of the nvidia-cuda-nvcc wheel."""
+    """For `.compile()`: no kernels are tried out, and nvidia-cuda-nvcc's assembler is used."""
     options: dict[str, str | int] = {"xla_gpu_autotune_level": 0}
     found = importlib.util.find_spec("nvidia.cu13")
     for folder in (found.submodule_search_locations or []) if found else []:

@@ -12,7 +12,7 @@ from jaxmoe.generate.engine import Request, generate
 from jaxmoe.generate.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from tests import reference, tiny
-from tests.conftest import load_tiny
+from tests.conftest import load_tiny, one_device
 
 CONTEXT = 57
 GREEDY = Sampling(temperature=0.0)
@@ -39,15 +39,16 @@ def requests():
     ]
 
 
-def run(model, requests, sampling, params=None, **options):
+def run(model, requests, sampling, *, params=None, mesh=None, **options):
     """Answers as (tokens, finish reason) by request id."""
     options = {"rows": 3, "segment": 8, "stop_ids": ()} | options
     answers, reasons = collections.defaultdict(list), {}
-    for token in generate(model.config, params or model.params, requests, sampling, **options):
-        assert token.request.id not in reasons, "a token after the last"
-        answers[token.request.id].append(token.token)
-        if token.finish_reason:
-            reasons[token.request.id] = token.finish_reason
+    with jax.set_mesh(mesh or one_device()):
+        stream = generate(model.config, params or model.params, requests, sampling, **options)
+        for request, token, reason in stream:
+            assert request.id not in reasons, "a token after the last"
+            answers[request.id].append(token)
+            reasons |= {request.id: reason} if reason else {}
     return {id: (answers[id], reasons[id]) for id in answers}
 
 
@@ -139,16 +140,14 @@ def test_the_models_own_stop_tokens_are_the_default(model, requests, naive):
     order = np.arange(model.config.vocab_size)
     order[[spoken, stop]] = stop, spoken
     params = model.params | {"lm_head": model.params["lm_head"][:, order]}
-    got = run(model, requests[:3], GREEDY, params, stop_ids=None)
+    got = run(model, requests[:3], GREEDY, params=params, stop_ids=None)
     assert got[requests[0].id] == ([tokens[0], stop] if tokens[0] != spoken else [stop], "stop")
 
 
 @pytest.mark.parametrize("spec", ["expert=4,sequence=2", "data=2,fsdp=2,tensor=2"])
 def test_sampled_tokens_are_the_same_on_any_mesh(model, requests, sampled, spec):
     mesh = MeshConfig.parse(spec).make()
-    params = model.on(mesh)
-    with jax.set_mesh(mesh):
-        assert run(model, requests, SAMPLED, params, rows=4) == sampled
+    assert run(model, requests, SAMPLED, params=model.on(mesh), mesh=mesh, rows=4) == sampled
 
 
 def test_no_requests_no_tokens(model):
