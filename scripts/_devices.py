@@ -4,6 +4,7 @@ import argparse
 import os
 
 import jax
+from _cli import byte_progress
 from rich.console import Console
 
 from jaxmoe.checkpoint import store
@@ -51,7 +52,8 @@ def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Confi
     if args.mesh:
         config = store.read_config(args.checkpoint)
         Console(stderr=True).print(layout_table(config, mesh, args.dtype or "bfloat16"))
-    return store.load(args.checkpoint, mesh, args.dtype)
+    with byte_progress("Loading") as progress:
+        return store.load(args.checkpoint, mesh, args.dtype, progress)
 
 
 def tokenizer(checkpoint: str) -> Tokenizer | None:

@@ -31,7 +31,7 @@ def rms_norm(
     x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float
 ) -> Float[Array, "... D"]:
     """RMSNorm; the normalized value is rounded before the weight multiplies it."""
-    return rms_normalize(x, eps) * weight
+    return (rms_normalize(x, eps) * weight).astype(x.dtype)
 
 
 def swiglu(p: dict, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:

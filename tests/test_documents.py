@@ -1,0 +1,27 @@
+"""The README's code runs, and its figures are those of the committed JSON."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from jaxmoe.checkpoint.convert import convert
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import tables
+
+
+def test_tables_are_made_from_the_json():
+    readme = (ROOT / "README.md").read_text()
+    assert readme == tables.filled(readme)
+    assert json.loads((ROOT / "benchmarks" / "cpu.json").read_text())["same_tokens"]
+
+
+def test_ten_lines_of_python(tmp_path, monkeypatch, capsys):
+    convert(ROOT / "demo" / "model", tmp_path / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    assert len(code.strip().splitlines()) <= 11
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) > 3
