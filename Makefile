@@ -11,6 +11,8 @@ VENV_ORACLE = .venv-oracle
 BUILD = build
 
 python = $(VENV)/bin/python
+in_parallel = --numprocesses 2 --dist loadfile
+ORACLE_SEED := $(or $(JAXMOE_ORACLE_SEED),$(shell date +%s))
 with_oracle = JAXMOE_ORACLE_PYTHON="$(abspath $(VENV_ORACLE))/bin/python"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # The environment has the compiler for absent GPUs but not CUDA's libraries, and JAX would complain.
@@ -26,7 +28,7 @@ demo: $(VENV)/.project $(BUILD)/demo.converted
 	    --mesh expert=4,sequence=2 --cpu-devices 8 --max-new-tokens 120 --temperature 0
 
 test: $(VENV)/.project
-	$(python) -m pytest -m "not oracle"
+	$(python) -m pytest -m "not oracle" $(in_parallel)
 
 lint: $(VENV)/.project
 	$(python) -m ruff check
@@ -34,7 +36,8 @@ lint: $(VENV)/.project
 	$(python) -m pyrefly check --python-interpreter-path $(python)
 
 oracle: $(VENV)/.project $(VENV_ORACLE)/.locked
-	$(with_oracle) $(python) -m pytest -m oracle
+	@echo "JAXMOE_ORACLE_SEED=$(ORACLE_SEED)"
+	@$(with_oracle) JAXMOE_ORACLE_SEED=$(ORACLE_SEED) $(python) -m pytest -m oracle --numprocesses 2
 
 bench: $(VENV)/.project $(VENV_ORACLE)/.locked
 	$(with_oracle) $(python) scripts/benchmark.py cpu

@@ -46,7 +46,7 @@ def main() -> None:
     config, params = _devices.load(args, mesh)
     shape = (*tokens.shape, config.vocab_size)
     partial = args.output + ".partial"
-    out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+    out = _create(partial, shape)
     try:
         with jax.set_mesh(mesh), task_progress("Logits", tokens.shape[1], "tokens") as advance:
             token_logits(
@@ -72,7 +72,7 @@ def read_tokens(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as npz: {error}.") from None
     if "tokens" not in arrays:
         raise UserError(f"{path} holds no array `tokens`.")
@@ -80,12 +80,20 @@ def read_tokens(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     for name, array in (("tokens", tokens), ("segment_ids", segment_ids)):
         if array is None:
             continue
-        if array.ndim != 2 or array.dtype.kind not in "iu" or array.shape != tokens.shape:
+        right_shape = array.ndim == 2 and array.size and array.shape == tokens.shape
+        if not right_shape or array.dtype.kind not in "iu":
             raise UserError(
-                f"{path}: `{name}` is {array.dtype} {array.shape}, not integers [batch, length] "
-                f"of one shape."
+                f"{path}: `{name}` is {array.dtype} {array.shape}, not integers [batch, length], "
+                f"both above 0 and the same for all arrays."
             )
     return tokens.astype(np.int32), None if segment_ids is None else segment_ids.astype(np.int32)
+
+
+def _create(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _check_flags(args: argparse.Namespace) -> None:

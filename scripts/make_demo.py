@@ -1,24 +1,30 @@
 #!/usr/bin/env python
-"""Makes the demo model: `prepare` text and tokenizer, then train, then `finish` (demo/README.md)."""
+"""Makes the demo model: `prepare` its text, then train, then `finish` (see demo/README.md)."""
 
 import argparse
 import itertools
+import json
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
+import _demo_report
 import numpy as np
 import tokenizers
 from _cli import run
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from jaxmoe.checkpoint.convert import convert
+from jaxmoe.checkpoint.export import export
 from jaxmoe.errors import UserError
 from jaxmoe.text import Tokenizer
 from jaxmoe.train.config import TrainConfig, read_train_config
 from jaxmoe.train.data import is_held_out
 
 CONFIG = "configs/demo.yaml"
+DEMO = Path("demo")
 WHOLE_TEXT = "ge1:1-re22:21"
 SPECIALS = (  # Llama 4's names, in Llama 4's place: after the ordinary tokens
     "<|begin_of_text|>",
@@ -69,15 +75,44 @@ def prepare(config: TrainConfig) -> None:
     tokens.parent.mkdir(parents=True, exist_ok=True)
     np.save(tokens, np.concatenate(ids).astype(np.uint16))
     tokenizer.save(tokens.parent)
+    write_json(tokens.parent / "generation_config.json", generation_config(config.model))
+    write_json(tokens.parent / "tokenizer_config.json", tokenizer_config())
     print(f"Wrote {sum(map(len, ids)):,} tokens of {len(texts):,} chapters to {tokens}.")
+
+
+def generation_config(model: dict) -> dict:
+    ids = {key: model[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+
+
+def tokenizer_config() -> dict:
+    begin, end, *_, pad = SPECIALS
+    names = {"bos_token": begin, "eos_token": end, "pad_token": pad}
+    return names | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def finish(config: TrainConfig) -> None:
+    """Exports the trained model to demo/model, measures that, and writes its numbers down."""
+    shutil.rmtree(DEMO / "model", ignore_errors=True)
+    export(Path(config.output) / "checkpoint", DEMO / "model")
+    with tempfile.TemporaryDirectory() as folder:
+        convert(DEMO / "model", Path(folder) / "checkpoint")
+        metrics = _demo_report.measure(config, Path(folder) / "checkpoint")
+    write_json(DEMO / "metrics.json", metrics)
+    readme = DEMO / "README.md"
+    readme.write_text(_demo_report.with_numbers(readme.read_text(), metrics))
+    print(f"Wrote {DEMO}/model, metrics.json and the numbers in README.md.")
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("prepare", "finish"))
-    args = parser.parse_args()
-    config = read_train_config(CONFIG)
-    prepare(config)
+    command = {"prepare": prepare, "finish": finish}[parser.parse_args().command]
+    command(read_train_config(CONFIG))
 
 
 if __name__ == "__main__":

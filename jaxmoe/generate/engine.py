@@ -99,9 +99,11 @@ def generate(
         stop_ids: tokens that end an answer; default: the config's.
 
     Raises:
-        UserError: for an empty prompt, one that leaves no room in the context, or a token that is
-            not in the vocabulary.
+        UserError: for an empty prompt, one that leaves no room in the context, a token that is not
+            in the vocabulary, or no rows.
     """
+    if rows < 1:
+        raise UserError(f"rows {rows} is below 1.")
     waiting = collections.deque(_fit_context(config, request) for request in requests)
     if not waiting:
         return

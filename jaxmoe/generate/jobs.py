@@ -22,7 +22,7 @@ def read_requests(
         UserError: naming the file and line of the first that cannot be used.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON may hold other breaks
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
     requests: list[Request] = []
@@ -65,18 +65,18 @@ def _request(
             raise UserError(f'{where}: "tokens" must be a list of integers.')
     elif tokenizer is None:
         raise UserError(f"{where} has text, but the checkpoint has no tokenizer; use tokens.")
-    elif "messages" in record:
-        tokens = _chat(record["messages"], tokenizer, where)
     else:
-        if not isinstance(record["prompt"], str):
-            raise UserError(f'{where}: "prompt" must be a string.')
-        tokens = tokenizer.encode(record["prompt"], bos=True)
+        tokens = _text_tokens(record, tokenizer, where)
     return Request(record["id"], tuple(tokens), max_new_tokens)
 
 
-def _chat(messages: Any, tokenizer: Tokenizer, where: str) -> list[int]:
+def _text_tokens(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
     try:
-        return render(messages, tokenizer)
+        if "messages" in record:
+            return render(record["messages"], tokenizer)
+        if not isinstance(record["prompt"], str):
+            raise UserError('"prompt" must be a string.')
+        return tokenizer.encode(record["prompt"], bos=True)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

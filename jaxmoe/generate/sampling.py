@@ -37,6 +37,8 @@ class Sampling:
             raise UserError(f"top_p {self.top_p} is not above 0 and at most 1; use 1 to keep all.")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k} is below 0; use 0 to keep all.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed} is not between 0 and 2**32 - 1.")
 
 
 def request_hash(request_id: object) -> np.uint32:

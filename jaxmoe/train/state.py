@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,14 @@ def abstract_state(
     everywhere = meshes.sharding(mesh, PartitionSpec())
     params = abstract_params(model, mesh, jnp.float32)
     moments = optax.tree.map_params(
-        optimizer,
+        optimizer.init,
         lambda moment, param: param,
         jax.eval_shape(optimizer.init, params),
         params,
         transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
     )
-    return TrainState(params, moments, jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    return TrainState(params, moments, cast(jax.Array, step))
 
 
 def init_state(
@@ -67,7 +68,7 @@ class SavedStates:
     @contextlib.contextmanager
     def open(cls, folder: Path) -> Iterator["SavedStates"]:
         """Waits at its end until the last state is on disk."""
-        newest = ocp.training.preservation_policies.LatestN(1)
+        newest = cast(Any, ocp.training.preservation_policies.LatestN(1))
         with ocp.training.Checkpointer(
             str(folder.resolve()), preservation_policy=newest, cleanup_tmp_directories=True
         ) as checkpointer:
@@ -77,8 +78,8 @@ class SavedStates:
         """The newest state, laid out as `abstract` says; None if there is none."""
         if self._checkpointer.latest is None:
             return None
-        return self._checkpointer.load(None, abstract)
+        return cast(TrainState, self._checkpointer.load(None, cast(Any, abstract)))
 
     def save(self, state: TrainState) -> None:
         """Saves a state; whatever interrupts this, the state before it stays readable."""
-        self._checkpointer.save(int(state.step), state)
+        self._checkpointer.save(int(state.step), cast(Any, state))

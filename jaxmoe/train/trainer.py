@@ -7,10 +7,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -49,19 +48,19 @@ def train(config: TrainConfig, mesh: jax.sharding.Mesh, source: str) -> Iterator
     model = from_hf(config.model, f"{source}, model")
     tokens = _tokens(config, model)
     optimizer = make_optimizer(config.optimizer, model, config.steps)
+    abstract = abstract_state(model, optimizer, mesh)
     folder = Path(config.output)
     _claim(folder, config)
-    abstract = abstract_state(model, optimizer, mesh)
     with SavedStates.open(folder / "states") as states:
-        state = states.newest(abstract) or init_state(model, optimizer, mesh, config.seed)
+        state = start = states.newest(abstract) or init_state(model, optimizer, mesh, config.seed)
         metrics = folder / "metrics.jsonl"
-        _cut_back(metrics, int(state.step))
-        for state, record in _steps(config, model, optimizer, tokens, state):
+        _cut_back(metrics, int(start.step))
+        for done, state, record in _steps(config, model, optimizer, tokens, start):
             if record:
                 with open(metrics, "a") as file:
                     file.write(json.dumps(record) + "\n")
                 yield record
-            if _every(config.save_every, int(state.step)):
+            if _every(config.save_every, done):
                 states.save(state)
     _finish(config, model, state.params)
 
@@ -72,8 +71,8 @@ def _steps(
     optimizer: optax.GradientTransformation,
     tokens: tuple[np.ndarray, np.ndarray],
     state: TrainState,
-) -> Iterator[tuple[TrainState, Record | None]]:
-    """Each further state, and a record where one is due."""
+) -> Iterator[tuple[int, TrainState, Record]]:
+    """Each further step, the state after it, and a record; it is empty where none is due."""
     step_fn = make_step(config, model, optimizer)
     evaluate = functools.partial(held_out_loss, config, model, tokens=tokens[1])
     rate = learning_rate(config.optimizer, config.steps)
@@ -82,7 +81,7 @@ def _steps(
         state, result, norm = step_fn(state, *_training_batch(config, model, tokens[0], step))
         done, record = step + 1, {}
         if _every(config.log_every, done) or done == config.steps:
-            record = _record(done, jax.device_get(result), float(norm), float(rate(step)))
+            record = _record(done, jax.device_get(result), float(norm), rate(step))
             seconds = time.perf_counter() - start
             rows = (done - since) * config.data.batch_size
             record["tokens_per_second"] = round(rows * config.data.length / seconds, 1)
@@ -90,7 +89,7 @@ def _steps(
             record |= {"step": done} | evaluate(state.params)
         if record:
             since, start = done, time.perf_counter()
-        yield state, record
+        yield done, state, record
 
 
 def make_step(config: TrainConfig, model: Llama4Config, optimizer: optax.GradientTransformation):
@@ -107,8 +106,8 @@ def make_step(config: TrainConfig, model: Llama4Config, optimizer: optax.Gradien
     def step(state: TrainState, tokens: jax.Array, segment_ids: jax.Array):
         gradient, result = jax.grad(total, has_aux=True)(state.params, tokens, segment_ids)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, moments, state.step + 1), result, optax.global_norm(gradient)
+        params = cast(dict, optax.apply_updates(state.params, updates))
+        return TrainState(params, moments, state.step + 1), result, optax.tree.norm(gradient)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -133,7 +132,7 @@ def held_out_loss(
     return {"held_out_loss": float(sum(r[0] for r in results) / sum(r[1] for r in results))}
 
 
-def _record(step: int, result: Losses, norm: float, rate: float) -> Record:
+def _record(step: int, result: Losses, norm: float, rate: Any) -> Record:
     """Plain numbers; of the routers the worst layer and each expert's load."""
     health = result.health
     record = {
@@ -141,7 +140,7 @@ def _record(step: int, result: Losses, norm: float, rate: float) -> Record:
         "loss": float(result.cross_entropy),
         "balance_loss": float(result.balance),
         "gradient_norm": norm,
-        "learning_rate": rate,
+        "learning_rate": float(rate),
     }
     if len(health.peak):
         record["router_peak"] = float(health.peak.max())

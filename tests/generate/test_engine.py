@@ -173,3 +173,8 @@ def test_impossible_requests_are_refused(model, tokens, wanted, words):
     with pytest.raises(UserError) as caught:
         next(stream)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_no_rows_are_refused(model, requests):
+    with pytest.raises(UserError, match="rows 0"):
+        run(model, requests, GREEDY, rows=0)

@@ -93,16 +93,23 @@ def test_what_is_kept_keeps_its_proportions():
 
 
 @pytest.mark.parametrize(
-    "change", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["seed", "request", "index"]
+    ("one", "two"),
+    [
+        ((0, 0, 0), (1, 0, 0)),
+        ((0, 0, 0), (0, 1, 0)),
+        ((0, 0, 0), (0, 0, 1)),
+        ((1, 0, 0), (0, 1, 0)),
+        ((0, 1, 0), (0, 0, 1)),  # catches a sum of request and index
+    ],
 )
-def test_draws_do_not_depend_on_one_another(change):
-    """Pairs of draws, of which only the seed, the request or the index differs, are independent."""
+def test_draws_do_not_depend_on_one_another(one, two):
+    """Pairs of draws whose (seed, request, index) differ are independent."""
 
     def draw(seed, request, index):
         sampling = Sampling(temperature=1.0, top_p=1.0, seed=seed)
         return drawn(sampling, LOGITS, 2 * np.arange(20_000) + request, 7 + index)
 
-    pairs = np.histogram2d(draw(0, 0, 0), draw(*change), bins=(4, 4))[0]
+    pairs = np.histogram2d(draw(*one), draw(*two), bins=(4, 4))[0]
     assert_frequencies(pairs, np.outer(np.exp(LOGITS), np.exp(LOGITS)))
 
 
@@ -143,6 +150,8 @@ def test_the_hash_of_an_id_is_stable():
         ({"top_p": 1.01}, "top_p 1.01"),
         ({"top_p": float("nan")}, "top_p nan"),
         ({"top_k": -1}, "top_k -1"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 2**32}, "seed 4294967296"),
     ],
 )
 def test_impossible_options_are_refused(options, words):

@@ -64,7 +64,7 @@ def test_mistakes_are_named(tmp_path, changes, message):
 
 @pytest.mark.parametrize("content", ["", "- 1", "a: [", "\x00"])
 def test_files_that_are_no_mapping_are_refused(tmp_path, content):
-    with pytest.raises(UserError, match="run.yaml"):
+    with pytest.raises(UserError, match=r"run\.yaml"):
         read(tmp_path, content)
-    with pytest.raises(UserError, match="absent.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"absent\.yaml cannot be read"):
         read_train_config(tmp_path / "absent.yaml")

@@ -81,5 +81,5 @@ def test_a_bad_token_file_is_refused_by_name(tmp_path, content):
         path.write_bytes(b"\x93NUMPY")
     else:
         np.save(path, content)
-    with pytest.raises(UserError, match="tokens.npy"):
+    with pytest.raises(UserError, match=r"tokens\.npy"):
         read_tokens(path)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,11 @@ from jaxmoe.checkpoint import store
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import from_hf
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.params import init_params
 from jaxmoe.train import data
 from jaxmoe.train.config import DataConfig, OptimizerConfig, TrainConfig
 from jaxmoe.train.optimizer import make_optimizer
 from jaxmoe.train.state import init_state
-from jaxmoe.train.trainer import held_out_loss, make_step, train
+from jaxmoe.train.trainer import make_step, train
 from tests import tiny
 from tests.conftest import one_device
 
@@ -33,21 +33,45 @@ MODEL = tiny.scout_like(
 )
 
 
-@pytest.fixture
-def config(tmp_path):
+@pytest.fixture(scope="module")
+def make_config(tmp_path_factory):
     """Thirty steps on documents that count: 0 5 6 7 ... 20, over and over."""
-    np.save(tmp_path / "tokens.npy", np.tile([0, *range(5, 21)], 100))
-    return TrainConfig(
-        model=MODEL,
-        data=DataConfig(
-            tokens=str(tmp_path / "tokens.npy"), length=32, batch_size=4, held_out_every=10
-        ),
-        optimizer=OptimizerConfig(peak_lr=0.01, warmup_steps=5),
-        output=str(tmp_path / "run"),
-        steps=30,
-        log_every=1,
-        save_every=10,
-    )
+
+    def make(name):
+        folder = tmp_path_factory.mktemp(name)
+        np.save(folder / "tokens.npy", np.tile([0, *range(5, 21)], 100))
+        tokens = str(folder / "tokens.npy")
+        return TrainConfig(
+            model=MODEL,
+            data=DataConfig(tokens=tokens, length=32, batch_size=4, held_out_every=10),
+            optimizer=OptimizerConfig(peak_lr=0.01, warmup_steps=5),
+            output=str(folder / "run"),
+            steps=30,
+            log_every=1,
+            save_every=10,
+        )
+
+    return make
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config("config")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once(tmp_path_factory):
+    """Equal programs of this module are compiled once."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def run(config, stop_after=None):
@@ -70,8 +94,8 @@ def without_speed(records):
     return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
 
 
-def test_training_learns_and_a_killed_run_resumes_to_the_same_parameters(config, tmp_path):
-    killed = dataclasses.replace(config, output=str(tmp_path / "killed"))
+def test_training_learns_and_a_killed_run_resumes_to_the_same_parameters(config):
+    killed = dataclasses.replace(config, output=config.output + "-killed")
     records = run(config)
     assert [r["step"] for r in records] == list(range(1, 31))
     assert records[0]["loss"] > 3 > 0.5 > records[-1]["loss"]  # ln(32) = 3.47
@@ -88,13 +112,14 @@ def test_training_learns_and_a_killed_run_resumes_to_the_same_parameters(config,
         run(killed)
 
 
-def test_an_output_of_another_run_is_refused(config, tmp_path):
-    run(dataclasses.replace(config, steps=1))
-    (tmp_path / "run" / "checkpoint").rename(tmp_path / "checkpoint")
-    with pytest.raises(UserError, match="a run of another config"):
-        run(config)
-    (tmp_path / "run" / "config.json").unlink()
+def test_an_output_of_another_run_is_refused(config):
+    folder = Path(config.output)
+    folder.mkdir()
+    (folder / "notes.txt").touch()
     with pytest.raises(UserError, match="is no training run"):
+        run(config)
+    (folder / "config.json").write_text(json.dumps({"steps": 31}))
+    with pytest.raises(UserError, match="a run of another config"):
         run(config)
 
 
@@ -126,22 +151,25 @@ def first_losses(config, mesh, steps=3):
     return results, state
 
 
+@pytest.fixture(scope="module")
+def alone(make_config):
+    """The first losses on one device."""
+    return first_losses(make_config("alone"), one_device())[0]
+
+
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2,expert=2", "sequence=2,tensor=4"])
-def test_training_is_the_same_on_any_mesh(config, mesh):
-    alone, _ = first_losses(config, one_device())
+def test_training_is_the_same_on_any_mesh(config, alone, mesh):
     spread, state = first_losses(config, MeshConfig.parse(mesh).make())
     np.testing.assert_allclose(spread, alone, rtol=1e-5)
-    moments = jax.tree.leaves(state.optimizer)
     query = state.params["layers"][0]["attention"]["q"]
-    alike = [m for m in moments if m.shape == query.shape]
+    alike = [m for m in jax.tree.leaves(state.optimizer) if m.shape == query.shape]
     assert alike and all(m.sharding == query.sharding for m in alike)
 
 
-def test_bfloat16_computes_roughly_the_same_and_trains_float32(config):
-    exact, _ = first_losses(config, one_device())
+def test_bfloat16_computes_roughly_the_same_and_trains_float32(config, alone):
     rounded, state = first_losses(dataclasses.replace(config, dtype="bfloat16"), one_device())
-    assert rounded != exact
-    np.testing.assert_allclose(rounded, exact, rtol=0.02)
+    assert rounded != alone
+    np.testing.assert_allclose(rounded, alone, rtol=0.02)
     kinds = {leaf.dtype for leaf in jax.tree.leaves(state)}
     assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
 
@@ -156,13 +184,3 @@ def test_the_step_reuses_the_memory_of_the_state(config):
         compiled = make_step(config, model, optimizer).lower(state, rows, rows).compile()
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes == nbytes
-
-
-def test_held_out_loss_does_not_depend_on_the_batch(config):
-    model = from_hf(config.model, "test")
-    params = init_params(model, jax.random.key(1))
-    tokens = np.asarray(data.read_tokens(config.data.tokens))[:130]
-    wide = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8))
-    losses = [held_out_loss(c, model, params, tokens=tokens) for c in (config, wide)]
-    np.testing.assert_allclose(losses[0]["held_out_loss"], losses[1]["held_out_loss"], rtol=1e-6)
-    assert held_out_loss(config, model, params, tokens=tokens[:0]) == {}

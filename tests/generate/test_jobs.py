@@ -1,0 +1,184 @@
+"""Jobs: every line becomes a request or an error that names it; output appears when it is whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from jaxmoe.errors import UserError
+from jaxmoe.generate.engine import Request, Token
+from jaxmoe.generate.jobs import finished, output_file, read_requests
+from jaxmoe.text import Tokenizer
+
+CHAT = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a byte, then the special tokens of the chat format."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, special=True) for name in CHAT])
+    return Tokenizer(backend)
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    return tmp_path / "jobs.jsonl"
+
+
+def read(path, text, tokenizer=None):
+    path.write_text(text, encoding="utf-8")
+    return read_requests(path, tokenizer, 9)
+
+
+def refused(path, text, *words, tokenizer=None):
+    with pytest.raises(UserError) as caught:
+        read(path, text, tokenizer)
+    message = str(caught.value)
+    assert all(word in message for word in (str(path), *words)), message
+    assert "\n" not in message
+
+
+def test_tokens_need_no_tokenizer(jobs):
+    lines = '{"id": "a", "tokens": [3, 1]}\n{"id": 2, "tokens": [4]}\n'
+    assert read(jobs, lines) == [Request("a", (3, 1), 9), Request(2, (4,), 9)]
+
+
+def test_a_prompt_begins_with_the_begin_token(jobs, tokenizer):
+    (request,) = read(jobs, '{"id": 0, "prompt": "na\u00efve"}', tokenizer)
+    assert request.tokens[0] == tokenizer.bos_id
+    assert tokenizer.decode(request.tokens) == "na\u00efve"
+
+
+def test_messages_open_the_assistants_turn(jobs, tokenizer):
+    (request,) = read(jobs, '{"id": 0, "messages": [{"role": "user", "content": "Hi"}]}', tokenizer)
+    assert tokenizer.decode(request.tokens, skip_special=False) == (
+        "<|begin_of_text|><|header_start|>user<|header_end|>\n\nHi<|eot|>"
+        "<|header_start|>assistant<|header_end|>\n\n"
+    )
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_blank_lines_are_skipped_but_counted(jobs, newline):
+    lines = ["", '{"id": 1, "tokens": [1]}', "  \t", '{"id": 2, "tokens": [2]}', ""]
+    assert [request.id for request in read(jobs, newline.join(lines))] == [1, 2]
+    refused(jobs, newline.join([*lines, "no"]), "line 6")
+
+
+@pytest.mark.parametrize("char", ["\u2028", "\u0085"])
+def test_only_a_newline_ends_a_line(jobs, tokenizer, char):
+    """JSON text may hold what Unicode calls a line separator."""
+    line = json.dumps({"id": "a", "prompt": f"x{char}y"}, ensure_ascii=False)
+    (request,) = read(jobs, line, tokenizer)
+    assert tokenizer.decode(request.tokens) == f"x{char}y"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("no", ["not JSON", "column 1"]),
+        ('{"id": 1, "tokens": [1]', ["not JSON"]),
+        ('{"id": 1, "tokens": [1]} {}', ["not JSON", "column 26"]),
+        ("[1, 2]", ["object", '"id"']),
+        ("null", ["object", '"id"']),
+        ('{"tokens": [1]}', ["object", '"id"']),
+        ('{"id": 1}', ["exactly one of prompt, messages, tokens"]),
+        ('{"id": 1, "tokens": [1], "prompt": "a"}', ["exactly one of"]),
+        ('{"id": 1, "tokens": [1], "temperature": 2}', ["unknown key 'temperature'"]),
+        ('{"id": 1, "tokens": "1 2"}', ['"tokens" must be a list of integers']),
+        ('{"id": 1, "tokens": [1, 2.0]}', ['"tokens" must be a list of integers']),
+        ('{"id": 1, "tokens": [true]}', ['"tokens" must be a list of integers']),
+        ('{"id": 1, "prompt": 5}', ['"prompt" must be a string']),
+        ('{"id": 1, "prompt": "\\ud83d"}', ["surrogate"]),
+        ('{"id": 1, "messages": []}', ["at least one message"]),
+        ('{"id": 1, "messages": [{"role": "poet", "content": "a"}]}', ["messages[0]", "role"]),
+    ],
+)
+def test_a_bad_line_is_named(jobs, tokenizer, line, words):
+    good = '{"id": "good", "tokens": [1]}\n'
+    refused(
+        jobs, good + good.replace("good", "other") + line, "line 3", *words, tokenizer=tokenizer
+    )
+
+
+@pytest.mark.parametrize("line", ['{"id": 1, "prompt": "a"}', '{"id": 1, "messages": []}'])
+def test_text_needs_a_tokenizer(jobs, line):
+    refused(jobs, line, "line 1", "no tokenizer")
+
+
+@pytest.mark.parametrize(("first", "second"), [('"a"', '"a"'), ("1", "1"), ("1", '"1"')])
+def test_ids_differ_as_text_too(jobs, first, second):
+    """A number and the same digits as text would draw the same random numbers."""
+    lines = f'{{"id": {first}, "tokens": [1]}}\n\n{{"id": {second}, "tokens": [2]}}'
+    refused(jobs, lines, "line 3", "line 1", "must differ")
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_file_without_requests_is_refused(jobs, text):
+    refused(jobs, text, "no requests")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe4", "tokens": [1]}')
+    for name in ("missing.jsonl", "latin.jsonl", "."):
+        with pytest.raises(UserError, match="cannot be read") as caught:
+            read_requests(tmp_path / name, None, 9)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_answers_come_with_their_last_token(tokenizer):
+    """Two requests that take turns."""
+    a, b = Request("a", (1,), 9), Request(2, (1,), 9)
+    text = [*tokenizer.encode("hi"), tokenizer.special("<|eot|>")]
+    stream = [Token(a, text[0], None), Token(b, text[1], "length")]
+    stream += [Token(a, text[1], None), Token(a, text[2], "stop")]
+    got = list(finished(iter(stream), tokenizer))
+    assert [token for token, _ in got] == stream
+    assert [record for _, record in got] == [
+        None,
+        {"id": 2, "text": "i", "tokens": [text[1]], "finish_reason": "length"},
+        None,
+        {"id": "a", "text": "hi", "tokens": text, "finish_reason": "stop"},
+    ]
+
+
+def test_without_a_tokenizer_the_text_is_empty():
+    ((_, record),) = finished(iter([Token(Request("a", (1,), 9), 5, "length")]), None)
+    assert record == {"id": "a", "text": "", "tokens": [5], "finish_reason": "length"}
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty"])
+def test_output_appears_when_it_is_whole(tmp_path, kind):
+    path = tmp_path / "out.jsonl"
+    if kind == "empty":
+        path.touch()
+    with output_file(path) as file:
+        file.write("one\n")
+        file.flush()
+        assert path.exists() == (kind == "empty")
+    assert path.read_text() == "one\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt()])
+def test_an_interrupted_run_leaves_no_output(tmp_path, error):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(type(error)), output_file(path) as file:
+        file.write("one\n")
+        raise error
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["full.jsonl", "folder", "missing/out.jsonl"])
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, name):
+    (tmp_path / "full.jsonl").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError) as caught, output_file(tmp_path / name):
+        raise AssertionError("not reached")
+    assert str(tmp_path / name) in str(caught.value)
+    assert Path(tmp_path / "full.jsonl").read_text() == "kept"

@@ -1,0 +1,29 @@
+"""Scripts as a user runs them, each in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[2] / "scripts"
+
+
+def run(script, *args):
+    command = [sys.executable, FOLDER / script, *args]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+
+
+def succeeds(script, *args):
+    """What the script wrote to stdout and to stderr."""
+    done = run(script, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def refuses(script, *args, words):
+    """One line that begins with `error: ` and holds `words`, exit code 1, and nothing else."""
+    done = run(script, *args)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert all(str(word) in done.stderr for word in words), done.stderr

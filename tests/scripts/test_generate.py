@@ -1,0 +1,141 @@
+"""generate.py: text to the terminal, JSON lines through files, and every mistake in one line."""
+
+import json
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxmoe.checkpoint.convert import convert
+from jaxmoe.text import Tokenizer
+from tests import tiny
+from tests.scripts import refuses, succeeds
+
+CONTEXT = 96
+SPECIALS = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]
+CONFIG = tiny.scout_like(
+    num_hidden_layers=2,  # one local, one global
+    no_rope_layer_interval=2,
+    vocab_size=320,
+    max_position_embeddings=CONTEXT,
+    eos_token_id=[300, 310],
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A small byte-level BPE; the embedding has more rows than it has tokens."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["the rain in the plain and the train in the drain"] * 9, trainer)
+    return Tokenizer(backend)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("generate")
+    tiny.write_checkpoint(folder / "hf", CONFIG, tiny.random_tensors(CONFIG, seed=5))
+    tokenizer.save(folder / "hf")
+    convert(folder / "hf", folder / "orbax")
+    return folder / "orbax"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Writes records as JSON lines."""
+
+    def write(*records):
+        path = tmp_path / "prompts.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    return write
+
+
+def test_one_device_and_eight_write_the_same(checkpoint, tokenizer, prompts, tmp_path):
+    """Sampled; one output on stdout, one in a file."""
+    path = prompts(
+        {"id": "text", "prompt": "the rain"},
+        {"id": 7, "messages": [{"role": "user", "content": "in the plain?"}]},
+        {"id": "long", "tokens": list(range(50))},
+        {"id": "short", "tokens": [5]},
+    )
+    options = "--prompts", path, "--max-new-tokens", 24, "--temperature", 1
+    stdout, _ = succeeds("generate.py", checkpoint, *options, "--cpu-devices", 1)
+    output, mesh = tmp_path / "out.jsonl", "expert=2,sequence=2,tensor=2"
+    eight = *options, "--output", output, "--mesh", mesh, "--cpu-devices", 8
+    assert succeeds("generate.py", checkpoint, *eight)[0] == ""
+    assert output.read_text() == stdout
+    records = [json.loads(line) for line in stdout.splitlines()]
+    assert sorted(str(record["id"]) for record in records) == ["7", "long", "short", "text"]
+    for record in records:
+        assert list(record) == ["id", "text", "tokens", "finish_reason"]
+        assert record["text"] == tokenizer.decode(record["tokens"])
+        stopped = record["tokens"][-1] in CONFIG["eos_token_id"]
+        assert record["finish_reason"] == ("stop" if stopped else "length")
+        assert len(record["tokens"]) == 24 or stopped
+
+
+def test_a_prompt_streams_its_answer_to_stdout(checkpoint, tokenizer, tmp_path):
+    """Only the answer: it may be piped on. The prompt and the closing line are on stderr."""
+    output = tmp_path / "out.jsonl"
+    options = "--prompt", "the rain", "--max-new-tokens", 24, "--temperature", 0
+    stdout, stderr = succeeds("generate.py", checkpoint, *options, "--output", output)
+    record = json.loads(output.read_text())
+    assert stdout == record["text"] + "\n"
+    assert record["text"] == tokenizer.decode(record["tokens"]) != ""
+    assert stderr.startswith("the rain")
+    assert f"[{len(record['tokens'])} tokens, " in stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("record", "options", "words"),
+    [
+        ({}, ["--mesh", "expert=4", "--cpu-devices", 8], ["expert=4", "8 device"]),
+        (
+            {},
+            ["--mesh", "tensor=8", "--cpu-devices", 8],
+            ["tensor=8", "kv_heads", "does not divide"],
+        ),
+        ({"tokens": [1] * CONTEXT}, [], ["'a'", f"{CONTEXT} tokens", "context"]),
+    ],
+    ids=["mesh and devices", "mesh and model", "long"],
+)
+def test_mistakes(checkpoint, prompts, tmp_path, record, options, words):
+    path, output = prompts({"id": "a", "tokens": [1]} | record), tmp_path / "out.jsonl"
+    refuses("generate.py", checkpoint, "--prompts", path, "--output", output, *options, words=words)
+    assert not output.exists()
+
+
+def test_a_line_that_is_no_json_is_named(checkpoint, tmp_path):
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"id": 1, "tokens": [1]}\n{"id": 2, "tokens": [1}\n')
+    words = [f"{path} line 2", "not JSON"]
+    refuses("generate.py", checkpoint, "--prompts", path, "--output", output, words=words)
+    assert not output.exists()
+
+
+def test_an_existing_output_is_kept(checkpoint, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious\n")
+    options = "--prompts", prompts({"id": 1, "tokens": [1]}), "--output", output
+    refuses("generate.py", checkpoint, *options, words=[output, "not empty"])
+    assert output.read_text() == "precious\n"
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    refuses("generate.py", tmp_path / "nowhere", "--prompt", "a", words=[tmp_path / "nowhere"])
+
+
+def test_what_is_not_converted_is_no_checkpoint(checkpoint):
+    source = checkpoint.with_name("hf")
+    refuses("generate.py", source, "--prompt", "a", words=[source, "convert.py"])
+
+
+def test_a_prompt_needs_a_tokenizer(small):
+    refuses("generate.py", small.checkpoint, "--prompt", "a", words=[small.checkpoint, "tokenizer"])
