@@ -89,7 +89,7 @@ def read_tokens(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     return tokens.astype(np.int32), None if segment_ids is None else segment_ids.astype(np.int32)
 
 
-def _create(path: str, shape: tuple[int, ...]) -> np.ndarray:
+def _create(path: str, shape: tuple[int, ...]) -> np.memmap:
     try:
         return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     except OSError as error:

@@ -24,25 +24,21 @@ def cpu_markdown(figures: dict) -> str:
     """The figures of `benchmark.py cpu`."""
     seconds, rate = figures["median_seconds"], figures["decode_tokens_per_second"]
     ratio, versions, machine = figures["times_faster"], figures["versions"], figures["machine"]
-    return "\n".join(
-        [
-            "| | jaxmoe | transformers | times faster |",
-            "|---|---|---|---|",
-            f"| prefill of {figures['prompt_tokens']} tokens, s "
-            f"| {seconds['jaxmoe']['prefill']:.2f} | {seconds['transformers']['prefill']:.2f} "
-            f"| {ratio['prefill']:.1f} |",
-            f"| greedy decode after it, tokens/s | {rate['jaxmoe']:.1f} "
-            f"| {rate['transformers']:.1f} | {ratio['decode']:.1f} |",
-            "",
-            f"{figures['parameters'] / 1e6:.0f}M random parameters (hidden 512, 8 layers, 16 "
-            f"experts), float32, batch 1, the same weights and the same greedy tokens on both "
-            f"sides; medians of {figures['repeats']} runs taken in turn on {machine['cores']} cores "
-            f"of an {machine['processor']}, {figures['date']}, jax {versions['jax']}, torch "
-            f"{versions['torch']}, transformers {versions['transformers']}, which computes every "
-            f"expert for every token. `make bench` measures it again; "
-            f"`scripts/tables.py` makes this table from `benchmarks/cpu.json`.",
-        ]
-    )
+    million = figures["parameters"] / 1e6
+    return f"""\
+| | jaxmoe | transformers | times faster |
+|---|---|---|---|
+| prefill of {figures["prompt_tokens"]} tokens, s | {seconds["jaxmoe"]["prefill"]:.2f} \
+| {seconds["transformers"]["prefill"]:.2f} | {ratio["prefill"]:.1f} |
+| greedy decode after it, tokens/s | {rate["jaxmoe"]:.1f} \
+| {rate["transformers"]:.1f} | {ratio["decode"]:.1f} |
+
+{million:.0f}M random parameters (hidden 512, 8 layers, 16 experts), float32, batch 1, the same weights
+and the same greedy tokens on both sides; medians of {figures["repeats"]} runs taken in turn on
+{machine["cores"]} cores of an {machine["processor"]}, {figures["date"]}, jax {versions["jax"]},
+torch {versions["torch"]}, transformers {versions["transformers"]}, which computes every expert for
+every token. `make bench` measures it again; `scripts/tables.py` makes this table from
+`benchmarks/cpu.json`."""
 
 
 if __name__ == "__main__":

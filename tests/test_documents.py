@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 from pathlib import Path
+
+import tables
 
 from jaxmoe.checkpoint.convert import convert
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import tables
 
 
 def test_tables_are_made_from_the_json():

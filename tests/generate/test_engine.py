@@ -84,6 +84,10 @@ def test_sampled_requests_do_not_notice_each_other(model, requests, sampled):
     assert sampled == alone
 
 
+def test_sampled_tokens_do_not_depend_on_segments(model, requests, sampled):
+    assert run(model, requests, SAMPLED, segment=1) == sampled
+
+
 def test_a_used_row_is_like_a_new_one(model, requests, sampled):
     """One row serves all, the longest first, and nothing of it stays behind."""
     in_turn = run(model, requests, SAMPLED, rows=1)

@@ -108,8 +108,8 @@ def test_matrices_without_rows_are_not_read(multiply):
     (x, w, dy), plan = draw(case), planned(case)
     empty = np.setdiff1d(np.arange(case.E), case.group)
     w[empty] = np.nan
-    rows, d_rows = dispatch(plan, jnp.asarray(x)), dispatch(plan, jnp.asarray(dy))
-    y, transpose = jax.vjp(lambda rows, w: multiply(rows, w, plan.group_of_block), rows, w)
+    rows, d_rows = (dispatch(plan, jnp.asarray(z)) for z in (x, dy))
+    y, transpose = jax.vjp(lambda x, w: multiply(x, w, plan.group_of_block), rows, jnp.asarray(w))
     d_rows, dw = transpose(d_rows)
     assert all(np.isfinite(z).all() for z in (y, d_rows, dw))
     assert not np.asarray(dw)[empty].any()
