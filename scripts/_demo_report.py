@@ -19,7 +19,10 @@ from jaxmoe.train.loss import next_tokens
 from jaxmoe.train.trainer import held_out_loss
 
 PROMPT = "In the beginning"
-SAMPLE_TOKENS = 120
+SAMPLES = {  # tokens, and how they are chosen
+    "greedy": (60, Sampling(temperature=0.0)),
+    "sampled": (160, Sampling(temperature=1.0, top_p=0.9, seed=0)),
+}
 ADD_K = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SNIPPET = (  # in nobody's text; longer than a chunk
     "And it came to pass, when the builders had finished their work, that they sat down beside the "
@@ -42,7 +45,7 @@ def measure(config: TrainConfig, checkpoint: Path) -> dict:
     with jax.set_mesh(mesh):
         nats = held_out_loss(config, model, params, tokens=held_out)["held_out_loss"]
         snippet = snippet_loss(config, model, params, tokenizer)
-        sample = continuation(model, params, tokenizer)
+        samples = continuations(model, params, tokenizer)
     k, bigram = best_bigram(training, pairs, model.vocab_size)
     return {
         "parameters": num_params(model),
@@ -53,7 +56,7 @@ def measure(config: TrainConfig, checkpoint: Path) -> dict:
         "model": {"nats_per_token": nats, "bits_per_byte": bits * nats},
         "bigram": {"nats_per_token": bigram, "bits_per_byte": bits * bigram, "add_k": k},
         "snippet": {"text": SNIPPET, "nats_per_token": snippet},
-        "sample": {"prompt": PROMPT, "greedy_text": sample},
+        "continuations": {"prompt": PROMPT, **samples},
     }
 
 
@@ -94,11 +97,13 @@ def snippet_loss(
     return held_out_loss(config, model, params, tokens=tokens)["held_out_loss"]
 
 
-def continuation(model: Llama4Config, params: dict, tokenizer: Tokenizer) -> str:
+def continuations(model: Llama4Config, params: dict, tokenizer: Tokenizer) -> dict[str, str]:
     prompt = tuple(tokenizer.encode(PROMPT, bos=True))
-    requests = [Request("0", prompt, SAMPLE_TOKENS)]
-    tokens = generate(model, params, requests, Sampling(temperature=0.0), rows=1)
-    return tokenizer.decode([token.token for token in tokens])
+    texts = {}
+    for name, (count, sampling) in SAMPLES.items():
+        tokens = generate(model, params, [Request("0", prompt, count)], sampling, rows=1)
+        texts[name] = tokenizer.decode([token.token for token in tokens])
+    return texts
 
 
 def with_numbers(readme: str, metrics: dict) -> str:
@@ -110,8 +115,8 @@ def with_numbers(readme: str, metrics: dict) -> str:
 def numbers(metrics: dict) -> str:
     """The README's table and sample."""
     model, bigram = metrics["model"], metrics["bigram"]
-    sample = metrics["sample"]["prompt"] + metrics["sample"]["greedy_text"]
-    quoted = "".join(f"> {line}\n" for line in sample.splitlines())
+    prompt, sampled = (metrics["continuations"][key] for key in ("prompt", "sampled"))
+    quoted = "".join(f"> {line}\n" for line in (prompt + sampled).splitlines())
     return f"""
 | held out | nats a token | bits a byte |
 |---|---|---|
@@ -123,7 +128,7 @@ def numbers(metrics: dict) -> str:
 {metrics["training_tokens"]:,}; {metrics["held_out_targets"]:,} tokens predicted in \
 {metrics["held_out_documents"]} chapters held out.
 
-What it writes at temperature 0 after "{metrics["sample"]["prompt"]}":
+What it writes after "{prompt}" at temperature 1, top-p 0.9 and seed 0:
 
 {quoted}
 """

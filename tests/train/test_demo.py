@@ -58,11 +58,11 @@ def test_the_metrics_are_those_of_the_numpy_reference(snippet):
 
 
 def test_greedy_text_is_the_one_in_the_metrics(demo):
-    """One forward pass over prompt and sample: each token of the sample is the likeliest."""
+    """One forward pass over prompt and text: each token of the text is the likeliest."""
     config, params = demo
-    tokenizer, sample = Tokenizer.load(MODEL), METRICS["sample"]
-    prompt = tokenizer.encode(sample["prompt"], bos=True)
-    tokens = jnp.array([prompt + tokenizer.encode(sample["greedy_text"])])
+    tokenizer, texts = Tokenizer.load(MODEL), METRICS["continuations"]
+    prompt = tokenizer.encode(texts["prompt"], bos=True)
+    tokens = jnp.array([prompt + tokenizer.encode(texts["greedy"])])
     segment_ids = jnp.ones_like(tokens)
     out = forward(config, params, tokens, positions_of(segment_ids), segment_ids)
     likeliest = jnp.argmax(unembed(config, params, out.hidden), axis=-1)
