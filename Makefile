@@ -25,7 +25,7 @@ venv: $(VENV)/.project
 
 demo: $(VENV)/.project $(BUILD)/demo.converted
 	$(python) scripts/generate.py $(BUILD)/demo --prompt "In the beginning" \
-	    --mesh expert=4,sequence=2 --cpu-devices 8 --max-new-tokens 120 --temperature 0
+	    --mesh expert=4,sequence=2 --cpu-devices 8 --max-new-tokens 120 --temperature 0.8
 
 test: $(VENV)/.project
 	$(python) -m pytest -m "not oracle" $(in_parallel)

@@ -7,8 +7,8 @@ config, params = jaxmoe.load("checkpoint", mesh)
 tokenizer = jaxmoe.Tokenizer.load("checkpoint")
 request = jaxmoe.Request("0", tuple(tokenizer.encode("Hello", bos=True)), max_new_tokens=32)
 with jax.set_mesh(mesh):
-    for token in jaxmoe.generate(config, params, [request], jaxmoe.Sampling(temperature=0)):
-        print(tokenizer.decode([token.token]), end="", flush=True)
+    stream = jaxmoe.generate(config, params, [request], jaxmoe.Sampling(temperature=0.0))
+    print(tokenizer.decode([token.token for token in stream]))
 """
 
 from jaxmoe.checkpoint.store import load, save

@@ -9,11 +9,10 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.mesh import current_mesh
 from jaxmoe.model.cache import init_cache, round_capacity
-from jaxmoe.model.transformer import forward, unembed
+from jaxmoe.model.transformer import forward, positions_of, unembed
 
-UNEMBED_TOKENS = 1024  # positions whose logits are on the device at once
+UNEMBED_TOKENS = 1024  # tokens of all rows whose logits are on the device at once
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
@@ -25,21 +24,13 @@ def _hidden(config: Llama4Config, params, tokens, positions, segment_ids, cache)
 _unembed = jax.jit(unembed, static_argnums=0)
 
 
-def segment_positions(segment_ids: np.ndarray) -> np.ndarray:
-    """Positions [batch, length] that restart in each segment; 0 on padding (segment 0).
-
-    Raises:
-        UserError: if a segment is not contiguous within its row.
-    """
-    positions = np.zeros_like(segment_ids)
+def check_contiguous(segment_ids: np.ndarray) -> None:
+    """Raises a UserError if a segment, padding aside, is not contiguous within its row."""
     for row, ids in enumerate(segment_ids):
-        starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
-        real = ids[starts][ids[starts] != 0]
-        if len(set(real.tolist())) != len(real):
+        real = ids[ids != 0]
+        runs = real[np.flatnonzero(np.diff(real, prepend=0))]
+        if len(set(runs.tolist())) != len(runs):
             raise UserError(f"segment_ids row {row} comes back to an earlier segment; renumber it.")
-        run = np.repeat(starts, np.diff(starts, append=len(ids)))
-        positions[row] = np.where(ids == 0, 0, np.arange(len(ids)) - run)
-    return positions
 
 
 def token_logits(
@@ -65,33 +56,37 @@ def token_logits(
         report: called with the number of tokens a row that each call has done.
 
     Raises:
-        UserError: for tokens outside the vocabulary or segments that are not contiguous.
+        UserError: for tokens outside the vocabulary, positions outside the context, or segments
+            that are not contiguous.
     """
-    if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= config.vocab_size:
-        raise UserError(
-            f"tokens reach {tokens.max()}; the vocabulary is 0 to {config.vocab_size - 1}."
-        )
+    wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if wrong.size:
+        raise UserError(f"token {wrong[0]} is not in the vocabulary, 0 to {config.vocab_size - 1}.")
     batch, length = tokens.shape
     segment_ids = np.ones_like(tokens) if segment_ids is None else segment_ids
-    positions = segment_positions(segment_ids) if positions is None else positions
+    check_contiguous(segment_ids)
+    if positions is None:
+        positions = np.asarray(positions_of(jnp.asarray(segment_ids)))
+    if positions.max(initial=0) >= config.max_position_embeddings:
+        raise UserError(
+            f"position {positions.max()} is past the model's context of "
+            f"{config.max_position_embeddings} tokens; shorten the tokens."
+        )
     out = np.zeros((batch, length, config.vocab_size), np.float32) if out is None else out
     cached = decode_from is not None or prefill_segment is not None
-    cache = _cache_for(config, params, batch, length) if cached else None
+    dtype = params["embed"].dtype
+    cache = init_cache(config, batch, round_capacity(length), dtype) if cached else None
     for start, stop in _steps(length, decode_from, prefill_segment):
         part = (tokens[:, start:stop], positions[:, start:stop], segment_ids[:, start:stop])
         hidden, cache = _hidden(config, params, *(jnp.asarray(x) for x in part), cache)
-        for i in range(start, stop, UNEMBED_TOKENS):
-            j = min(i + UNEMBED_TOKENS, stop)
+        width = max(1, UNEMBED_TOKENS // batch)
+        for i in range(start, stop, width):
+            j = min(i + width, stop)
             real = segment_ids[:, i:j, None] != 0
             logits = _unembed(config, params, hidden[:, i - start : j - start])
             out[:, i:j] = np.where(real, np.asarray(logits), 0.0)
         report(stop - start)
     return out
-
-
-def _cache_for(config: Llama4Config, params: dict, batch: int, length: int):
-    mesh = current_mesh()
-    return init_cache(config, batch, round_capacity(length, mesh), params["embed"].dtype, mesh)
 
 
 def _steps(length: int, decode_from: int | None, prefill_segment: int | None):

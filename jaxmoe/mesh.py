@@ -52,7 +52,10 @@ class MeshConfig:
         if text.endswith((".yaml", ".yml")):
             return cls.from_mapping(_read_yaml(text), source=text)
         pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-        return cls.from_mapping({k.strip(): v.strip() for k, _, v in pairs}, source=f"'{text}'")
+        sizes = {axis.strip(): size.strip() for axis, _, size in pairs}
+        if len(sizes) < len(pairs):
+            raise UserError(f"mesh '{text}' names an axis twice.")
+        return cls.from_mapping(sizes, source=f"'{text}'")
 
     @classmethod
     def from_mapping(cls, sizes: dict, source: str) -> "MeshConfig":
@@ -64,8 +67,8 @@ class MeshConfig:
                     f"mesh {source} names axis '{axis}'; the axes are {', '.join(AXES)}."
                 )
             try:
-                parsed[axis] = int(size)
-            except (TypeError, ValueError):
+                parsed[axis] = int(str(size))
+            except ValueError:
                 raise UserError(
                     f"mesh {source} gives {axis} the size '{size}', no number."
                 ) from None
@@ -107,7 +110,7 @@ class MeshConfig:
 def _read_yaml(path: str) -> dict:
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"mesh file {path} cannot be read: {error}.".replace("\n", " ")) from None
     content = content.get("mesh", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
@@ -148,15 +151,19 @@ def activation_axes(mesh, logical: str | None, size: int) -> tuple[str, ...]:
         product *= mesh.shape[axis]
         if size % product:
             break
-        chosen += (axis,)
+        chosen += (axis,) if mesh.shape[axis] > 1 else ()
     return chosen
 
 
 def activation_spec(mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """Where an activation or cache array lies, from its logical axes and shape."""
-    return PartitionSpec(
-        *(activation_axes(mesh, axis, size) or None for axis, size in zip(axes, shape, strict=True))
-    )
+    places: list = []
+    for axis, size in zip(axes, shape, strict=True):
+        chosen = activation_axes(mesh, axis, size)
+        places.append(chosen if len(chosen) > 1 else next(iter(chosen), None))
+    while places and places[-1] is None:  # as compiled programs spell it: jit tells them apart
+        places.pop()
+    return PartitionSpec(*places)
 
 
 def current_mesh():

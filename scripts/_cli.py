@@ -1,6 +1,7 @@
 """What every script shares: how errors and interrupts end, and how progress is shown."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

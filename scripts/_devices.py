@@ -49,11 +49,12 @@ def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Confi
 
     With --mesh, first prints what lands where.
     """
+    config, arrays = store.open_arrays(args.checkpoint)
+    dtype = args.dtype or arrays["embed"].dtype.name  # one for all, also where a file mixes them
     if args.mesh:
-        config = store.read_config(args.checkpoint)
-        Console(stderr=True).print(layout_table(config, mesh, args.dtype or "bfloat16"))
+        Console(stderr=True).print(layout_table(config, mesh, dtype))
     with byte_progress("Loading") as progress:
-        return store.load(args.checkpoint, mesh, args.dtype, progress)
+        return store.load(args.checkpoint, mesh, dtype, progress)
 
 
 def tokenizer(checkpoint: str) -> Tokenizer | None:

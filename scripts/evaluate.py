@@ -86,6 +86,8 @@ def read_tokens(path: str) -> tuple[np.ndarray, np.ndarray | None]:
                 f"{path}: `{name}` is {array.dtype} {array.shape}, not integers [batch, length], "
                 f"both above 0 and the same for all arrays."
             )
+        if array.min() < 0 or array.max() >= 2**31:
+            raise UserError(f"{path}: `{name}` holds a number below 0 or above 2**31 - 1.")
     return tokens.astype(np.int32), None if segment_ids is None else segment_ids.astype(np.int32)
 
 

@@ -11,9 +11,10 @@ import _devices
 import jax
 from _cli import run, task_progress
 
+from jaxmoe.checkpoint import store
 from jaxmoe.errors import UserError
 from jaxmoe.generate import jobs
-from jaxmoe.generate.engine import Request, generate
+from jaxmoe.generate.engine import Request, fit_context, generate
 from jaxmoe.generate.sampling import Sampling
 from jaxmoe.text import StreamDecoder
 
@@ -45,11 +46,16 @@ def main() -> None:
     )
     tokenizer = _devices.tokenizer(args.checkpoint)
     requests = _requests(args, tokenizer)
+    model = store.read_config(args.checkpoint)
+    requests = [fit_context(model, request) for request in requests]
+    stop_ids = {*model.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())}
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(jobs.output_file(args.output)) if args.output else None
         config, params = _devices.load(args, mesh)
         stack.enter_context(jax.set_mesh(mesh))
-        stream = generate(config, params, requests, sampling, rows=args.rows)
+        stream = generate(
+            config, params, requests, sampling, rows=args.rows, stop_ids=tuple(stop_ids)
+        )
         show = _stream_text if args.prompt is not None else _show_progress
         for record in show(jobs.finished(stream, tokenizer), requests, tokenizer, args):
             if output is not None or args.prompts is not None:

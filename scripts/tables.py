@@ -33,12 +33,12 @@ def cpu_markdown(figures: dict) -> str:
 | greedy decode after it, tokens/s | {rate["jaxmoe"]:.1f} \
 | {rate["transformers"]:.1f} | {ratio["decode"]:.1f} |
 
-{million:.0f}M random parameters (hidden 512, 8 layers, 16 experts), float32, batch 1, the same weights
-and the same greedy tokens on both sides; medians of {figures["repeats"]} runs taken in turn on
-{machine["cores"]} cores of an {machine["processor"]}, {figures["date"]}, jax {versions["jax"]},
-torch {versions["torch"]}, transformers {versions["transformers"]}, which computes every expert for
-every token. `make bench` measures it again; `scripts/tables.py` makes this table from
-`benchmarks/cpu.json`."""
+{million:.0f}M random parameters (hidden 512, 8 layers, 16 experts), float32, batch 1, the same
+weights and the same greedy tokens on both sides; medians of {figures["repeats"]} runs taken in
+turn on {machine["cores"]} cores of an {machine["processor"]}, {figures["date"]}, jax
+{versions["jax"]}, torch {versions["torch"]}, transformers {versions["transformers"]}, which
+computes every expert for every token. `make bench` measures it again; `scripts/tables.py` makes
+this table from `benchmarks/cpu.json`."""
 
 
 if __name__ == "__main__":

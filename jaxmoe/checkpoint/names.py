@@ -16,7 +16,7 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.model.params import named_specs
 
-BLOCK_BYTES = 96 * 2**20  # one bfloat16 expert of Scout or Maverick fits
+BLOCK_BYTES = 96 * 2**20  # one matrix of a bfloat16 expert of Scout or Maverick fits
 
 TEXT_PREFIX = "language_model."  # in checkpoints that also hold the vision side
 VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, in Orbax's layout; the only module that knows Orbax and TensorStore.
+"""Checkpoints on disk, in Orbax's layout; the only module that knows TensorStore and the layout.
 
 A checkpoint is one folder: an Orbax v1 checkpoint of the parameter tree, one Zarr array per
 parameter, with the configuration in its custom metadata and the tokenizer's files beside it.

@@ -17,7 +17,6 @@ import numpy as np
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generate.sampling import Sampling, request_hash, sample
-from jaxmoe.mesh import current_mesh
 from jaxmoe.model.cache import init_cache, restart_rows, round_capacity
 from jaxmoe.model.transformer import forward, unembed
 
@@ -51,8 +50,9 @@ class _Row:
     written: list[int] = dataclasses.field(default_factory=list)
 
     def next_tokens(self, most: int) -> list[int]:
-        pending = (*self.request.tokens, *self.written)
-        return list(pending[self.read : self.read + most])
+        prompt = self.request.tokens[self.read : self.read + most]
+        start = max(0, self.read - len(self.request.tokens))
+        return [*prompt, *self.written[start : start + most - len(prompt)]]
 
     @property
     def pending(self) -> int:
@@ -71,7 +71,7 @@ class _Batch(NamedTuple):
     index: jax.Array  # tokens generated so far
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def step(config: Llama4Config, sampling: Sampling, params, cache, batch: _Batch):
     """Feeds a batch and samples each row's next token; returns (tokens [rows], cache)."""
     cache = restart_rows(cache, batch.restart)
@@ -91,7 +91,9 @@ def generate(
     segment: int = SEGMENT,
     stop_ids: tuple[int, ...] | None = None,
 ) -> Iterator[Token]:
-    """Runs requests on the current mesh and yields tokens as they come, requests interleaved.
+    """Runs requests on the current mesh; yields tokens as they come, requests interleaved.
+
+    The requests are checked at once, and run as the result is consumed, under the same mesh.
 
     Args:
         rows: requests that are in work at once, at most.
@@ -104,10 +106,22 @@ def generate(
     """
     if rows < 1:
         raise UserError(f"rows {rows} is below 1.")
-    waiting = collections.deque(_fit_context(config, request) for request in requests)
+    stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
+    waiting = collections.deque(fit_context(config, request) for request in requests)
+    return _run(config, params, waiting, sampling, rows, segment, stop_ids)
+
+
+def _run(
+    config: Llama4Config,
+    params: dict,
+    waiting: collections.deque[Request],
+    sampling: Sampling,
+    rows: int,
+    segment: int,
+    stop_ids: tuple[int, ...],
+) -> Iterator[Token]:
     if not waiting:
         return
-    stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
     longest = max(len(request.tokens) for request in waiting)
     segment = min(segment, 1 << (longest - 1).bit_length())
     batch: list[_Row | None] = [None] * min(rows, len(waiting))
@@ -126,8 +140,12 @@ def generate(
                 batch[i] = None
 
 
-def _fit_context(config: Llama4Config, request: Request) -> Request:
-    """The request with `max_new_tokens` cut to the model's context."""
+def fit_context(config: Llama4Config, request: Request) -> Request:
+    """The request with `max_new_tokens` cut to the model's context.
+
+    Raises:
+        UserError: if it has no tokens, no room, or tokens that are not in the vocabulary.
+    """
     room = config.max_position_embeddings - len(request.tokens)
     if not request.tokens:
         raise UserError(f"request {request.id!r} has no tokens; give it a prompt.")
@@ -135,8 +153,8 @@ def _fit_context(config: Llama4Config, request: Request) -> Request:
         raise UserError(f"request {request.id!r} asks for {request.max_new_tokens} new tokens.")
     if room < 1:
         raise UserError(
-            f"request {request.id!r} has a prompt of {len(request.tokens)} tokens, longer than the "
-            f"model's context of {config.max_position_embeddings}; shorten it."
+            f"request {request.id!r} has a prompt of {len(request.tokens)} tokens, which leaves no "
+            f"room in the model's context of {config.max_position_embeddings}; shorten it."
         )
     for token in request.tokens:
         if not 0 <= token < config.vocab_size:
@@ -148,10 +166,8 @@ def _fit_context(config: Llama4Config, request: Request) -> Request:
 
 
 def _new_cache(config: Llama4Config, params: dict, requests: Iterable[Request], rows: int):
-    mesh = current_mesh()
     longest = max(len(request.tokens) + request.max_new_tokens for request in requests)
-    dtype = params["embed"].dtype
-    return init_cache(config, rows, round_capacity(longest, mesh), dtype, mesh)
+    return init_cache(config, rows, round_capacity(longest), params["embed"].dtype)
 
 
 def _fill(config: Llama4Config, rows: list[_Row | None], segment: int) -> _Batch:

@@ -46,14 +46,22 @@ def _record(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
-    if not isinstance(record, dict) or "id" not in record:
-        raise UserError(f'{where} is not an object with an "id".')
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply.") from None
+    if not isinstance(record, dict) or not _is_id(record.get("id")):
+        raise UserError(f'{where} is not an object with an "id" that is text or an integer.')
     if sum(kind in record for kind in KINDS) != 1:
         raise UserError(f"{where} must hold exactly one of {', '.join(KINDS)}.")
     unknown = set(record) - {"id", *KINDS}
     if unknown:
         raise UserError(f"{where} has the unknown key '{min(unknown)}'.")
     return record
+
+
+def _is_id(value: Any) -> bool:
+    if isinstance(value, str):  # not half of a surrogate pair, which no file can hold
+        return value.encode(errors="replace").decode() == value
+    return type(value) is int
 
 
 def _request(
@@ -115,8 +123,13 @@ def output_file(path: str | Path) -> Iterator[TextIO]:
         raise UserError(f"{path} exists and is not empty; choose another output or delete it.")
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        file = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    try:
+        with file:
             yield file
         partial.rename(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        if partial.exists() and not partial.stat().st_size:
+            partial.unlink()  # nothing was answered

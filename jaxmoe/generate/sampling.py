@@ -37,8 +37,20 @@ class Sampling:
             raise UserError(f"top_p {self.top_p} is not above 0 and at most 1; use 1 to keep all.")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k} is below 0; use 0 to keep all.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed {self.seed} is not between 0 and 2**32 - 1.")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed {self.seed} is not between 0 and 2**31 - 1.")
+
+
+def _unflatten(_: None, values: tuple) -> Sampling:
+    """Without the checks, which a traced value cannot pass."""
+    sampling = object.__new__(Sampling)
+    for field, value in zip(dataclasses.fields(Sampling), values, strict=True):
+        object.__setattr__(sampling, field.name, value)
+    return sampling
+
+
+# Arguments of compiled programs: another seed or temperature compiles nothing again.
+jax.tree_util.register_pytree_node(Sampling, lambda s: (tuple(vars(s).values()), None), _unflatten)
 
 
 def request_hash(request_id: object) -> np.uint32:
@@ -58,27 +70,30 @@ def sample(
         request: `request_hash` of the row's request.
         index: how many tokens the row has generated before.
     """
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = keep_likely(sampling, logits / sampling.temperature)
     seed = jax.random.key(sampling.seed)
 
     def choose(row, request, index):
         key = jax.random.fold_in(jax.random.fold_in(seed, request), index)
-        return jax.random.categorical(key, row).astype(jnp.int32)
+        return jax.random.categorical(key, row)
 
-    return jax.vmap(choose)(logits, request, index)
+    def draw():
+        scaled = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
+        return jax.vmap(choose)(keep_likely(sampling, scaled), request, index)
+
+    greedy = sampling.temperature == 0
+    return jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), draw).astype(jnp.int32)
 
 
 def keep_likely(sampling: Sampling, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
     """-inf for the tokens that top-k and top-p leave out."""
-    if sampling.top_p == 1 and not sampling.top_k:
-        return logits
-    order = jnp.argsort(-logits, axis=-1)
-    ordered = jnp.take_along_axis(logits, order, axis=-1)
-    probability = jax.nn.softmax(ordered, axis=-1)
-    kept = jnp.cumsum(probability, axis=-1) - probability <= sampling.top_p
-    if sampling.top_k:
-        kept &= jnp.arange(logits.shape[-1]) < sampling.top_k
-    kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
-    return jnp.where(kept, logits, -jnp.inf)
+
+    def leave_out():
+        order = jnp.argsort(-logits, axis=-1)
+        probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+        kept = jnp.cumsum(probability, axis=-1) - probability <= sampling.top_p
+        kept &= (jnp.arange(logits.shape[-1]) < sampling.top_k) | (sampling.top_k == 0)
+        kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+        return jnp.where(kept, logits, -jnp.inf)
+
+    keep_all = jnp.logical_and(sampling.top_p == 1, sampling.top_k == 0)
+    return jax.lax.cond(keep_all, lambda: logits, leave_out)

@@ -13,7 +13,15 @@ from jaxtyping import Array, Float
 
 from jaxmoe import mesh as meshes
 from jaxmoe.config import LayerKind, Llama4Config
-from jaxmoe.model.cache import Cache, LayerCache, Writes, keeps_ring, plan_writes, write
+from jaxmoe.model.cache import (
+    KEY_BLOCK,
+    Cache,
+    LayerCache,
+    Writes,
+    keeps_ring,
+    plan_writes,
+    write,
+)
 from jaxmoe.model.layers import linear, rms_normalize, rope_angles, rotate, temperature
 from pallas_kernels.attention import Coords, flash_attention, lse_weight, merge
 
@@ -43,9 +51,7 @@ def start_step(
     rope, scale = rope_angles(config, coords.position), temperature(config, coords.position)
     if cache is None:
         return Step(coords, rope, scale, None), None
-    mesh = meshes.current_mesh()
-    shards = meshes.axis_size(mesh, "slots") if mesh is not None else 1
-    writes, updated = plan_writes(cache, coords, shards)
+    writes, updated = plan_writes(cache, coords)
     cache_step = CacheStep(writes, cache.ring, updated.ring, updated.log)
     return Step(coords, rope, scale, cache_step), updated
 
@@ -88,6 +94,7 @@ def attend(
         flash_attention,
         scale=config.head_dim**-0.5,
         chunk=config.attention_chunk_size if local else None,
+        block_k=KEY_BLOCK,
     )
     if cache is None or step.cache is None:
         return _per_device(_attend_new, flash, q, k, v, step.coords), None

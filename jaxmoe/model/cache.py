@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.mesh import activation_spec, axis_size, sharding
+from jaxmoe.mesh import activation_spec, axis_size, current_mesh, sharding
 from pallas_kernels.attention import Coords
 
 DEAL = 64  # slots of the log that go to one device before the next device's turn
+KEY_BLOCK = 512  # slots that attention reads at once
 
 
 class LayerCache(NamedTuple):
@@ -50,10 +51,20 @@ def keeps_ring(config: Llama4Config, kind: LayerKind) -> bool:
     return kind.attention == "local" and config.has_local_ring
 
 
+def slot_shards(mesh=None) -> int:
+    """How many devices share a row's log on `mesh`, by default the current one."""
+    mesh = current_mesh() if mesh is None else mesh
+    return 1 if mesh is None else axis_size(mesh, "slots")
+
+
 def round_capacity(tokens: int, mesh=None) -> int:
-    """The smallest legal capacity that holds `tokens` tokens a row."""
-    deal = DEAL * (axis_size(mesh, "slots") if mesh is not None else 1)
-    return -(-tokens // deal) * deal
+    """The smallest good capacity that holds `tokens` tokens a row on `mesh` or the current one.
+
+    Attention reads keys in blocks of up to 512 slots, and would copy a cache of another multiple.
+    """
+    shards = slot_shards(mesh)
+    unit = DEAL * shards if tokens <= KEY_BLOCK * shards else KEY_BLOCK * shards
+    return -(-tokens // unit) * unit
 
 
 def init_cache(
@@ -63,14 +74,16 @@ def init_cache(
 
     Args:
         capacity: tokens a row can hold; a value of `round_capacity`.
+        mesh: default: the current mesh.
 
     Raises:
-        UserError: if the capacity exceeds the model's positions.
+        UserError: if the capacity cannot be dealt out over the mesh.
     """
     if round_capacity(capacity, mesh) != capacity:
         raise UserError(
             f"cache capacity {capacity} must be {round_capacity(capacity, mesh)} on this mesh."
         )
+    mesh = current_mesh() if mesh is None else mesh
     if mesh is None:
         return _zeros(config, rows, capacity, dtype)
     shapes = abstract_cache(config, rows, capacity, dtype, mesh)
@@ -138,16 +151,24 @@ def restart_rows(cache: Cache, restart: Int[Array, "B"]) -> Cache:
     return cache._replace(ring=clear(cache.ring), log=clear(cache.log), length=cache.length * keep)
 
 
-def plan_writes(cache: Cache, new: Coords, shards: int) -> tuple[Writes, Cache]:
+def plan_writes(cache: Cache, new: Coords) -> tuple[Writes, Cache]:
     """Where the new tokens go, and the cache with its coordinates (not yet its keys) updated.
 
     Tokens beyond the capacity go nowhere: callers check `length` against it.
 
     Args:
         new: coordinates of the new tokens, [B, S]; a row's segments are contiguous.
-        shards: devices the log is dealt out to.
+
+    Raises:
+        UserError: if the cache was made for another mesh.
     """
     capacity, chunk = cache.log.position.shape[1], cache.ring.position.shape[1]
+    shards = slot_shards()
+    if capacity % (DEAL * shards):
+        raise UserError(
+            f"a cache of {capacity} slots cannot be dealt out over {shards} devices; "
+            "make it with init_cache under the mesh it is used on."
+        )
     real = new.segment != 0
     slot = cache.length[:, None] + jnp.cumsum(real, axis=1) - 1
     log = jnp.where(real & (slot < capacity), deal_out(slot, capacity, shards), capacity)

@@ -76,6 +76,7 @@ def decoder_layer(
     cache: LayerCache | None,
 ) -> tuple[Float[Array, "B S D"], LayerCache | None, Routing | None]:
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    p, x = jax.lax.optimization_barrier((p, x))  # or all layers' weights are gathered at once
     p = map_specs(lambda spec, w: constrain_param(w, spec.axes), layer_specs(config, kind), p)
     normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
     out, cache = attention(config, kind, p["attention"], normed, step, cache)
@@ -94,11 +95,14 @@ _remat_layer = jax.checkpoint(decoder_layer, static_argnums=(0, 1))
 
 
 def positions_of(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """Positions that restart at 0 where the segment changes; 0 on padding."""
-    order = jnp.arange(segment_ids.shape[1])
-    previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    start = jax.lax.cummax(jnp.where(segment_ids != previous, order, 0), axis=1)
-    return jnp.where(segment_ids == 0, 0, order - start)
+    """How many earlier tokens of its row each token's segment has; 0 on padding."""
+    order = jnp.argsort(segment_ids, axis=1, stable=True)
+    grouped = jnp.take_along_axis(segment_ids, order, axis=1)
+    index = jnp.broadcast_to(jnp.arange(grouped.shape[1]), grouped.shape)
+    starts = jnp.pad(grouped[:, 1:] != grouped[:, :-1], ((0, 0), (1, 0)))
+    rank = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    positions = jnp.take_along_axis(rank, jnp.argsort(order, axis=1), axis=1)
+    return jnp.where(segment_ids == 0, 0, positions)
 
 
 class Llama4(nnx.Module):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.generate.engine import Request, generate
+from jaxmoe.generate.engine import Request, generate, step
 from jaxmoe.generate.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from tests import reference, tiny
@@ -171,14 +171,22 @@ def test_no_requests_no_tokens(model):
 )
 def test_impossible_requests_are_refused(model, tokens, wanted, words):
     """Before anything is computed, although a good one comes first."""
-    stream = generate(
-        model.config, model.params, [Request("good", (1,), 1), Request("x", tokens, wanted)], GREEDY
-    )
+    requests = [Request("good", (1,), 1), Request("x", tokens, wanted)]
     with pytest.raises(UserError) as caught:
-        next(stream)
+        generate(model.config, model.params, requests, GREEDY)
     assert all(word in str(caught.value) for word in words)
 
 
 def test_no_rows_are_refused(model, requests):
     with pytest.raises(UserError, match="rows 0"):
         run(model, requests, GREEDY, rows=0)
+
+
+def test_each_width_and_setting_compiles_once(model, requests):
+    """Another seed or temperature, and the cache that a step gives back, compile nothing new."""
+    with jax.set_mesh(MeshConfig(expert=2, tensor=2, data=2).make()):
+        params = model.on(jax.sharding.get_mesh())
+        step.clear_cache()
+        for settings in (GREEDY, Sampling(temperature=1.0, seed=3), Sampling(top_p=0.5, top_k=4)):
+            list(generate(model.config, params, requests, settings, rows=2, segment=8))
+        assert step._cache_size() == 2

@@ -35,7 +35,7 @@ def coords(positions, segments):
 def test_padding_takes_no_slot_and_the_last_chunk_fills_the_ring(small):
     cache = init_cache(small.config, 1, 64)
     new = coords([0, 0, *range(14, 19)], [0, 0, 1, 1, 1, 1, 1])
-    writes, cache = plan_writes(cache, new, 1)
+    writes, cache = plan_writes(cache, new)
     assert writes.log[0].tolist() == [64, 64, 0, 1, 2, 3, 4]
     assert writes.ring[0].tolist() == [16, 16, 16, 16, 0, 1, 2]  # 14 and 15 are a chunk behind
     assert cache.length.tolist() == [5]
@@ -46,7 +46,7 @@ def test_padding_takes_no_slot_and_the_last_chunk_fills_the_ring(small):
 def test_a_restarted_row_holds_nothing(small):
     cache = init_cache(small.config, 2, 64)
     both = Coords(jnp.array([[0, 1]] * 2), jnp.ones((2, 2), jnp.int32))
-    _, cache = plan_writes(cache, both, 1)
+    _, cache = plan_writes(cache, both)
     cache = restart_rows(cache, jnp.array([1, 0]))
     assert cache.length.tolist() == [0, 2]
     assert not cache.log.segment[0].any() and cache.log.segment[1, :2].all()
@@ -70,10 +70,24 @@ def test_capacity_must_be_dealt_out(small):
         init_cache(small.config, 1, 100, mesh=mesh)
 
 
+def test_a_cache_made_without_the_mesh_is_refused(small):
+    cache = init_cache(small.config, 1, 64)
+    with (
+        jax.set_mesh(MeshConfig(sequence=8).make()),
+        pytest.raises(UserError, match="64 slots cannot be dealt out over 8 devices"),
+    ):
+        plan_writes(cache, coords([0], [1]))
+
+
+def test_the_current_mesh_is_the_default(small):
+    with jax.set_mesh(MeshConfig(sequence=8).make()):
+        assert init_cache(small.config, 1, round_capacity(1)).log.position.shape == (1, 8 * DEAL)
+
+
 @pytest.mark.parametrize("mesh", ["data=8", "sequence=8", "expert=2,sequence=2,tensor=2"])
 def test_decode_updates_the_cache_in_place(small, mesh):
     mesh = MeshConfig.parse(mesh).make()
-    capacity = round_capacity(2**14, mesh)
+    capacity = round_capacity(2**14 + 1, mesh)  # no power of two
     arguments = abstract_arguments(small.config, mesh, rows=8, tokens=1, capacity=capacity)
     memory = lower_step(small.config, mesh, arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes == device_bytes(arguments[-1])

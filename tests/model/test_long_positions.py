@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.config import SCOUT, LayerKind
+from jaxmoe.errors import UserError
 from jaxmoe.evaluate import token_logits
 from jaxmoe.model.layers import temperature
 from tests import reference
@@ -30,7 +31,9 @@ def test_local_layers_repeat_every_chunk(small, tokens, decode_from):
     """The same tokens at the same place in a chunk have the same logits, to the last bit."""
     local = [i for i, kind in enumerate(small.config.layers) if kind.attention == "local"]
     config = dataclasses.replace(
-        small.config, layers=tuple(LayerKind("local", "moe") for _ in local)
+        small.config,
+        layers=tuple(LayerKind("local", "moe") for _ in local),
+        max_position_embeddings=LAST + 1,
     )
     params = {**small.params, "layers": [small.params["layers"][i] for i in local]}
     far = LAST - LENGTH + 1
@@ -48,8 +51,9 @@ def test_whole_model_near_the_end_of_the_context(small, tokens):
     expected = reference.logits(
         small.hf_config, small.tensors, tokens, positions=where.astype(np.int64)
     )
+    config = dataclasses.replace(small.config, max_position_embeddings=LAST + 1)
     for path in ({}, {"decode_from": 20}):
-        ours = token_logits(small.config, small.params, tokens, positions=where, **path)
+        ours = token_logits(config, small.params, tokens, positions=where, **path)
         assert abs(ours - expected).max() < 1e-4
 
 
@@ -68,3 +72,8 @@ def test_temperature_at_every_chunk_edge():
 def test_temperature_values(position, scale):
     ours = temperature(SCOUT, jnp.array([[position]]))[0, 0]
     assert abs(float(ours) - scale) < 1e-6
+
+
+def test_a_position_past_the_context_is_refused(small, tokens):
+    with pytest.raises(UserError, match="position 10485759 is past the model's context of 4096"):
+        token_logits(small.config, small.params, tokens, positions=positions(LAST - LENGTH + 1))

@@ -26,8 +26,9 @@ LENGTH = 60
 
 @pytest.fixture(scope="module")
 def batch(small):
-    tokens = np.random.default_rng(5).integers(0, small.config.vocab_size, (4, LENGTH), np.int32)
-    segments = np.ones((4, LENGTH), np.int32)
+    """Eight rows, which every mesh divides."""
+    tokens = np.random.default_rng(5).integers(0, small.config.vocab_size, (8, LENGTH), np.int32)
+    segments = np.ones((8, LENGTH), np.int32)
     segments[1, :7], segments[2, 25:] = 0, 2
     return tokens, segments
 
@@ -38,11 +39,12 @@ def on_one_device(small, batch):
 
 
 def sampled(model, params):
-    prompts = [[1, 2, 3], list(range(30)), [9] * 17]
+    """Nine requests in eight rows: one row serves two."""
+    prompts = [[1, 2, 3], list(range(30)), [9] * 17, *([i] * i for i in range(1, 7))]
     requests = [Request(str(i), tuple(prompt), 12) for i, prompt in enumerate(prompts)]
     written = {request.id: [] for request in requests}
     settings = Sampling(temperature=1.0, top_p=0.9, seed=4)
-    for token in generate(model.config, params, requests, settings, rows=2, stop_ids=()):
+    for token in generate(model.config, params, requests, settings, rows=8, stop_ids=()):
         written[token.request.id].append(token.token)
     return written
 
@@ -88,9 +90,18 @@ def gradients(model, params, batch):
     return jax.tree.map(np.asarray, grad(params))
 
 
-def test_gradients(small, batch):
+def test_three_rows_on_eight_devices(small, batch, on_one_device):
+    """Rows that the mesh does not divide are replicated."""
+    mesh = make_mesh("expert=8")
+    with jax.set_mesh(mesh):
+        logits = token_logits(small.config, small.on(mesh), *(x[:3] for x in batch))
+    assert abs(logits - on_one_device[0][:3]).max() < 1e-5
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,sequence=2", "data=2,expert=2,tensor=2"])
+def test_gradients(small, batch, mesh):
     expected = gradients(small, small.params, batch)
-    mesh = make_mesh("fsdp=2,expert=2,sequence=2")
+    mesh = make_mesh(mesh)
     with jax.set_mesh(mesh):
         ours = gradients(small, small.on(mesh), batch)
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(ours), strict=True):

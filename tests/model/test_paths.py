@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from jaxmoe.evaluate import token_logits
-from tests import reference
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.transformer import positions_of
+from tests import reference, tiny
+from tests.conftest import load_tiny
 
 LENGTH = 61  # three chunks of 16 and a bit
 
@@ -73,3 +76,38 @@ def test_bfloat16_follows_the_reference(small, expected):
     error = abs(ours - logits)[real].max(-1)
     assert np.median(error) < 0.1
     assert np.mean(ours.argmax(-1)[real] == logits.argmax(-1)[real]) > 0.85
+
+
+VARIANTS = {
+    "no chunks": {"attention_chunk_size": None},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "no experts": {"moe_layers": []},
+    "local layers only": {"no_rope_layers": [1, 1]},
+    "global layers only, two experts a token": {
+        "no_rope_layers": [0, 0],
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_other_configurations(variant, tmp_path):
+    """Through the cache on a mesh: segments, then single tokens."""
+    config = tiny.scout_like(num_hidden_layers=2, **variant)
+    tensors = tiny.random_tensors(config, 4)
+    if config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model = load_tiny(tmp_path, config, tensors)
+    tokens, segments = batch(model.config.vocab_size)
+    expected = reference.logits(config, tensors, tokens, segments)
+    mesh = MeshConfig.parse("expert=2,sequence=2,tensor=2").make()
+    with jax.set_mesh(mesh):
+        path = {"prefill_segment": 24, "decode_from": 50}
+        ours = token_logits(model.config, model.on(mesh), tokens, segments, **path)
+    assert abs(ours - np.where(segments[..., None] == 0, 0, expected)).max() < 1e-4
+
+
+def test_positions_count_through_padding():
+    segments = jnp.array([[0, 1, 1, 0, 1, 2, 2, 0], [3, 3, 3, 1, 1, 0, 0, 0]])
+    expected = [[0, 0, 1, 0, 2, 0, 1, 0], [0, 1, 2, 0, 1, 0, 0, 0]]
+    np.testing.assert_array_equal(positions_of(segments), expected)

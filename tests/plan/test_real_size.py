@@ -1,12 +1,13 @@
 """Scout and Maverick at full size, as shapes: counted, lowered, and compiled for absent GPUs."""
 
+import dataclasses
 import math
 import re
 
 import jax
 import pytest
 
-from jaxmoe.config import PRESETS
+from jaxmoe.config import PRESETS, layer_kinds
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.cache import round_capacity
 from jaxmoe.model.params import num_params
@@ -35,6 +36,38 @@ def test_lowers_at_full_size(name, tokens):
     assert len(cache.layers) == 48
 
 
+def decode_bytes(config, rows: int, capacity: int) -> int:
+    """Argument bytes a device of a decode step on tensor=8: bf16 weights and cache."""
+    embed, layers = config.hidden_size, config.num_hidden_layers
+    routers = sum(kind.feed_forward == "moe" for kind in config.layers) * config.num_local_experts
+    replicated = embed * (2 * layers + 1 + routers)  # norms and routers
+    weights = replicated + (num_params(config) - replicated) // 8
+    keys_and_values = 2 * config.head_dim * rows * (12 * capacity + 36 * 8192)  # one head of 8
+    coordinates = 2 * rows * (capacity + 8192) + rows
+    new_tokens = 3 * rows
+    return 2 * (weights + keys_and_values) + 4 * (coordinates + new_tokens)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_decode_bytes(name):
+    mesh = MeshConfig(tensor=8).make()
+    arguments = abstract_arguments(PRESETS[name], mesh, rows=4, tokens=1, capacity=131072)
+    assert device_bytes(arguments) == decode_bytes(PRESETS[name], 4, 131072)
+
+
+@pytest.mark.absent_gpu
+def test_fsdp_gathers_one_layer_at_a_time():
+    """Twice the layers, and no more temporary memory."""
+    temporary = []
+    for layers in (4, 8):
+        config = dataclasses.replace(PRESETS["scout"], layers=layer_kinds(layers))
+        mesh = MeshConfig(fsdp=8).make(absent_h100s(8))
+        arguments = abstract_arguments(config, mesh, rows=8, tokens=1, capacity=8192)
+        memory = lower_step(config, mesh, arguments).compile(compiler_options()).memory_analysis()
+        temporary.append(memory.temp_size_in_bytes)
+    assert temporary[1] < 1.05 * temporary[0]
+
+
 @pytest.mark.absent_gpu
 @pytest.mark.parametrize("name, mesh", [("scout", "tensor=8"), ("maverick", "expert=8")])
 def test_decode_step_compiles_for_eight_h100s(name, mesh):
@@ -44,7 +77,7 @@ def test_decode_step_compiles_for_eight_h100s(name, mesh):
     """
     config, mesh = PRESETS[name], MeshConfig.parse(mesh).make(absent_h100s(8))
     arguments = abstract_arguments(
-        config, mesh, rows=8, tokens=1, capacity=round_capacity(131072, mesh)
+        config, mesh, rows=8, tokens=1, capacity=round_capacity(100_000, mesh)
     )
     compiled = lower_step(config, mesh, arguments).compile(compiler_options())
     memory = compiled.memory_analysis()

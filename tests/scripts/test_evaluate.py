@@ -86,7 +86,7 @@ ONES = np.ones((2, 6), np.int32)
     ("arrays", "options", "words"),
     [
         ({"token": ONES}, [], ["tokens.npz", "no array `tokens`"]),
-        ({"tokens": ONES, "segment_ids": ONES - np.eye(2, 6, 3, int)}, [], ["row 0", "segment"]),
+        ({"tokens": ONES, "segment_ids": ONES + np.eye(2, 6, 3, int)}, [], ["row 0", "segment"]),
         ({"tokens": ONES * 128}, [], ["128", "0 to 127"]),
         ({"tokens": ONES}, ["--prefill-segment", 0], ["--prefill-segment 0"]),
         ({"tokens": ONES}, ["--mesh", "data=3", "--cpu-devices", 2], ["data=3", "2 device"]),
