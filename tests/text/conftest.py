@@ -1,4 +1,4 @@
-"""A small tokenizer made on the spot, and Meta's real one where its package is installed."""
+"""A small tokenizer made on the spot, and Meta's real one from the package that ships it."""
 
 import base64
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -56,7 +57,7 @@ def meta_folder() -> Path:
     """Where the PyPI package keeps Meta's tokenizers; found without importing the package."""
     spec = find_spec("llama_models")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("Meta's tokenizer.model is missing: pip install llama-models")
+        pytest.fail("Meta's tokenizer.model is missing: pip install llama-models")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -68,7 +69,6 @@ def meta(meta_folder) -> Tokenizer:
 @pytest.fixture(scope="session")
 def tiktoken_oracle(meta_folder):
     """The library that the file format belongs to, reading the same ranks on its own."""
-    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is missing: pip install tiktoken")
     lines = (meta_folder / "llama4/tokenizer.model").read_text().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
     letters = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
