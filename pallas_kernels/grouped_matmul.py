@@ -82,20 +82,23 @@ def grouped_matmul(
 
 
 def _blockwise(x, w, group_of_block, subscripts: str, width: int):
-    blocks = x.reshape(group_of_block.shape[0], -1, x.shape[1])
+    num_blocks = group_of_block.shape[0]
+    blocks = x.reshape(num_blocks, -1, x.shape[1])
 
-    def visit(_, block_and_group):
-        block, group = block_and_group
+    def visit(i, out):
+        group = group_of_block[i]
 
         def multiply():
             matrix = lax.dynamic_index_in_dim(w, group, keepdims=False)
-            return _dot(subscripts, block, matrix).astype(x.dtype)
+            return _dot(subscripts, blocks[i], matrix).astype(x.dtype)
 
-        nothing = jnp.zeros((block.shape[0], width), x.dtype)
-        return None, lax.cond(group < w.shape[0], multiply, lambda: nothing)
+        nothing = jnp.zeros((blocks.shape[1], width), x.dtype)
+        return out.at[i].set(lax.cond(group < w.shape[0], multiply, lambda: nothing))
 
-    _, out = lax.scan(visit, None, (blocks, group_of_block))
-    return out.reshape(-1, width)
+    # Every block is written, so anything will do to start with. Zeros, as a scan has them, would be
+    # made for all layers of a model at its start.
+    start = jnp.broadcast_to(x[0, 0], (num_blocks, blocks.shape[1], width))
+    return lax.fori_loop(0, num_blocks, visit, start).reshape(-1, width)
 
 
 def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -5,6 +5,8 @@ import os
 # Set before JAX starts. The compiler for absent GPUs is installed, its driver is not.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+# XLA's threads: simulated GPU threads wait for one another, and would wait forever for a free one.
+os.environ["NPROC"] = "32"
 
 import dataclasses
 

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 from jaxmoe import mesh as meshes
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.model.cache import (
-    KEY_BLOCK,
     Cache,
     LayerCache,
     Writes,
@@ -23,7 +22,15 @@ from jaxmoe.model.cache import (
     write,
 )
 from jaxmoe.model.layers import linear, rms_normalize, rope_angles, rotate, temperature
-from pallas_kernels.attention import Coords, flash_attention, lse_weight, merge
+from pallas_kernels.attention import (
+    Coords,
+    decode_attention,
+    flash_attention,
+    lse_weight,
+    merge,
+)
+
+FEW_QUERIES = 8  # up to so many a row, the cache is read at memory speed rather than in tiles
 
 
 class CacheStep(NamedTuple):
@@ -90,26 +97,24 @@ def attend(
 ) -> tuple[Float[Array, "B H S d"], LayerCache | None]:
     """Attention of the new tokens to themselves and to the cache, on any mesh."""
     local = kind.attention == "local"
-    flash = functools.partial(
-        flash_attention,
-        scale=config.head_dim**-0.5,
-        chunk=config.attention_chunk_size if local else None,
-        block_k=KEY_BLOCK,
-    )
+    rule = {
+        "scale": config.head_dim**-0.5,
+        "chunk": config.attention_chunk_size if local else None,
+    }
     if cache is None or step.cache is None:
-        return _per_device(_attend_new, flash, q, k, v, step.coords), None
+        return _per_device(_attend_new, rule, q, k, v, step.coords), None
     writes, old_ring, new_ring, new_log = step.cache
     if keeps_ring(config, kind):
         state = (cache, writes.ring, old_ring, new_ring)
-        return _per_device(_attend_ring, flash, q, k, v, step.coords, *state)
-    return _per_device(_attend_log, flash, q, k, v, step.coords, cache, writes.log, new_log)
+        return _per_device(_attend_ring, rule, q, k, v, step.coords, *state)
+    return _per_device(_attend_log, rule, q, k, v, step.coords, cache, writes.log, new_log)
 
 
-def _per_device(body, flash, q, k, v, coords, *state):
+def _per_device(body, rule, q, k, v, coords, *state):
     """Runs `body` on each device's part of the rows, heads, new tokens and slots."""
     mesh = meshes.current_mesh()
     if mesh is None:
-        return body(flash, (), q, k, v, coords, *state)
+        return body(rule, (), q, k, v, coords, *state)
     slots = "slots" if body is _attend_log else None
 
     def specs(tree, *axes):
@@ -124,7 +129,7 @@ def _per_device(body, flash, q, k, v, coords, *state):
         in_specs += (cache_spec, specs(writes, "batch", None), *specs(slot_coords, "batch", slots))
         out_specs = (q_spec, cache_spec)
     tokens = meshes.activation_axes(mesh, "length", q.shape[2])
-    run = meshes.per_device(functools.partial(body, flash, tokens), in_specs, out_specs)
+    run = meshes.per_device(functools.partial(body, rule, tokens), in_specs, out_specs)
     return run(q, k, v, coords, *state)
 
 
@@ -134,30 +139,35 @@ def _gather(x, axes: tuple[str, ...], axis: int):
     return jax.tree.map(gather, x) if axes else x
 
 
-def _attend_new(flash, axes, q, k, v, coords):
+def _attend_new(rule, axes, q, k, v, coords):
+    """No cache. Devices that hold part of the tokens each gather all keys."""
     k, v = _gather((k, v), axes, 2)
-    return flash(q, k, v, coords, _gather(coords, axes, 1))[0]
+    return flash_attention(q, k, v, coords, _gather(coords, axes, 1), in_order=not axes, **rule)
 
 
-def _attend_ring(flash, axes, q, k, v, coords, cache, slots, old_coords, new_coords):
+def _attend_ring(rule, axes, q, k, v, coords, cache, slots, old_coords, new_coords):
     """Local layers: the chunk so far is in the ring, the rest of it among the new tokens."""
     k, v = _gather((k, v), axes, 2)
     new_cache = LayerCache(write(cache.k, k, slots), write(cache.v, v, slots))
     if k.shape[2] == 1:  # once written, the token's whole chunk is in the ring
-        return flash(q, *new_cache, coords, new_coords)[0], new_cache
-    past = flash(q, *cache, coords, old_coords)
-    present = flash(q, k, v, coords, _gather(coords, axes, 1))
-    return merge([past, present]), new_cache
+        return decode_attention(q, *new_cache, coords, new_coords, **rule), new_cache
+    past = flash_attention(q, *cache, coords, old_coords, return_lse=True, **rule)
+    new = _gather(coords, axes, 1)
+    present = flash_attention(q, k, v, coords, new, in_order=not axes, return_lse=True, **rule)
+    # Together, or the compiler writes all layers' rings last and keeps their keys until then.
+    return lax.optimization_barrier((merge([past, present]), new_cache))
 
 
-def _attend_log(flash, axes, q, k, v, coords, cache, slots, log_coords):
+def _attend_log(rule, axes, q, k, v, coords, cache, slots, log_coords):
     """Global layers: write first, then attend to this device's slots and merge over devices."""
     k, v, q = _gather((k, v, q), axes, 2)
     slot_axes = meshes.RULES["slots"] if meshes.current_mesh() is not None else ()
     if slot_axes:
         slots = slots - lax.axis_index(slot_axes) * cache.k.shape[2]
     cache = LayerCache(write(cache.k, k, slots), write(cache.v, v, slots))
-    out, lse = flash(q, *cache, _gather(coords, axes, 1), log_coords)
+    attend = decode_attention if q.shape[2] <= FEW_QUERIES else flash_attention
+    new = _gather(coords, axes, 1)
+    out, lse = attend(q, *cache, new, log_coords, return_lse=True, **rule)
     return _merge_over_devices(out, lse, slot_axes, axes), cache
 
 

@@ -5,6 +5,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxmoe.config import PRESETS, layer_kinds
@@ -85,6 +86,24 @@ def test_decode_step_compiles_for_eight_h100s(name, mesh):
     assert memory.alias_size_in_bytes == device_bytes(arguments[-1])
     assert memory.temp_size_in_bytes < 256 * 2**20
     assert 0 < largest_exchange(compiled.as_text()) < 2**20
+
+
+@pytest.mark.absent_gpu
+def test_prefill_of_a_segment_against_ten_million_tokens():
+    """Temporaries of the whole model do not grow with its layers or with the cache.
+
+    With tensor=8 every GPU holds ten million keys of one key head for each global layer.
+    """
+    mesh = MeshConfig(tensor=8).make(absent_h100s(8))
+    capacity = round_capacity(10_000_000, mesh)
+    arguments = abstract_arguments(
+        PRESETS["scout"], mesh, rows=1, tokens=8192, capacity=capacity, kv=jnp.bfloat16
+    )
+    compiled = lower_step(PRESETS["scout"], mesh, arguments).compile(compiler_options())
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == device_bytes(arguments[-1])
+    assert memory.temp_size_in_bytes < 2**30
+    assert "mosaic_gpu" in compiled.as_text()
 
 
 def largest_exchange(hlo: str) -> int:

@@ -1,0 +1,79 @@
+"""Flash attention on Hopper, differentiable: the forward and backward kernels as one function."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from pallas_kernels import tuning
+from pallas_kernels.attention.masks import Coords, Reach, reach
+from pallas_kernels.attention.mosaic_backward import BackwardConfig, flash_backward
+from pallas_kernels.attention.mosaic_forward import ForwardConfig, flash_forward
+from pallas_kernels.choice import Implementation
+from pallas_kernels.mosaic import why_not_hopper
+
+HEAD_DIMS = (64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the kernels."""
+
+    forward: ForwardConfig = dataclasses.field(default_factory=ForwardConfig)
+    backward: BackwardConfig = dataclasses.field(default_factory=BackwardConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    scale: float
+    config: Config
+    interpret: Any
+
+
+def why_not(case) -> str | None:
+    """Why a call cannot run on these kernels, or None."""
+    if case.dtype != "bfloat16":
+        return f"it takes bfloat16, not {case.dtype}"
+    if case.head_dim not in HEAD_DIMS:
+        return f"it takes head sizes {HEAD_DIMS}, not {case.head_dim}"
+    return None if case.interpret else why_not_hopper()
+
+
+def config_for(case) -> Config:
+    """The config tuned for the device, or else one that is good on any Hopper."""
+    forward = tuning.lookup("flash_forward", head_dim=case.head_dim) or {}
+    backward = tuning.lookup("flash_backward", head_dim=case.head_dim) or {}
+    return Config(ForwardConfig(**forward), BackwardConfig(**backward))
+
+
+def flash_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, case, config: Config):
+    """Output [B, H, S, d] and log-sum-exp [B, H, S]."""
+    static = _Static(case.scale, config, case.interpret)
+    q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
+    return _flash(static, q, k, v, q_reach, k_coords)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(static: _Static, q, k, v, q_reach: Reach, k_coords: Coords):
+    options = {"scale": static.scale, "interpret": static.interpret}
+    return flash_forward(q, k, v, q_reach, k_coords, config=static.config.forward, **options)
+
+
+def _forward(static: _Static, q, k, v, q_reach, k_coords):
+    out, lse = _flash(static, q, k, v, q_reach, k_coords)
+    return (out, lse), ((q, k, v, out, lse), q_reach, k_coords)
+
+
+def _backward(static: _Static, residuals, cotangents):
+    saved, q_reach, k_coords = residuals
+    options = {"scale": static.scale, "interpret": static.interpret}
+    gradients = flash_backward(
+        saved, *cotangents, q_reach, k_coords, config=static.config.backward, **options
+    )
+    return (*gradients, None, None)
+
+
+_flash.defvjp(_forward, _backward)
+
+IMPLEMENTATION = Implementation("mosaic_gpu", why_not, flash_mosaic, Config, config_for)

@@ -1,0 +1,262 @@
+"""Flash attention backward on Hopper, deterministic: one kernel for dq, one for dk and dv.
+
+Both recompute the probabilities from the log-sum-exp. With scores s = scale * q k^T:
+
+    p = exp(s - lse)    dv = p^T do    ds = p * (do v^T - delta)    dq = scale * ds k
+    delta = rowsum(do * out) - d_lse                                dk = scale * ds^T q
+
+Shape letters: B rows, H query heads, K key/value heads, S queries, T keys, d head size, N tiles; q
+and t are the queries and keys that a warpgroup has at once.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.masks import Coords, Reach, meets, pad_tokens, ranges
+from pallas_kernels.attention.mosaic_forward import COMPUTE, LOG2E
+from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy, load_tokens
+from pallas_kernels.mosaic import (
+    COLUMNS,
+    COMPILER_PARAMS,
+    ROWS,
+    WARPGROUP,
+    WGMMA,
+    Ring,
+    Wgmma,
+    along_columns,
+    along_rows,
+    full,
+    pad_axis,
+    tile,
+)
+
+TILE = COMPUTE * WARPGROUP  # queries of a block of the dq kernel, keys of one of the other
+UNSEEN = 1e30  # stands for the log-sum-exp of a query that saw nothing: exp2(s - this) is 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """Keys a step and steps in flight of the dq kernel; queries and steps of the dk, dv kernel."""
+
+    block_k: int = 64
+    dq_slots: int = 2
+    block_q: int = 64
+    dkv_slots: int = 2
+
+
+def flash_backward(
+    saved, d_out, d_lse, q_reach: Reach, k_coords: Coords, *, scale: float,
+    config: BackwardConfig, interpret,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """dq, dk and dv. `saved` is what the forward pass had: q, k, v, out and lse."""
+    q, k, v, out, lse = saved
+    S, T = q.shape[2], k.shape[2]
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
+    lse = jnp.where(lse == -jnp.inf, UNSEEN, lse * LOG2E)
+    padded = -S % TILE
+    stats = jnp.stack(
+        [
+            jnp.pad(x, ((0, 0), (0, 0), (0, padded)), constant_values=fill)
+            for x, fill in ((lse, UNSEEN), (delta, 0.0))
+        ],
+        axis=2,
+    )
+    queries = (pad_axis(q, 2, TILE), pad_axis(d_out, 2, TILE), stats)
+    q_reach = pad_tokens(q_reach, TILE)
+    run = functools.partial(
+        plgpu.kernel,
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        compiler_params=COMPILER_PARAMS,
+        interpret=interpret,
+    )
+    mma = Wgmma(interpret is not None)
+    dq = _dq(run, mma, scale, config, queries, k, v, q_reach, k_coords)
+    dk, dv = _dkv(run, mma, scale, config, queries, k, v, q_reach, k_coords)
+    return dq[:, :, :S], dk[:, :, :T], dv[:, :, :T]
+
+
+def _dq(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coords):
+    (B, H, S, d), K = queries[0].shape, k.shape[1]
+    k_coords = pad_tokens(k_coords, config.block_k)
+    blocks = ranges(*meets(q_reach, k_coords, TILE, config.block_k))
+    key_block = tile(config.dq_slots, config.block_k, d)
+    kernel = run(
+        functools.partial(_dq_kernel, H // K, scale, mma),
+        out_type=jax.ShapeDtypeStruct(queries[0].shape, k.dtype),
+        scratch_types=(
+            (tile(COMPUTE, WARPGROUP, d), tile(COMPUTE, WARPGROUP, d)),
+            plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=2),
+            Ring.types((key_block, key_block), COMPUTE),
+        ),
+        grid=(B, S // TILE, H),
+        grid_names=("row", "tile", "head"),
+        kernel_name="flash_attention_dq",
+    )
+    return kernel(*queries, k, v, apart(q_reach), k_coords, blocks)
+
+
+def _dq_kernel(
+    group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN,
+    dq_BHSd, q_and_do, filled, ring,
+):  # fmt: skip
+    b, h = lax.axis_index("row"), lax.axis_index("head")
+    n = lax.axis_size("tile") - 1 - lax.axis_index("tile")
+    warpgroup = lax.axis_index("warpgroup")
+    ring = Ring(*ring)
+    order = BlockOrder.load(ranges_BN, b, n)
+    block = ring.buffers[0].shape[1]
+
+    def keys_of(step):
+        return pl.ds(order.block(step) * block, block)
+
+    @pl.when(warpgroup < COMPUTE)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+        mine = pl.ds(n * TILE + warpgroup * WARPGROUP, WARPGROUP)
+        q_qd, do_qd = (x.at[warpgroup] for x in q_and_do)
+        plgpu.copy_gmem_to_smem(q_BHSd.at[b, h, mine], q_qd, filled.at[warpgroup])
+        plgpu.copy_gmem_to_smem(do_BHSd.at[b, h, mine], do_qd, filled.at[warpgroup])
+        ring.open()
+        reach = jax.tree.map(lambda x: eager(x.at[b, mine], ROWS), reach_BS)
+        lse, delta = (load_tokens(stats_BH2S.at[b, h, i, mine], ROWS) for i in range(2))
+        plgpu.barrier_wait(filled.at[warpgroup])
+
+        def step(masked, t, dq):
+            k_td, v_td = ring.take(t)
+
+            def probabilities(s):
+                p = jnp.exp2(s * (scale * LOG2E) - along_rows(lse, s))
+                if not masked:
+                    return p
+                coords = jax.tree.map(lambda x: lazy(x.at[b, keys_of(t)], COLUMNS), coords_BT)
+                return hide(p, 0.0, reach, coords, q_axis=0)
+
+            p, dp = mma.two_dots((q_qd, k_td.T), (do_qd, v_td.T), probabilities)
+            ds = p * (dp - along_rows(delta, dp))
+            dq = mma.add(dq, ds.astype(k_td.dtype), k_td)
+            ring.release(t)
+            return dq
+
+        dq = full(q_qd.shape, 0.0, WGMMA)
+        dq = lax.fori_loop(0, order.masked, functools.partial(step, True), dq)
+        dq = lax.fori_loop(order.masked, order.steps, functools.partial(step, False), dq)
+        q_qd[...] = (dq * scale).astype(q_qd.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_qd, dq_BHSd.at[b, h, mine])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == COMPUTE)
+    def _move():
+        plgpu.set_max_registers(24, action="decrease")
+
+        @pl.loop(0, order.steps)
+        def _(step):
+            keys = b, lax.div(h, group), keys_of(step)
+            ring.fill(step, k_BKTd.at[keys], v_BKTd.at[keys])
+
+        ring.drain(order.steps)
+
+
+def _dkv(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coords):
+    (B, K, T, d), H = k.shape, queries[0].shape[1]
+    k_coords = pad_tokens(k_coords, TILE)
+    some, every = meets(q_reach, k_coords, config.block_q, TILE)
+    blocks = ranges(jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2))
+    tiles = -(-T // TILE)
+    query_block = tile(config.dkv_slots, config.block_q, d)
+    stats = plgpu.SMEM((config.dkv_slots, 2, config.block_q), jnp.float32)
+    reach = plgpu.SMEM((config.dkv_slots, 3, config.block_q), jnp.int32)
+    kernel = run(
+        functools.partial(_dkv_kernel, H // K, scale, mma),
+        out_type=(jax.ShapeDtypeStruct((B, K, tiles * TILE, d), k.dtype),) * 2,
+        scratch_types=(
+            (tile(COMPUTE, WARPGROUP, d), tile(COMPUTE, WARPGROUP, d)),
+            plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=2),
+            Ring.types((query_block, query_block, stats, reach), COMPUTE),
+        ),
+        grid=(B, tiles, K),
+        grid_names=("row", "tile", "head"),
+        kernel_name="flash_attention_dkv",
+    )
+    return kernel(*queries, k, v, jnp.stack(apart(q_reach), axis=1), k_coords, blocks)
+
+
+def _dkv_kernel(
+    group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_B3S, coords_BT, ranges_BN,
+    dk_BKTd, dv_BKTd, k_and_v, filled, ring,
+):  # fmt: skip
+    b, h = lax.axis_index("row"), lax.axis_index("head")
+    n = lax.axis_index("tile")  # the keys that most queries see first
+    warpgroup = lax.axis_index("warpgroup")
+    ring = Ring(*ring)
+
+    @pl.when(warpgroup < COMPUTE)
+    def _compute():
+        plgpu.set_max_registers(240, action="increase")
+        mine = pl.ds(n * TILE + warpgroup * WARPGROUP, WARPGROUP)
+        k_td, v_td = (x.at[warpgroup] for x in k_and_v)
+        plgpu.copy_gmem_to_smem(k_BKTd.at[b, h, mine], k_td, filled.at[warpgroup])
+        plgpu.copy_gmem_to_smem(v_BKTd.at[b, h, mine], v_td, filled.at[warpgroup])
+        ring.open()
+        coords = jax.tree.map(lambda x: eager(x.at[b, mine], ROWS), coords_BT)
+        plgpu.barrier_wait(filled.at[warpgroup])
+
+        def step(masked, t, state):
+            dk, dv = state
+            q_qd, do_qd, stats_2q, reach_3q = ring.take(t)
+
+            def load(ref, like):
+                return along_columns(load_tokens(ref, COLUMNS), like)
+
+            def probabilities(s):
+                p = jnp.exp2(s * (scale * LOG2E) - load(stats_2q.at[0], s))
+                if not masked:
+                    return p
+                reach = Reach(*(lazy(reach_3q.at[i], COLUMNS) for i in range(3)))
+                return hide(p, 0.0, reach, coords, q_axis=1)
+
+            p, dp = mma.two_dots((k_td, q_qd.T), (v_td, do_qd.T), probabilities)
+            dv = mma.add(dv, p.astype(do_qd.dtype), do_qd)
+            ds = p * (dp - load(stats_2q.at[1], dp))
+            dk = mma.add(dk, ds.astype(q_qd.dtype), q_qd)
+            ring.release(t)
+            return dk, dv
+
+        order = BlockOrder.load(ranges_BN, b, n)
+        steps, masked_steps = order.steps * group, order.masked * group
+        state = (full(k_td.shape, 0.0, WGMMA),) * 2
+        state = lax.fori_loop(0, masked_steps, functools.partial(step, True), state)
+        dk, dv = lax.fori_loop(masked_steps, steps, functools.partial(step, False), state)
+        k_td[...], v_td[...] = (dk * scale).astype(k_td.dtype), dv.astype(v_td.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_td, dk_BKTd.at[b, h, mine])
+        plgpu.copy_smem_to_gmem(v_td, dv_BKTd.at[b, h, mine])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == COMPUTE)
+    def _move():
+        plgpu.set_max_registers(24, action="decrease")
+
+        order = BlockOrder.load(ranges_BN, b, n)
+        steps, block = order.steps * group, ring.buffers[0].shape[1]
+
+        @pl.loop(0, steps)
+        def _(step):  # the query heads that share the keys, one after the other
+            head = h * group + lax.rem(step, group)
+            queries = pl.ds(order.block(lax.div(step, group)) * block, block)
+            ring.fill(
+                step,
+                q_BHSd.at[b, head, queries],
+                do_BHSd.at[b, head, queries],
+                stats_BH2S.at[b, head, :, queries],
+                reach_B3S.at[b, :, queries],
+            )
+
+        ring.drain(steps)

@@ -1,0 +1,179 @@
+"""Flash attention forward on Hopper: two warpgroups compute, a third moves keys and values.
+
+While one compute warpgroup takes the softmax of its scores, the other has the tensor cores: they
+hand the turn to each other.
+
+Shape letters: B rows, H query heads, K key/value heads, S queries, T keys, d head size, N tiles of
+queries; q is the 64 queries of one warpgroup, t a block of keys.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.masks import Coords, Reach, meets, pad_tokens, ranges
+from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy
+from pallas_kernels.mosaic import (
+    COLUMNS,
+    COMPILER_PARAMS,
+    ROWS,
+    WARPGROUP,
+    WGMMA,
+    Ring,
+    Wgmma,
+    along_rows,
+    full,
+    pad_axis,
+    tile,
+)
+
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # finite, so that exp2(score - running_max) never meets inf - inf
+COMPUTE = 2  # warpgroups that compute
+TILE_Q = COMPUTE * WARPGROUP
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """Keys a block, and blocks in flight."""
+
+    block_k: int = 128
+    slots: int = 2
+
+
+def flash_forward(
+    q, k, v, q_reach: Reach, k_coords: Coords, *, scale: float, config: ForwardConfig, interpret
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, H, S, d] and natural log-sum-exp [B, H, S]."""
+    (B, H, S, d), K = q.shape, k.shape[1]
+    q, q_reach = pad_axis(q, 2, TILE_Q), pad_tokens(q_reach, TILE_Q)
+    k_coords = pad_tokens(k_coords, config.block_k)
+    blocks = ranges(*meets(q_reach, k_coords, TILE_Q, config.block_k))
+    keys = (tile(config.slots, config.block_k, d),)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, H // K, scale * LOG2E, Wgmma(interpret is not None)),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
+        ),
+        scratch_types=(
+            tile(COMPUTE, WARPGROUP, d),
+            plgpu.SMEM((COMPUTE, WARPGROUP), jnp.float32),
+            plgpu.Barrier(num_barriers=COMPUTE),
+            Ring.types(keys, COMPUTE),
+            Ring.types(keys, COMPUTE),
+            plgpu.Barrier(num_barriers=COMPUTE),
+        ),
+        grid=(B, q.shape[2] // TILE_Q, H),
+        grid_names=("row", "tile", "head"),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        compiler_params=COMPILER_PARAMS,
+        interpret=interpret,
+        kernel_name="flash_attention_forward",
+    )
+    out, lse = kernel(q, k, v, apart(q_reach), k_coords, blocks)
+    return out[:, :, :S], lse[:, :, :S]
+
+
+def _kernel(
+    group, scale, mma, q_BHSd, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN, out_BHSd, lse_BHS,
+    q_qd, lse_q, q_filled, k_ring, v_ring, turns,
+):  # fmt: skip
+    b, h = lax.axis_index("row"), lax.axis_index("head")
+    # The longest tiles of a causal mask first.
+    n = lax.axis_size("tile") - 1 - lax.axis_index("tile")
+    warpgroup = lax.axis_index("warpgroup")
+    k_ring, v_ring = Ring(*k_ring), Ring(*v_ring)
+    order = BlockOrder.load(ranges_BN, b, n)
+
+    @pl.when(warpgroup < COMPUTE)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        mine = pl.ds(n * TILE_Q + warpgroup * WARPGROUP, WARPGROUP)
+        q, lse, filled = (x.at[warpgroup] for x in (q_qd, lse_q, q_filled))
+        plgpu.copy_gmem_to_smem(q_BHSd.at[b, h, mine], q, filled)
+        k_ring.open()
+        v_ring.open()
+        plgpu.barrier_wait(filled)
+        reach = jax.tree.map(lambda x: eager(x.at[b, mine], ROWS), reach_BS)
+
+        def mask(step, scores):
+            block = scores.shape[1]
+            keys = pl.ds(order.block(step) * block, block)
+            coords = jax.tree.map(lambda x: lazy(x.at[b, keys], COLUMNS), coords_BT)
+            return hide(scores, MASKED, reach, coords, q_axis=0)
+
+        out, log_sum = _attend(mma, scale, q, k_ring, v_ring, turns, warpgroup, order, mask)
+        q[...] = out.astype(q.dtype)
+        lse[...] = log_sum
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q, out_BHSd.at[b, h, mine])
+        plgpu.copy_smem_to_gmem(lse, lse_BHS.at[b, h, mine])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == COMPUTE)
+    def _move():
+        plgpu.set_max_registers(40, action="decrease")
+        block = k_ring.buffers[0].shape[1]
+
+        @pl.loop(0, order.steps)
+        def _(step):
+            keys = pl.ds(order.block(step) * block, block)
+            k_ring.fill(step, k_BKTd.at[b, lax.div(h, group), keys])
+            v_ring.fill(step, v_BKTd.at[b, lax.div(h, group), keys])
+
+        k_ring.drain(order.steps)
+        v_ring.drain(order.steps)
+
+
+def _attend(mma, scale, q_qd, k_ring, v_ring, turns, warpgroup, order, mask):
+    """Softmax-weighted values [q, d] and log-sum-exp [q] of one warpgroup's queries."""
+    mine, other = turns.at[warpgroup], turns.at[1 - warpgroup]
+
+    def wait_for_keys(t):
+        pl.when(t < order.steps)(lambda: k_ring.wait(t))
+
+    def step(masked, t, state):
+        out, top, total = state
+        k_td = k_ring.at(t)
+        scores = mma.dot(q_qd, k_td.T, then=lambda: plgpu.barrier_arrive(other))
+        k_ring.release(t)
+        factor = scale
+        if masked:
+            scores, factor = mask(t, scores * scale), 1.0
+        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
+        shrink = jnp.exp2(top - new_top)
+        p = jnp.exp2(scores * factor - along_rows(new_top, scores))
+        total = total * shrink + p.sum(axis=1)
+        out = out * along_rows(shrink, out)
+        # Everything up to here before the wait: the other warpgroup has the tensor cores.
+        out, p, total, new_top = lax.optimization_barrier(
+            (out, p.astype(q_qd.dtype), total, new_top)
+        )
+        v_td = v_ring.take(t)
+        plgpu.barrier_wait(mine)
+        out = mma.add(out, p, v_td, then=lambda: wait_for_keys(t + 1))
+        v_ring.release(t)
+        return out, new_top, total
+
+    wait_for_keys(0)
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(mine))
+    state = (
+        full(q_qd.shape, 0.0, WGMMA),
+        full(q_qd.shape[:1], MASKED, ROWS),
+        full(q_qd.shape[:1], 0.0, ROWS),
+    )
+    state = lax.fori_loop(0, order.masked, functools.partial(step, True), state)
+    state = lax.fori_loop(order.masked, order.steps, functools.partial(step, False), state)
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(other))
+    out, top, total = state
+    found = top > MASKED
+    out = out * along_rows(jnp.where(found, 1 / total, 0.0), out)
+    return out, jnp.where(found, (top + jnp.log2(total)) / LOG2E, -jnp.inf)

@@ -1,0 +1,75 @@
+"""Inside a Hopper kernel: in which order blocks are met, and the mask of those that need one."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.masks import Coords, Ranges, Reach
+
+
+class BlockOrder:
+    """First the blocks that need a mask, then the others; a softmax does not mind the order.
+
+    The mask's registers are free again in the long second loop.
+    """
+
+    def __init__(self, ranges: Ranges):
+        self.ranges = ranges
+        self.before = ranges.full_start - ranges.start
+        self.masked = self.before + ranges.stop - ranges.full_stop
+        self.steps = ranges.stop - ranges.start
+
+    @classmethod
+    def load(cls, refs: Ranges, *index) -> "BlockOrder":
+        """That of one tile, from arrays of all tiles."""
+        return cls(Ranges(*(ref[index] for ref in refs)))
+
+    def block(self, step: jax.Array) -> jax.Array:
+        """Which block a step meets."""
+        before, after = self.ranges.start + step, self.ranges.full_stop + step - self.before
+        unmasked = self.ranges.full_start + step - self.masked
+        return jnp.where(step < self.masked, jnp.where(step < self.before, before, after), unmasked)
+
+
+def apart(q: Reach) -> Reach:
+    """Gives padding queries a segment that no key has, so that kernels compare segments only."""
+    return q._replace(segment=jnp.where(q.segment == 0, -1, q.segment))
+
+
+def load_tokens(ref, layout) -> jax.Array:
+    """One value a token, into registers."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def eager(ref, layout) -> Callable[[], jax.Array]:
+    """The same as a function of nothing, loaded now: for what a loop uses again and again."""
+    value = load_tokens(ref, layout)
+    return lambda: value
+
+
+def lazy(ref, layout) -> Callable[[], jax.Array]:
+    """The same, loaded where it is used: all of a block at once would fill the registers."""
+    return lambda: load_tokens(ref, layout)
+
+
+def hide(x: jax.Array, fill: float, q: Reach, k: Coords, q_axis: int) -> jax.Array:
+    """x, but `fill` where the rule forbids.
+
+    Args:
+        q, k: with functions from `eager` or `lazy` for arrays.
+        q_axis: the axis of x that queries lie along.
+    """
+
+    def along(value, axis):
+        return lax.broadcast_in_dim(value(), x.shape, [axis])
+
+    for key, holds, query in (
+        (k.position, jnp.greater_equal, q.first),
+        (k.position, jnp.less_equal, q.last),
+        (k.segment, jnp.equal, q.segment),
+    ):
+        x = jnp.where(holds(along(key, 1 - q_axis), along(query, q_axis)), x, fill)
+    return x

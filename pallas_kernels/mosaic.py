@@ -1,0 +1,212 @@
+"""What the Hopper kernels share: tiles, matmuls that also run in the interpreter, block rings.
+
+A kernel's threads are warpgroups: some compute, the last one moves memory. Shape letters are those
+of each kernel's own legend.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.platform import target
+
+WGMMA = plgpu.Layout.WGMMA  # how a warpgroup holds an accumulator
+ROWS = WGMMA.reduce(1)  # one value for each of its rows
+COLUMNS = WGMMA.reduce(0)  # one value for each of its columns
+# Older assemblers reuse registers that a wgmma still reads: wrong values, silently.
+OLDEST_PTXAS = (13, 3)
+SMEM_BYTES = 227 * 1024  # of one block, on Hopper
+WARPGROUP = 64  # rows of one wgmma
+# No kernel here reads and writes the same shared memory from one thread without a fence, and none
+# reduces over a whole warpgroup in the loop.
+COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+)
+
+
+def why_not_hopper() -> str | None:
+    """Why the current device cannot run kernels for Hopper, or None."""
+    device = target()
+    if not device.is_hopper:
+        return f"it needs an H100 or H200, and this is {device}"
+    version = ptxas_version()
+    if version < OLDEST_PTXAS:
+        found = ".".join(map(str, version)) if version else "none"
+        return (
+            f"it needs ptxas 13.3 or newer, and JAX would use {found} of {_cuda_root()}; "
+            "pip install 'nvidia-cuda-nvcc>=13.3'"
+        )
+    return None
+
+
+def _cuda_root() -> str:
+    return os.environ.get("MOSAIC_GPU_CUDA_ROOT", "")  # JAX sets it when it imports Mosaic GPU
+
+
+@functools.cache
+def ptxas_version() -> tuple[int, ...]:
+    """Of the assembler that JAX hands kernels to, such as (13, 3); empty if there is none."""
+    command = [os.path.join(_cuda_root(), "bin", "ptxas"), "--version"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ()
+    release = re.search(r"release (\d+)\.(\d+)", printed)
+    return tuple(map(int, release.groups())) if release else ()
+
+
+def tile(*shape: int, dtype=jnp.bfloat16):
+    """Shared memory in the layout that TMA writes and wgmma reads."""
+    swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
+    elements = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(
+        shape,
+        dtype,
+        transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(swizzle)),
+    )
+
+
+def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Zeros up to a multiple; x itself where it is one."""
+    extra = -x.shape[axis] % multiple
+    pads = [(0, extra if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, pads) if extra else x
+
+
+def along_rows(x: jax.Array, like: jax.Array) -> jax.Array:
+    """One value a row, for every column of `like`."""
+    return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def along_columns(x: jax.Array, like: jax.Array) -> jax.Array:
+    """One value a column, for every row of `like`."""
+    return lax.broadcast_in_dim(x, like.shape, [1])
+
+
+def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
+    """A float32 constant in registers."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wgmma:
+    """Tensor-core products; `a` may be in registers, `b` is in shared memory.
+
+    The GPU interpreter knows neither register operands nor accumulators that start from a value,
+    so there the same sums are plain dots.
+    """
+
+    interpret: bool
+
+    def dot(self, a, b, then: Callable[[], None] = lambda: None) -> jax.Array:
+        """a @ b in float32; `then` runs once the product is under way."""
+        if self.interpret:
+            product = self._plain(a, b)
+            then()
+            return product
+
+        def run(acc):
+            plgpu.wgmma(acc, a, b)
+            then()
+            return acc[...]
+
+        return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+    def add(self, acc: jax.Array, a, b, then: Callable[[], None] = lambda: None) -> jax.Array:
+        """acc + a @ b; `then` runs while it is under way."""
+        if self.interpret:
+            total = acc + self._plain(a, b)
+            then()
+            return total
+
+        def run(ref):
+            plgpu.wgmma(ref, a, b)
+            then()
+
+        return pl.run_state(run)(plgpu.ACC.init(acc))
+
+    def two_dots(self, first: tuple, second: tuple, use: Callable) -> tuple[Any, jax.Array]:
+        """use(a @ b) of the first pair, computed while the second is under way; and the second."""
+        if self.interpret:
+            return use(self._plain(*first)), self._plain(*second)
+
+        def run(first_acc, second_acc):
+            plgpu.wgmma(first_acc, *first)
+            plgpu.wgmma(second_acc, *second)
+            used = use(plgpu.wgmma_accumulator_load(first_acc, wait_n=1))
+            return used, second_acc[...]
+
+        accumulators = (
+            plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in (first, second)
+        )
+        return pl.run_scoped(run, *accumulators)
+
+    def _plain(self, a, b) -> jax.Array:
+        product = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # the interpreter would take a later TMA write for a race
+        return product
+
+
+class Ring:
+    """Slots of shared memory that one thread fills in turn while others use them.
+
+    Step t is in slot t % slots. Each user opens the ring before its first step, takes and releases
+    every step, and the filler drains the ring after its last one: no barrier is left unobserved.
+    """
+
+    def __init__(self, buffers: tuple, filled: Any, released: Any):
+        self.buffers, self.filled, self.released = buffers, filled, released
+        self.slots = buffers[0].shape[0]
+
+    @staticmethod
+    def types(buffers: tuple, users: int) -> tuple:
+        """Scratch types of a ring; each buffer is [slots, ...]."""
+        slots = buffers[0].shape[0]
+        filled = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=slots)
+        return buffers, filled, plgpu.Barrier(num_arrivals=users, num_barriers=slots)
+
+    def open(self, first: jax.Array | int = 0, stride: int = 1) -> None:
+        """A user: the slots that it uses, by default all, may be filled."""
+        for slot in range(0, self.slots, stride):
+            plgpu.barrier_arrive(self.released.at[slot + first])
+
+    def fill(self, step: jax.Array, *sources) -> None:
+        """The filler: copies one source into each buffer once the slot is free."""
+        slot = lax.rem(step, self.slots)
+        plgpu.barrier_wait(self.released.at[slot])
+        for source, buffer in zip(sources, self.buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.filled.at[slot])
+
+    def wait(self, step: jax.Array | int) -> None:
+        """A user: until the step is there; once a step."""
+        plgpu.barrier_wait(self.filled.at[lax.rem(step, self.slots)])
+
+    def at(self, step: jax.Array):
+        """The buffers of a step; one that is alone is not a tuple."""
+        slot = lax.rem(step, self.slots)
+        taken = tuple(buffer.at[slot] for buffer in self.buffers)
+        return taken if len(taken) > 1 else taken[0]
+
+    def take(self, step: jax.Array):
+        """A user: waits for the step and gives its buffers."""
+        self.wait(step)
+        return self.at(step)
+
+    def release(self, step: jax.Array) -> None:
+        """A user: it no longer reads the step."""
+        plgpu.barrier_arrive(self.released.at[lax.rem(step, self.slots)])
+
+    def drain(self, steps: jax.Array) -> None:
+        """The filler: waits until all steps are released."""
+        for ahead in range(self.slots):
+            plgpu.barrier_wait(self.released.at[lax.rem(steps + ahead, self.slots)])
