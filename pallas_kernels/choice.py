@@ -11,7 +11,7 @@ class Implementation:
 
     name: str
     why_not: Callable[[Any], str | None]  # given a case: why it cannot serve it, or None
-    run: Callable  # takes the operation's arguments, then the case and a config
+    run: Any  # the function, or a module of the functions, that compute it
     config_type: type
     config: Callable[[Any], Any]  # given a case: the config tuned for it, or a sensible one
 

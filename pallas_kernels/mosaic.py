@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import subprocess
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,19 +35,25 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 )
 
 
-def why_not_hopper() -> str | None:
-    """Why the current device cannot run kernels for Hopper, or None."""
+def why_not_hopper(interpret: Any = None) -> str | None:
+    """Why kernels for Hopper cannot run on the current device or as `interpret` says, or None."""
+    if interpret is True:
+        return "interpret=True is for TPU kernels; give plgpu.InterpretGPUParams()"
+    if interpret:
+        return None
     device = target()
     if not device.is_hopper:
         return f"it needs an H100 or H200, and this is {device}"
     version = ptxas_version()
-    if version < OLDEST_PTXAS:
-        found = ".".join(map(str, version)) if version else "none"
-        return (
-            f"it needs ptxas 13.3 or newer, and JAX would use {found} of {_cuda_root()}; "
-            "pip install 'nvidia-cuda-nvcc>=13.3'"
-        )
-    return None
+    if version >= OLDEST_PTXAS:
+        return None
+    found = ".".join(map(str, version)) if version else "none"
+    reason = (
+        f"it needs ptxas 13.3 or newer, and JAX would use {found} of {_cuda_root()}; "
+        "pip install 'nvidia-cuda-nvcc>=13.3'"
+    )
+    warnings.warn(f"Hopper kernels are not used: {reason}.", stacklevel=2)
+    return reason
 
 
 def _cuda_root() -> str:
@@ -74,13 +81,6 @@ def tile(*shape: int, dtype=jnp.bfloat16):
         dtype,
         transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(swizzle)),
     )
-
-
-def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """Zeros up to a multiple; x itself where it is one."""
-    extra = -x.shape[axis] % multiple
-    pads = [(0, extra if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, pads) if extra else x
 
 
 def along_rows(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -180,7 +180,7 @@ class Ring:
         for slot in range(0, self.slots, stride):
             plgpu.barrier_arrive(self.released.at[slot + first])
 
-    def fill(self, step: jax.Array, *sources) -> None:
+    def fill(self, step: jax.Array | int, *sources) -> None:
         """The filler: copies one source into each buffer once the slot is free."""
         slot = lax.rem(step, self.slots)
         plgpu.barrier_wait(self.released.at[slot])
@@ -191,22 +191,22 @@ class Ring:
         """A user: until the step is there; once a step."""
         plgpu.barrier_wait(self.filled.at[lax.rem(step, self.slots)])
 
-    def at(self, step: jax.Array):
+    def at(self, step: jax.Array | int):
         """The buffers of a step; one that is alone is not a tuple."""
         slot = lax.rem(step, self.slots)
         taken = tuple(buffer.at[slot] for buffer in self.buffers)
         return taken if len(taken) > 1 else taken[0]
 
-    def take(self, step: jax.Array):
+    def take(self, step: jax.Array | int):
         """A user: waits for the step and gives its buffers."""
         self.wait(step)
         return self.at(step)
 
-    def release(self, step: jax.Array) -> None:
+    def release(self, step: jax.Array | int) -> None:
         """A user: it no longer reads the step."""
         plgpu.barrier_arrive(self.released.at[lax.rem(step, self.slots)])
 
-    def drain(self, steps: jax.Array) -> None:
+    def drain(self, steps: jax.Array | int) -> None:
         """The filler: waits until all steps are released."""
         for ahead in range(self.slots):
             plgpu.barrier_wait(self.released.at[lax.rem(steps + ahead, self.slots)])

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import tables
 
 from jaxmoe.checkpoint.convert import convert
@@ -24,3 +26,13 @@ def test_ten_lines_of_python(tmp_path, monkeypatch, capsys):
     assert len(code.strip().splitlines()) <= 11
     exec(compile(code, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.split()) > 3
+
+
+def test_kernels_on_their_own():
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[2]
+    rows, d = 2, 64
+    q, k, v = (jnp.ones((rows, heads, 16, d)) for heads in (4, 2, 2))
+    names = {"rows": rows, "d": d, "q": q, "k": k, "v": v, "q1": q[:, :, :1]}
+    names["lengths"] = jnp.array([16, 5])
+    exec(compile(code, "README.md", "exec"), names)
+    np.testing.assert_allclose(names["out"], 1.0, rtol=1e-2)

@@ -3,7 +3,7 @@
 Shape letters: B rows, S tokens a row, T = B * S, D embed, E experts, k experts a token.
 """
 
-import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,19 @@ from jaxtyping import Array, Float, Int
 from jaxmoe import mesh as meshes
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.layers import linear, swiglu
-from pallas_kernels.grouped_matmul import block_rows, combine, dispatch, grouped_matmul, plan_groups
+from pallas_kernels.experts import (
+    block_rows,
+    combine,
+    dispatch,
+    gated_matmul,
+    grouped_matmul,
+    plan_exchange,
+    plan_groups,
+    send,
+    send_back,
+)
+
+FEW_TOKENS = 64  # a device: up to so many, gathering all is quicker than sending each
 
 
 class Routing(NamedTuple):
@@ -47,29 +59,67 @@ def moe(
 def spread_over_mesh(
     config: Llama4Config, p: dict, x: Float[Array, "B S D"], routing: Routing
 ) -> Float[Array, "B S D"]:
-    """Every device runs its experts on the tokens of its expert group; the results are summed."""
-    run = functools.partial(run_experts, config.num_local_experts)
+    """Every device runs its experts on the tokens that chose them, wherever these are."""
     mesh = meshes.current_mesh()
     if mesh is None:
-        return run(0, p, x, routing.expert, routing.score)
-    experts, ffn = meshes.RULES["expert"], meshes.RULES["ffn"]
-    rows_apart = bool(set(experts) & set(meshes.activation_axes(mesh, "batch", x.shape[0])))
-
-    def body(p, *tokens):
-        if rows_apart:
-            tokens = [lax.all_gather(z, experts, axis=0, tiled=True) for z in tokens]
-        first = lax.axis_index(experts) * p["down"].shape[0]
-        out = lax.psum(run(first, p, *tokens), ffn)
-        if rows_apart:
-            return lax.psum_scatter(out, experts, scatter_dimension=0, tiled=True)
-        return lax.psum(out, experts)
-
+        return run_experts(config.num_local_experts, 0, p, x, routing.expert, routing.score)
     tokens = (x, routing.expert, routing.score)
     token_spec = meshes.activation_spec(mesh, ("batch", "length", None), x.shape)
     up_spec = meshes.param_spec_at_use(("expert", "embed", "ffn"))
     down_spec = meshes.param_spec_at_use(("expert", "ffn", "embed"))
     p_spec = {"gate": up_spec, "up": up_spec, "down": down_spec}
+    way = {"stay": _stay, "gather": _gather, "exchange": _exchange}[exchange_way(mesh, x.shape)]
+
+    def body(p, *tokens):
+        return lax.psum(way(config.num_local_experts, p, *tokens), meshes.RULES["ffn"])
+
     return meshes.per_device(body, (p_spec,) + 3 * (token_spec,), token_spec)(p, *tokens)
+
+
+def exchange_way(mesh, shape: tuple[int, ...]) -> str:
+    """How tokens [B, S, D] and experts meet on a mesh.
+
+    "stay": the tokens are on all devices of the expert axis. Otherwise each has some of them, and
+    all are gathered ("gather") if they are few, or each is sent to its expert ("exchange").
+    """
+    experts = meshes.RULES["expert"]
+    if not set(experts) & set(meshes.activation_axes(mesh, "batch", shape[0])):
+        return "stay"
+    spread = [
+        math.prod(mesh.shape[axis] for axis in meshes.activation_axes(mesh, logical, size))
+        for logical, size in zip(("batch", "length"), shape[:2], strict=True)
+    ]
+    return "gather" if shape[0] * shape[1] // math.prod(spread) <= FEW_TOKENS else "exchange"
+
+
+def _stay(num_experts: int, p: dict, x, expert, score):
+    experts = meshes.RULES["expert"]
+    first = lax.axis_index(experts) * p["down"].shape[0]
+    return lax.psum(run_experts(num_experts, first, p, x, expert, score), experts)
+
+
+def _gather(num_experts: int, p: dict, *tokens):
+    experts = meshes.RULES["expert"]
+    tokens = [lax.all_gather(z, experts, axis=0, tiled=True) for z in tokens]
+    out = run_experts(num_experts, lax.axis_index(experts) * p["down"].shape[0], p, *tokens)
+    return lax.psum_scatter(out, experts, scatter_dimension=0, tiled=True)
+
+
+def _exchange(num_experts: int, p: dict, x, expert, score):
+    """A token is sent once for each of its experts, with its expert and score as two numbers."""
+    axis, here, D = meshes.RULES["expert"], p["down"].shape[0], x.shape[-1]
+    items = jnp.broadcast_to(x[:, :, None], (*expert.shape, D)).reshape(-1, D)
+    plan = plan_exchange(expert.reshape(-1) // here, axis)
+    about = jnp.stack([expert + 1, score.astype(jnp.float32)], -1).reshape(-1, 2)
+    about = send(plan, about, axis)  # expert 0: no row came
+    came = about[:, 0] > 0
+    expert_here = jnp.where(came, about[:, 0].astype(jnp.int32) - 1, num_experts)
+    rows = send(plan, items, axis)
+    first = lax.axis_index(axis) * here
+    out = run_experts(
+        num_experts, first, p, rows[None], expert_here[None, :, None], about[None, :, 1:]
+    )
+    return send_back(plan, out[0], axis).reshape(*expert.shape, D).sum(2)
 
 
 def run_experts(
@@ -85,9 +135,9 @@ def run_experts(
     group = (expert - first).reshape(-1)
     group = jnp.where((group >= 0) & (group < here), group, here)
     plan = plan_groups(group, here, block_rows(group.shape[0], num_experts))
-    scaled = (x[:, :, None] * score[..., None]).reshape(-1, x.shape[-1])
-    rows = dispatch(plan, scaled)
-    multiply = functools.partial(grouped_matmul, group_of_block=plan.group_of_block)
-    hidden = jax.nn.silu(multiply(rows, p["gate"])) * multiply(rows, p["up"])
-    out = combine(plan, multiply(hidden, p["down"]))
+    choices = (*expert.shape, x.shape[-1])
+    items = jnp.broadcast_to(x[:, :, None], choices).reshape(-1, x.shape[-1])
+    rows, scale = dispatch(plan, items), dispatch(plan, score.reshape(-1, 1))[:, 0]
+    hidden = gated_matmul(rows, p["gate"], p["up"], plan.group_of_block, scale)
+    out = combine(plan, grouped_matmul(hidden, p["down"], plan.group_of_block))
     return out.reshape(*expert.shape, -1).sum(2)

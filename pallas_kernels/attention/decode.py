@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import decode_config, decode_mosaic, decode_xla, flash_xla
+from pallas_kernels.attention.checks import check_coords, check_ranks, check_rule, is_floating
 from pallas_kernels.attention.masks import Coords, coords_of
 from pallas_kernels.choice import Implementation, choose, resolve_config
 from pallas_kernels.mosaic import why_not_hopper
@@ -46,7 +47,7 @@ def _why_not_mosaic(case: DecodeCase) -> str | None:
         )
     if case.page is not None and case.page % 64:
         return f"it takes pages of a multiple of 64 keys, not {case.page}"
-    return None if case.interpret else why_not_hopper()
+    return why_not_hopper(case.interpret)
 
 
 # Fastest first.
@@ -96,7 +97,8 @@ def decode_attention(
         k_coords: of the keys [B, T], in the order of each row's pages; default: key t is at
             position t of segment 1, and causal masking hides what lies beyond the queries.
         scale, causal, chunk, return_lse, config, interpret: as for `flash_attention`.
-        table: the pages of each row, in order. Entries past a row's end must be valid pages.
+        table: the pages of each row, in order. Entries past a row's end must be pages too, of
+            finite numbers.
         implementation: "mosaic_gpu" or "xla"; None for the fastest that serves the call, which
             `decode_implementation` names.
 
@@ -138,6 +140,7 @@ def _case(q, k, v, q_coords, k_coords, table, options: dict) -> DecodeCase:
 
 
 def _check(q, k, v, q_coords, k_coords, table, *, scale, chunk=None, **_) -> None:
+    check_ranks(q, k, v)
     (B, H, S, d), (pages, K, length, _) = q.shape, k.shape
     if k.shape != v.shape or k.shape[3] != d or (table is None and pages != B):
         kind = "[rows, key heads, keys, head size]" if table is None else "pages of one shape"
@@ -146,21 +149,14 @@ def _check(q, k, v, q_coords, k_coords, table, *, scale, chunk=None, **_) -> Non
             f"{d} of q {q.shape}."
         )
     formats = [x.format if isinstance(x, Quantized) else x.dtype for x in (k, v)]
-    if formats[0] != formats[1] or not jnp.issubdtype(q.dtype, jnp.floating):
+    plain = not isinstance(k, Quantized)
+    if formats[0] != formats[1] or not is_floating(q) or (plain and not is_floating(k)):
         raise ValueError(
-            f"k, v are {formats[0]}, {formats[1]} and q is {q.dtype}; use one format "
-            "for the cache and a floating type for the queries."
+            f"k, v are {formats[0]}, {formats[1]} and q is {q.dtype}; use one format for the "
+            "cache, floating or Quantized, and a floating type for the queries."
         )
-    if K == 0 or H % K:
-        raise ValueError(f"{H} query heads must be a multiple of {K} key heads.")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk {chunk} must be 1 or more, or None for no chunks.")
-    if not scale > 0:
-        raise ValueError(f"scale {scale} must be positive; it is usually head_size ** -0.5.")
+    check_rule(H, K, scale, chunk)
     if table is not None and (table.ndim != 2 or table.shape[0] != B):
         raise ValueError(f"table has shape {table.shape}; it must be ({B}, pages of a row).")
     keys = length if table is None else length * table.shape[1]
-    for name, coords, tokens in (("q_coords", q_coords, S), ("k_coords", k_coords, keys)):
-        for x in coords or ():
-            if x.shape != (B, tokens):
-                raise ValueError(f"{name} has shape {x.shape}; it must be {(B, tokens)}.")
+    check_coords(q_coords=(q_coords, B, S), k_coords=(k_coords, B, keys))

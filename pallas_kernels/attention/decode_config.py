@@ -28,7 +28,7 @@ class DecodeConfig:
         block_k: keys a step.
         slots: steps in flight for each warpgroup.
         tasks_per_core: tasks and key heads to make for each multiprocessor.
-        least_blocks: a task has at least so many blocks, unless its row has fewer.
+        least_blocks: a task has at least so many blocks, but for the last of a row.
     """
 
     block_k: int = 64
@@ -64,7 +64,7 @@ def smem_bytes(case, config: DecodeConfig) -> int:
     total = COMPILER_PARAMS.reduction_scratch_bytes
     for each in jax.tree.leaves(scratch_types(case, config)):
         if isinstance(each, plgpu.Barrier):
-            total += 8 * math.prod(each.num_barriers)
+            total += 8 * math.prod(jax.tree.leaves(each.num_barriers))
         else:
             total += -(-math.prod(each.shape) * each.dtype.itemsize // 1024) * 1024
     return total

@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.decode_config import (
     COLUMN_UNIT,
     COMPILER_PARAMS,
@@ -31,7 +32,7 @@ from pallas_kernels.attention.decode_config import (
 )
 from pallas_kernels.attention.masks import Coords, Ranges, meets, pad_tokens, ranges, reach
 from pallas_kernels.attention.merge import lse_weight
-from pallas_kernels.attention.mosaic_forward import LOG2E, MASKED
+from pallas_kernels.attention.mosaic_forward import FIRST_TOP, LOG2E, MASKED
 from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy, load_tokens
 from pallas_kernels.mosaic import (
     COLUMNS,
@@ -42,7 +43,6 @@ from pallas_kernels.mosaic import (
     along_columns,
     along_rows,
     full,
-    pad_axis,
 )
 from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized
@@ -73,6 +73,10 @@ def plan_tasks(blocks: jax.Array, budget: int, least: int) -> Tasks:
 
 def decode_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, table, case, config: DecodeConfig):
     """Output [B, H, S, d] and log-sum-exp [B, H, S]."""
+    if case.page is not None and case.page % config.block_k:
+        raise ValueError(
+            f"block_k {config.block_k} of the config must divide the page of {case.page} keys."
+        )
     B, H, S, d = q.shape
     K, group = case.kv_heads, H // case.kv_heads
     q_BKRd = pad_axis(q.reshape(B, K, group * S, d), 2, COLUMN_UNIT)
@@ -92,7 +96,9 @@ def decode_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, table, case, conf
 
 
 def _arrays(x) -> tuple:
-    return (x.qvalue, x.scale) if isinstance(x, Quantized) else (x,)
+    """What TMA copies from: it takes keys in eights."""
+    arrays = (x.qvalue, x.scale) if isinstance(x, Quantized) else (x,)
+    return tuple(pad_axis(array, 2, 8) for array in arrays)
 
 
 def _join(out_NWKdR, lse_NWKR, row_N, B: int):
@@ -230,12 +236,12 @@ def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask):
     every, masked = (lax.div(x + (WARPGROUPS - 1) - warpgroup, WARPGROUPS) for x in steps)
     state = (
         (full((width, R), 0.0, WGMMA),) * parts,
-        full((R,), MASKED, COLUMNS),
+        full((R,), FIRST_TOP, COLUMNS),
         full((block, R), 0.0, WGMMA),
     )
     state = lax.fori_loop(0, masked, functools.partial(step, True), state)
     outs, top, total = lax.fori_loop(masked, every, functools.partial(step, False), state)
-    found, total = top > MASKED, total.sum(axis=0)
+    found, total = top > FIRST_TOP, total.sum(axis=0)
     outs = [out * along_columns(jnp.where(found, 1 / total, 0.0), out) for out in outs]
     return outs, jnp.where(found, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
 

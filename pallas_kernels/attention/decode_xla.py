@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.flash_xla import Config, attend_block
 from pallas_kernels.attention.masks import Coords, meets, pad_tokens, reach
 from pallas_kernels.quantized import Quantized, dequantize
@@ -18,6 +19,9 @@ def decode_xla(q, k, v, q_coords: Coords, k_coords: Coords, table, case, config:
     k_coords = pad_tokens(k_coords, block)
     some, _ = meets(q_reach, k_coords, S, block)
 
+    if table is None:
+        k, v = (jax.tree.map(lambda leaf: pad_axis(leaf, 2, block), x) for x in (k, v))
+
     def keys_of(j):
         return tuple(_widened(_block(x, table, j, block), q.dtype) for x in (k, v))
 
@@ -26,17 +30,10 @@ def decode_xla(q, k, v, q_coords: Coords, k_coords: Coords, table, case, config:
 
 
 def _block(x, table, j, block: int):
-    """Keys [B, K, block, ...] of block j of every row. Past the end, the last ones: masked."""
+    """Keys [B, K, block, ...] of block j of every row."""
     if table is not None:
         return jax.tree.map(lambda leaf: leaf[table[:, j]], x)
-
-    def slice_keys(leaf):
-        extra = -leaf.shape[2] % block
-        if extra:
-            leaf = jnp.pad(leaf, [(0, extra if axis == 2 else 0) for axis in range(leaf.ndim)])
-        return lax.dynamic_slice_in_dim(leaf, j * block, block, 2)
-
-    return jax.tree.map(slice_keys, x)
+    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, j * block, block, 2), x)
 
 
 def _widened(x, dtype):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import flash_mosaic, flash_splash, flash_xla
+from pallas_kernels.attention.checks import check_coords, check_ranks, check_rule, is_floating
 from pallas_kernels.attention.masks import Coords, coords_of
 from pallas_kernels.choice import choose, resolve_config
 
@@ -109,8 +110,8 @@ def flash_implementation(
 
 
 def _case(q, k, v, q_coords, k_coords, options: dict) -> FlashCase:
-    (B, H, S, d), (_, K, T, _) = q.shape, k.shape
     _check(q, k, v, q_coords, k_coords, **options)
+    (B, H, S, d), (_, K, T, _) = q.shape, k.shape
     dtype = jnp.dtype(q.dtype).name
     plain = q_coords is None and k_coords is None
     options["in_order"] = options.get("in_order", False) or (plain and S == T)
@@ -118,32 +119,25 @@ def _case(q, k, v, q_coords, k_coords, options: dict) -> FlashCase:
 
 
 def _check(q, k, v, q_coords, k_coords, *, scale, chunk=None, in_order=False, **_) -> None:
+    check_ranks(q, k, v)
     (B, H, S, d), (_, K, T, _) = q.shape, k.shape
     if k.shape != v.shape or k.shape != (B, K, T, d):
         raise ValueError(
             f"k {k.shape} and v {v.shape} must both be [rows, key heads, keys, head size] with the "
             f"{B} rows and the head size {d} of q {q.shape}."
         )
-    if K == 0 or H % K:
-        raise ValueError(f"{H} query heads must be a multiple of {K} key heads.")
-    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+    if not q.dtype == k.dtype == v.dtype or not is_floating(q):
         raise ValueError(
             f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; use one floating type for all."
         )
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk {chunk} must be 1 or more, or None for no chunks.")
-    if not scale > 0:
-        raise ValueError(f"scale {scale} must be positive; it is usually head_size ** -0.5.")
+    check_rule(H, K, scale, chunk)
     if q_coords is None and (k_coords is not None or S > T):
         raise ValueError(
             f"{S} queries and {T} keys need q_coords: without them the queries are the last keys."
         )
     if in_order and S != T:
         raise ValueError(f"in_order needs as many queries as keys, not {S} and {T}.")
-    for name, coords, length in (("q_coords", q_coords, S), ("k_coords", k_coords, T)):
-        for x in coords or ():
-            if x.shape != (B, length):
-                raise ValueError(f"{name} has shape {x.shape}; it must be {(B, length)}.")
+    check_coords(q_coords=(q_coords, B, S), k_coords=(k_coords, B, T))
 
 
 def _coords(case: FlashCase, q_coords, k_coords) -> tuple[Coords, Coords]:

@@ -37,7 +37,7 @@ def why_not(case) -> str | None:
         return f"it takes bfloat16, not {case.dtype}"
     if case.head_dim not in HEAD_DIMS:
         return f"it takes head sizes {HEAD_DIMS}, not {case.head_dim}"
-    return None if case.interpret else why_not_hopper()
+    return why_not_hopper(case.interpret)
 
 
 def config_for(case) -> Config:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import Coords, Reach, meets, pad_tokens, ranges
 from pallas_kernels.attention.mosaic_forward import COMPUTE, LOG2E
 from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy, load_tokens
@@ -32,7 +33,6 @@ from pallas_kernels.mosaic import (
     along_columns,
     along_rows,
     full,
-    pad_axis,
     tile,
 )
 
@@ -68,7 +68,7 @@ def flash_backward(
         axis=2,
     )
     queries = (pad_axis(q, 2, TILE), pad_axis(d_out, 2, TILE), stats)
-    q_reach = pad_tokens(q_reach, TILE)
+    k, v, q_reach = pad_axis(k, 2, 8), pad_axis(v, 2, 8), pad_tokens(q_reach, TILE)
     run = functools.partial(
         plgpu.kernel,
         num_threads=COMPUTE + 1,

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import Coords, Reach, meets, pad_tokens, ranges
 from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy
 from pallas_kernels.mosaic import (
@@ -29,12 +30,13 @@ from pallas_kernels.mosaic import (
     Wgmma,
     along_rows,
     full,
-    pad_axis,
     tile,
 )
 
 LOG2E = math.log2(math.e)
-MASKED = -1e30  # finite, so that exp2(score - running_max) never meets inf - inf
+# Finite, so that exp2(score - running_max) never meets inf - inf; and below the first maximum, so
+# that a masked score counts nothing while no other was seen.
+MASKED, FIRST_TOP = -1e30, -0.5e30
 COMPUTE = 2  # warpgroups that compute
 TILE_Q = COMPUTE * WARPGROUP
 
@@ -53,7 +55,7 @@ def flash_forward(
     """Output [B, H, S, d] and natural log-sum-exp [B, H, S]."""
     (B, H, S, d), K = q.shape, k.shape[1]
     q, q_reach = pad_axis(q, 2, TILE_Q), pad_tokens(q_reach, TILE_Q)
-    k_coords = pad_tokens(k_coords, config.block_k)
+    k, v, k_coords = pad_axis(k, 2, 8), pad_axis(v, 2, 8), pad_tokens(k_coords, config.block_k)
     blocks = ranges(*meets(q_reach, k_coords, TILE_Q, config.block_k))
     keys = (tile(config.slots, config.block_k, d),)
     kernel = plgpu.kernel(
@@ -167,13 +169,13 @@ def _attend(mma, scale, q_qd, k_ring, v_ring, turns, warpgroup, order, mask):
     pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(mine))
     state = (
         full(q_qd.shape, 0.0, WGMMA),
-        full(q_qd.shape[:1], MASKED, ROWS),
+        full(q_qd.shape[:1], FIRST_TOP, ROWS),
         full(q_qd.shape[:1], 0.0, ROWS),
     )
     state = lax.fori_loop(0, order.masked, functools.partial(step, True), state)
     state = lax.fori_loop(order.masked, order.steps, functools.partial(step, False), state)
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(other))
     out, top, total = state
-    found = top > MASKED
+    found = top > FIRST_TOP
     out = out * along_rows(jnp.where(found, 1 / total, 0.0), out)
     return out, jnp.where(found, (top + jnp.log2(total)) / LOG2E, -jnp.inf)

@@ -31,8 +31,9 @@ def place(*rows):
     )
 
 
-def last(coords, count):
-    return Coords(*(c[:, -count:] for c in coords))
+def part(coords, start, stop=None):
+    """The tokens in those slots."""
+    return Coords(*(c[:, start:stop] for c in coords))
 
 
 def turned(coords, by):
@@ -75,42 +76,39 @@ def _in_order(coords):
     )
 
 
-PLAIN = place([(1, 53)])  # three chunks and a bit
+PLAIN = place([(1, 53)], [(1, 53, 7)], [(1, 53, 16)])  # three chunks and a bit
 LEFT = place([(0, 25), (1, 28)], [(1, 53)], [(0, 52), (1, 1)])
 RIGHT = place([(1, 28), (0, 25)], [(1, 53)], [(1, 1), (0, 52)])
 PACKED = place([(1, 20), (2, 29), (3, 1), (0, 3)], [(7, 1), (2, 52)], [(1, 16), (2, 37, 5)])
 BROKEN = place([(1, 16), (2, 17), (1, 20, 5)], [(1, 53)], [(2, 9, 7), (0, 3), (2, 41)])
 EMPTY = place([(0, 53)], [(1, 53)], [(0, 19), (3, 5), (0, 29)])
 DISTANT = place([(1, 53, FAR)], [(0, 4), (1, 49, FAR + 5)], [(1, 33), (1, 20, FAR)])
-MANY = place(*([(1, length), (0, 9 - length)] for length in (9, 8, 1, 0, 5)))
+RAGGED = place(*([(1, length), (0, 17 - length)] for length in (17, 16, 15, 1, 0)))
 TWO = place([(1, 20), (2, 33)])
 LONG = place([(1, 300)])
 LONG_PACKED = place([(1, 40), (2, 220), (3, 40)])
 
 CASES = [
     itself("one token", place([(1, 1)])),
-    itself("one less than a chunk", place([(1, CHUNK - 1)])),
-    itself("one chunk", place([(1, CHUNK)])),
     itself("one more than a chunk", place([(1, CHUNK + 1)])),
     itself("three chunks and a bit", PLAIN),
     itself("five query heads a key head", TWO, heads=(10, 2)),
     itself("as many key heads", TWO, heads=(2, 2)),
-    itself("many rows of any length", MANY, chunk=4),
+    itself("rows of about a chunk, or nothing", RAGGED),
     itself("left padding", LEFT),
     itself("left padding, full", LEFT, chunk=None),
     itself("right padding", RIGHT),
     itself("right padding, full", RIGHT, chunk=None),
     itself("packed", PACKED),
     itself("packed, full", PACKED, chunk=None),
-    itself("packed, both directions", PACKED, causal=False),
     itself("rows that see nothing", EMPTY),
     itself("rows that see nothing, full", EMPTY, chunk=None),
     itself("far positions", DISTANT),
     itself("far positions, full", DISTANT, chunk=None),
     itself("segments that come back", BROKEN),
     Case("keys in any order", PACKED, turned(PACKED, 13)),
-    Case("later part of the keys", last(LEFT, 13), LEFT),
-    Case("one query", last(LEFT, 1), LEFT, chunk=None),
+    Case("later part of the keys", part(LEFT, -13), LEFT),
+    Case("one query", part(LEFT, -1), LEFT, chunk=None),
     Case("keys in a ring", place([(1, 9, 42)]), turned(place([(0, 6), (1, 10, 32)]), 5)),
     Case("keys of the past chunk", place([(1, 9, 32)]), place([(1, 16, 16)])),
     Case("keys of the future", place([(1, 9)]), place([(1, 16, 9)])),
@@ -126,19 +124,27 @@ CASES = [
     long("long, right padding", place([(1, 230), (0, 70)])),
     long("long, keys in any order", LONG, turned(LONG, 192)),
     long("long, middle of the keys", place([(1, 130, 150)]), LONG, chunk=256),
-    long("long, later part of the keys", last(LONG, 130), LONG, chunk=256),
+    long("long, later part of the keys", part(LONG, -130), LONG, chunk=256),
     long("long, two heads of size 128", place([(1, 200)]), heads=(2, 1), head_dim=128),
 ]
 # What sets these apart is gone before a kernel starts, or are blocks that kernels cannot have.
 MORE_CASES = [
-    itself("no coordinates", PLAIN, plain=True),
+    itself("one less than a chunk", place([(1, CHUNK - 1)])),
+    itself("one chunk", place([(1, CHUNK)])),
+    itself("packed, both directions", PACKED, causal=False),
+    itself("no coordinates", place([(1, 53)]), plain=True),
     itself("full", PLAIN, chunk=None),
     itself("packed, both directions, full", PACKED, causal=False, chunk=None),
-    Case("no coordinates, later part of the keys", last(PLAIN, 13), PLAIN, plain=True),
+    Case(
+        "no coordinates, later part of the keys",
+        place([(1, 13, 40)]),
+        place([(1, 53)]),
+        plain=True,
+    ),
     Case("keys in any order, full", turned(DISTANT, 29), DISTANT, chunk=None),
-    Case("later part of the keys, full", last(LEFT, 13), LEFT, chunk=None),
-    Case("middle of the keys", place([(1, 13, 20)]), PLAIN),
-    Case("middle of the keys, both directions", place([(1, 13, 20)]), PLAIN, causal=False),
+    Case("later part of the keys, full", part(LEFT, -13), LEFT, chunk=None),
+    Case("middle of the keys", part(PLAIN, 20, 33), PLAIN),
+    Case("middle of the keys, both directions", part(PLAIN, 20, 33), PLAIN, causal=False),
     itself("blocks divide", place([(1, 48)]), blocks=(16, 8)),
     itself("blocks do not divide", PLAIN, blocks=(7, 11)),
     itself("one block", PLAIN, blocks=(256, 512)),

@@ -47,10 +47,8 @@ MISTAKES = {
         r"v \(7, 2, 128, 128\) must both be pages of one shape",
     ),
     "heads": (both(array(2, 3, 128, 128)), "4 query heads must be a multiple of 3 key heads"),
-    "no key heads": (
-        both(array(2, 0, 128, 128)),
-        "4 query heads must be a multiple of 0 key heads",
-    ),
+    "no key heads": (both(array(2, 0, 128, 128)), r"k \(2, 0, 128, 128\)"),
+    "no keys": (both(array(2, 2, 0, 128)), r"k \(2, 2, 0, 128\)"),
     "values alone quantized": (
         {"v": quantized("int8", 2, 2, 128, 128)},
         "k, v are bfloat16, int8 and q is bfloat16; use one format",
@@ -65,7 +63,7 @@ MISTAKES = {
     ),
     "queries of integers": (
         {"q": array(2, 4, 1, 128, dtype=jnp.int32)},
-        "q is int32; use one format for the cache and a floating type for the queries",
+        "q is int32; use one format for the cache, floating or Quantized, and a floating type",
     ),
     "keys of integers without scales": (
         both(array(2, 2, 128, 128, dtype=jnp.int8)),

@@ -39,7 +39,7 @@ def drawn(seed):
 
 
 LONG = [case for case in CASES if case.k.position.shape[1] > 64]
-EVERY = CASES + MORE_CASES + [drawn(seed) for seed in range(40)]
+EVERY = CASES + MORE_CASES + [drawn(seed) for seed in range(30)]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -1,0 +1,72 @@
+"""Grouped matmul on Hopper: which kernel serves which size of block."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.experts import grouped_xla
+from pallas_kernels.experts.mosaic_kernels import (
+    BLOCK,
+    STEP,
+    StreamConfig,
+    TileConfig,
+    matmul_stream,
+    matmul_tiles,
+    weight_gradient_tiles,
+)
+from pallas_kernels.mosaic import why_not_hopper
+
+STREAMED = (8, 16, 32, 64)  # rows of a block that the streaming kernel takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the kernels."""
+
+    tiles: TileConfig = dataclasses.field(default_factory=TileConfig)
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
+
+
+def why_not(case) -> str | None:
+    """Why a call cannot run on these kernels, or None."""
+    if case.dtype != "bfloat16":
+        return f"it takes bfloat16, not {case.dtype}"
+    if case.block not in (*STREAMED, BLOCK):
+        return f"it takes blocks of {(*STREAMED, BLOCK)} rows, not {case.block}"
+    columns = TileConfig().columns if case.block == BLOCK else STEP
+    if case.width_in % columns or case.width_out % columns:
+        return (
+            f"with blocks of {case.block} rows it takes widths that are multiples of {columns}, "
+            f"not {case.width_in} and {case.width_out}"
+        )
+    return why_not_hopper(case.interpret)
+
+
+def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
+    """As `grouped_xla.product`; rows of blocks without a group are left undefined."""
+    tiles = case.block == BLOCK
+    return (matmul_tiles if tiles else matmul_stream)(
+        x,
+        weights,
+        group_of_block.astype(jnp.int32),
+        row_scale,
+        transposed=transposed,
+        config=case.config.tiles if tiles else case.config.stream,
+        interpret=case.interpret,
+    )
+
+
+def weight_gradient(x, dy, group_of_block, groups: int, case):
+    """As `grouped_xla.weight_gradient`, which also serves blocks of less than 128 rows."""
+    if case.block != BLOCK:
+        return grouped_xla.weight_gradient(x, dy, group_of_block, groups, case)
+    member = group_of_block[None] == jnp.arange(groups, dtype=group_of_block.dtype)[:, None]
+    count = jnp.sum(member, 1, dtype=jnp.int32)
+    return weight_gradient_tiles(
+        x,
+        dy,
+        jnp.cumsum(count) - count,
+        count,
+        config=case.config.tiles,
+        interpret=case.interpret,
+    )

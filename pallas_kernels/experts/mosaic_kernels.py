@@ -1,0 +1,296 @@
+"""Grouped matmul on Hopper, and its gradient with respect to the weights.
+
+Blocks of 128 rows: two warpgroups have 64 rows each of a tile of 128 x 256, or of two tiles of
+128 x 128 where a gated product has two matrices; a third moves memory. Smaller blocks, as in
+decoding, turn the product around, out^T = w^T x^T, so that the matrix is the 64 rows of wgmma and
+is streamed at memory speed.
+
+Shape letters: R rows, D in, F out, E groups, N blocks of rows; m the rows of a block, n a tile of
+F, k a step along D.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic import (
+    COLUMNS,
+    COMPILER_PARAMS,
+    ROWS,
+    WARPGROUP,
+    Ring,
+    along_columns,
+    along_rows,
+    tile,
+)
+
+COMPUTE = 2  # warpgroups that compute
+BLOCK = COMPUTE * WARPGROUP
+STEP = 64  # of the summed axis
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """Of blocks of 128 rows.
+
+    Attributes:
+        columns: of a tile, over all its matrices.
+        slots: steps in flight.
+        together: blocks of rows whose tiles run side by side and share the matrix in cache.
+    """
+
+    columns: int = 256
+    slots: int = 4
+    together: int = 8
+
+
+def matmul_tiles(
+    x: jax.Array,
+    weights: tuple[jax.Array, ...],
+    group_of_block: jax.Array,
+    row_scale: jax.Array | None = None,
+    *,
+    transposed: bool = False,
+    config: TileConfig,
+    interpret=None,
+) -> jax.Array:
+    """x @ w of each block's group, or silu(x @ w0) * (x @ w1) of two; [R, F].
+
+    Args:
+        weights: [E, D, F] each, or [E, F, D] if `transposed`.
+        row_scale: multiplies the products of each row, in float32.
+    """
+    R, count = x.shape[0], len(weights)
+    F = weights[0].shape[1 if transposed else 2]
+    columns = config.columns // count
+    w_tile = (columns, STEP) if transposed else (STEP, columns)
+    buffers = (tile(config.slots, BLOCK, STEP), *[tile(config.slots, *w_tile)] * count)
+    kernel = plgpu.kernel(
+        functools.partial(_tiles_kernel, transposed, config.together, columns),
+        out_type=jax.ShapeDtypeStruct((R, F), x.dtype),
+        scratch_types=(Ring.types(buffers, COMPUTE), tile(COMPUTE, WARPGROUP, STEP)),
+        grid=(-(-R // (BLOCK * config.together)), F // columns, config.together),
+        grid_names=("band", "tile", "block"),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        compiler_params=COMPILER_PARAMS,
+        interpret=interpret,
+        kernel_name="grouped_matmul",
+    )
+    return kernel(x, weights, group_of_block, row_scale)
+
+
+def _tiles_kernel(
+    transposed, together, columns, x_RD, weights_EDF, group_N, scale_R, out_RF, ring, out_mk
+):
+    ring = Ring(*ring)
+    block = lax.axis_index("band") * together + lax.axis_index("block")
+    warpgroup = lax.axis_index("warpgroup")
+    there = pl.ds(lax.axis_index("tile") * columns, columns)
+    steps = x_RD.shape[1] // STEP
+    group = group_N[jnp.minimum(block, group_N.shape[0] - 1)]
+    busy = (block < group_N.shape[0]) & (group < weights_EDF[0].shape[0])
+
+    @pl.when(busy & (warpgroup < COMPUTE))
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        ring.open()
+        rows = pl.ds(block * BLOCK + warpgroup * WARPGROUP, WARPGROUP)
+
+        def multiply(buffers, accumulators):
+            x_mk, *weights = buffers
+            mine = x_mk.at[pl.ds(warpgroup * WARPGROUP, WARPGROUP)]
+            for acc, w in zip(accumulators, weights, strict=True):
+                plgpu.wgmma(acc, mine, w.T if transposed else w)
+
+        products = accumulate(ring, steps, multiply, (WARPGROUP, columns), len(weights_EDF))
+        if scale_R is not None:
+            scale = plgpu.load(scale_R.at[rows], layout=ROWS, optimized=False)
+            products = [product * along_rows(scale, product) for product in products]
+        out = products[0] if len(products) == 1 else jax.nn.silu(products[0]) * products[1]
+        store(out, out_mk.at[warpgroup], out_RF.at[rows, there])
+
+    @pl.when(busy & (warpgroup == COMPUTE))
+    def _move():
+        plgpu.set_max_registers(40, action="decrease")
+
+        @pl.loop(0, steps)
+        def _(step):
+            k = pl.ds(step * STEP, STEP)
+            place = (group, there, k) if transposed else (group, k, there)
+            x = x_RD.at[pl.ds(block * BLOCK, BLOCK), k]
+            ring.fill(step, x, *(w.at[place] for w in weights_EDF))
+
+        ring.drain(steps)
+
+
+def accumulate(ring: Ring, steps, multiply, shape: tuple[int, int], count: int) -> list:
+    """Sums of `multiply(buffers, accumulators)` over all steps of a ring, float32 of `shape`.
+
+    A step is released when the next one's products are under way, so that they never pause.
+    """
+
+    def run(*accumulators):
+        @pl.loop(0, steps)
+        def _(step):
+            multiply(ring.take(step), accumulators)
+            plgpu.wgmma_wait(count)
+            pl.when(step > 0)(lambda: ring.release(step - 1))
+
+        sums = [acc[...] for acc in accumulators]
+        pl.when(steps > 0)(lambda: ring.release(steps - 1))
+        return sums
+
+    return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * count)
+
+
+def store(values: jax.Array, staging, destination) -> None:
+    """Writes a warpgroup's rows through a narrow staging tile of its own."""
+    width = staging.shape[1]
+    for start in range(0, values.shape[1], width):
+        part = values[:, start : start + width].astype(staging.dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        staging[...] = part
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staging, destination.at[:, pl.ds(start, width)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """Of smaller blocks: how many steps are in flight."""
+
+    slots: int = 8
+
+
+def matmul_stream(
+    x: jax.Array,
+    weights: tuple[jax.Array, ...],
+    group_of_block: jax.Array,
+    row_scale: jax.Array | None = None,
+    *,
+    transposed: bool = False,
+    config: StreamConfig,
+    interpret=None,
+) -> jax.Array:
+    """As `matmul_tiles`, for blocks of 8 to 64 rows."""
+    R, count = x.shape[0], len(weights)
+    F = weights[0].shape[1 if transposed else 2]
+    rows = R // group_of_block.shape[0]
+    buffers = (tile(config.slots, rows, STEP), *[tile(config.slots, STEP, STEP)] * count)
+    kernel = plgpu.kernel(
+        functools.partial(_stream_kernel, transposed),
+        out_type=jax.ShapeDtypeStruct((R, F), x.dtype),
+        scratch_types=(Ring.types(buffers, 1), tile(rows, STEP)),
+        grid=(group_of_block.shape[0], F // STEP),
+        grid_names=("block", "tile"),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=COMPILER_PARAMS,
+        interpret=interpret,
+        kernel_name="grouped_matmul_stream",
+    )
+    return kernel(x, weights, group_of_block, row_scale)
+
+
+def _stream_kernel(transposed, x_RD, weights_EDF, group_N, scale_R, out_RF, ring, out_mk):
+    ring = Ring(*ring)
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    there = pl.ds(lax.axis_index("tile") * STEP, STEP)
+    rows = pl.ds(block * out_mk.shape[0], out_mk.shape[0])
+    steps, group = x_RD.shape[1] // STEP, group_N[block]
+    busy = group < weights_EDF[0].shape[0]
+
+    @pl.when(busy & (warpgroup == 0))
+    def _compute():
+        ring.open()
+
+        def multiply(buffers, accumulators):
+            x_mk, *weights = buffers
+            for acc, w in zip(accumulators, weights, strict=True):
+                plgpu.wgmma(acc, w if transposed else w.T, x_mk.T)
+
+        shape = (STEP, out_mk.shape[0])
+        products = accumulate(ring, steps, multiply, shape, len(weights_EDF))
+        if scale_R is not None:
+            scale = plgpu.load(scale_R.at[rows], layout=COLUMNS, optimized=False)
+            products = [product * along_columns(scale, product) for product in products]
+        out = products[0] if len(products) == 1 else jax.nn.silu(products[0]) * products[1]
+        out_mk.T[...] = out.astype(out_mk.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_mk, out_RF.at[rows, there])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(busy & (warpgroup == 1))
+    def _move():
+        @pl.loop(0, steps)
+        def _(step):
+            k = pl.ds(step * STEP, STEP)
+            place = (group, there, k) if transposed else (group, k, there)
+            ring.fill(step, x_RD.at[rows, k], *(w.at[place] for w in weights_EDF))
+
+        ring.drain(steps)
+
+
+def weight_gradient_tiles(
+    x: jax.Array, dy: jax.Array, first: jax.Array, count: jax.Array, *, config: TileConfig,
+    interpret=None,
+) -> jax.Array:  # fmt: skip
+    """x^T dy of each group's rows, [E, D, F]; zeros for a group without rows.
+
+    Args:
+        first, count: each group's first block of 128 rows, and how many it has.
+    """
+    (_, D), F, E = x.shape, dy.shape[1], first.shape[0]
+    columns = config.columns
+    buffers = (tile(config.slots, STEP, BLOCK), tile(config.slots, STEP, columns))
+    kernel = plgpu.kernel(
+        functools.partial(_gradient_kernel, columns),
+        out_type=jax.ShapeDtypeStruct((E, D, F), x.dtype),
+        scratch_types=(Ring.types(buffers, COMPUTE), tile(COMPUTE, WARPGROUP, STEP)),
+        grid=(E, D // BLOCK, F // columns),
+        grid_names=("group", "rows", "columns"),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        compiler_params=COMPILER_PARAMS,
+        interpret=interpret,
+        kernel_name="grouped_matmul_gradient",
+    )
+    return kernel(x, dy, first, count)
+
+
+def _gradient_kernel(columns, x_RD, dy_RF, first_E, count_E, out_EDF, ring, out_mk):
+    ring = Ring(*ring)
+    group, warpgroup = lax.axis_index("group"), lax.axis_index("warpgroup")
+    top, there = lax.axis_index("rows") * BLOCK, pl.ds(lax.axis_index("columns") * columns, columns)
+    steps = count_E[group] * (BLOCK // STEP)
+
+    @pl.when(warpgroup < COMPUTE)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        ring.open()
+
+        def multiply(buffers, accumulators):
+            x_km, dy_kn = buffers
+            mine = x_km.at[:, pl.ds(warpgroup * WARPGROUP, WARPGROUP)]
+            plgpu.wgmma(accumulators[0], mine.T, dy_kn)
+
+        (out,) = accumulate(ring, steps, multiply, (WARPGROUP, columns), 1)
+        rows = pl.ds(top + warpgroup * WARPGROUP, WARPGROUP)
+        store(out, out_mk.at[warpgroup], out_EDF.at[group, rows, there])
+
+    @pl.when(warpgroup == COMPUTE)
+    def _move():
+        plgpu.set_max_registers(40, action="decrease")
+
+        @pl.loop(0, steps)
+        def _(step):
+            k = pl.ds(first_E[group] * BLOCK + step * STEP, STEP)
+            ring.fill(step, x_RD.at[k, pl.ds(top, BLOCK)], dy_RF.at[k, there])
+
+        ring.drain(steps)

@@ -1,0 +1,76 @@
+"""Which row each item takes when items are sorted by group, and the moves there and back.
+
+Every group starts on a block boundary, so that a block of rows meets one matrix. Nothing is
+dropped.
+
+Shape letters: N items, R rows, E groups, D width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.platform import target
+
+LEAST_ON_HOPPER = 8  # columns of the smallest wgmma
+
+
+class GroupPlan(NamedTuple):
+    """Both maps between items and rows, and the group of each block (E: the block is empty)."""
+
+    row_of_item: Int[Array, "N"]  # R for an item without a group
+    item_of_row: Int[Array, "R"]  # N for a row without an item
+    group_of_block: Int[Array, "blocks"]
+    group_sizes: Int[Array, "E"]
+
+
+def block_rows(num_items: int, num_groups: int, largest: int = 128) -> int:
+    """A block size, a power of two, that wastes little: about half of an average group."""
+    least = LEAST_ON_HOPPER if target().is_hopper else 1
+    half = max(1, num_items // (2 * num_groups))
+    return min(largest, max(least, 1 << (half.bit_length() - 1)))
+
+
+def plan_groups(group: Int[Array, "N"], num_groups: int, block: int) -> GroupPlan:
+    """Places items by group, in item order within a group; deterministic and without a sort.
+
+    Computed once a layer, for all its products.
+
+    Args:
+        group: the group of each item; `num_groups` or more means that the item takes no row.
+    """
+    N, E = group.shape[0], num_groups
+    num_blocks = min(N, N // block + E)  # the sum of ceil(size / block) is never larger
+    member = jax.nn.one_hot(group, E, dtype=jnp.int32)
+    rank = jnp.sum((jnp.cumsum(member, axis=0) - 1) * member, axis=1)
+    sizes = jnp.sum(member, axis=0)
+    last_block = jnp.cumsum((sizes + block - 1) // block)
+    first_row = jnp.append((last_block - (sizes + block - 1) // block) * block, num_blocks * block)
+    row = jnp.where(group < E, first_row[jnp.minimum(group, E)] + rank, num_blocks * block)
+    item_of_row = jnp.full(num_blocks * block, N).at[row].set(jnp.arange(N), mode="drop")
+    group_of_block = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")
+    return GroupPlan(row, item_of_row, group_of_block, sizes)
+
+
+def dispatch(plan: GroupPlan, x: Float[Array, "N D"]) -> Float[Array, "R D"]:
+    """Items to their rows; rows without an item are zero."""
+    return _move(x, plan.item_of_row, plan.row_of_item)
+
+
+def combine(plan: GroupPlan, y: Float[Array, "R D"]) -> Float[Array, "N D"]:
+    """Rows back to items; items without a row are zero."""
+    return _move(y, plan.row_of_item, plan.item_of_row)
+
+
+@jax.custom_vjp
+def _move(x, source, destination):
+    """`x[source]`, zero where `source` is out of range. Its transpose is the opposite move."""
+    return x.at[source].get(mode="fill", fill_value=0)
+
+
+_move.defvjp(
+    lambda x, source, destination: (_move(x, source, destination), (source, destination)),
+    lambda maps, dy: (_move(dy, maps[1], maps[0]), None, None),
+)

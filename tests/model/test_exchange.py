@@ -1,0 +1,98 @@
+"""Experts spread over the mesh: every way of bringing tokens to them gives the same answer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.config import PRESETS
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model import moe
+from jaxmoe.plan.absent import absent_h100s, compiler_options
+
+D, F, E = 16, 8, 8
+MESHES = [
+    "expert=8",
+    "expert=4,tensor=2",
+    "data=2,expert=2,sequence=2",
+    "fsdp=2,expert=4",
+]
+
+
+def config(k):
+    sizes = {"hidden_size": D, "num_local_experts": E, "num_experts_per_tok": k}
+    return dataclasses.replace(PRESETS["scout"], **sizes)
+
+
+def draw(k, tokens, skew=0.0):
+    """Experts' matrices, tokens and their routing; with `skew`, most tokens choose expert 0."""
+    rng = np.random.default_rng(k)
+    shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+    p = {
+        name: 0.2 * rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    x = rng.standard_normal((8, tokens, D)).astype(np.float32)
+    router = rng.standard_normal((D, E)).astype(np.float32)
+    real = jnp.asarray(rng.random(x.shape[:2]) > 0.1)
+    routing = moe.route(config(k), jnp.asarray(router), jnp.asarray(x), real)
+    taken = (rng.random(routing.expert.shape) < skew) & (np.asarray(routing.expert) < E)
+    return p, x, routing._replace(expert=jnp.where(taken, 0, routing.expert))
+
+
+def results(k, p, x, routing):
+    """Output, and gradients with respect to matrices, tokens and scores."""
+
+    def run(p, x, score):
+        return moe.spread_over_mesh(config(k), p, x, routing._replace(score=score))
+
+    @jax.jit
+    def both(p, x, score):
+        out, transpose = jax.vjp(run, p, x, score)
+        return out, *transpose(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+    return jax.tree.map(np.asarray, both(p, x, routing.score))
+
+
+@pytest.mark.parametrize(("k", "skew"), [(1, 0.9), (2, 0.0)], ids=["most to one", "two each"])
+@pytest.mark.parametrize("tokens", [1, 160], ids=["few tokens", "many tokens"])
+def test_every_mesh_gives_the_same(tokens, k, skew):
+    case = draw(k, tokens, skew)
+    want, ways = results(k, *case), set()
+    for text in MESHES:
+        mesh = MeshConfig.parse(text).make()
+        with jax.set_mesh(mesh):
+            got = results(k, *case)
+        ways.add(moe.exchange_way(mesh, case[1].shape))
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=text)
+    assert "exchange" in ways if tokens > moe.FEW_TOKENS else ways == {"gather"}
+
+
+def test_tokens_on_every_device_stay():
+    mesh = MeshConfig(expert=8).make()
+    assert moe.exchange_way(mesh, (1, 4096, D)) == "stay"
+    assert moe.exchange_way(mesh, (8, 1, D)) == "gather"
+    assert moe.exchange_way(mesh, (8, 4096, D)) == "exchange"
+
+
+@pytest.mark.absent_gpu
+def test_tokens_are_exchanged_on_gpus():
+    """Each row travels to one device: a ragged all-to-all, and no gather of tokens."""
+    mesh = MeshConfig(expert=8).make(absent_h100s(8))
+    p, x, routing = draw(1, 160)
+    bf16 = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), (p, x))
+
+    def run(p, x, expert, score):
+        given = routing._replace(expert=expert, score=score)
+        return moe.spread_over_mesh(config(1), p, x, given)
+
+    def loss(*arguments):
+        return run(*arguments).astype(jnp.float32).sum()
+
+    rest = (routing.expert, routing.score.astype(jnp.bfloat16))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss)).lower(*bf16, *rest)
+    hlo = lowered.compile(compiler_options()).as_text()
+    assert hlo.count("ragged-all-to-all(") + hlo.count("ragged-all-to-all-start(") >= 2

@@ -1,0 +1,141 @@
+"""Grouped matmuls at Llama 4's sizes, compiled for H100s and H200s that are not there."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmoe.config import SCOUT
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.moe import moe
+from jaxmoe.plan.absent import absent_h100s, absent_h200s, compiler_options, lower_for, mesh_of
+from jaxmoe.plan.assembler import assembler_reports
+from pallas_kernels.experts import gated_matmul, grouped_implementation, grouped_matmul
+from pallas_kernels.experts.grouped_mosaic import Config
+from pallas_kernels.experts.mosaic_kernels import TileConfig
+
+pytestmark = pytest.mark.absent_gpu
+
+DEVICES = {"h100": absent_h100s, "h200": absent_h200s}
+D, F, TOKENS = SCOUT.hidden_size, SCOUT.intermediate_size, 16384
+TILES, STREAM, GRADIENT = (
+    f"{name}_mosaic_gpu_kernel"
+    for name in ("grouped_matmul", "grouped_matmul_stream", "grouped_matmul_gradient")
+)
+# The assembler adds a wgmma fence, which costs nothing: there are none of it too few.
+HARMLESS = "(C7519)"
+# Groups, block and rows: of Scout's prefill, and of Maverick's decoding.
+SIZES = {
+    "scout": (16, 128, TOKENS + 16 * 128),
+    "maverick-8": (128, 8, 256 + 128 * 8),
+    "maverick-64": (128, 64, TOKENS + 128 * 64),
+}
+
+
+def shaped(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def arguments(size, into=D, out=F):
+    """Rows, matrices, each block's group, and a scale of each row."""
+    groups, block, rows = SIZES[size]
+    return (
+        shaped(rows, into),
+        shaped(groups, into, out),
+        shaped(rows // block, dtype=jnp.int32),
+        shaped(rows, dtype=jnp.float32),
+    )
+
+
+def up(x, w, group, scale, **options):
+    return grouped_matmul(x, w, group, **options)
+
+
+def gated(x, w, group, scale, **options):
+    return gated_matmul(x, w, w, group, scale, **options)
+
+
+def gradients(x, w, group, scale):
+    def loss(x, w):
+        return grouped_matmul(x, w, group).astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(x, w)
+
+
+def check(lowered, kernels):
+    """Nothing spills, and products do not wait for one another."""
+    reports = assembler_reports(lowered, compiler_options())
+    assert sorted(report.name for report in reports) == sorted(kernels)
+    for report in reports:
+        assert (report.spill_stores, report.spill_loads) == (0, 0)
+        assert not [line for line in report.warnings if HARMLESS not in line]
+        assert report.registers <= 255 and report.wgmma > 0
+
+
+@pytest.mark.parametrize("function", [up, gated])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward(device, size, function):
+    lowered = lower_for(*DEVICES[device](1), function, *arguments(size))
+    check(lowered, [TILES if size == "scout" else STREAM])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_down(device, size):
+    lowered = lower_for(*DEVICES[device](1), up, *arguments(size, into=F, out=D))
+    check(lowered, [TILES if size == "scout" else STREAM])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients(device, size):
+    """The products themselves are not needed; small blocks leave the weights' gradient to XLA."""
+    lowered = lower_for(*DEVICES[device](1), gradients, *arguments(size))
+    check(lowered, [TILES, GRADIENT] if size == "scout" else [STREAM])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_are_picked(device, size):
+    with jax.sharding.use_abstract_mesh(mesh_of(*DEVICES[device](1)).abstract_mesh):
+        for shapes in (arguments(size), arguments(size, into=F, out=D)):
+            assert grouped_implementation(*shapes[:3]) == "mosaic_gpu"
+
+
+def layer_arguments():
+    """Parameters of a Scout layer, its tokens, and which of them are real."""
+    E, shared = SCOUT.num_local_experts, {"gate": (D, F), "up": (D, F), "down": (F, D)}
+    experts = {name: (E, *shape) for name, shape in shared.items()}
+    shapes = {"router": (D, E), "shared": shared, "experts": experts}
+    p = jax.tree.map(lambda shape: shaped(*shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return p, shaped(1, TOKENS, D), shaped(1, TOKENS, dtype=jnp.bool_)
+
+
+def test_memory_of_a_layer():
+    """Catches an extra copy of rows or of hidden values.
+
+    Of what is computed, the output aside, at most two things must be there at a time: the routed
+    rows, coming or going, and their hidden values; or gate and up of the shared expert.
+    """
+    mesh = MeshConfig().make(absent_h100s(1))
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), layer_arguments()
+    )
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(functools.partial(moe, SCOUT)).lower(*placed)
+    memory = lowered.compile(compiler_options()).memory_analysis()
+    _, _, rows = SIZES["scout"]
+    activations = 2 * max(rows * (D + F), TOKENS * 2 * F)  # bytes
+    assert "grouped_matmul" in lowered.as_text()
+    assert memory.temp_size_in_bytes < 1.2 * activations
+
+
+def test_spills_are_seen():
+    """Catches a check that nothing fails: sums of 2 x 256 columns leave no register free."""
+    function = functools.partial(gated, config=Config(TileConfig(columns=512, slots=1)))
+    lowered = lower_for(*absent_h100s(1), function, *arguments("scout"))
+    with pytest.raises(AssertionError):
+        check(lowered, [TILES])

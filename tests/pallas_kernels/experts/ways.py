@@ -1,0 +1,137 @@
+"""The implementations of `grouped_matmul` and `gated_matmul`, each as it runs without hardware."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.choice import Implementation
+from pallas_kernels.experts import combine, dispatch, gated_matmul, grouped_matmul
+from pallas_kernels.experts.grouped import IMPLEMENTATIONS, GroupedCase
+from pallas_kernels.experts.grouped_megablox import Config as MegabloxConfig
+from pallas_kernels.experts.grouped_mosaic import Config as MosaicConfig
+from pallas_kernels.experts.mosaic_kernels import StreamConfig, TileConfig
+from tests.pallas_kernels.attention.cases import no_races
+from tests.pallas_kernels.experts.cases import GatedResults, Results, draw, planned
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """An implementation, with sizes that make little work for an interpreter."""
+
+    implementation: Implementation
+    config: Any = None
+    interpret: Any = None
+    checked: Callable = contextlib.nullcontext
+
+    def why_not(self, case, dtype) -> str | None:
+        """Why it does not serve a case, or None."""
+        call = GroupedCase(case.block, case.E, case.D, case.F, dtype, self.interpret)
+        return self.implementation.why_not(call)
+
+    def call(self, function, plan, *arrays):
+        """Runs one of the functions below."""
+        options = {
+            "implementation": self.implementation.name,
+            "config": self.config,
+            "interpret": self.interpret,
+        }
+        with self.checked():
+            return jax.block_until_ready(function(tuple(options.items()), plan, *arrays))
+
+
+NAMED = {each.name: each for each in IMPLEMENTATIONS}
+XLA = Way(NAMED["xla"])
+MOSAIC_GPU = Way(
+    NAMED["mosaic_gpu"],
+    MosaicConfig(TileConfig(slots=2, together=2), StreamConfig(slots=2)),
+    plgpu.InterpretGPUParams(detect_races=True),
+    no_races,
+)
+MEGABLOX = Way(
+    NAMED["megablox"], MegabloxConfig(row_bytes=512, columns=128, gradient=128), interpret=True
+)
+
+
+def runs(way, dtype, cases):
+    """Those of the cases that an implementation serves, for `over`."""
+    return [
+        pytest.param(way, dtype, case, id=f"{way.implementation.name}-{dtype}-{case.name}")
+        for case in cases
+        if way.why_not(case, dtype) is None
+    ]
+
+
+def over(*all_runs):
+    return pytest.mark.parametrize(("way", "dtype", "case"), [*itertools.chain(*all_runs)])
+
+
+@jax.custom_vjp
+def spoil(plan, rows):
+    """NaN in the rows of blocks without a group, which may hold anything; backward too."""
+    empty = plan.group_of_block == plan.group_sizes.shape[0]
+    blocks = rows.reshape(len(empty), -1)
+    return jnp.where(empty[:, None], jnp.nan, blocks).reshape(rows.shape).astype(rows.dtype)
+
+
+spoil.defvjp(lambda plan, rows: (spoil(plan, rows), plan), lambda plan, dy: (None, spoil(plan, dy)))
+
+
+def rows_of(plan, items):
+    return spoil(plan, dispatch(plan, items))
+
+
+def items_of(plan, rows):
+    return combine(plan, spoil(plan, rows))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def multiplied(options, plan, x, w):
+    """The items' products."""
+    rows = rows_of(plan, x)
+    return items_of(plan, grouped_matmul(rows, w, plan.group_of_block, **dict(options)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def rows_multiplied(options, plan, rows, w):
+    return grouped_matmul(rows, w, plan.group_of_block, **dict(options))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gated(options, plan, x, scale, gate, up):
+    """The items' gated products; without a scale if that is None."""
+    rows, group = rows_of(plan, x), plan.group_of_block
+    if scale is not None:
+        scale = rows_of(plan, scale[:, None])[:, 0]
+    return items_of(plan, gated_matmul(rows, gate, up, group, scale, **dict(options)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def differentiated(options, plan, x, w, d_out):
+    out, transpose = jax.vjp(functools.partial(multiplied, options, plan), x, w)
+    return Results(out, *transpose(d_out))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gated_differentiated(options, plan, x, scale, gate, up, d_out):
+    out, transpose = jax.vjp(functools.partial(gated, options, plan), x, scale, gate, up)
+    return GatedResults(out, *transpose(d_out))
+
+
+@functools.cache
+def results(way, dtype, case) -> Results:
+    """All of a case's, by one run."""
+    x, _, _, w, d_out = draw(case, dtype)
+    return way.call(differentiated, planned(case), x, w, d_out)
+
+
+@functools.cache
+def gated_results(way, dtype, case) -> GatedResults:
+    return way.call(gated_differentiated, planned(case), *draw(case, dtype))
