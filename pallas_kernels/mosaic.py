@@ -122,7 +122,7 @@ class Wgmma:
 
         return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
-    def add(self, acc: jax.Array, a, b, then: Callable[[], None] = lambda: None) -> jax.Array:
+    def add(self, acc: jax.Array, a, b, then: Callable[[], None] = lambda: None) -> Any:
         """acc + a @ b; `then` runs while it is under way."""
         if self.interpret:
             total = acc + self._plain(a, b)

@@ -30,7 +30,7 @@ from pallas_kernels.attention import (
     merge,
 )
 
-FEW_QUERIES = 8  # up to so many a row, the cache is read at memory speed rather than in tiles
+FEW_QUERIES = 4  # up to so many a row, the cache is read at memory speed rather than in tiles
 
 
 class CacheStep(NamedTuple):
@@ -151,11 +151,12 @@ def _attend_ring(rule, axes, q, k, v, coords, cache, slots, old_coords, new_coor
     new_cache = LayerCache(write(cache.k, k, slots), write(cache.v, v, slots))
     if k.shape[2] == 1:  # once written, the token's whole chunk is in the ring
         return decode_attention(q, *new_cache, coords, new_coords, **rule), new_cache
-    past = flash_attention(q, *cache, coords, old_coords, return_lse=True, **rule)
+    past = flash_attention(q, cache.k, cache.v, coords, old_coords, return_lse=True, **rule)
     new = _gather(coords, axes, 1)
     present = flash_attention(q, k, v, coords, new, in_order=not axes, return_lse=True, **rule)
+    out = merge([past, present])  # pyrefly: ignore  # pairs, since return_lse
     # Together, or the compiler writes all layers' rings last and keeps their keys until then.
-    return lax.optimization_barrier((merge([past, present]), new_cache))
+    return lax.optimization_barrier((out, new_cache))
 
 
 def _attend_log(rule, axes, q, k, v, coords, cache, slots, log_coords):

@@ -89,8 +89,8 @@ def decode_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, table, case, conf
     budget = -(-config.tasks_per_core * (target().num_cores or DEFAULT_CORES) // K)
     tasks = plan_tasks(blocks.stop - blocks.start, budget, config.least_blocks)
     run = _kernel_call(case, config, q_BKRd, tasks.row.shape[0])
-    parts = run(q_BKRd, _arrays(k), _arrays(v), apart(q_reach), k_coords, blocks, tasks, table)
-    out_BKRd, lse_BKR = _join(*parts, tasks.row, B)
+    outs, lses = run(q_BKRd, _arrays(k), _arrays(v), apart(q_reach), k_coords, blocks, tasks, table)
+    out_BKRd, lse_BKR = _join(outs, lses, tasks.row, B)
     out = out_BKRd[:, :, : group * S].reshape(q.shape).astype(q.dtype)
     return out, lse_BKR[:, :, : group * S].reshape(B, H, S)
 
@@ -157,11 +157,12 @@ def _kernel(
             coords = jax.tree.map(lambda x: lazy(x.at[b, keys], ROWS), coords_BT)
             return hide(scores, MASKED, reach, coords, q_axis=1)
 
+        real = reach.segment() >= 0
         steps = end - begin, jnp.clip(order.masked - begin, 0, end - begin)
         wide = [half.at[warpgroup] for half in wide_PWth]
         plgpu.barrier_wait(q_filled)
         outs, log_sum = _attend(
-            mma, scale, q_PRh, ring, p_WRt.at[warpgroup], wide, warpgroup, steps, mask
+            mma, scale, q_PRh, ring, p_WRt.at[warpgroup], wide, warpgroup, steps, mask, real
         )
         width = outs[0].shape[0]
         for part, out in enumerate(outs):
@@ -196,7 +197,7 @@ def _place(table_BP, k_BKTd, row, head, index, block: int):
     return page, head, pl.ds(lax.rem(index, blocks_a_page) * block, block)
 
 
-def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask):
+def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask, real):
     """Weighted values, a [h, R] each part, and log-sum-exp [R] of every second step."""
     parts, (R, width) = len(q_PRh), q_PRh[0].shape
     block = p_Rt.shape[1]
@@ -241,7 +242,7 @@ def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask):
     )
     state = lax.fori_loop(0, masked, functools.partial(step, True), state)
     outs, top, total = lax.fori_loop(masked, every, functools.partial(step, False), state)
-    found, total = top > FIRST_TOP, total.sum(axis=0)
+    found, total = (top > FIRST_TOP) & real, total.sum(axis=0)
     outs = [out * along_columns(jnp.where(found, 1 / total, 0.0), out) for out in outs]
     return outs, jnp.where(found, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
 

@@ -66,10 +66,10 @@ def _forward(static: _Static, q, k, v, q_reach, k_coords):
 
 
 def _backward(static: _Static, residuals, cotangents):
-    saved, q_reach, k_coords = residuals
+    (saved, q_reach, k_coords), (d_out, d_lse) = residuals, cotangents
     options = {"scale": static.scale, "interpret": static.interpret}
     gradients = flash_backward(
-        saved, *cotangents, q_reach, k_coords, config=static.config.backward, **options
+        saved, d_out, d_lse, q_reach, k_coords, config=static.config.backward, **options
     )
     return (*gradients, None, None)
 

@@ -112,7 +112,8 @@ def _kernel(
             coords = jax.tree.map(lambda x: lazy(x.at[b, keys], COLUMNS), coords_BT)
             return hide(scores, MASKED, reach, coords, q_axis=0)
 
-        out, log_sum = _attend(mma, scale, q, k_ring, v_ring, turns, warpgroup, order, mask)
+        real = reach.segment() >= 0
+        out, log_sum = _attend(mma, scale, q, k_ring, v_ring, turns, warpgroup, order, mask, real)
         q[...] = out.astype(q.dtype)
         lse[...] = log_sum
         plgpu.commit_smem()
@@ -135,7 +136,7 @@ def _kernel(
         v_ring.drain(order.steps)
 
 
-def _attend(mma, scale, q_qd, k_ring, v_ring, turns, warpgroup, order, mask):
+def _attend(mma, scale, q_qd, k_ring, v_ring, turns, warpgroup, order, mask, real):
     """Softmax-weighted values [q, d] and log-sum-exp [q] of one warpgroup's queries."""
     mine, other = turns.at[warpgroup], turns.at[1 - warpgroup]
 
@@ -176,6 +177,6 @@ def _attend(mma, scale, q_qd, k_ring, v_ring, turns, warpgroup, order, mask):
     state = lax.fori_loop(order.masked, order.steps, functools.partial(step, False), state)
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(other))
     out, top, total = state
-    found = top > FIRST_TOP
+    found = (top > FIRST_TOP) & real  # padding met blocks without a mask
     out = out * along_rows(jnp.where(found, 1 / total, 0.0), out)
     return out, jnp.where(found, (top + jnp.log2(total)) / LOG2E, -jnp.inf)

@@ -1,6 +1,6 @@
 """Inside a Hopper kernel: in which order blocks are met, and the mask of those that need one."""
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +44,13 @@ def load_tokens(ref, layout) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def eager(ref, layout) -> Callable[[], jax.Array]:
+def eager(ref, layout) -> Any:
     """The same as a function of nothing, loaded now: for what a loop uses again and again."""
     value = load_tokens(ref, layout)
     return lambda: value
 
 
-def lazy(ref, layout) -> Callable[[], jax.Array]:
+def lazy(ref, layout) -> Any:
     """The same, loaded where it is used: all of a block at once would fill the registers."""
     return lambda: load_tokens(ref, layout)
 
