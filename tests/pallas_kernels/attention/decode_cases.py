@@ -90,7 +90,7 @@ CASES = [
         place([(1, 2, 98), (2, 2, 148)], [(0, 2), (3, 1, 5), (1, 1, 99)]),
         place([(1, 100), (2, 150), (0, 70)], [(1, 310), (3, 10)]), **WIDE,
     ),
-    decoding("as many queries as there may be", newest(4, 128), filled(128, 128), heads=(16, 1)),
+    decoding("as many queries as there may be", newest(4, 128), filled(128, 128), heads=(6, 1)),
     decoding("one row", newest(1, 640), filled(640, 640)),
     decoding("many rows", newest(1, *STEPS), filled(130, *STEPS), heads=(2, 2)),
     decoding("keys that no block divides", newest(1, 201, 77), filled(201, 201, 77)),

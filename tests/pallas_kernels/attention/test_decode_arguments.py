@@ -124,7 +124,7 @@ MISTAKES = {
     ),
     "too many queries for the kernel": (
         KERNEL | {"q": array(2, 26, 5, 128), "q_coords": coords_of(2, 5)},
-        "it takes up to 64 queries times heads that share a key head, not 65",
+        "it takes up to 24 queries times heads that share a key head, not 65",
     ),
     "small pages for the kernel": (
         KERNEL | PAGED | both(array(7, 2, 96, 128)),
