@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import Coords, Reach, meets, pad_tokens, reach, visible
 from pallas_kernels.choice import Implementation
 
@@ -45,16 +46,10 @@ def flash_xla(q, k, v, q_coords: Coords, k_coords: Coords, case, config: Config)
     q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
     q_reach = pad_tokens(q_reach, static.block_q)
     k_coords = pad_tokens(k_coords, static.block_k)
-    q_BKGSd = _pad(q, static.block_q).reshape(B, K, H // K, -1, d)
-    k, v = _pad(k, static.block_k), _pad(v, static.block_k)
+    q_BKGSd = pad_axis(q, 2, static.block_q).reshape(B, K, H // K, -1, d)
+    k, v = (pad_axis(x, 2, static.block_k) for x in (k, v))
     out, lse = _flash(static, q_BKGSd, k, v, q_reach, k_coords)
     return out.reshape(B, H, -1, d)[:, :, :S], lse.reshape(B, H, -1)[:, :, :S]
-
-
-def _pad(x: jax.Array, block: int) -> jax.Array:
-    """Rounds the second-to-last dimension up to a multiple of `block`."""
-    extra = -x.shape[-2] % block
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
 
 
 def _block_pairs(static: _Static, q: Reach, k: Coords) -> jax.Array:
