@@ -98,6 +98,20 @@ def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
+def widen(ref, part: int, parts: int) -> jax.Array:
+    """Stored values, or one half of them, as bfloat16 in registers."""
+    values = ref[...]
+    if jnp.issubdtype(values.dtype, jnp.floating):  # Hopper has no direct conversion
+        return values.astype(jnp.float32).astype(jnp.bfloat16)
+    if parts == 1:
+        return values.astype(jnp.bfloat16)
+    # Bytes know bitwise operations only. The low half, offset by 8, is 0 to 15; the high half with
+    # the low one cleared is 16 times its value.
+    if part == 0:
+        return ((values & 15) ^ 8).astype(jnp.bfloat16) - 8
+    return (values & -16).astype(jnp.bfloat16) * 0.0625
+
+
 @dataclasses.dataclass(frozen=True)
 class Wgmma:
     """Tensor-core products; `a` may be in registers, `b` is in shared memory.

@@ -1,4 +1,4 @@
-"""Arrays stored in 8 or 4 bits with a scale for each vector along the last axis."""
+"""Arrays stored in 8 or 4 bits: vectors with a scale each, and matrices laid out for kernels."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 # Largest magnitude of each format: a vector's largest element is stored as this.
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
+INT4_WIDTH = 128  # inputs of a matrix that share a scale
 _STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": jnp.int8}
 
 
@@ -62,6 +63,74 @@ def dequantize(x: Quantized, dtype=jnp.float32) -> jax.Array:
     """The array that `x` stands for."""
     values = unpack(x.qvalue) if x.format == "int4" else x.qvalue
     return (values.astype(jnp.float32) * x.scale[..., None]).astype(dtype)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["qvalue", "scale"], meta_fields=["format"]
+)
+@typing.no_type_check  # as above
+@dataclasses.dataclass(frozen=True)
+class QuantizedMatrix:
+    """Matrices [..., in, out], of which `width` inputs of an output share a scale.
+
+    Stored by output, so that what a product sums over is contiguous: tensor cores take 8-bit
+    operands in no other way. Scales are stored by input, so that a tile's are contiguous.
+
+    Attributes:
+        qvalue: [..., out, in]; for int4 [..., out, in / 2], each `width` inputs packed as a vector
+            of `Quantized`.
+        scale: [..., in / width, out] float32.
+        format: as of `Quantized`.
+    """
+
+    qvalue: jax.Array
+    scale: jax.Array
+    format: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrices that this stands for."""
+        *outer, out, stored = self.qvalue.shape
+        return (*outer, 2 * stored if self.format == "int4" else stored, out)
+
+    @property
+    def width(self) -> int:
+        """How many inputs share a scale."""
+        return self.shape[-2] // self.scale.shape[-2]
+
+
+def scale_width(format: str, inputs: int) -> int:
+    """How many inputs of a matrix share a scale: 4 bits are too few for a whole column."""
+    return min(INT4_WIDTH, inputs) if format == "int4" else inputs
+
+
+def quantize_matrix(
+    w: Float[Array, "*outer inputs outputs"], format: str, width: int | None = None
+) -> QuantizedMatrix:
+    """Rounds matrices as `quantize` does vectors.
+
+    Args:
+        width: how many inputs of an output share a scale; None for `scale_width`.
+
+    Raises:
+        ValueError: as `quantize`; or if the width does not divide the inputs.
+    """
+    *outer, inputs, outputs = w.shape
+    width = width or scale_width(format, inputs)
+    if inputs % width:
+        raise ValueError(f"{inputs} inputs are no multiple of the {width} that share a scale.")
+    vectors = jnp.swapaxes(w, -1, -2).reshape(*outer, outputs, inputs // width, width)
+    stored = quantize(vectors, format)
+    qvalue = stored.qvalue.reshape(*outer, outputs, -1)
+    return QuantizedMatrix(qvalue, jnp.swapaxes(stored.scale, -1, -2), format)
+
+
+def dequantize_matrix(w: QuantizedMatrix, dtype=jnp.float32) -> jax.Array:
+    """The matrices [..., in, out] that `w` stands for."""
+    *outer, groups, outputs = w.scale.shape
+    vectors = w.qvalue.reshape(*outer, outputs, groups, -1)
+    by_output = dequantize(Quantized(vectors, jnp.swapaxes(w.scale, -1, -2), w.format), dtype)
+    return jnp.swapaxes(by_output.reshape(*outer, outputs, -1), -1, -2)
 
 
 def _pack(x: jax.Array) -> jax.Array:

@@ -94,8 +94,9 @@ def decode_attention(
         k, v: the cache, an array or quantized with a scale a token and head. With a table, a pool
             of pages [pages, K, keys a page, d] that rows share.
         q_coords: positions and segments of the queries.
-        k_coords: of the keys [B, T], in the order of each row's pages; default: key t is at
-            position t of segment 1, and causal masking hides what lies beyond the queries.
+        k_coords: of the keys [B, T], or of the pool [pages, keys a page]. Default, without a table:
+            key t is at position t of segment 1, and causal masking hides what lies beyond the
+            queries.
         scale, causal, chunk, return_lse, config, interpret: as for `flash_attention`.
         table: the pages of each row, in order. Entries past a row's end must be pages too, of
             finite numbers.
@@ -158,5 +159,6 @@ def _check(q, k, v, q_coords, k_coords, table, *, scale, chunk=None, **_) -> Non
     check_rule(H, K, scale, chunk)
     if table is not None and (table.ndim != 2 or table.shape[0] != B):
         raise ValueError(f"table has shape {table.shape}; it must be ({B}, pages of a row).")
-    keys = length if table is None else length * table.shape[1]
-    check_coords(q_coords=(q_coords, B, S), k_coords=(k_coords, B, keys))
+    if table is not None and k_coords is None:
+        raise ValueError("with a table, k_coords of the pool's pages are needed.")
+    check_coords(q_coords=(q_coords, B, S), k_coords=(k_coords, pages, length))

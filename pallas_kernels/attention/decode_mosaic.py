@@ -30,10 +30,19 @@ from pallas_kernels.attention.decode_config import (
     DecodeConfig,
     scratch_types,
 )
-from pallas_kernels.attention.masks import Coords, Ranges, meets, pad_tokens, ranges, reach
+from pallas_kernels.attention.masks import (
+    Coords,
+    Ranges,
+    extents,
+    meets,
+    pad_tokens,
+    ranges,
+    reach,
+)
 from pallas_kernels.attention.merge import lse_weight
 from pallas_kernels.attention.mosaic_forward import FIRST_TOP, LOG2E, MASKED
 from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy, load_tokens
+from pallas_kernels.attention.pages import extents_of_rows
 from pallas_kernels.mosaic import (
     COLUMNS,
     ROWS,
@@ -43,6 +52,7 @@ from pallas_kernels.mosaic import (
     along_columns,
     along_rows,
     full,
+    widen,
 )
 from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized
@@ -84,7 +94,10 @@ def decode_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, table, case, conf
     q_reach = jax.tree.map(lambda x: jnp.tile(x, (1, group)), q_reach)
     q_reach = pad_tokens(q_reach, COLUMN_UNIT)
     k_coords = pad_tokens(k_coords, config.block_k)
-    blocks = ranges(*meets(q_reach, k_coords, q_BKRd.shape[2], config.block_k))
+    extent = extents(k_coords, config.block_k)
+    if table is not None:
+        extent = extents_of_rows(extent, table)
+    blocks = ranges(*meets(q_reach, extent, q_BKRd.shape[2]))
     blocks = Ranges(*(x[:, 0] for x in blocks))
     budget = -(-config.tasks_per_core * (target().num_cores or DEFAULT_CORES) // K)
     tasks = plan_tasks(blocks.stop - blocks.start, budget, config.least_blocks)
@@ -153,8 +166,8 @@ def _kernel(
         reach = jax.tree.map(lambda x: eager(x.at[b], COLUMNS), reach_BR)
 
         def mask(step, scores):
-            keys = pl.ds(order.block(begin + step) * block, block)
-            coords = jax.tree.map(lambda x: lazy(x.at[b, keys], ROWS), coords_BT)
+            row, keys = _place(table_BP, k_arrays[0], b, order.block(begin + step), block)
+            coords = jax.tree.map(lambda x: lazy(x.at[row, keys], ROWS), coords_BT)
             return hide(scores, MASKED, reach, coords, q_axis=1)
 
         real = reach.segment() >= 0
@@ -182,19 +195,19 @@ def _kernel(
 
         @pl.loop(0, end - begin)
         def _(step):
-            where = _place(table_BP, k_arrays[0], b, h, order.block(begin + step), block)
-            ring.fill(step, *(x.at[where] for x in (*k_arrays, *v_arrays)))
+            row, keys = _place(table_BP, k_arrays[0], b, order.block(begin + step), block)
+            ring.fill(step, *(x.at[row, h, keys] for x in (*k_arrays, *v_arrays)))
 
         ring.drain(end - begin)
 
 
-def _place(table_BP, k_BKTd, row, head, index, block: int):
+def _place(table_BP, k_BKTd, row, index, block: int):
     """Where a block of a row's keys lies: in the row itself, or in a page of the pool."""
     if table_BP is None:
-        return row, head, pl.ds(index * block, block)
+        return row, pl.ds(index * block, block)
     blocks_a_page = k_BKTd.shape[2] // block
     page = table_BP[row, lax.div(index, blocks_a_page)]
-    return page, head, pl.ds(lax.rem(index, blocks_a_page) * block, block)
+    return page, pl.ds(lax.rem(index, blocks_a_page) * block, block)
 
 
 def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask, real):
@@ -209,7 +222,7 @@ def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask, rea
         k_th, v_th = keys[0], keys[len(keys) // 2]
         scores = None
         for part in range(parts):
-            k = _widen(k_th, part, parts) if wide_Pth else k_th
+            k = widen(k_th, part, parts) if wide_Pth else k_th
             q = q_PRh[part].T
             scores = mma.dot(k, q) if scores is None else mma.add(scores, k, q)
         scores = scores * scale
@@ -224,7 +237,7 @@ def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask, rea
         if wide_Pth:
             p = p * along_rows(load_tokens(keys[3], ROWS), p)
             for part, wide in enumerate(wide_Pth):
-                wide[...] = _widen(v_th, part, parts)
+                wide[...] = widen(v_th, part, parts)
         p_Rt.T[...] = p.astype(p_Rt.dtype)
         plgpu.commit_smem()
         outs = tuple(
@@ -245,17 +258,3 @@ def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask, rea
     found, total = (top > FIRST_TOP) & real, total.sum(axis=0)
     outs = [out * along_columns(jnp.where(found, 1 / total, 0.0), out) for out in outs]
     return outs, jnp.where(found, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
-
-
-def _widen(ref, part: int, parts: int) -> jax.Array:
-    """Stored values, or one half of them, as bfloat16 in registers."""
-    values = ref[...]
-    if jnp.issubdtype(values.dtype, jnp.floating):  # Hopper has no direct conversion
-        return values.astype(jnp.float32).astype(jnp.bfloat16)
-    if parts == 1:
-        return values.astype(jnp.bfloat16)
-    # Bytes know bitwise operations only. The low half, offset by 8, is 0 to 15; the high half with
-    # the low one cleared is 16 times its value.
-    if part == 0:
-        return ((values & 15) ^ 8).astype(jnp.bfloat16) - 8
-    return (values & -16).astype(jnp.bfloat16) * 0.0625

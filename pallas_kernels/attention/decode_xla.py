@@ -6,7 +6,8 @@ from jax import lax
 
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.flash_xla import Config, attend_block
-from pallas_kernels.attention.masks import Coords, meets, pad_tokens, reach
+from pallas_kernels.attention.masks import Coords, extents, meets, pad_tokens, reach
+from pallas_kernels.attention.pages import extents_of_rows, rows_of_pages
 from pallas_kernels.quantized import Quantized, dequantize
 
 
@@ -15,25 +16,48 @@ def decode_xla(q, k, v, q_coords: Coords, k_coords: Coords, table, case, config:
     B, H, S, d = q.shape
     q_BKGSd = q.reshape(B, case.kv_heads, H // case.kv_heads, S, d)
     q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
-    block = case.page or min(config.block_k, case.keys)
-    k_coords = pad_tokens(k_coords, block)
-    some, _ = meets(q_reach, k_coords, S, block)
+    read = _in_rows if table is None else _in_pages
+    keys_of, extent = read(k, v, k_coords, table, config.block_k)
+    some, _ = meets(q_reach, extent, S)
 
-    if table is None:
-        k, v = (jax.tree.map(lambda leaf: pad_axis(leaf, 2, block), x) for x in (k, v))
+    def widened(j):
+        *stored, coords = keys_of(j)
+        return (*(_widened(x, q.dtype) for x in stored), coords)
 
-    def keys_of(j):
-        return tuple(_widened(_block(x, table, j, block), q.dtype) for x in (k, v))
-
-    out, lse = attend_block(case.scale, q_BKGSd, q_reach, keys_of, k_coords, jnp.any(some, (0, 1)))
+    out, lse = attend_block(case.scale, q_BKGSd, q_reach, widened, jnp.any(some, (0, 1)))
     return out.reshape(q.shape), lse.reshape(B, H, S)
 
 
-def _block(x, table, j, block: int):
-    """Keys [B, K, block, ...] of block j of every row."""
-    if table is not None:
-        return jax.tree.map(lambda leaf: leaf[table[:, j]], x)
-    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, j * block, block, 2), x)
+def _in_rows(k, v, k_coords: Coords, table, block: int):
+    """A function of the index of a block of keys, and what there is in each block."""
+    block = min(block, k.shape[2])
+    coords = pad_tokens(k_coords, block)
+    k, v = (jax.tree.map(lambda leaf: pad_axis(leaf, 2, block), x) for x in (k, v))
+
+    def cut(x, j, axis: int):
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, j * block, block, axis), x)
+
+    return lambda j: (cut(k, j, 2), cut(v, j, 2), cut(coords, j, 1)), extents(coords, block)
+
+
+def _in_pages(k, v, k_coords: Coords, table, block: int):
+    """The same of a pool: as many of a row's pages at a time as are a block."""
+    at_once = max(1, min(table.shape[1], block // k.shape[2]))
+    pages = pad_axis(table, 1, at_once)
+    real = jnp.arange(pages.shape[1]) < table.shape[1]
+    extent = extents_of_rows(extents(k_coords, k.shape[2]), pages, real)
+    extent = jax.tree.map(lambda x: x.reshape(len(table), -1, at_once), extent)
+
+    def keys_of(j):
+        taken = lax.dynamic_slice_in_dim(pages, j * at_once, at_once, 1)
+        counts = lax.dynamic_slice_in_dim(real, j * at_once, at_once)
+        return rows_of_pages(k, v, k_coords, taken, counts)
+
+    first, last, low, high, whole = extent
+    return keys_of, extent._replace(
+        first=first.min(-1), last=last.max(-1), low=low.min(-1), high=high.max(-1),
+        whole=whole.all(-1),
+    )  # fmt: skip
 
 
 def _widened(x, dtype):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.attention.masks import Coords, Reach, meets, pad_tokens, reach, visible
+from pallas_kernels.attention.masks import Coords, Reach, extents, meets, pad_tokens, reach, visible
 from pallas_kernels.choice import Implementation
 
 HIGHEST = lax.Precision.HIGHEST
@@ -54,7 +54,7 @@ def flash_xla(q, k, v, q_coords: Coords, k_coords: Coords, case, config: Config)
 
 def _block_pairs(static: _Static, q: Reach, k: Coords) -> jax.Array:
     """[query blocks, key blocks]: whether some query of some row may see some key."""
-    some, _ = meets(q, k, static.block_q, static.block_k)
+    some, _ = meets(q, extents(k, static.block_k), static.block_q)
     return jnp.any(some, axis=0)
 
 
@@ -82,12 +82,13 @@ def _flash(static: _Static, q, k, v, q_reach: Reach, k_coords: Coords):
     pairs = _block_pairs(static, q_reach, k_coords)
 
     def keys_of(j):
-        return tuple(_block(x, j, static.block_k, 2) for x in (k, v))
+        k_j, v_j = (_block(x, j, static.block_k, 2) for x in (k, v))
+        return k_j, v_j, _tokens_block(k_coords, j, static.block_k)
 
     def query_block(_, i):
         q_i = _block(q, i, static.block_q, 3)
         c_i = _tokens_block(q_reach, i, static.block_q)
-        return None, attend_block(static.scale, q_i, c_i, keys_of, k_coords, pairs[i])
+        return None, attend_block(static.scale, q_i, c_i, keys_of, pairs[i])
 
     _, (out, lse) = lax.scan(query_block, None, jnp.arange(pairs.shape[0]))
     return _join(out), _join(lse)
@@ -100,21 +101,18 @@ def _join(blocks: jax.Array) -> jax.Array:
 
 
 def attend_block(
-    scale: float, q_BKGqd, q_reach: Reach, keys_of: Callable, k_coords: Coords, met: jax.Array
+    scale: float, q_BKGqd, q_reach: Reach, keys_of: Callable, met: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One block of queries against all keys, with a running maximum and sum (online softmax).
 
     Args:
-        keys_of: keys and values [B, K, t, d] of the block of a given index.
+        keys_of: keys and values [B, K, t, d] and Coords [B, t] of the block of a given index.
         met: of each block of keys, whether some query may see some of it.
     """
-    blocks = met.shape[0]
-    block = k_coords.position.shape[1] // blocks
 
     def step(state, j):
-        k_j, v_j = keys_of(j)
+        k_j, v_j, coords = keys_of(j)
         top, total, acc = state
-        coords = _tokens_block(k_coords, j, block)
         scores, allowed = _scores(scale, q_BKGqd, k_j, q_reach, coords)
         new_top = jnp.maximum(top, scores.max(-1))
         p = jnp.where(allowed, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -127,7 +125,7 @@ def attend_block(
 
     rows = q_BKGqd.shape[:-1]
     start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_BKGqd.shape, jnp.float32))
-    (top, total, acc), _ = lax.scan(visit, start, jnp.arange(blocks))
+    (top, total, acc), _ = lax.scan(visit, start, jnp.arange(met.shape[0]))
     seen = total > 0
     out = acc / jnp.where(seen, total, 1.0)[..., None]
     lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)

@@ -82,25 +82,45 @@ def pad_tokens(tokens, block: int):
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, extra))), tokens) if extra else tokens
 
 
+class Extents(NamedTuple):
+    """What there is in each block of keys: of real tokens, positions and segments, both inclusive.
+
+    A block without any has the lowest as its last and the highest as its first.
+    """
+
+    first: Int[Array, "batch blocks"]
+    last: Int[Array, "batch blocks"]
+    low: Int[Array, "batch blocks"]
+    high: Int[Array, "batch blocks"]
+    whole: Bool[Array, "batch blocks"]  # no token is padding
+
+
+NOTHING = Extents(_HIGHEST, _LOWEST, _HIGHEST, _LOWEST, False)  # of a block without real tokens
+
+
+def extents(k: Coords, block: int) -> Extents:
+    """Of blocks of keys, which divide the length."""
+    real = k.segment.reshape(k.segment.shape[0], -1, block) != 0
+    return Extents(*_extremes(k.position, real), *_extremes(k.segment, real), jnp.all(real, -1))
+
+
 def meets(
-    q: Reach, k: Coords, block_q: int, block_k: int
+    q: Reach, k: Extents, block_q: int
 ) -> tuple[Bool[Array, "B Nq Nk"], Bool[Array, "B Nq Nk"]]:
     """Of each pair of blocks: whether some query may see some key, and whether all see all.
 
     The first is never false when one can. The second leaves out queries that are padding, whose
     results need no mask because they are discarded.
     """
-    q_real, k_real = (
-        x.segment.reshape(x.segment.shape[0], -1, b) != 0 for x, b in ((q, block_q), (k, block_k))
-    )
+    q_real = q.segment.reshape(q.segment.shape[0], -1, block_q) != 0
     (first_low, first_high), (last_low, last_high), (q_low, q_high) = (
         [x[:, :, None] for x in _extremes(x, q_real)] for x in q
     )
-    (k_first, k_last), (k_low, k_high) = ([x[:, None] for x in _extremes(x, k_real)] for x in k)
+    k_first, k_last, k_low, k_high, whole = (x[:, None] for x in k)
     some = (k_first <= last_high) & (k_last >= first_low) & (k_low <= q_high) & (k_high >= q_low)
     every = (k_first >= first_high) & (k_last <= last_low)
     one_segment = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-    return some, some & every & one_segment & jnp.all(k_real, -1)[:, None]
+    return some, some & every & one_segment & whole
 
 
 def _extremes(x: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:

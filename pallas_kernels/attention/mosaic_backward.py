@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.attention.masks import Coords, Reach, meets, pad_tokens, ranges
+from pallas_kernels.attention.masks import Coords, Reach, extents, meets, pad_tokens, ranges
 from pallas_kernels.attention.mosaic_forward import COMPUTE, LOG2E
 from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy, load_tokens
 from pallas_kernels.mosaic import (
@@ -85,7 +85,7 @@ def flash_backward(
 def _dq(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coords):
     (B, H, S, d), K = queries[0].shape, k.shape[1]
     k_coords = pad_tokens(k_coords, config.block_k)
-    blocks = ranges(*meets(q_reach, k_coords, TILE, config.block_k))
+    blocks = ranges(*meets(q_reach, extents(k_coords, config.block_k), TILE))
     key_block = tile(config.dq_slots, config.block_k, d)
     kernel = run(
         functools.partial(_dq_kernel, H // K, scale, mma),
@@ -167,7 +167,7 @@ def _dq_kernel(
 def _dkv(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coords):
     (B, K, T, d), H = k.shape, queries[0].shape[1]
     k_coords = pad_tokens(k_coords, TILE)
-    some, every = meets(q_reach, k_coords, config.block_q, TILE)
+    some, every = meets(q_reach, extents(k_coords, TILE), config.block_q)
     blocks = ranges(jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2))
     tiles = -(-T // TILE)
     query_block = tile(config.dkv_slots, config.block_q, d)

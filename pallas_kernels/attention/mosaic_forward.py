@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.attention.masks import Coords, Reach, meets, pad_tokens, ranges
+from pallas_kernels.attention.masks import Coords, Reach, extents, meets, pad_tokens, ranges
 from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy
 from pallas_kernels.mosaic import (
     COLUMNS,
@@ -56,7 +56,7 @@ def flash_forward(
     (B, H, S, d), K = q.shape, k.shape[1]
     q, q_reach = pad_axis(q, 2, TILE_Q), pad_tokens(q_reach, TILE_Q)
     k, v, k_coords = pad_axis(k, 2, 8), pad_axis(v, 2, 8), pad_tokens(k_coords, config.block_k)
-    blocks = ranges(*meets(q_reach, k_coords, TILE_Q, config.block_k))
+    blocks = ranges(*meets(q_reach, extents(k_coords, config.block_k), TILE_Q))
     keys = (tile(config.slots, config.block_k, d),)
     kernel = plgpu.kernel(
         functools.partial(_kernel, H // K, scale * LOG2E, Wgmma(interpret is not None)),

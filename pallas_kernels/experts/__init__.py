@@ -2,7 +2,8 @@
 
 from pallas_kernels.experts.exchange import ExchangePlan, plan_exchange, send, send_back
 from pallas_kernels.experts.grouped import gated_matmul, grouped_implementation, grouped_matmul
-from pallas_kernels.experts.plan import GroupPlan, block_rows, combine, dispatch, plan_groups
+from pallas_kernels.experts.moves import combine, dispatch, move_implementation
+from pallas_kernels.experts.plan import GroupPlan, block_rows, plan_groups
 
 __all__ = [
     "ExchangePlan",
@@ -13,6 +14,7 @@ __all__ = [
     "gated_matmul",
     "grouped_implementation",
     "grouped_matmul",
+    "move_implementation",
     "plan_exchange",
     "plan_groups",
     "send",

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.experts.plan import GroupPlan, combine, dispatch, plan_groups
+from pallas_kernels.experts.moves import combine, dispatch
+from pallas_kernels.experts.plan import GroupPlan, plan_groups
 from pallas_kernels.platform import target
 
 

@@ -13,6 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import Implementation, choose, resolve_config
 from pallas_kernels.experts import grouped_megablox, grouped_mosaic, grouped_xla
+from pallas_kernels.experts.checks import check_groups
+from pallas_kernels.quantized import QuantizedMatrix
+
+Matrices = Float[Array, "E D F"] | QuantizedMatrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,9 @@ class GroupedCase:
     groups: int
     width_in: int
     width_out: int
-    dtype: str
+    dtype: str  # of the rows, and of matrices unless these are quantized
+    format: str | None = None  # of quantized matrices
+    scale_width: int | None = None  # inputs that share a scale
     interpret: Any = None
     config: Any = None
 
@@ -58,7 +64,7 @@ class _Static:
 
 def grouped_matmul(
     x: Float[Array, "R D"],
-    w: Float[Array, "E D F"],
+    w: Matrices,
     group_of_block: Int[Array, "N"],
     *,
     implementation: str | None = None,
@@ -67,9 +73,11 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
     """`x[rows of block i] @ w[group_of_block[i]]`, in float32 sums, differentiable in reverse mode.
 
+    Quantized matrices are constants: no gradient reaches them, but one reaches x.
+
     Args:
         group_of_block: ascending; E for a block without rows, which costs nothing. What the result
-            holds in such a block is undefined.
+            holds in such a block is undefined. Values are trusted, unless JAXMOE_DEBUG_CHECKS=1.
         implementation: "mosaic_gpu", "megablox" or "xla"; None for the fastest that serves the
             call, which `grouped_implementation` names.
         config: sizes, a `Config` of that implementation.
@@ -86,8 +94,8 @@ def grouped_matmul(
 
 def gated_matmul(
     x: Float[Array, "R D"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
+    gate: Matrices,
+    up: Matrices,
     group_of_block: Int[Array, "N"],
     row_scale: Float[Array, "R"] | None = None,
     *,
@@ -100,10 +108,8 @@ def gated_matmul(
     Args:
         row_scale: s, applied to the products in float32; scaling rows commutes with the matmul.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(
-            f"gate {gate.dtype}{gate.shape} and up {up.dtype}{up.shape} must be alike."
-        )
+    if _spelled(gate) != _spelled(up):
+        raise ValueError(f"gate {_spelled(gate)} and up {_spelled(up)} must be alike.")
     if row_scale is not None and row_scale.shape != x.shape[:1]:
         raise ValueError(f"row_scale has shape {row_scale.shape}; it must be {x.shape[:1]}.")
     static = _static(x, gate, group_of_block, implementation, config, interpret)
@@ -124,6 +130,7 @@ def grouped_implementation(x, w, group_of_block, *, implementation=None, interpr
 
 def _static(x, w, group_of_block, implementation, config, interpret) -> _Static:
     case = _case(x, w, group_of_block, interpret)
+    check_groups(group_of_block, case.groups)
     chosen = choose(IMPLEMENTATIONS, case, implementation)
     return _Static(chosen, dataclasses.replace(case, config=resolve_config(chosen, case, config)))
 
@@ -132,11 +139,21 @@ def _case(x, w, group_of_block, interpret) -> GroupedCase:
     (R, D), (E, w_in, F), N = x.shape, w.shape, group_of_block.shape[0]
     if w_in != D:
         raise ValueError(f"w {w.shape} must be [groups, {D}, out], to multiply rows {x.shape}.")
-    if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype} and w {w.dtype}; use one floating type for both.")
+    quantized = isinstance(w, QuantizedMatrix)
+    w_dtype = x.dtype if quantized else w.dtype
+    if x.dtype != w_dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype} and w {w_dtype}; use one floating type for both.")
     if N == 0 or R % N:
         raise ValueError(f"{R} rows must be a positive multiple of the {N} blocks.")
-    return GroupedCase(R // N, E, D, F, jnp.dtype(x.dtype).name, interpret)
+    stored = (w.format, w.width) if quantized else (None, None)
+    return GroupedCase(R // N, E, D, F, jnp.dtype(x.dtype).name, *stored, interpret)
+
+
+def _spelled(w) -> str:
+    """Type and shape, for comparing and for messages."""
+    if isinstance(w, QuantizedMatrix):
+        return f"{w.format}{w.shape} with scales for {w.width} inputs"
+    return f"{w.dtype}{w.shape}"
 
 
 def _product(static: _Static, x, weights, group_of_block, row_scale=None, transposed=False):
@@ -145,6 +162,8 @@ def _product(static: _Static, x, weights, group_of_block, row_scale=None, transp
 
 
 def _weight_gradient(static: _Static, x, dy, group_of_block):
+    if static.case.format is not None:
+        return None
     run = static.implementation.run.weight_gradient
     return run(x, dy, group_of_block, static.case.groups, static.case)
 

@@ -48,6 +48,8 @@ def why_not(case) -> str | None:
     """Why a call cannot run on these kernels, or None."""
     if case.dtype not in PRECISION:
         return f"it takes {' or '.join(PRECISION)}, not {case.dtype}"
+    if case.format is not None:
+        return f"it takes plain matrices, not {case.format}"
     if case.block % ROWS:
         return f"it takes blocks that are multiples of {ROWS} rows, not {case.block}"
     device = target()

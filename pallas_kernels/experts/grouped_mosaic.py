@@ -14,7 +14,14 @@ from pallas_kernels.experts.mosaic_kernels import (
     matmul_tiles,
     weight_gradient_tiles,
 )
-from pallas_kernels.mosaic import why_not_hopper
+from pallas_kernels.experts.mosaic_quantized import (
+    INPUTS,
+    QuantizedConfig,
+    matmul_quantized,
+    warpgroups,
+)
+from pallas_kernels.mosaic import WARPGROUP, why_not_hopper
+from pallas_kernels.quantized import QuantizedMatrix
 
 STREAMED = (8, 16, 32, 64)  # rows of a block that the streaming kernel takes
 
@@ -25,6 +32,7 @@ class Config:
 
     tiles: TileConfig = dataclasses.field(default_factory=TileConfig)
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
+    quantized: QuantizedConfig = dataclasses.field(default_factory=QuantizedConfig)
 
 
 def why_not(case) -> str | None:
@@ -33,17 +41,28 @@ def why_not(case) -> str | None:
         return f"it takes bfloat16, not {case.dtype}"
     if case.block not in (*STREAMED, BLOCK):
         return f"it takes blocks of {(*STREAMED, BLOCK)} rows, not {case.block}"
-    columns = TileConfig().columns if case.block == BLOCK else STEP
-    if case.width_in % columns or case.width_out % columns:
+    if case.format is None:
+        step = outputs = TileConfig().columns if case.block == BLOCK else STEP
+    else:
+        step, outputs = INPUTS, WARPGROUP * warpgroups(case.block)
+        widths = (INPUTS,) if case.format == "int4" else (INPUTS, case.width_in)
+        if case.scale_width not in widths:
+            return (
+                f"of {case.format} it takes one scale for {' or '.join(map(str, widths))} inputs, "
+                f"not {case.scale_width}"
+            )
+    if case.width_in % step or case.width_out % outputs:
         return (
-            f"with blocks of {case.block} rows it takes widths that are multiples of {columns}, "
-            f"not {case.width_in} and {case.width_out}"
+            f"with blocks of {case.block} rows it takes widths that are multiples of {step} and "
+            f"{outputs}, not {case.width_in} and {case.width_out}"
         )
     return why_not_hopper(case.interpret)
 
 
 def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
     """As `grouped_xla.product`; rows of blocks without a group are left undefined."""
+    if isinstance(weights[0], QuantizedMatrix):
+        return _quantized_product(x, weights, group_of_block, row_scale, case, transposed)
     tiles = case.block == BLOCK
     return (matmul_tiles if tiles else matmul_stream)(
         x,
@@ -52,6 +71,20 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
         row_scale,
         transposed=transposed,
         config=case.config.tiles if tiles else case.config.stream,
+        interpret=case.interpret,
+    )
+
+
+def _quantized_product(x, weights, group_of_block, row_scale, case, transposed: bool):
+    """Transposed, which only gradients need, in plain JAX."""
+    if transposed:
+        return grouped_xla.product(x, weights, group_of_block, row_scale, case, transposed=True)
+    return matmul_quantized(
+        x,
+        weights,
+        group_of_block.astype(jnp.int32),
+        row_scale,
+        config=case.config.quantized,
         interpret=case.interpret,
     )
 

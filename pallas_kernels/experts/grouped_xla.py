@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.quantized import QuantizedMatrix, dequantize_matrix
+
 HIGHEST = lax.Precision.HIGHEST
 
 
@@ -44,8 +46,11 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
     return lax.fori_loop(0, num_blocks, visit, start).reshape(-1, width)
 
 
-def _dot(block, w_EDF, group, transposed: bool) -> jax.Array:
-    matrix = lax.dynamic_index_in_dim(w_EDF, group, keepdims=False)
+def _dot(block, w, group, transposed: bool) -> jax.Array:
+    """A quantized matrix is widened for its block only."""
+    matrix = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, group, keepdims=False), w)
+    if isinstance(matrix, QuantizedMatrix):
+        matrix = dequantize_matrix(matrix)
     return _einsum("bF,DF->bD" if transposed else "bD,DF->bF", block, matrix)
 
 

@@ -1,16 +1,16 @@
-"""Which row each item takes when items are sorted by group, and the moves there and back.
+"""Which row each item takes when items are sorted by group.
 
 Every group starts on a block boundary, so that a block of rows meets one matrix. Nothing is
 dropped.
 
-Shape letters: N items, R rows, E groups, D width.
+Shape letters: N items, R rows, E groups.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from pallas_kernels.platform import target
 
@@ -52,25 +52,3 @@ def plan_groups(group: Int[Array, "N"], num_groups: int, block: int) -> GroupPla
     item_of_row = jnp.full(num_blocks * block, N).at[row].set(jnp.arange(N), mode="drop")
     group_of_block = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")
     return GroupPlan(row, item_of_row, group_of_block, sizes)
-
-
-def dispatch(plan: GroupPlan, x: Float[Array, "N D"]) -> Float[Array, "R D"]:
-    """Items to their rows; rows without an item are zero."""
-    return _move(x, plan.item_of_row, plan.row_of_item)
-
-
-def combine(plan: GroupPlan, y: Float[Array, "R D"]) -> Float[Array, "N D"]:
-    """Rows back to items; items without a row are zero."""
-    return _move(y, plan.row_of_item, plan.item_of_row)
-
-
-@jax.custom_vjp
-def _move(x, source, destination):
-    """`x[source]`, zero where `source` is out of range. Its transpose is the opposite move."""
-    return x.at[source].get(mode="fill", fill_value=0)
-
-
-_move.defvjp(
-    lambda x, source, destination: (_move(x, source, destination), (source, destination)),
-    lambda maps, dy: (_move(dy, maps[1], maps[0]), None, None),
-)

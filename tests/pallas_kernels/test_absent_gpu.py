@@ -112,17 +112,18 @@ def cache(format, pages, tokens, head_dim):
 
 
 def decode_arguments(format, head_dim, crossed=False):
-    """Queries, one and four a row, and for each a cache and its table: rows, pages of a pool."""
+    """Queries, one and four a row, and for each a cache: rows, or pages of a pool."""
     queries = [(shaped(8, HEADS, n, head_dim), coords(8, n)) for n in (1, 4)]
-    rows = cache(format, 8, LONG, head_dim), None
-    pool = cache(format, 4096, 256, head_dim), shaped(8, LONG // 256, dtype=jnp.int32)
-    return queries, [pool, rows] if crossed else [rows, pool], coords(8, LONG)
+    table = shaped(8, LONG // 256, dtype=jnp.int32)
+    rows = cache(format, 8, LONG, head_dim), coords(8, LONG), None
+    pool = cache(format, 4096, 256, head_dim), coords(4096, 256), table
+    return queries, [pool, rows] if crossed else [rows, pool]
 
 
-def decode(queries, caches, k_coords):
+def decode(queries, caches):
     return [
         decode_attention(q, kv, kv, q_coords, k_coords, scale=0.1, table=table)
-        for (q, q_coords), (kv, table) in zip(queries, caches, strict=True)
+        for (q, q_coords), (kv, k_coords, table) in zip(queries, caches, strict=True)
     ]
 
 
@@ -174,7 +175,7 @@ def chosen(device, which, arguments, **options):
 
 
 def decode_call(format, head_dim):
-    (call, *_), ((kv, _), _), k_coords = decode_arguments(format, head_dim)
+    (call, *_), ((kv, k_coords, _), _) = decode_arguments(format, head_dim)
     return call[0], kv, kv, call[1], k_coords
 
 

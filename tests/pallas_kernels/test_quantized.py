@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantized import LARGEST, Quantized, dequantize, quantize, unpack
+from pallas_kernels.quantized import (
+    LARGEST,
+    Quantized,
+    dequantize,
+    dequantize_matrix,
+    quantize,
+    quantize_matrix,
+    unpack,
+)
 
 STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": jnp.int8}
 every_format = pytest.mark.parametrize("format", LARGEST)
@@ -161,3 +169,34 @@ def test_mistakes():
         ValueError, match="int4 stores two elements a byte, and the last axis has 7"
     ):
         quantize(jnp.ones((2, 7)), "int4")
+
+
+@every_format
+@pytest.mark.parametrize("width", [8, 16, None])
+def test_matrices(format, width):
+    """Each output's inputs, in widths, are vectors."""
+    w = vectors()[..., :48, :].reshape(3, 16, 48)
+    stored = quantize_matrix(jnp.asarray(w), format, width)
+    by_output = np.swapaxes(w, 1, 2).reshape(3, 48, -1, stored.width)
+    want = dequantize(quantize(jnp.asarray(by_output), format)).reshape(3, 48, 16)
+    got = dequantize_matrix(stored)
+    assert got.shape == stored.shape == w.shape
+    assert stored.width == (width or 16)
+    np.testing.assert_array_equal(got, np.swapaxes(want, 1, 2))
+    assert stored.scale.shape == (3, 16 // stored.width, 48)
+    assert stored.qvalue.shape == (3, 48, 8 if format == "int4" else 16)
+
+
+def test_widths_are_packed_apart():
+    """A device that holds some of the inputs holds their bytes: int4's halves are of one width."""
+    w = jnp.asarray(vectors().reshape(-1, 16)[:16])
+    whole, first = (quantize_matrix(x, "int4", 8) for x in (w, w[:8]))
+    np.testing.assert_array_equal(whole.qvalue[:, :4], first.qvalue)
+    np.testing.assert_array_equal(whole.scale[:1], first.scale)
+
+
+def test_int4_matrices_share_scales_in_widths_of_128():
+    scales = [quantize_matrix(jnp.ones((n, 2)), "int4").scale.shape for n in (64, 256)]
+    assert scales == [(1, 2), (2, 2)]
+    with pytest.raises(ValueError, match="200 inputs are no multiple of the 128 that share"):
+        quantize_matrix(jnp.ones((200, 2)), "int4")

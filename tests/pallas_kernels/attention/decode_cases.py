@@ -103,11 +103,12 @@ def head_size_128(cases):
 
 
 class Cache(NamedTuple):
-    """Keys and values as stored; with a table, a pool of pages."""
+    """Keys and values as stored; with a table, a pool of pages with coordinates of its own."""
 
     k: jax.Array | Quantized
     v: jax.Array | Quantized
     table: np.ndarray | None = None
+    coords: Coords | None = None
 
 
 def seen(case):
@@ -128,15 +129,25 @@ def whole(case, format) -> Cache:
 
 
 def in_pages(case, format, page) -> Cache:
-    """Pages in any order, some of them in several rows; page 0 is garbage, of no row."""
+    """Pages in any order; page 0 is garbage, of no row, as are those that no table names."""
     rng, rows = np.random.default_rng(0), len(case.k.position)
     used = seen(case).reshape(rows, -1, page).any(-1)
-    shape = used.size // 2, case.heads[1], page, case.head_dim
+    shape = used.size + 3, case.heads[1], page, case.head_dim
     k, v = rng.standard_normal((2, *shape)).astype(np.float32)
-    k[0] *= GARBAGE
-    v[0] *= GARBAGE
-    table = np.where(used, rng.integers(1, shape[0], used.shape), 0).astype(np.int32)
-    return Cache(*(stored(jnp.asarray(x), format) for x in (k, v)), table)
+    table = np.where(used, 1 + rng.permutation(used.size).reshape(used.shape), 0).astype(np.int32)
+    free = np.setdiff1d(np.arange(shape[0]), table[used])
+    k[free] *= GARBAGE
+    v[free] *= GARBAGE
+    coords = Coords(*(in_pool(x, table, shape[0], page) for x in case.k))
+    coords.segment[0] = 0
+    return Cache(*(stored(jnp.asarray(x), format) for x in (k, v)), table, coords)
+
+
+def in_pool(x, table, pages, page):
+    """Of pages that no table names, as if they were of the first sequence."""
+    pool = np.ones((pages, page), np.int32)
+    pool[table.ravel()] = x.reshape(-1, page)
+    return pool
 
 
 def as_judged(case, x, table=None):

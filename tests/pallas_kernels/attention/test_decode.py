@@ -55,7 +55,7 @@ class Way:
             "implementation": self.implementation, "config": self.config,
             "interpret": self.interpret, **changes,
         }  # fmt: skip
-        k_coords = None if case.plain else case.k
+        k_coords = cache.coords or (None if case.plain else case.k)
         with self.checked():
             return jax.block_until_ready(
                 decode(tuple(options.items()), q, *cache[:2], case.q, k_coords, cache.table)
@@ -203,9 +203,9 @@ def test_every_shape_lowers_for_hopper(name, format):
 def test_pages_lower_for_hopper(format):
     q, cache = draw(PAGED, "bfloat16")[0], in_pages(PAGED, format, 64)
 
-    def attend(q, k, v, q_coords, table):
+    def attend(q, k, v, q_coords, coords, table):
         return decode_attention(
-            q, k, v, q_coords, table=table, scale=SCALE, implementation="mosaic_gpu"
+            q, k, v, q_coords, coords, table=table, scale=SCALE, implementation="mosaic_gpu"
         )
 
-    lower_for(absent_h100s(1)[0], attend, q, *cache[:2], PAGED.q, cache.table)
+    lower_for(absent_h100s(1)[0], attend, q, *cache[:2], PAGED.q, cache.coords, cache.table)

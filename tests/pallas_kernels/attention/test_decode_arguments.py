@@ -32,7 +32,11 @@ CALL = {
     "scale": 0.125,
 }
 TRACED = ("q", "k", "v", "q_coords", "k_coords", "table")
-PAGED = {**both(array(7, 2, 64, 128)), "table": array(2, 3, dtype=jnp.int32)}
+PAGED = {
+    **both(array(7, 2, 64, 128)),
+    "k_coords": coords_of(7, 64),
+    "table": array(2, 3, dtype=jnp.int32),
+}
 KERNEL = {"implementation": "mosaic_gpu", "interpret": plgpu.InterpretGPUParams()}
 
 MISTAKES = {
@@ -82,6 +86,10 @@ MISTAKES = {
         PAGED | {"table": array(2, dtype=jnp.int32)},
         r"table has shape \(2,\); it must be \(2, pages of a row\)",
     ),
+    "pages without coordinates": (
+        PAGED | {"k_coords": None},
+        "with a table, k_coords of the pool's pages are needed",
+    ),
     "rows of the coordinates": (
         {"q_coords": coords_of(1, 1)},
         r"q_coords has shape \(1, 1\); it must be \(2, 1\)",
@@ -92,7 +100,7 @@ MISTAKES = {
     ),
     "length of the pages' coordinates": (
         PAGED | {"k_coords": coords_of(2, 64)},
-        r"k_coords has shape \(2, 64\); it must be \(2, 192\)",
+        r"k_coords has shape \(2, 64\); it must be \(7, 64\)",
     ),
     "segments unlike positions": (
         {"q_coords": coords_of(2, 1)._replace(segment=jnp.ones((2, 2), jnp.int32))},

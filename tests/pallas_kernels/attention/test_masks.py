@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import Coords, coords_of, reach, visible
-from pallas_kernels.attention.masks import meets, pad_tokens, ranges
+from pallas_kernels.attention.masks import extents, meets, pad_tokens, ranges
 from tests.pallas_kernels.attention.cases import (
     CASES,
     MORE_CASES,
@@ -50,7 +50,7 @@ def compute_visible(q, k, causal, chunk):
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def compute_meets(q, k, causal, chunk, blocks):
     q = pad_tokens(reach(q, causal=causal, chunk=chunk), blocks[0])
-    return meets(q, pad_tokens(k, blocks[1]), *blocks)
+    return meets(q, extents(pad_tokens(k, blocks[1]), blocks[1]), blocks[0])
 
 
 def compute(function, case, *more):

@@ -14,14 +14,14 @@ from jaxmoe.plan.assembler import assembler_reports
 from pallas_kernels.experts import gated_matmul, grouped_implementation, grouped_matmul
 from pallas_kernels.experts.grouped_mosaic import Config
 from pallas_kernels.experts.mosaic_kernels import TileConfig
+from pallas_kernels.quantized import quantize_matrix
 
 pytestmark = pytest.mark.absent_gpu
 
 DEVICES = {"h100": absent_h100s, "h200": absent_h200s}
 D, F, TOKENS = SCOUT.hidden_size, SCOUT.intermediate_size, 16384
-TILES, STREAM, GRADIENT = (
-    f"{name}_mosaic_gpu_kernel"
-    for name in ("grouped_matmul", "grouped_matmul_stream", "grouped_matmul_gradient")
+TILES, STREAM, GRADIENT, QUANTIZED = (
+    f"grouped_matmul{name}_mosaic_gpu_kernel" for name in ("", "_stream", "_gradient", "_quantized")
 )
 # The assembler adds a wgmma fence, which costs nothing: there are none of it too few.
 HARMLESS = "(C7519)"
@@ -94,6 +94,20 @@ def test_gradients(device, size):
     """The products themselves are not needed; small blocks leave the weights' gradient to XLA."""
     lowered = lower_for(*DEVICES[device](1), gradients, *arguments(size))
     check(lowered, [TILES, GRADIENT] if size == "scout" else [STREAM])
+
+
+@pytest.mark.parametrize("function", [up, gated])
+@pytest.mark.parametrize("stored", ["int8", "fp8", "int4", "int8-128", "fp8-128"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_quantized(device, size, stored, function):
+    x, w, *rest = arguments(size)
+    format, _, width = stored.partition("-")
+    w = jax.eval_shape(lambda w: quantize_matrix(w, format, int(width or 0) or None), w)
+    lowered = lower_for(*DEVICES[device](1), function, x, w, *rest)
+    check(lowered, [QUANTIZED])
+    memory = lowered.compile(compiler_options()).memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20  # no matrix is copied
 
 
 @pytest.mark.parametrize("size", SIZES)

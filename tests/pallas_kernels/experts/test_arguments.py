@@ -13,6 +13,7 @@ from pallas_kernels.experts import (
     grouped_mosaic,
     grouped_xla,
 )
+from pallas_kernels.quantized import quantize_matrix
 
 ARRAYS = ("x", "w", "gate", "up", "group_of_block", "row_scale")
 
@@ -27,6 +28,11 @@ def call(rows=16, width=64, out=128, dtype=jnp.bfloat16, blocks=2):
         "w": array(4, width, out, dtype=dtype),
         "group_of_block": array(blocks, dtype=jnp.int32),
     }
+
+
+def stored(format, width):
+    """Such matrices as `call` has."""
+    return jax.eval_shape(lambda w: quantize_matrix(w, format, width), array(4, 64, 128))
 
 
 CALL = call()
@@ -62,11 +68,27 @@ MISTAKES = {
     ),
     "width for small blocks": (
         MOSAIC | call(width=96),
-        "with blocks of 8 rows it takes widths that are multiples of 64, not 96 and 128",
+        "with blocks of 8 rows it takes widths that are multiples of 64 and 64, not 96 and ",
     ),
     "width for large blocks": (
         MOSAIC | call(rows=256, width=256, out=384),
-        "with blocks of 128 rows it takes widths that are multiples of 256, not 256 and 384",
+        "with blocks of 128 rows it takes widths that are multiples of 256 and 256, not 256 ",
+    ),
+    "scales for mosaic": (
+        MOSAIC | {"w": stored("int8", 32)},
+        "of int8 it takes one scale for 128 or 64 inputs, not 32",
+    ),
+    "scales of int4 for mosaic": (
+        MOSAIC | {"w": stored("int4", 64)},
+        "of int4 it takes one scale for 128 inputs, not 64",
+    ),
+    "width for quantized matrices": (
+        MOSAIC | {"w": stored("int8", 64)},
+        "with blocks of 8 rows it takes widths that are multiples of 128 and 64, not 64 and 128",
+    ),
+    "quantized matrices for megablox": (
+        MEGABLOX | {"w": stored("fp8", 64)},
+        "'megablox' does not serve this call: it takes plain matrices, not fp8",
     ),
     "megablox without its hardware": (
         {"implementation": "megablox"},
@@ -101,6 +123,10 @@ GATED = {
     "matrices of two types": (
         {"up": array(4, 64, 128, dtype=jnp.float32)},
         r"gate bfloat16\(4, 64, 128\) and up float32\(4, 64, 128\) must be alike",
+    ),
+    "one of them quantized": (
+        {"up": stored("int8", 64)},
+        r"gate bfloat16\(4, 64, 128\) and up int8\(4, 64, 128\) with scales for 64 inputs must be",
     ),
     "scale of a block": (
         {"row_scale": array(2, dtype=jnp.float32)},

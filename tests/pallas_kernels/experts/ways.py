@@ -18,6 +18,7 @@ from pallas_kernels.experts.grouped import IMPLEMENTATIONS, GroupedCase
 from pallas_kernels.experts.grouped_megablox import Config as MegabloxConfig
 from pallas_kernels.experts.grouped_mosaic import Config as MosaicConfig
 from pallas_kernels.experts.mosaic_kernels import StreamConfig, TileConfig
+from pallas_kernels.experts.mosaic_quantized import QuantizedConfig
 from tests.pallas_kernels.attention.cases import no_races
 from tests.pallas_kernels.experts.cases import GatedResults, Results, draw, planned
 
@@ -33,7 +34,7 @@ class Way:
 
     def why_not(self, case, dtype) -> str | None:
         """Why it does not serve a case, or None."""
-        call = GroupedCase(case.block, case.E, case.D, case.F, dtype, self.interpret)
+        call = GroupedCase(case.block, case.E, case.D, case.F, dtype, interpret=self.interpret)
         return self.implementation.why_not(call)
 
     def call(self, function, plan, *arrays):
@@ -51,7 +52,9 @@ NAMED = {each.name: each for each in IMPLEMENTATIONS}
 XLA = Way(NAMED["xla"])
 MOSAIC_GPU = Way(
     NAMED["mosaic_gpu"],
-    MosaicConfig(TileConfig(slots=2, together=2), StreamConfig(slots=2)),
+    MosaicConfig(
+        TileConfig(slots=2, together=2), StreamConfig(slots=2), QuantizedConfig(slots=2, together=2)
+    ),
     plgpu.InterpretGPUParams(detect_races=True),
     no_races,
 )

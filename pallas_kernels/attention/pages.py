@@ -1,0 +1,48 @@
+"""A cache in pages: a pool that rows share, and for each row a table of its pages in order.
+
+Shape letters: B rows, P pages of the pool, K key/value heads, t keys a page, n pages of a row.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.attention.masks import NOTHING, Coords, Extents
+
+
+def extents_of_rows(
+    pool: Extents, table: Int[Array, "B n"], real: Bool[Array, "n"] | None = None
+) -> Extents:
+    """Those of each row's blocks in order, [B, n * blocks a page], from those of a pool's pages.
+
+    Args:
+        real: which columns of the table count.
+    """
+    extent = Extents(*(x[table] for x in pool))
+    if real is not None:
+        extent = Extents(
+            *(jnp.where(real[:, None], x, y) for x, y in zip(extent, NOTHING, strict=True))
+        )
+    return Extents(*(x.reshape(len(table), -1) for x in extent))
+
+
+def rows_of_pages(
+    k, v, coords: Coords, table: Int[Array, "B n"], real: Bool[Array, "n"] | None = None
+):
+    """Keys and values [B, K, n * t, ...] and their Coords [B, n * t], copied out of a pool.
+
+    Args:
+        k, v: arrays [P, K, t, d] or `Quantized`.
+        coords: of the pool, [P, t].
+        real: which columns of the table count: the others are padding.
+    """
+
+    def gather(leaf):
+        pages = jnp.moveaxis(leaf[table], 1, 2)
+        return pages.reshape(*pages.shape[:2], -1, *pages.shape[4:])
+
+    position, segment = (x[table] for x in coords)
+    if real is not None:
+        segment = jnp.where(real[:, None], segment, 0)
+    flat = Coords(*(x.reshape(len(table), -1) for x in (position, segment)))
+    return jax.tree.map(gather, k), jax.tree.map(gather, v), flat

@@ -1,0 +1,99 @@
+"""Products with matrices of 8 or 4 bits, against float64 NumPy on what these stand for."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.experts import grouped_matmul
+from pallas_kernels.quantized import QuantizedMatrix, dequantize_matrix, quantize_matrix
+from tests.pallas_kernels.attention.cases import TOLERANCE, assert_close
+from tests.pallas_kernels.experts.cases import (
+    FORWARD_CASES,
+    KERNEL_CASES,
+    Arrays,
+    draw,
+    judge,
+    judge_gated,
+    named,
+    planned,
+)
+from tests.pallas_kernels.experts.ways import MOSAIC_GPU, XLA, gated, multiplied, over, runs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Format, and how many inputs share a scale: all of them, or 128.
+STORED = {"int8": None, "fp8": None, "int4": 128, "int8-128": 128, "fp8-128": 128}
+every_format = pytest.mark.parametrize("stored", STORED)
+SMALL = [dataclasses.replace(named(name), D=6) for name in ("uneven", "some without a group")]
+FEW = [named(case.name) for case in (KERNEL_CASES[1], KERNEL_CASES[3], KERNEL_CASES[6])]
+every_case = over(
+    runs(XLA, "float32", SMALL),
+    runs(XLA, "bfloat16", FEW),
+    runs(MOSAIC_GPU, "bfloat16", KERNEL_CASES[:6:2] + KERNEL_CASES[6:] + FORWARD_CASES),
+)
+
+
+def quantized(stored: str, w: np.ndarray) -> QuantizedMatrix:
+    width = STORED[stored] if w.shape[1] % 128 == 0 else None
+    return quantize_matrix(jnp.asarray(w, jnp.float32), stored.partition("-")[0], width)
+
+
+def prepared(stored, case, dtype) -> tuple[Arrays, QuantizedMatrix, QuantizedMatrix]:
+    """The case's arrays with what the matrices stand for, and the matrices."""
+    arrays = draw(case, dtype)
+    gate, up = (quantized(stored, w) for w in (arrays.gate, arrays.up))
+    stand_for = {"gate": dequantize_matrix(gate), "up": dequantize_matrix(up)}
+    return arrays._replace(**{name: np.asarray(w) for name, w in stand_for.items()}), gate, up
+
+
+@every_format
+@every_case
+def test_products(way, dtype, case, stored):
+    arrays, _, up = prepared(stored, case, dtype)
+    got = way.call(multiplied, planned(case), arrays.x, up)
+    assert got.dtype == dtype
+    assert_close(got, judge(case, arrays).out, TOLERANCE[dtype])
+
+
+@every_format
+@over(
+    runs(XLA, "bfloat16", FEW[:1]),
+    runs(MOSAIC_GPU, "bfloat16", [KERNEL_CASES[1], KERNEL_CASES[6], FORWARD_CASES[2]]),
+)
+def test_gated_products(way, dtype, case, stored):
+    arrays, gate, up = prepared(stored, case, dtype)
+    got = way.call(gated, planned(case), arrays.x, arrays.scale, gate, up)
+    assert_close(got, judge_gated(case, arrays).out, TOLERANCE[dtype])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(options, plan, x, scale, gate, up, d_out):
+    """Of what is not a matrix."""
+    f = functools.partial(gated, options, plan)
+    _, transpose = jax.vjp(lambda x, scale: f(x, scale, gate, up), x, scale)
+    return transpose(d_out)
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+@over(runs(XLA, "bfloat16", FEW[:1]), runs(MOSAIC_GPU, "bfloat16", [KERNEL_CASES[1]]))
+def test_gradients_reach_the_rows(way, dtype, case, stored):
+    arrays, gate, up = prepared(stored, case, dtype)
+    want = judge_gated(case, arrays)
+    plan = planned(case)
+    dx, d_scale = way.call(gradients, plan, arrays.x, arrays.scale, gate, up, arrays.d_out)
+    assert_close(dx, want.dx, TOLERANCE[dtype])
+    assert_close(d_scale, want.d_scale, TOLERANCE[dtype])
+
+
+def test_no_gradient_reaches_the_matrices():
+    w = quantize_matrix(jnp.ones((1, 4, 2)), "fp8")
+
+    def loss(scale):
+        matrix = QuantizedMatrix(w.qvalue, scale, "fp8")
+        return grouped_matmul(jnp.ones((4, 4)), matrix, jnp.zeros(1, jnp.int32)).sum()
+
+    np.testing.assert_array_equal(jax.grad(loss)(w.scale), 0)
