@@ -17,6 +17,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.generate.engine import Request, Token, generate
 from jaxmoe.generate.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.params import quantize_params
 from jaxmoe.model.transformer import Llama4, forward, unembed
 from jaxmoe.text import Tokenizer
 
@@ -36,6 +37,7 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "quantize_params",
     "save",
     "unembed",
 ]

@@ -1,7 +1,12 @@
-"""Logits of given tokens by any path: one forward pass, or segments and steps through the cache."""
+"""Logits of given tokens by any path: one forward pass, or segments and steps through the cache.
+
+And a greedy answer to a prompt of any length, with the logits that chose it, so that one path can
+be held against another.
+"""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,7 @@ from jaxmoe.model.cache import init_cache, round_capacity
 from jaxmoe.model.transformer import forward, positions_of, unembed
 
 UNEMBED_TOKENS = 1024  # tokens of all rows whose logits are on the device at once
+SEGMENT = 2048  # tokens of a long prompt that are read at once
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
@@ -42,6 +48,7 @@ def token_logits(
     decode_from: int | None = None,
     prefill_segment: int | None = None,
     positions: np.ndarray | None = None,
+    kv: str | None = None,
     out: np.ndarray | None = None,
     report: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
@@ -52,6 +59,7 @@ def token_logits(
         decode_from: prefill this many tokens, then feed one at a time through the cache.
         prefill_segment: prefill through the cache in segments of this many tokens.
         positions: default: from 0 in each segment.
+        kv: how the cache stores keys and values; default: as the parameters.
         out: where to write, for results larger than memory.
         report: called with the number of tokens a row that each call has done.
 
@@ -74,7 +82,7 @@ def token_logits(
         )
     out = np.zeros((batch, length, config.vocab_size), np.float32) if out is None else out
     cached = decode_from is not None or prefill_segment is not None
-    dtype = params["embed"].dtype
+    dtype = kv or params["embed"].dtype
     cache = init_cache(config, batch, round_capacity(length), dtype) if cached else None
     for start, stop in _steps(length, decode_from, prefill_segment):
         part = (tokens[:, start:stop], positions[:, start:stop], segment_ids[:, start:stop])
@@ -87,6 +95,84 @@ def token_logits(
             out[:, i:j] = np.where(real, np.asarray(logits), 0.0)
         report(stop - start)
     return out
+
+
+class Answer(NamedTuple):
+    """Tokens in the order of writing, and the float32 logits [tokens, vocab] that chose each."""
+
+    tokens: tuple[int, ...]
+    logits: np.ndarray
+
+
+def greedy_answer(
+    config: Llama4Config,
+    params: dict,
+    prompt: Sequence[int],
+    count: int,
+    *,
+    segment: int = SEGMENT,
+    stop_ids: Sequence[int] = (),
+    report: Callable[[int], None] = lambda count: None,
+) -> Answer:
+    """Reads a prompt through the cache in segments, then writes its likeliest next tokens.
+
+    Memory is that of the cache and of one segment, whatever the prompt's length.
+
+    Args:
+        count: tokens to write, at most; fewer if one of `stop_ids` is written, which is kept.
+        segment: tokens to read at once.
+        report: called with the number of tokens that each call has read.
+
+    Raises:
+        UserError: if prompt and answer do not fit the model's context.
+    """
+    _check_room(config, len(prompt) + count)
+    capacity = round_capacity(len(prompt) + count)
+    segment = min(segment, 1 << (len(prompt) - 1).bit_length())
+    cache = init_cache(config, 1, capacity, params["embed"].dtype)
+    tokens, logits, read = list(prompt), [], 0
+    while len(logits) < count and not (logits and tokens[-1] in stop_ids):
+        new = tokens[read : read + segment]
+        row, cache = _read(config, params, cache, new, read, 1 if logits else segment)
+        read += len(new)
+        report(len(new))
+        if read == len(tokens):
+            logits.append(np.asarray(row))
+            tokens.append(int(logits[-1].argmax()))
+    return Answer(tuple(tokens[len(prompt) :]), np.stack(logits))
+
+
+def _read(config: Llama4Config, params: dict, cache, new: list[int], start: int, width: int):
+    """Feeds one row's next tokens, padded to `width`; its last token's logits, and the cache."""
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, : len(new)] = new
+    order = np.arange(width, dtype=np.int32)[None]
+    fed = (tokens, start + order, (order < len(new)).astype(np.int32))
+    hidden, cache = _hidden(config, params, *map(jnp.asarray, fed), cache)
+    return _unembed(config, params, hidden[:, len(new) - 1])[0], cache
+
+
+def last_logits(
+    config: Llama4Config, params: dict, tokens: Sequence[int], count: int
+) -> np.ndarray:
+    """Float32 logits [count, vocab] of the last tokens, in one forward pass without a cache.
+
+    Raises:
+        UserError: if the tokens do not fit the model's context.
+    """
+    _check_room(config, len(tokens))
+    row = jnp.asarray(tokens, jnp.int32)[None]
+    positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+    hidden, _ = _hidden(config, params, row, positions, jnp.ones_like(row), None)
+    return np.asarray(_unembed(config, params, hidden[:, -count:]))[0]
+
+
+def _check_room(config: Llama4Config, length: int) -> None:
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"{length} tokens do not fit the model's context of {config.max_position_embeddings}; "
+            "ask for fewer."
+        )
 
 
 def _steps(length: int, decode_from: int | None, prefill_segment: int | None):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import yaml
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.errors import UserError
@@ -100,7 +101,12 @@ class MeshConfig:
         """A `jax.sharding.Mesh` over `devices` (default: all)."""
         devices = jax.devices() if devices is None else devices
         sizes = dataclasses.astuple(self.resolve(len(devices)))
-        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        axis_types = (AxisType.Auto,) * len(AXES)
+        try:
+            return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+        except NotImplementedError:  # an axis takes part of a TPU torus's axis, as 8 of 4x4
+            grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+            return Mesh(grid, AXES, axis_types=axis_types)
 
     def __str__(self) -> str:
         sizes = {axis: size for axis, size in dataclasses.asdict(self).items() if size != 1}
@@ -157,11 +163,18 @@ def activation_axes(mesh, logical: str | None, size: int) -> tuple[str, ...]:
 
 def activation_spec(mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """Where an activation or cache array lies, from its logical axes and shape."""
+    return spread_spec(
+        mesh, *(activation_axes(mesh, axis, size) for axis, size in zip(axes, shape, strict=True))
+    )
+
+
+def spread_spec(mesh, *dimensions: tuple[str, ...]) -> PartitionSpec:
+    """Each dimension over some mesh axes, spelled as compiled programs do: jit tells them apart."""
     places: list = []
-    for axis, size in zip(axes, shape, strict=True):
-        chosen = activation_axes(mesh, axis, size)
+    for axes in dimensions:
+        chosen = tuple(axis for axis in axes if mesh.shape[axis] > 1)
         places.append(chosen if len(chosen) > 1 else next(iter(chosen), None))
-    while places and places[-1] is None:  # as compiled programs spell it: jit tells them apart
+    while places and places[-1] is None:
         places.pop()
     return PartitionSpec(*places)
 

@@ -9,12 +9,11 @@ import importlib
 from collections.abc import Callable
 
 import jax
+import tables
 from _attention_cases import HEAD_DIM, HEADS, KV_HEADS, SCALE, Case, Inputs
-from _bench import Call
+from _bench import Call, torch_with_cuda
 
 from pallas_kernels.attention import flash_attention
-
-CONTENDERS = ("jaxmoe", "cudnn", "xla", "torch")
 
 
 def builders(case: Case, inputs: Inputs, implementation: str) -> dict[str, Callable[[], Call]]:
@@ -28,7 +27,7 @@ def builders(case: Case, inputs: Inputs, implementation: str) -> dict[str, Calla
         found["cudnn"] = lambda: _jax_call(case, inputs, functools.partial(_cudnn, case))
     if case.format == "bf16" and (torch := torch_with_cuda()):
         found["torch"] = lambda: _torch_call(torch, case, inputs)
-    return {name: found[name] for name in CONTENDERS if name in found}
+    return {name: found[name] for name in tables.ATTENTION_CONTENDERS if name in found}
 
 
 def _ours(case: Case, implementation: str) -> Callable:
@@ -98,16 +97,6 @@ def _decode_call(inputs: Inputs, attend: Callable) -> Call:
 
     arguments = inputs.q, inputs.caches, inputs.coords
     return Call(lambda: layers(*arguments), count=len(inputs.caches))
-
-
-@functools.cache
-def torch_with_cuda():
-    """The module; None if it is not there or sees no GPU."""
-    try:
-        torch = importlib.import_module("torch")
-    except Exception:  # absent, or broken beside this CUDA
-        return None
-    return torch if torch.cuda.is_available() else None
 
 
 def _torch_call(torch, case: Case, inputs: Inputs) -> Call:

@@ -1,21 +1,18 @@
 """The cases of `benchmark.py attention`: Llama 4's attention, and the work that each asks for."""
 
 import dataclasses
-import fnmatch
 import math
 
 import jax
 import jax.numpy as jnp
+from _bench_gpu import COLD_BYTES, SPARE_BYTES
 
-from jaxmoe.errors import UserError
 from pallas_kernels.attention import Coords, coords_of
 from pallas_kernels.quantized import quantize
 
 HEADS, KV_HEADS, HEAD_DIM, CHUNK = 40, 8, 128, 8192
 SCALE = HEAD_DIM**-0.5
 VECTOR_BYTES = {"bf16": 256, "int8": 128 + 4, "fp8": 128 + 4, "int4": 64 + 4}  # with its scale
-COLD_BYTES = 256e6  # of caches read in turn: five times the L2 of an H100 or H200
-SPARE_BYTES = 2**30  # beside the caches of a case
 TOKENS = {f"{k}k": k * 1024 for k in (2, 8, 16, 32, 64, 128)} | {"1m": 2**20}
 
 
@@ -40,18 +37,18 @@ class Case:
         return f"{self.kind}{shape}{'-chunked' if self.chunk else ''}"
 
     @property
-    def unit(self) -> str:
-        """Of the figures: operations, or bytes of cache, a second."""
-        return "TB/s" if self.kind == "decode" else "TFLOP/s"
+    def facts(self) -> dict:
+        """What the figures say of it."""
+        return dataclasses.asdict(self)
 
     @property
-    def work(self) -> float:
+    def work(self) -> dict[str, float]:
         """Bytes of cache, or operations on the pairs that are visible, that one call takes."""
         if self.kind == "decode":
-            return self.cache_bytes
+            return {"TB/s": self.cache_bytes}
         pairs = self.rows * visible_pairs(self.queries, self.keys, self.chunk)
         forward = 4 * HEADS * HEAD_DIM * pairs  # two products, each a multiplication and a sum
-        return forward * (2.5 if self.kind == "backward" else 1)
+        return {"TFLOP/s": forward * (2.5 if self.kind == "backward" else 1)}
 
     @property
     def cache_bytes(self) -> int:
@@ -114,14 +111,6 @@ def _decode():
             for format in VECTOR_BYTES:
                 name = f"decode-{size}-b{rows}-{format}"
                 yield Case(name, "decode", 1, TOKENS[size], rows, format=format)
-
-
-def matching(pattern: str) -> list[Case]:
-    """The cases whose names match a shell pattern."""
-    found = [case for case in all_cases() if fnmatch.fnmatchcase(case.name, pattern)]
-    if not found:
-        raise UserError(f"--cases '{pattern}' matches no case; --list names them.")
-    return found
 
 
 @dataclasses.dataclass(frozen=True)

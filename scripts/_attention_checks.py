@@ -5,19 +5,16 @@ Masks vary more than those of the cases: packed and padded rows, offsets, chunk 
 
 import dataclasses
 import functools
-import math
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _bench import one_line
-from rich.table import Table
+from _bench_checks import largest_errors
 
 from pallas_kernels.attention import Coords, coords_of, flash_attention
 from pallas_kernels.quantized import dequantize, quantize
 
-TOLERANCE = 1e-2  # of the largest value
 ROWS = 3
 
 
@@ -56,24 +53,6 @@ class Check:
         """Of the keys and values."""
         kind, _, rest = self.family.partition("-")
         return rest if kind == "decode" else "bf16"
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """Of a check: the largest error of each result, or what it raised."""
-
-    name: str
-    errors: dict[str, float] = dataclasses.field(default_factory=dict)
-    raised: str | None = None
-
-    @property
-    def failure(self) -> str | None:
-        """What is wrong, or None."""
-        if self.raised:
-            return f"{self.name} raises {self.raised}"
-        wrong = {name: x for name, x in self.errors.items() if not x <= TOLERANCE}  # NaN is wrong
-        found = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
-        return f"{self.name} is off, {found} of its largest value" if wrong else None
 
 
 def checks_of(family: str, size: Size) -> list[Check]:
@@ -149,15 +128,7 @@ def _decode_layouts(size: Size) -> dict[str, tuple[Coords, Coords]]:
     }
 
 
-def outcome(check: Check, implementation: str) -> Outcome:
-    """Runs the check on the current device."""
-    try:
-        return Outcome(check.name, _errors(check, implementation))
-    except Exception as error:  # a kernel that does not compile fails its check like any other
-        return Outcome(check.name, raised=one_line(error))
-
-
-def _errors(check: Check, implementation: str) -> dict[str, float]:
+def errors(check: Check, implementation: str) -> dict[str, float]:
     """Of each result, against the same inputs in float32 by plain XLA."""
     kind = check.family.partition("-")[0]
     run = {"prefill": _outputs, "backward": _gradients, "decode": _decoded}[kind]
@@ -167,7 +138,7 @@ def _errors(check: Check, implementation: str) -> dict[str, float]:
     options = {"scale": check.size.head_dim**-0.5, "chunk": check.chunk}
     got = run(*inputs, check.q, check.k, implementation=implementation, **options)
     want = reference(*exact, check.q, check.k, implementation="xla", **options)
-    return {name: _error(got[name], want[name]) for name in want}
+    return largest_errors(got, want)
 
 
 def _random(check: Check) -> tuple:
@@ -217,27 +188,3 @@ def _decoded(q, k, v, d_out, q_coords, k_coords, **options):
     del d_out
     out, lse = decode_attention(q, k, v, q_coords, k_coords, return_lse=True, **options)
     return {"out": out, "lse": lse}
-
-
-def _error(got: jax.typing.ArrayLike, want: jax.typing.ArrayLike) -> float:
-    """Largest error over the largest value; infinite where -inf is not where it should be."""
-    found, exact = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    nothing = np.isneginf(exact)
-    if found.shape != exact.shape or np.any(np.isneginf(found) != nothing):
-        return math.inf
-    found, exact = found[~nothing], exact[~nothing]
-    largest = np.max(np.abs(exact), initial=1e-9)
-    return float(np.max(np.abs(found - exact), initial=0) / largest)
-
-
-def outcomes_table(outcomes: list[Outcome]) -> Table:
-    """The largest errors, to print."""
-    table = Table(title=f"Largest error over the largest value; {TOLERANCE} is allowed")
-    results = ("out", "lse", "dq", "dk", "dv")
-    table.add_column("check")
-    for name in results:
-        table.add_column(name, justify="right")
-    for each in outcomes:
-        errors = [f"{each.errors[name]:.1e}" if name in each.errors else "" for name in results]
-        table.add_row(each.name, *(errors if each.raised is None else ["raised"]))
-    return table

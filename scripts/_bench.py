@@ -2,6 +2,8 @@
 
 import dataclasses
 import datetime
+import functools
+import importlib
 import json
 import platform
 import statistics
@@ -120,6 +122,16 @@ def package_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+@functools.cache
+def torch_with_cuda():
+    """The module; None if it is not there or sees no GPU."""
+    try:
+        torch = importlib.import_module("torch")
+    except Exception:  # absent, or broken beside this CUDA
+        return None
+    return torch if torch.cuda.is_available() else None
 
 
 def git_commit() -> str | None:

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Benchmarks: `cpu` beside transformers on this CPU, `attention` beside other kernels on a GPU."""
+"""Benchmarks: `cpu` beside transformers, `attention` and `moe` beside other kernels on a GPU."""
 
 import argparse
+from collections.abc import Callable
 
 from _bench_attention import run_attention
 from _bench_cpu import run_cpu
+from _bench_moe import run_moe
 from _cli import run
 
 
@@ -18,15 +20,19 @@ def main() -> None:
     cpu.add_argument("--new-tokens", type=int, default=64)
     cpu.add_argument("--rounds", type=int, default=3, help="both sides, in turn")
     cpu.add_argument("--repeats", type=int, default=3, help="of each side in a round")
-    _add_attention(commands.add_parser("attention", help="checks, then times attention on a GPU"))
+    for name, start, of in (
+        ("attention", run_attention, "attention"),
+        ("moe", run_moe, "the mixture of experts"),
+    ):
+        _add_suite(commands.add_parser(name, help=f"checks, then times {of} on a GPU"), start)
     args = parser.parse_args()
     args.start(args)
 
 
-def _add_attention(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(start=run_attention)
+def _add_suite(parser: argparse.ArgumentParser, start: Callable) -> None:
+    parser.set_defaults(start=start)
     parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
-    parser.add_argument("--cases", metavar="PATTERN", default="*", help="such as 'decode-*-int8'")
+    parser.add_argument("--cases", metavar="PATTERN", default="*", help="such as '*-int8'")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--check-only", action="store_true", help="time nothing")

@@ -1,110 +1,25 @@
 #!/usr/bin/env python
-"""Evaluates a checkpoint. `logits` writes the logits of given tokens, by any path."""
+"""Evaluates a checkpoint.
+
+`logits` writes the logits of given tokens, by any path; `needle` looks for a pass key hidden in
+long contexts; `loops` measures how much of its own text a model repeats.
+"""
 
 import argparse
-import os
-import zipfile
 
-import _devices
-import jax
-import numpy as np
-from _cli import run, task_progress
-
-from jaxmoe.errors import UserError
-from jaxmoe.evaluate import token_logits
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    logits = commands.add_parser("logits", help="logits of given tokens")
-    logits.add_argument("checkpoint", help="folder that convert.py wrote")
-    logits.add_argument(
-        "--tokens",
-        required=True,
-        metavar="FILE.npz",
-        help="int32 `tokens` [batch, length]; if packed or padded also `segment_ids`",
-    )
-    logits.add_argument(
-        "--output", required=True, metavar="FILE.npy", help="float32 [batch, length, vocab]"
-    )
-    logits.add_argument(
-        "--decode-from", type=int, metavar="N", help="prefill N tokens, then one at a time"
-    )
-    logits.add_argument(
-        "--prefill-segment", type=int, metavar="N", help="prefill through the cache, N at a time"
-    )
-    _devices.add_flags(logits)
-    return parser.parse_args()
+import _evaluate_logits
+import _evaluate_loops
+import _evaluate_needle
+from _cli import run
 
 
 def main() -> None:
-    args = parse_args()
-    tokens, segment_ids = read_tokens(args.tokens)
-    _check_flags(args)
-    mesh = _devices.start(args)
-    config, params = _devices.load(args, mesh)
-    shape = (*tokens.shape, config.vocab_size)
-    partial = args.output + ".partial"
-    out = _create(partial, shape)
-    try:
-        with jax.set_mesh(mesh), task_progress("Logits", tokens.shape[1], "tokens") as advance:
-            token_logits(
-                config,
-                params,
-                tokens,
-                segment_ids,
-                decode_from=args.decode_from,
-                prefill_segment=args.prefill_segment,
-                out=out,
-                report=advance,
-            )
-        out.flush()
-        os.replace(partial, args.output)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-    print(f"Wrote logits {shape} to {args.output}.")
-
-
-def read_tokens(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """`tokens` and `segment_ids` of an npz file."""
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as npz: {error}.") from None
-    if "tokens" not in arrays:
-        raise UserError(f"{path} holds no array `tokens`.")
-    tokens, segment_ids = arrays["tokens"], arrays.get("segment_ids")
-    for name, array in (("tokens", tokens), ("segment_ids", segment_ids)):
-        if array is None:
-            continue
-        right_shape = array.ndim == 2 and array.size and array.shape == tokens.shape
-        if not right_shape or array.dtype.kind not in "iu":
-            raise UserError(
-                f"{path}: `{name}` is {array.dtype} {array.shape}, not integers [batch, length], "
-                f"both above 0 and the same for all arrays."
-            )
-        if array.min() < 0 or array.max() >= 2**31:
-            raise UserError(f"{path}: `{name}` holds a number below 0 or above 2**31 - 1.")
-    return tokens.astype(np.int32), None if segment_ids is None else segment_ids.astype(np.int32)
-
-
-def _create(path: str, shape: tuple[int, ...]) -> np.memmap:
-    try:
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-
-
-def _check_flags(args: argparse.Namespace) -> None:
-    if args.decode_from is not None and args.decode_from < 0:
-        raise UserError(f"--decode-from {args.decode_from} is below 0.")
-    if args.prefill_segment is not None and args.prefill_segment < 1:
-        raise UserError(f"--prefill-segment {args.prefill_segment} is below 1.")
-    if os.path.exists(args.output) and os.path.getsize(args.output):
-        raise UserError(f"{args.output} exists and is not empty; choose another or delete it.")
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in (_evaluate_logits, _evaluate_needle, _evaluate_loops):
+        module.add_parser(commands)
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.generate import jobs
 from jaxmoe.generate.engine import Request, fit_context, generate
 from jaxmoe.generate.sampling import Sampling
+from jaxmoe.model.cache import FORMATS
 from jaxmoe.text import StreamDecoder
 
 
@@ -33,6 +34,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument(
         "--rows", type=int, default=8, metavar="N", help="requests at once, at most"
+    )
+    parser.add_argument("--kv", choices=FORMATS, help="how the cache stores keys and values")
+    parser.add_argument(
+        "--cache-tokens", type=int, metavar="N", help="of all rows together; requests wait for room"
     )
     _devices.add_flags(parser)
     return parser.parse_args()
@@ -54,7 +59,14 @@ def main() -> None:
         config, params = _devices.load(args, mesh)
         stack.enter_context(jax.set_mesh(mesh))
         stream = generate(
-            config, params, requests, sampling, rows=args.rows, stop_ids=tuple(stop_ids)
+            config,
+            params,
+            requests,
+            sampling,
+            rows=args.rows,
+            stop_ids=tuple(stop_ids),
+            kv=args.kv,
+            cache_tokens=args.cache_tokens,
         )
         show = _stream_text if args.prompt is not None else _show_progress
         for record in show(jobs.finished(stream, tokenizer), requests, tokenizer, args):

@@ -3,10 +3,26 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-CONTENDERS = {"jaxmoe": "jaxmoe", "cudnn": "cuDNN", "xla": "XLA", "torch": "torch"}
-ATTENTION_COLUMNS = ("case", "unit", "jaxmoe", "of ceiling", *list(CONTENDERS.values())[1:])
+ATTENTION_CONTENDERS = {"jaxmoe": "jaxmoe", "cudnn": "cuDNN", "xla": "XLA", "torch": "torch"}
+MOE_CONTENDERS = {
+    "jaxmoe": "jaxmoe",
+    "xla": "XLA",
+    "ragged": "ragged_dot",
+    "dense": "dense",
+    "transformers": "transformers",
+}
+LONGEST = {"longest": "longest group alone"}  # jaxmoe, with all other groups' tokens left out
+ROUTINGS = ("balanced", "random", "skewed", "worst")
+
+
+class Grid(NamedTuple):
+    """A table of figures."""
+
+    columns: tuple[str, ...]
+    rows: list[list[str]]
 
 
 def main() -> None:
@@ -16,7 +32,7 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """A document with the table of each pair of markers made anew."""
-    for name, made in (("cpu", _cpu), ("attention", _attention)):
+    for name, made in (("cpu", _cpu), ("attention", _attention), ("moe", _moe)):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, found, rest = text.partition(begin)
         if found:
@@ -29,8 +45,18 @@ def _cpu() -> str:
 
 
 def _attention() -> str:
-    files = sorted((ROOT / "benchmarks").glob("attention-*.json"))
-    return attention_markdown({file.name: json.loads(file.read_text()) for file in files})
+    return attention_markdown(_measured("attention"))
+
+
+def _moe() -> str:
+    return moe_markdown(_measured("moe"))
+
+
+def _measured(benchmark: str) -> dict[str, dict]:
+    """By file, those of its runs that timed anything."""
+    files = sorted((ROOT / "benchmarks").glob(f"{benchmark}-*.json"))
+    runs = {file.name: json.loads(file.read_text()) for file in files}
+    return {name: figures for name, figures in runs.items() if figures.get("cases")}
 
 
 def cpu_markdown(figures: dict) -> str:
@@ -57,31 +83,93 @@ this table from `benchmarks/cpu.json`."""
 def attention_markdown(by_file: dict[str, dict]) -> str:
     """The figures of `benchmark.py attention`, a table for each device that was at hand."""
     if not by_file:
-        return """\
-No GPU was at hand, so nothing was measured. On a machine with an H100 or H200,
-`scripts/benchmark.py attention --output benchmarks/attention-h100.json` checks every kernel there,
-times it beside cuDNN, XLA and torch, and writes the figures; `scripts/tables.py` then puts them
-here."""
-    return "\n\n".join(_device_markdown(name, figures) for name, figures in by_file.items())
+        return _unmeasured("attention", "cuDNN, XLA and torch")
+    return "\n\n".join(_attention_of(name, figures) for name, figures in by_file.items())
 
 
-def _device_markdown(name: str, figures: dict) -> str:
-    rows = [ATTENTION_COLUMNS, ["---"] * len(ATTENTION_COLUMNS), *attention_rows(figures)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    versions = {of: version or "none" for of, version in figures["versions"].items()}
-    checks, left_out = figures["checks"], "".join(f"\n{line}" for line in figures["left_out"])
-    failed = f"; **{len(checks['failures'])} failed**" if checks["failures"] else ""
+def _unmeasured(benchmark: str, others: str) -> str:
     return f"""\
-{table}
+No GPU was at hand, so nothing was measured. On a machine with an H100 or H200,
+`scripts/benchmark.py {benchmark} --output benchmarks/{benchmark}-h100.json` checks every kernel
+there, times it beside {others}, and writes the figures;
+`scripts/tables.py` then puts them here."""
 
-{figures["device"]}, {figures["date"]}, jax {versions["jax"]}, driver {versions["driver"]}, ptxas
-{versions["ptxas"]}, cuDNN {versions["cudnn"]}, torch {versions["torch"]}; XLA is this package's
-own path in plain XLA, and n/a is what cannot express a case or failed. Medians of
-{figures["rounds"]} rounds taken in turn, after {checks["run"]} checks against float32{failed}.
+
+def _attention_of(name: str, figures: dict) -> str:
+    versions = _versions(figures)
+    return f"""\
+{_markdown(attention_grid(figures))}
+
+{_run(figures)}, cuDNN {versions["cudnn"]}, torch {versions["torch"]};
+XLA is this package's own path in plain XLA, and n/a is what cannot express a case or failed.
+{_method(figures)}
 40 query and 8 key heads of 128, bf16, causal, chunks of 8,192. Operations are those that the mask
-leaves, 2.5 times as many backward; bytes are those of the cache. Ceilings of the same run:
-{ceilings_text(figures)}, of a matrix product and of a copy, whose writes count too.
-`scripts/tables.py` makes this table from `benchmarks/{name}`.{left_out}"""
+leaves, 2.5 times as many backward; bytes are those of the cache. {_source(name, figures)}"""
+
+
+def moe_markdown(by_file: dict[str, dict]) -> str:
+    """The figures of `benchmark.py moe`, two tables for each file."""
+    if not by_file:
+        return _unmeasured("moe", "ragged_dot, dense products, XLA and transformers")
+    return "\n\n".join(_moe_of(name, figures) for name, figures in by_file.items())
+
+
+def _moe_of(name: str, figures: dict) -> str:
+    versions = _versions(figures)
+    random = {**figures, "cases": [x for x in figures["cases"] if x["routing"] == "random"]}
+    return f"""\
+{_markdown(moe_grid(random))}
+
+{_run(figures)}, torch {versions["torch"]},
+transformers {versions["transformers"]}. {_method(figures)}
+Width 5,120, 16 (Scout) or 128 experts (Maverick) of width 8,192, top-1, bf16; each token's expert
+is drawn uniformly. Others are in ms, and n/a is what cannot express a case or failed. XLA is this
+package's own path in plain XLA; ragged_dot is `jax.lax.ragged_dot` on sorted rows; dense has no
+groups: it multiplies fewer rows with all matrices that are in use side by side, so that operations
+and weights are the same; transformers computes every expert for every token. TB/s are of weights
+read, of their gradient written or, for a move, of rows. Of ceiling: the time of the nearer ceiling
+over that of jaxmoe. {_source(name, figures)}
+
+{_markdown(skew_grid(figures))}
+
+The same kernels by how tokens choose experts, in ms; in brackets, times what the longest group
+costs alone. Skewed: the nth most popular expert gets 1/n as many tokens as the first; worst: all
+tokens choose one."""
+
+
+def _markdown(grid: Grid) -> str:
+    rows = [grid.columns, ["---"] * len(grid.columns), *grid.rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _versions(figures: dict) -> dict[str, str]:
+    return {of: version or "none" for of, version in figures["versions"].items()}
+
+
+def _run(figures: dict) -> str:
+    versions = _versions(figures)
+    return (
+        f"{figures['device']}, {figures['date']}, jax {versions['jax']}, driver "
+        f"{versions['driver']}, ptxas {versions['ptxas']}"
+    )
+
+
+def _method(figures: dict) -> str:
+    checks = figures["checks"]
+    failed = f"; **{len(checks['failures'])} failed**" if checks["failures"] else ""
+    return (
+        f"Medians of {figures['rounds']} rounds taken in turn, after {checks['run']} checks "
+        f"against float32{failed}."
+    )
+
+
+def _source(name: str, figures: dict) -> str:
+    left_out = "".join(f"\n{line}" for line in figures["left_out"])
+    return (
+        f"Ceilings of the same run:\n{ceilings_text(figures)}, of a matrix product and of a copy, "
+        f"whose writes count too.\n`scripts/tables.py` makes this table from `benchmarks/{name}`."
+        f"{left_out}"
+    )
 
 
 def ceilings_text(figures: dict) -> str:
@@ -90,26 +178,77 @@ def ceilings_text(figures: dict) -> str:
     return f"{ceilings['TFLOP/s']:.0f} TFLOP/s and {ceilings['TB/s']:.2f} TB/s"
 
 
-def attention_rows(figures: dict) -> list[list[str]]:
-    """A row of ATTENTION_COLUMNS for each case; n/a where there is no figure."""
+def attention_grid(figures: dict) -> Grid:
+    """Rates of each case; n/a where there is no figure."""
+    first, *others = ATTENTION_CONTENDERS.values()
     rows = []
     for case in figures["cases"]:
-        ours, *others = (_rate(case["rates"][name]) for name in CONTENDERS)
-        ratio = "n/a" if case["of_ceiling"] is None else f"{case['of_ceiling']:.2f}"
-        rows.append([case["name"], case["unit"], ours, ratio, *others])
-    return rows
+        (unit,) = case["work"]
+        ours, *theirs = (_rate(case["rates"][name], unit) for name in ATTENTION_CONTENDERS)
+        rows.append([case["name"], unit, ours, _ratio(case["of_ceiling"]), *theirs])
+    return Grid(("case", "unit", first, "of ceiling", *others), rows)
 
 
-def _rate(rate: float | None) -> str:
-    if rate is None:
+def moe_grid(figures: dict) -> Grid:
+    """Of each case the time, the rates and the others' times."""
+    _, *others = MOE_CONTENDERS
+    units = ("TFLOP/s", "TB/s")
+    rows = []
+    for case in figures["cases"]:
+        seconds, rates = case["seconds"], case["rates"]["jaxmoe"]
+        ours = [_ms(seconds["jaxmoe"]), *(_rate(rates, unit) for unit in units)]
+        theirs = [_ms(seconds[name]) for name in others]
+        rows.append([case["name"], *ours, _ratio(case["of_ceiling"]), *theirs])
+    names = [MOE_CONTENDERS[name] for name in others]
+    return Grid(("case", "ms", *units, "of ceiling", *names), rows)
+
+
+def skew_grid(figures: dict) -> Grid:
+    """Times of jaxmoe by routing, and how many times the longest group's alone."""
+    by_case: dict[str, dict[str, dict]] = {}
+    for case in figures["cases"]:
+        by_routing = by_case.setdefault(case["name"].replace(f"-{case['routing']}", ""), {})
+        by_routing[case["routing"]] = case["seconds"]
+    rows = [
+        [name, *(_skewed(found.get(routing)) for routing in ROUTINGS), _worst(found)]
+        for name, found in by_case.items()
+        if len(found) > 1
+    ]
+    return Grid(("case", *ROUTINGS, "worst / balanced"), rows)
+
+
+def _skewed(seconds: dict | None) -> str:
+    if not seconds or not seconds["jaxmoe"]:
         return "n/a"
-    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
+    alone = seconds["longest"]
+    return _ms(seconds["jaxmoe"]) + (f" ({seconds['jaxmoe'] / alone:.2f})" if alone else "")
 
 
-def attention_errors(figures: dict) -> list[str]:
+def _worst(by_routing: dict[str, dict]) -> str:
+    worst, balanced = (by_routing.get(x, {}).get("jaxmoe") for x in ("worst", "balanced"))
+    return _ratio(worst / balanced if worst and balanced else None)
+
+
+def _ratio(ratio: float | None) -> str:
+    return "n/a" if ratio is None else f"{ratio:.2f}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "n/a" if seconds is None else _three_digits(1e3 * seconds)
+
+
+def _rate(rates: dict[str, float] | None, unit: str) -> str:
+    return "n/a" if not rates or unit not in rates else _three_digits(rates[unit])
+
+
+def _three_digits(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def error_lines(figures: dict, contenders: dict[str, str]) -> list[str]:
     """A line for each contender that raised on a case."""
     return [
-        f"{case['name']}, {CONTENDERS[name]}: {error}"
+        f"{case['name']}, {contenders[name]}: {error}"
         for case in figures["cases"]
         for name, error in case["errors"].items()
     ]

@@ -1,7 +1,8 @@
 """Continuous batching: rows take requests as they become free, and one step serves all rows.
 
 A step gives each row some real tokens, the rest padding: a row that reads its prompt takes up to a
-segment of it, a row that writes takes its last token. Rows never wait for each other.
+segment of it, a row that writes takes its last token. Rows never wait for each other. They share
+the cache's pages: a request joins when a row is free and the pages for all its tokens are.
 """
 
 import collections
@@ -17,7 +18,15 @@ import numpy as np
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generate.sampling import Sampling, request_hash, sample
-from jaxmoe.model.cache import init_cache, restart_rows, round_capacity
+from jaxmoe.model.cache import (
+    Cache,
+    init_cache,
+    pages_a_group,
+    pages_for,
+    restart_rows,
+    round_capacity,
+    row_groups,
+)
 from jaxmoe.model.transformer import forward, unembed
 
 SEGMENT = 512  # tokens of a prompt read in one step, at most
@@ -30,6 +39,11 @@ class Request:
     id: object
     tokens: tuple[int, ...]
     max_new_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Tokens at the end, at most."""
+        return len(self.tokens) + self.max_new_tokens
 
 
 class Token(NamedTuple):
@@ -59,13 +73,32 @@ class _Row:
         return len(self.request.tokens) + len(self.written) - self.read
 
 
+class _Pages:
+    """Which requests the pages of the cache have room for; each group of rows has its own."""
+
+    def __init__(self, cache: Cache, rows: int):
+        groups = row_groups(rows)
+        self.free, self.rows_a_group = [pages_a_group(cache)] * groups, rows // groups
+
+    def reserve(self, row: int, request: Request) -> bool:
+        """Takes the pages for all tokens of a request, if there are enough."""
+        group, pages = row // self.rows_a_group, pages_for(request.length)
+        if pages > self.free[group]:
+            return False
+        self.free[group] -= pages
+        return True
+
+    def release(self, row: int, request: Request) -> None:
+        self.free[row // self.rows_a_group] += pages_for(request.length)
+
+
 class _Batch(NamedTuple):
     """What one step feeds, [rows, tokens] or [rows]."""
 
     tokens: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
-    restart: jax.Array  # rows that begin a new request
+    restart: jax.Array  # rows that begin a new request, or have none
     last: jax.Array  # index of the row's last real token
     request: jax.Array  # hash of the request's id
     index: jax.Array  # tokens generated so far
@@ -90,6 +123,8 @@ def generate(
     rows: int = 8,
     segment: int = SEGMENT,
     stop_ids: tuple[int, ...] | None = None,
+    kv: str | None = None,
+    cache_tokens: int | None = None,
 ) -> Iterator[Token]:
     """Runs requests on the current mesh; yields tokens as they come, requests interleaved.
 
@@ -99,6 +134,9 @@ def generate(
         rows: requests that are in work at once, at most.
         segment: prompt tokens a row reads in one step, at most.
         stop_ids: tokens that end an answer; default: the config's.
+        kv: how keys and values are stored: "bf16", "int8", "fp8" or "int4"; default: as parameters.
+        cache_tokens: that all rows together can hold; requests wait for room. Default: enough that
+            none waits.
 
     Raises:
         UserError: for an empty prompt, one that leaves no room in the context, a token that is not
@@ -108,7 +146,8 @@ def generate(
         raise UserError(f"rows {rows} is below 1.")
     stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
     waiting = collections.deque(fit_context(config, request) for request in requests)
-    return _run(config, params, waiting, sampling, rows, segment, stop_ids)
+    rows = min(rows, len(waiting))
+    return _run(config, params, waiting, sampling, rows, segment, stop_ids, kv, cache_tokens)
 
 
 def _run(
@@ -119,15 +158,20 @@ def _run(
     rows: int,
     segment: int,
     stop_ids: tuple[int, ...],
+    kv: str | None,
+    cache_tokens: int | None,
 ) -> Iterator[Token]:
     if not waiting:
         return
     longest = max(len(request.tokens) for request in waiting)
     segment = min(segment, 1 << (longest - 1).bit_length())
-    batch: list[_Row | None] = [None] * min(rows, len(waiting))
-    cache = _new_cache(config, params, waiting, len(batch))
+    batch: list[_Row | None] = [None] * rows
+    cache = _new_cache(config, kv or params["embed"].dtype, waiting, rows, cache_tokens)
+    pages = _Pages(cache, rows)
     while waiting or any(batch):
-        batch = [row or (_Row(waiting.popleft()) if waiting else None) for row in batch]
+        for i, row in enumerate(batch):
+            if row is None and waiting and pages.reserve(i, waiting[0]):
+                batch[i] = _Row(waiting.popleft())
         fed = _fill(config, batch, segment)
         chosen, cache = step(config, sampling, params, cache, fed)
         for i, (row, token) in enumerate(zip(batch, np.asarray(chosen).tolist(), strict=True)):
@@ -137,6 +181,7 @@ def _run(
             reason = _finish_reason(row, token, stop_ids)
             yield Token(row.request, token, reason)
             if reason:
+                pages.release(i, row.request)
                 batch[i] = None
 
 
@@ -165,9 +210,18 @@ def fit_context(config: Llama4Config, request: Request) -> Request:
     return dataclasses.replace(request, max_new_tokens=min(room, request.max_new_tokens))
 
 
-def _new_cache(config: Llama4Config, params: dict, requests: Iterable[Request], rows: int):
-    longest = max(len(request.tokens) + request.max_new_tokens for request in requests)
-    return init_cache(config, rows, round_capacity(longest), params["embed"].dtype)
+def _new_cache(
+    config: Llama4Config, dtype, requests: Iterable[Request], rows: int, tokens: int | None
+) -> Cache:
+    """By default with room for the longest requests in all rows."""
+    lengths = sorted((request.length for request in requests), reverse=True)
+    if tokens is not None and tokens < lengths[0]:
+        raise UserError(
+            f"a cache of {tokens} tokens has no room for a request of {lengths[0]}; use more, or "
+            "ask for fewer new tokens."
+        )
+    tokens = sum(lengths[:rows]) if tokens is None else tokens
+    return init_cache(config, rows, round_capacity(lengths[0]), dtype, tokens=tokens)
 
 
 def _fill(config: Llama4Config, rows: list[_Row | None], segment: int) -> _Batch:
@@ -179,6 +233,7 @@ def _fill(config: Llama4Config, rows: list[_Row | None], segment: int) -> _Batch
     request = request.astype(np.uint32)
     for i, row in enumerate(rows):
         if row is None:
+            restart[i] = True  # gives its pages back
             continue
         new = row.next_tokens(width)
         tokens[i, : len(new)] = new

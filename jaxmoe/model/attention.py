@@ -14,32 +14,41 @@ from jaxtyping import Array, Float
 from jaxmoe import mesh as meshes
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.model.cache import (
+    PAGE,
     Cache,
     LayerCache,
     Writes,
     keeps_ring,
+    keys_spec,
     plan_writes,
+    pool_spec,
     write,
 )
 from jaxmoe.model.layers import linear, rms_normalize, rope_angles, rotate, temperature
+from jaxmoe.model.pages import Pool
+from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention import (
     Coords,
     decode_attention,
     flash_attention,
     lse_weight,
     merge,
+    merge_with_lse,
+    rows_of_pages,
 )
+from pallas_kernels.quantized import Quantized, dequantize
 
+PIECE = 2**16  # keys of a log that a long step attends to at once
 FEW_QUERIES = 4  # up to so many a row, the cache is read at memory speed rather than in tiles
 
 
 class CacheStep(NamedTuple):
-    """Where the new tokens go, and what the slots hold before and after."""
+    """Where the new tokens go, what the ring held before, and what both pools hold after."""
 
     writes: Writes
     old_ring: Coords
-    new_ring: Coords
-    new_log: Coords
+    ring: Pool
+    log: Pool
 
 
 class Step(NamedTuple):
@@ -59,7 +68,7 @@ def start_step(
     if cache is None:
         return Step(coords, rope, scale, None), None
     writes, updated = plan_writes(cache, coords)
-    cache_step = CacheStep(writes, cache.ring, updated.ring, updated.log)
+    cache_step = CacheStep(writes, cache.ring.coords, updated.ring, updated.log)
     return Step(coords, rope, scale, cache_step), updated
 
 
@@ -72,9 +81,9 @@ def attention(
     cache: LayerCache | None,
 ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
     """One attention block, without its norm and residual."""
-    q = linear("BSD,DHd->BSHd", x, p["q"])
-    k = linear("BSD,DKd->BSKd", x, p["k"])
-    v = linear("BSD,DKd->BSKd", x, p["v"])
+    q = linear("BSD,DHd->BSHd", x, p["q"], config.head_dim)
+    k = linear("BSD,DKd->BSKd", x, p["k"], config.head_dim)
+    v = linear("BSD,DKd->BSKd", x, p["v"], config.head_dim)
     if kind.attention == "local":
         q, k = rotate(q, *step.rope), rotate(k, *step.rope)
         if config.use_qk_norm:
@@ -103,19 +112,18 @@ def attend(
     }
     if cache is None or step.cache is None:
         return _per_device(_attend_new, rule, q, k, v, step.coords), None
-    writes, old_ring, new_ring, new_log = step.cache
+    writes, old_ring, ring, log = step.cache
     if keeps_ring(config, kind):
-        state = (cache, writes.ring, old_ring, new_ring)
+        state = (cache, writes.ring, ring, old_ring)
         return _per_device(_attend_ring, rule, q, k, v, step.coords, *state)
-    return _per_device(_attend_log, rule, q, k, v, step.coords, cache, writes.log, new_log)
+    return _per_device(_attend_log, rule, q, k, v, step.coords, cache, writes.log, log)
 
 
 def _per_device(body, rule, q, k, v, coords, *state):
-    """Runs `body` on each device's part of the rows, heads, new tokens and slots."""
+    """Runs `body` on each device's part of the rows, heads, new tokens and pages."""
     mesh = meshes.current_mesh()
     if mesh is None:
         return body(rule, (), q, k, v, coords, *state)
-    slots = "slots" if body is _attend_log else None
 
     def specs(tree, *axes):
         return jax.tree.map(lambda x: meshes.activation_spec(mesh, axes, x.shape), tree)
@@ -124,9 +132,13 @@ def _per_device(body, rule, q, k, v, coords, *state):
     kv_specs = specs((k, v), "batch", "kv_heads", "length", None)
     in_specs, out_specs = (q_spec, *kv_specs, specs(coords, "batch", "length")), q_spec
     if state:
-        cache, writes, *slot_coords = state
-        cache_spec = specs(cache, "batch", "kv_heads", slots, None)
-        in_specs += (cache_spec, specs(writes, "batch", None), *specs(slot_coords, "batch", slots))
+        cache, _, _, *old_coords = state
+        where = (mesh, q.shape[0], body is _attend_log)
+        cache_spec, pool = (
+            jax.tree.map(functools.partial(keys_spec, *where), cache),
+            pool_spec(*where),
+        )
+        in_specs += (cache_spec, pool.table, pool, *(pool.coords for _ in old_coords))
         out_specs = (q_spec, cache_spec)
     tokens = meshes.activation_axes(mesh, "length", q.shape[2])
     run = meshes.per_device(functools.partial(body, rule, tokens), in_specs, out_specs)
@@ -145,13 +157,15 @@ def _attend_new(rule, axes, q, k, v, coords):
     return flash_attention(q, k, v, coords, _gather(coords, axes, 1), in_order=not axes, **rule)
 
 
-def _attend_ring(rule, axes, q, k, v, coords, cache, slots, old_coords, new_coords):
+def _attend_ring(rule, axes, q, k, v, coords, cache, where, ring, old_coords):
     """Local layers: the chunk so far is in the ring, the rest of it among the new tokens."""
     k, v = _gather((k, v), axes, 2)
-    new_cache = LayerCache(write(cache.k, k, slots), write(cache.v, v, slots))
+    new_cache = LayerCache(*(write(x, new, where[0]) for x, new in zip(cache, (k, v), strict=True)))
+    table = ring.table[0]
     if k.shape[2] == 1:  # once written, the token's whole chunk is in the ring
-        return decode_attention(q, *new_cache, coords, new_coords, **rule), new_cache
-    past = flash_attention(q, cache.k, cache.v, coords, old_coords, return_lse=True, **rule)
+        out = decode_attention(q, *new_cache, coords, ring.coords, table=table, **rule)
+        return out, new_cache
+    past = _attend_pages(rule, q, cache, coords, old_coords, table)
     new = _gather(coords, axes, 1)
     present = flash_attention(q, k, v, coords, new, in_order=not axes, return_lse=True, **rule)
     out = merge([past, present])  # pyrefly: ignore  # pairs, since return_lse
@@ -159,17 +173,45 @@ def _attend_ring(rule, axes, q, k, v, coords, cache, slots, old_coords, new_coor
     return lax.optimization_barrier((out, new_cache))
 
 
-def _attend_log(rule, axes, q, k, v, coords, cache, slots, log_coords):
-    """Global layers: write first, then attend to this device's slots and merge over devices."""
+def _attend_log(rule, axes, q, k, v, coords, cache, where, log):
+    """Global layers: write first, then attend to this device's pages and merge over devices."""
     k, v, q = _gather((k, v, q), axes, 2)
+    cache = LayerCache(*(write(x, new, where[0]) for x, new in zip(cache, (k, v), strict=True)))
+    new, table = _gather(coords, axes, 1), log.table[0]
+    if q.shape[2] <= FEW_QUERIES:
+        out, lse = decode_attention(
+            q, *cache, new, log.coords, table=table, return_lse=True, **rule
+        )
+    else:
+        out, lse = _attend_log_in_pieces(rule, q, cache, new, log.coords, table)
     slot_axes = meshes.RULES["slots"] if meshes.current_mesh() is not None else ()
-    if slot_axes:
-        slots = slots - lax.axis_index(slot_axes) * cache.k.shape[2]
-    cache = LayerCache(write(cache.k, k, slots), write(cache.v, v, slots))
-    attend = decode_attention if q.shape[2] <= FEW_QUERIES else flash_attention
-    new = _gather(coords, axes, 1)
-    out, lse = attend(q, *cache, new, log_coords, return_lse=True, **rule)
-    return _merge_over_devices(out, lse, slot_axes, axes), cache
+    return _merge_over_devices(out, lse, slot_axes, axes).astype(q.dtype), cache
+
+
+def _attend_pages(rule, q, cache, coords, page_coords, table):
+    """Attention to all keys in the pages of a table, and its log-sum-exp."""
+    *keys, key_coords = rows_of_pages(*cache, page_coords, table)
+    k, v = (dequantize(x, q.dtype) if isinstance(x, Quantized) else x for x in keys)
+    return flash_attention(q, k, v, coords, key_coords, return_lse=True, **rule)
+
+
+def _attend_log_in_pieces(rule, q, cache, coords, page_coords, table):
+    """The same, some columns of the table at a time: memory does not grow with the log."""
+    columns = min(PIECE // PAGE, table.shape[1])
+    table = pad_axis(table, 1, columns)
+    used = jnp.max(jnp.where(table != 0, jnp.arange(table.shape[1]) + 1, 0))
+
+    def attend(piece):
+        some = lax.dynamic_slice_in_dim(table, piece * columns, columns, 1)
+        out, lse = _attend_pages(rule, q, cache, coords, page_coords, some)
+        return out.astype(jnp.float32), lse
+
+    def add(piece, state):
+        return merge_with_lse([state, attend(piece)])
+
+    if table.shape[1] == columns:
+        return attend(0)
+    return lax.fori_loop(1, -(-used // columns), add, attend(0))
 
 
 def _merge_over_devices(out, lse, slot_axes, token_axes):

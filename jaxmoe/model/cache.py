@@ -1,49 +1,56 @@
-"""The cache: one chunk a row for local layers, the whole sequence for global layers.
+"""The cache: one chunk a row for local layers, the whole sequence for global layers, in pages.
 
 Every slot carries the position and segment of its token, shared by all layers of a kind, so masks
 never depend on where a token lies. Local layers keep a ring (slot = position % chunk). Global
-layers keep a log: each row's real tokens in the order of arrival, dealt out in blocks over the
-devices of the `slots` axis, so that any prefix lies evenly on all of them.
+layers keep a log: each row's real tokens in the order of arrival, whose pages are dealt out over
+the devices of the `slots` axis, so that any prefix lies evenly on all of them. Rows take pages as
+they grow: one row of ten million tokens and a hundred short ones need what they hold, no more.
 
-Shape letters: B rows, K key/value heads, T slots, d head size, S new tokens a row.
+Shape letters: B rows, K key/value heads, P pages, t tokens a page, d head size, S new tokens a row.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe import mesh as meshes
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.mesh import activation_spec, axis_size, current_mesh, sharding
+from jaxmoe.mesh import activation_axes, axis_size, current_mesh, sharding
+from jaxmoe.model.pages import FREE, Pool, empty_pool, give_back, places, take_pages, write_coords
 from pallas_kernels.attention import Coords
+from pallas_kernels.quantized import LARGEST, Quantized, quantize
 
-DEAL = 64  # slots of the log that go to one device before the next device's turn
-KEY_BLOCK = 512  # slots that attention reads at once
+PAGE = 64  # tokens of a page
+FORMATS = ("bf16", *LARGEST)  # of keys and values, by name
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer."""
+    """Keys and values of one layer, [P, K, t, d]: arrays, or quantized with a scale a token."""
 
-    k: Float[Array, "B K T d"]
-    v: Float[Array, "B K T d"]
+    k: Float[Array, "P K t d"] | Quantized
+    v: Float[Array, "P K t d"] | Quantized
 
 
 class Cache(NamedTuple):
     """State of a batch of rows between calls of the model."""
 
     layers: tuple[LayerCache, ...]
-    ring: Coords  # [B, chunk]: what the local layers' slots hold
-    log: Coords  # [B, capacity]: what the global layers' slots hold
+    ring: Pool  # of the local layers
+    log: Pool  # of the global layers
     length: Int[Array, "B"]  # real tokens in the log
 
 
 class Writes(NamedTuple):
-    """The slots that the new tokens go to; one past the last slot for tokens that go nowhere."""
+    """Places in a device's pool that the new tokens go to; beyond it for those that go nowhere."""
 
-    ring: Int[Array, "B S"]
-    log: Int[Array, "B S"]
+    ring: Int[Array, "1 B S"]
+    log: Int[Array, "shards B S"]
 
 
 def keeps_ring(config: Llama4Config, kind: LayerKind) -> bool:
@@ -58,103 +65,182 @@ def slot_shards(mesh=None) -> int:
 
 
 def round_capacity(tokens: int, mesh=None) -> int:
-    """The smallest good capacity that holds `tokens` tokens a row on `mesh` or the current one.
-
-    Attention reads keys in blocks of up to 512 slots, and would copy a cache of another multiple.
-    """
-    shards = slot_shards(mesh)
-    unit = DEAL * shards if tokens <= KEY_BLOCK * shards else KEY_BLOCK * shards
+    """The smallest capacity that holds `tokens` tokens a row on `mesh` or the current one."""
+    unit = PAGE * slot_shards(mesh)
     return -(-tokens // unit) * unit
 
 
+def row_groups(rows: int, mesh=None) -> int:
+    """Into how many groups a batch's rows are spread; each has pages of its own."""
+    mesh = current_mesh() if mesh is None else mesh
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _row_axes(mesh, rows))
+
+
+def pages_for(tokens: int, mesh=None) -> int:
+    """Pages of global layers that so many tokens of a row take on each of its devices, at most."""
+    return -(-tokens // (PAGE * slot_shards(mesh)))
+
+
+def ring_page(config: Llama4Config) -> int:
+    """Tokens of a page of the ring, which divides a chunk; without chunks, of a ring of nobody."""
+    chunk = config.attention_chunk_size or 1
+    return PAGE if chunk % PAGE == 0 else chunk
+
+
+class _Sizes(NamedTuple):
+    """Of a pool: columns of a row's table, pages and tokens of a page, and how it is spread."""
+
+    columns: int
+    pages: int
+    page: int
+    stores: int
+    shards: int
+
+
+def _sizes(config: Llama4Config, rows: int, capacity: int, tokens: int, mesh):
+    """Of the ring's and of the log's pool; page 0 of each store included."""
+    groups = row_groups(rows, mesh)
+    shards, page = slot_shards(mesh), ring_page(config)
+    columns = (config.attention_chunk_size or page) // page
+    ring = min(columns, -(-capacity // page) + 1)  # a ring may start within a page
+    widest = capacity // (PAGE * shards)
+    held = pages_for(-(-tokens // groups), mesh) + rows // groups  # each may begin a page
+    log = max(widest, min(held, rows // groups * widest))
+    return (
+        _Sizes(columns, 1 + rows // groups * ring, page, groups, 1),
+        _Sizes(widest, 1 + log, PAGE, groups * shards, shards),
+    )
+
+
 def init_cache(
-    config: Llama4Config, rows: int, capacity: int, dtype=jnp.float32, mesh=None
+    config: Llama4Config,
+    rows: int,
+    capacity: int,
+    dtype=jnp.float32,
+    mesh=None,
+    *,
+    tokens: int | None = None,
 ) -> Cache:
     """An empty cache, laid out over `mesh` if given.
 
     Args:
-        capacity: tokens a row can hold; a value of `round_capacity`.
+        capacity: tokens that a row can hold; a value of `round_capacity`.
+        dtype: of keys and values, or one of FORMATS.
         mesh: default: the current mesh.
+        tokens: that all rows together can hold; default: the capacity of each.
 
     Raises:
-        UserError: if the capacity cannot be dealt out over the mesh.
+        UserError: if the capacity cannot be dealt out over the mesh, or the format is unknown.
     """
     if round_capacity(capacity, mesh) != capacity:
         raise UserError(
             f"cache capacity {capacity} must be {round_capacity(capacity, mesh)} on this mesh."
         )
     mesh = current_mesh() if mesh is None else mesh
+    make = functools.partial(_empty, config, rows, capacity, dtype, tokens, mesh)
     if mesh is None:
-        return _zeros(config, rows, capacity, dtype)
-    shapes = abstract_cache(config, rows, capacity, dtype, mesh)
-    make = jax.jit(
-        lambda: _zeros(config, rows, capacity, dtype),
-        out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
+        return make()
+    shapes = abstract_cache(config, rows, capacity, dtype, mesh, tokens=tokens)
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+
+
+def abstract_cache(
+    config: Llama4Config, rows: int, capacity: int, dtype, mesh, *, tokens: int | None = None
+) -> Cache:
+    """ShapeDtypeStructs with shardings; arguments as for `init_cache`."""
+    shapes = jax.eval_shape(lambda: _empty(config, rows, capacity, dtype, tokens, mesh))
+
+    def placed(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, spec))
+
+    return jax.tree.map(placed, shapes, cache_specs(config, shapes, mesh))
+
+
+def cache_specs(config: Llama4Config, cache: Cache, mesh) -> Cache:
+    """Where each array of a cache lies on a mesh."""
+    rows = cache.length.shape[0]
+    ring, log = (pool_spec(mesh, rows, spread) for spread in (False, True))
+    layers = tuple(
+        jax.tree.map(functools.partial(keys_spec, mesh, rows, not keeps_ring(config, kind)), layer)
+        for kind, layer in zip(config.layers, cache.layers, strict=True)
     )
-    return make()
+    return Cache(layers, ring, log, meshes.spread_spec(mesh, _row_axes(mesh, rows)))
 
 
-def abstract_cache(config: Llama4Config, rows: int, capacity: int, dtype, mesh) -> Cache:
-    """ShapeDtypeStructs with shardings."""
-    shapes = jax.eval_shape(lambda: _zeros(config, rows, capacity, dtype))
-
-    def lay(tree, *axes):
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=sharding(mesh, activation_spec(mesh, axes, x.shape))
-            ),
-            tree,
-        )
-
-    layers = [
-        lay(layer, "batch", "kv_heads", _slots_axis(config, kind), None)
-        for kind, layer in zip(config.layers, shapes.layers, strict=True)
-    ]
-    return Cache(
-        tuple(layers),
-        lay(shapes.ring, "batch", None),
-        lay(shapes.log, "batch", "slots"),
-        lay(shapes.length, "batch"),
-    )
+def pool_spec(mesh, rows: int, spread: bool) -> Pool:
+    """Where a pool lies; `spread` over the `slots` axis, as the log is, or not."""
+    row_axes, slots = _row_axes(mesh, rows), _slot_axes(spread)
+    pages = meshes.spread_spec(mesh, (*row_axes, *slots))
+    return Pool(Coords(pages, pages), pages, meshes.spread_spec(mesh, slots, row_axes))
 
 
-def _slots_axis(config: Llama4Config, kind: LayerKind) -> str | None:
-    return None if keeps_ring(config, kind) else "slots"
+def keys_spec(mesh, rows: int, spread: bool, x) -> PartitionSpec:
+    """Where keys or values [P, K, t, ...] or their scales lie."""
+    pages = (*_row_axes(mesh, rows), *_slot_axes(spread))
+    return meshes.spread_spec(mesh, pages, activation_axes(mesh, "kv_heads", x.shape[1]))
 
 
-def _zeros(config: Llama4Config, rows: int, capacity: int, dtype) -> Cache:
-    chunk = config.attention_chunk_size or 0
+def _slot_axes(spread: bool) -> tuple[str, ...]:
+    return meshes.RULES["slots"] if spread else ()
+
+
+def _row_axes(mesh, rows: int) -> tuple[str, ...]:
+    return activation_axes(mesh, "batch", rows)
+
+
+def _empty(config: Llama4Config, rows: int, capacity: int, dtype, tokens, mesh) -> Cache:
+    tokens = rows * capacity if tokens is None else tokens
+    ring, log = _sizes(config, rows, capacity, tokens, mesh)
 
     def layer(kind):
-        slots = chunk if keeps_ring(config, kind) else capacity
-        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
-        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        size = ring if keeps_ring(config, kind) else log
+        pages = size.stores * size.pages
+        shape = (pages, config.num_key_value_heads, size.page, config.head_dim)
+        return LayerCache(_no_keys(shape, dtype), _no_keys(shape, dtype))
 
-    def coords(slots):
-        return Coords(*(jnp.zeros((rows, slots), jnp.int32) for _ in range(2)))
-
-    return Cache(
-        tuple(layer(kind) for kind in config.layers),
-        coords(chunk),
-        coords(capacity),
-        jnp.zeros(rows, jnp.int32),
+    pools = (
+        empty_pool(rows, size.columns, size.pages, size.page, size.stores, size.shards)
+        for size in (ring, log)
     )
+    layers = tuple(layer(kind) for kind in config.layers)
+    return Cache(layers, *pools, jnp.zeros(rows, jnp.int32))
 
 
-def restart_rows(cache: Cache, restart: Int[Array, "B"]) -> Cache:
-    """Empties the rows where `restart` is true, ready for another sequence; keys stay unseen."""
-    keep = jnp.where(restart, 0, 1)
+def _no_keys(shape: tuple[int, ...], dtype):
+    if isinstance(dtype, str) and dtype in LARGEST:
+        return quantize(jnp.zeros(shape, jnp.bfloat16), dtype)
+    if isinstance(dtype, str) and dtype not in ("bf16", "bfloat16", "float32", "float16"):
+        raise UserError(f"cache format '{dtype}' is unknown; there are {', '.join(FORMATS)}.")
+    return jnp.zeros(shape, jnp.bfloat16 if dtype == "bf16" else dtype)
 
-    def clear(coords):
-        return Coords(coords.position, coords.segment * keep[:, None])
 
-    return cache._replace(ring=clear(cache.ring), log=clear(cache.log), length=cache.length * keep)
+def restart_rows(cache: Cache, restart: Int[Array, "B"] | Bool[Array, "B"]) -> Cache:
+    """Empties the rows where `restart` is true, and gives their pages back."""
+    leaves = restart.astype(bool)
+
+    def body(ring, log, leaves):
+        return give_back(ring, leaves), give_back(log, leaves)
+
+    ring, log = _per_store(cache, body, leaves)
+    return cache._replace(ring=ring, log=log, length=jnp.where(leaves, 0, cache.length))
+
+
+def free_tokens(cache: Cache) -> Int[Array, ""]:
+    """How many more tokens the global layers' free pages hold, on all devices together."""
+    return jnp.sum(cache.log.owner == FREE) * PAGE
+
+
+def pages_a_group(cache: Cache) -> int:
+    """Pages of global layers that the rows of a group share, on each of their devices."""
+    shards, rows, _ = cache.log.table.shape
+    return len(cache.log.owner) // (shards * row_groups(rows)) - 1
 
 
 def plan_writes(cache: Cache, new: Coords) -> tuple[Writes, Cache]:
-    """Where the new tokens go, and the cache with its coordinates (not yet its keys) updated.
+    """Where the new tokens go, and the cache with all but its keys updated.
 
-    Tokens beyond the capacity go nowhere: callers check `length` against it.
+    Tokens beyond the capacity, or beyond the pages that are free, go nowhere: callers make sure
+    that there is room.
 
     Args:
         new: coordinates of the new tokens, [B, S]; a row's segments are contiguous.
@@ -162,53 +248,80 @@ def plan_writes(cache: Cache, new: Coords) -> tuple[Writes, Cache]:
     Raises:
         UserError: if the cache was made for another mesh.
     """
-    capacity, chunk = cache.log.position.shape[1], cache.ring.position.shape[1]
-    shards = slot_shards()
-    if capacity % (DEAL * shards):
+    shards, made_for = slot_shards(), cache.log.table.shape[0]
+    if shards != made_for:
         raise UserError(
-            f"a cache of {capacity} slots cannot be dealt out over {shards} devices; "
+            f"a cache that is dealt out over {made_for} device(s) is used on a mesh with {shards}; "
             "make it with init_cache under the mesh it is used on."
         )
     real = new.segment != 0
-    slot = cache.length[:, None] + jnp.cumsum(real, axis=1) - 1
-    log = jnp.where(real & (slot < capacity), deal_out(slot, capacity, shards), capacity)
-    ring = jnp.where(_in_last_chunk(new, real, chunk), new.position % max(chunk, 1), chunk)
-    cache = cache._replace(
-        ring=_write_coords(cache.ring, ring, new),
-        log=_write_coords(cache.log, log, new),
-        length=cache.length + jnp.sum(real, axis=1),
-    )
-    return Writes(ring, log), cache
+    slot = jnp.where(real, cache.length[:, None] + jnp.cumsum(real, axis=1) - 1, -1)
+
+    def body(ring, log, new, slot):
+        ring, ring_places = _write_tokens(ring, _ring_slots(ring, new), new)
+        log, log_places = _write_tokens(log, _slots_here(slot, shards), new)
+        return ring, log, ring_places[None], log_places[None]
+
+    ring, log, *writes = _per_store(cache, body, new, slot)
+    cache = cache._replace(ring=ring, log=log, length=cache.length + jnp.sum(real, axis=1))
+    return Writes(*writes), cache
 
 
-def deal_out(slot: jax.Array, capacity: int, shards: int) -> jax.Array:
-    """The place of a log slot when blocks of DEAL slots are dealt to the shards in turn."""
-    block, within = slot // DEAL, slot % DEAL
-    return block % shards * (capacity // shards) + block // shards * DEAL + within
+def _write_tokens(pool: Pool, slots, new: Coords) -> tuple[Pool, jax.Array]:
+    """The pool with pages for the new tokens and their coordinates, and their places."""
+    pool = take_pages(pool, slots)
+    where = places(pool, slots)
+    return write_coords(pool, where, new), where
 
 
-def _in_last_chunk(new: Coords, real: jax.Array, chunk: int) -> jax.Array:
-    """Tokens of the chunk that the row ends in: the only ones that a later token may see."""
-    if not chunk:
-        return jnp.zeros_like(real)
+def _per_store(cache: Cache, body, *of_rows):
+    """Runs `body(ring, log, *of_rows)` on each device's pools and rows.
+
+    It returns both pools, and for any further result one a pool, [1, B, ...].
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return body(cache.ring, cache.log, *of_rows)
+    rows = cache.length.shape[0]
+    ring, log = (pool_spec(mesh, rows, spread) for spread in (False, True))
+    row_spec = meshes.spread_spec(mesh, _row_axes(mesh, rows))
+    specs = (ring, log, *(row_spec for _ in of_rows))
+    outs = (ring, log) if len(of_rows) == 1 else (ring, log, ring.table, log.table)
+    return meshes.per_device(body, specs, outs)(cache.ring, cache.log, *of_rows)
+
+
+def _slots_here(slot: jax.Array, shards: int) -> jax.Array:
+    """Slots [B, S] of the log counted over this device's pages of the row; -1 for those elsewhere.
+
+    A row's pages are dealt out in turn, every row's from another device on.
+    """
+    if shards == 1:
+        return slot
+    page, me = slot // PAGE, jax.lax.axis_index(meshes.RULES["slots"])
+    turn = (page + jnp.arange(slot.shape[0])[:, None]) % shards
+    here = (slot >= 0) & (turn == me)
+    return jnp.where(here, page // shards * PAGE + slot % PAGE, -1)
+
+
+def _ring_slots(pool: Pool, new: Coords) -> jax.Array:
+    """Of tokens of the chunk that the row ends in: the only ones that a later token may see."""
+    chunk = pool.table.shape[2] * pool.coords.segment.shape[1]
+    real = new.segment != 0
     order = jnp.arange(real.shape[1])
     last = jnp.max(jnp.where(real, order, 0), axis=1, keepdims=True)
     position, segment = (jnp.take_along_axis(c, last, axis=1) for c in new)
-    return real & (new.segment == segment) & (new.position // chunk == position // chunk)
+    same = (new.segment == segment) & (new.position // chunk == position // chunk)
+    return jnp.where(real & same, new.position % chunk, -1)
 
 
-def _write_coords(coords: Coords, slots: jax.Array, new: Coords) -> Coords:
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return Coords(
-        *(old.at[rows, slots].set(x, mode="drop") for old, x in zip(coords, new, strict=True))
-    )
+def write(keys, new: Float[Array, "B K S d"], where: Int[Array, "B S"]):
+    """Puts new keys or values, quantized if the cache is, in their places."""
+    if isinstance(keys, Quantized):
+        new = quantize(new, keys.format)
 
+    def put(leaf, x):
+        page = leaf.shape[2]
+        x = jnp.swapaxes(x, 1, 2).astype(leaf.dtype)
+        return leaf.at[where // page, :, where % page].set(x, mode="drop")
 
-def write(
-    cache: Float[Array, "B K T d"], new: Float[Array, "B K S d"], slots: Int[Array, "B S"]
-) -> Float[Array, "B K T d"]:
-    """Puts new keys or values in their slots; a slot outside [0, T) drops its token."""
-    slots = jnp.where(slots < 0, cache.shape[2], slots)
-    rows = jnp.arange(slots.shape[0])[:, None]
-    values = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
-    return cache.at[rows, :, slots].set(values, mode="drop")
+    return jax.tree.map(put, keys, new)

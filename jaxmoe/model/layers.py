@@ -11,10 +11,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import Llama4Config, RopeScaling
+from jaxmoe.model.quantized import quantized_linear
+from pallas_kernels.quantized import QuantizedMatrix
 
 
-def linear(subscripts: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
-    """An einsum with float32 sums, rounded to the dtype of `x`."""
+def linear(
+    subscripts: str,
+    x: Float[Array, "..."],
+    w: Float[Array, "..."] | QuantizedMatrix,
+    head_dim: int | None = None,
+) -> Float[Array, "..."]:
+    """An einsum with float32 sums, rounded to the dtype of `x`.
+
+    Args:
+        head_dim: of the heads that `w` makes; needed where it is quantized.
+    """
+    if isinstance(w, QuantizedMatrix):
+        return quantized_linear(subscripts, x, w, head_dim)
     out = jnp.einsum(
         subscripts, x, w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )

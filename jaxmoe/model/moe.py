@@ -9,11 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe import mesh as meshes
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.layers import linear, swiglu
+from jaxmoe.model.params import map_arrays, moe_specs
 from pallas_kernels.experts import (
     block_rows,
     combine,
@@ -37,6 +39,29 @@ class Routing(NamedTuple):
     score: Float[Array, "B S k"]
 
 
+class RouterStats(NamedTuple):
+    """How one layer's router spread the real tokens: plain arrays, a few numbers for each expert.
+
+    They replace the router's logits, which would be B * S * E numbers kept for every layer.
+    """
+
+    assignments: Int[Array, "E"]  # how many the router made to each expert
+    mean_probability: Float[Array, "E"]  # of the softmax of its logits, float32; differentiable
+    entropy: Float[Array, ""]  # of that softmax, mean over tokens, in nats
+    dropped: Int[Array, ""]  # assignments that came to no expert, counted where experts run
+    tokens: Int[Array, ""]  # padding does not count here or above
+
+    @property
+    def load(self) -> Float[Array, "E"]:
+        """The fraction of all assignments that each expert gets."""
+        return self.assignments / jnp.maximum(jnp.sum(self.assignments), 1)
+
+    @property
+    def peak(self) -> Float[Array, ""]:
+        """The largest load over the mean load: 1 is even, E is collapse."""
+        return jnp.max(self.load) * self.assignments.shape[0]
+
+
 def route(
     config: Llama4Config, router: Float[Array, "D E"], x: Float[Array, "B S D"], real: jax.Array
 ) -> Routing:
@@ -49,60 +74,103 @@ def route(
 
 def moe(
     config: Llama4Config, p: dict, x: Float[Array, "B S D"], real: jax.Array
-) -> tuple[Float[Array, "B S D"], Routing]:
+) -> tuple[Float[Array, "B S D"], RouterStats]:
     """Shared expert on x, plus the chosen experts on score * x."""
     routing = route(config, p["router"], x, real)
-    routed = spread_over_mesh(config, p["experts"], x, routing)
-    return swiglu(p["shared"], x) + routed, routing
+    routed, reached = spread_over_mesh(config, p["experts"], x, routing)
+    return swiglu(p["shared"], x) + routed, router_stats(routing, real, reached)
+
+
+def router_stats(
+    routing: Routing, real: Bool[Array, "B S"], reached: Int[Array, ""]
+) -> RouterStats:
+    """What is worth knowing of a layer's routing, its logits left behind.
+
+    Args:
+        routing: of all tokens, wherever they lie on the mesh.
+        real: which tokens are no padding.
+        reached: how many assignments came to their expert; see `spread_over_mesh`.
+    """
+    E, k = routing.logits.shape[-1], routing.expert.shape[-1]
+    assignments = jnp.sum(jax.nn.one_hot(routing.expert, E, dtype=jnp.int32), axis=(0, 1, 2))
+    log_p = jax.nn.log_softmax(routing.logits.astype(jnp.float32))
+    p = jnp.exp(log_p)
+    entropy = _mean_of_real(-jnp.sum(p * log_p, axis=-1), real)
+    tokens = jnp.sum(real)
+    return RouterStats(assignments, _mean_of_real(p, real), entropy, k * tokens - reached, tokens)
+
+
+def _mean_of_real(x: Float[Array, "B S *rest"], real: Bool[Array, "B S"]) -> Float[Array, "*rest"]:
+    mask = real.reshape(*real.shape, *(1,) * (x.ndim - 2))
+    return jnp.sum(jnp.where(mask, x, 0.0), axis=(0, 1)) / jnp.maximum(jnp.sum(real), 1)
 
 
 def spread_over_mesh(
     config: Llama4Config, p: dict, x: Float[Array, "B S D"], routing: Routing
-) -> Float[Array, "B S D"]:
-    """Every device runs its experts on the tokens that chose them, wherever these are."""
+) -> tuple[Float[Array, "B S D"], Int[Array, ""]]:
+    """Every device runs its experts on the tokens that chose them, wherever these are.
+
+    Returns:
+        The experts' sum for each token, and how many assignments came to a device of their expert:
+        counted there, after the journey, so that a lost one shows.
+    """
     mesh = meshes.current_mesh()
     if mesh is None:
-        return run_experts(config.num_local_experts, 0, p, x, routing.expert, routing.score)
+        return _run_counted(config.num_local_experts, 0, p, x, routing.expert, routing.score)
     tokens = (x, routing.expert, routing.score)
     token_spec = meshes.activation_spec(mesh, ("batch", "length", None), x.shape)
-    up_spec = meshes.param_spec_at_use(("expert", "embed", "ffn"))
-    down_spec = meshes.param_spec_at_use(("expert", "ffn", "embed"))
-    p_spec = {"gate": up_spec, "up": up_spec, "down": down_spec}
+    specs = moe_specs(config)["experts"]
+    p_spec = map_arrays(lambda w, axes: meshes.param_spec_at_use(axes), specs, p)
     way = {"stay": _stay, "gather": _gather, "exchange": _exchange}[exchange_way(mesh, x.shape)]
+    counted_over = {*_token_axes(mesh, x.shape), *meshes.RULES["expert"]}
 
     def body(p, *tokens):
-        return lax.psum(way(config.num_local_experts, p, *tokens), meshes.RULES["ffn"])
+        out, reached = way(config.num_local_experts, p, *tokens)
+        return lax.psum(out, meshes.RULES["ffn"]), lax.psum(reached, tuple(sorted(counted_over)))
 
-    return meshes.per_device(body, (p_spec,) + 3 * (token_spec,), token_spec)(p, *tokens)
+    out_specs = (token_spec, PartitionSpec())
+    return meshes.per_device(body, (p_spec,) + 3 * (token_spec,), out_specs)(p, *tokens)
 
 
 def exchange_way(mesh, shape: tuple[int, ...]) -> str:
-    """How tokens [B, S, D] and experts meet on a mesh.
+    """How tokens and experts meet on a mesh: "stay", "gather" or "exchange".
 
-    "stay": the tokens are on all devices of the expert axis. Otherwise each has some of them, and
-    all are gathered ("gather") if they are few, or each is sent to its expert ("exchange").
+    A pure function of sizes, so the way is chosen when a step is traced and can be asked for
+    beforehand: `print(exchange_way(mesh, (rows, tokens, embed)))`, with no device at work.
+
+    - "stay": every device of the `expert` axis has the same tokens, because the axis has one device
+      or does not divide the rows. Each runs its experts on them and the results are summed.
+    - "gather": each has some of the rows and few tokens, up to `FEW_TOKENS`, as in decoding. All
+      gather all tokens, and each gets its own share of the sum back.
+    - "exchange": each has more than that, as in prefill and training. A token is sent to the
+      devices of its experts and back.
+
+    Args:
+        mesh: a mesh or abstract mesh with the axes of `jaxmoe.mesh.AXES`.
+        shape: of the layer's input [B, S, D] over the whole mesh, as `moe` is given it.
     """
-    experts = meshes.RULES["expert"]
-    if not set(experts) & set(meshes.activation_axes(mesh, "batch", shape[0])):
+    if not set(meshes.RULES["expert"]) & set(meshes.activation_axes(mesh, "batch", shape[0])):
         return "stay"
-    spread = [
-        math.prod(mesh.shape[axis] for axis in meshes.activation_axes(mesh, logical, size))
-        for logical, size in zip(("batch", "length"), shape[:2], strict=True)
-    ]
-    return "gather" if shape[0] * shape[1] // math.prod(spread) <= FEW_TOKENS else "exchange"
+    devices = math.prod(mesh.shape[axis] for axis in _token_axes(mesh, shape))
+    return "gather" if shape[0] * shape[1] // devices <= FEW_TOKENS else "exchange"
 
 
-def _stay(num_experts: int, p: dict, x, expert, score):
-    experts = meshes.RULES["expert"]
-    first = lax.axis_index(experts) * p["down"].shape[0]
-    return lax.psum(run_experts(num_experts, first, p, x, expert, score), experts)
+def _token_axes(mesh, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The mesh axes along which devices have different tokens."""
+    rows, length = zip(("batch", "length"), shape[:2], strict=True)
+    return meshes.activation_axes(mesh, *rows) + meshes.activation_axes(mesh, *length)
+
+
+def _stay(num_experts: int, p: dict, *tokens):
+    out, reached = _run_counted(num_experts, _first_expert(p), p, *tokens)
+    return lax.psum(out, meshes.RULES["expert"]), reached
 
 
 def _gather(num_experts: int, p: dict, *tokens):
     experts = meshes.RULES["expert"]
     tokens = [lax.all_gather(z, experts, axis=0, tiled=True) for z in tokens]
-    out = run_experts(num_experts, lax.axis_index(experts) * p["down"].shape[0], p, *tokens)
-    return lax.psum_scatter(out, experts, scatter_dimension=0, tiled=True)
+    out, reached = _run_counted(num_experts, _first_expert(p), p, *tokens)
+    return lax.psum_scatter(out, experts, scatter_dimension=0, tiled=True), reached
 
 
 def _exchange(num_experts: int, p: dict, x, expert, score):
@@ -115,11 +183,26 @@ def _exchange(num_experts: int, p: dict, x, expert, score):
     came = about[:, 0] > 0
     expert_here = jnp.where(came, about[:, 0].astype(jnp.int32) - 1, num_experts)
     rows = send(plan, items, axis)
-    first = lax.axis_index(axis) * here
-    out = run_experts(
-        num_experts, first, p, rows[None], expert_here[None, :, None], about[None, :, 1:]
+    out, reached = _run_counted(
+        num_experts,
+        _first_expert(p),
+        p,
+        rows[None],
+        expert_here[None, :, None],
+        about[None, :, 1:],
     )
-    return send_back(plan, out[0], axis).reshape(*expert.shape, D).sum(2)
+    return send_back(plan, out[0], axis).reshape(*expert.shape, D).sum(2), reached
+
+
+def _first_expert(p: dict) -> jax.Array:
+    """The number of this device's first expert."""
+    return lax.axis_index(meshes.RULES["expert"]) * p["down"].shape[0]
+
+
+def _run_counted(num_experts: int, first: int | jax.Array, p: dict, x, expert, score):
+    """`run_experts`, and how many of the assignments were for the experts here."""
+    here = (expert >= first) & (expert < first + p["down"].shape[0])
+    return run_experts(num_experts, first, p, x, expert, score), jnp.sum(here)
 
 
 def run_experts(

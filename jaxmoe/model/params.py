@@ -9,25 +9,48 @@ F feed-forward width.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import check_divides, param_spec, sharding
+from jaxmoe.model.quantized import matrix_axes
+from pallas_kernels.quantized import QuantizedMatrix, quantize_matrix
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its shape, the logical axis of each dimension, and how it is initialized.
+    """One parameter: its shape, the logical axis of each dimension, and what is done with it.
 
-    `fan_in` is the number of inputs a matmul sums over: entries start as normals of standard
-    deviation `fan_in ** -0.5`. None means ones (norm weights).
+    Attributes:
+        inputs: the dimensions that a matmul sums over; () for a table of vectors, None for the
+            weights of a norm, which start as ones.
+        quantizable: whether it may be stored as a `QuantizedMatrix`.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    fan_in: int | None
+    inputs: tuple[int, ...] | None
+    quantizable: bool = False
+
+    @property
+    def fan_in(self) -> int | None:
+        """How many inputs are summed: entries start as normals of deviation `fan_in ** -0.5`."""
+        return None if self.inputs is None else math.prod(self.shape[i] for i in self.inputs)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """As matrices [..., in, out]: of several dimensions that are summed or not, one."""
+        first, last = self.inputs[0], self.inputs[-1] + 1
+        return (*self.shape[:first], self.fan_in, math.prod(self.shape[last:]))
+
+    @property
+    def matrix_axes(self) -> tuple[str | None, ...]:
+        """The logical axes of `matrix_shape`."""
+        first, last = self.inputs[0], self.inputs[-1] + 1
+        return (*self.axes[:first], self.axes[first], self.axes[last])
 
     def init(self, key: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Random values, or ones."""
@@ -45,19 +68,19 @@ def attention_specs(config: Llama4Config) -> SpecTree:
     D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     d = config.head_dim
     return {
-        "q": ParamSpec((D, H, d), ("embed", "heads", None), D),
-        "k": ParamSpec((D, K, d), ("embed", "kv_heads", None), D),
-        "v": ParamSpec((D, K, d), ("embed", "kv_heads", None), D),
-        "o": ParamSpec((H, d, D), ("heads", None, "embed"), H * d),
+        "q": ParamSpec((D, H, d), ("embed", "heads", None), (0,), quantizable=True),
+        "k": ParamSpec((D, K, d), ("embed", "kv_heads", None), (0,), quantizable=True),
+        "v": ParamSpec((D, K, d), ("embed", "kv_heads", None), (0,), quantizable=True),
+        "o": ParamSpec((H, d, D), ("heads", None, "embed"), (0, 1), quantizable=True),
     }
 
 
 def swiglu_specs(D: int, F: int) -> SpecTree:
     """A dense layer, or the shared expert."""
     return {
-        "gate": ParamSpec((D, F), ("embed", "ffn"), D),
-        "up": ParamSpec((D, F), ("embed", "ffn"), D),
-        "down": ParamSpec((F, D), ("ffn", "embed"), F),
+        "gate": ParamSpec((D, F), ("embed", "ffn"), (0,), quantizable=True),
+        "up": ParamSpec((D, F), ("embed", "ffn"), (0,), quantizable=True),
+        "down": ParamSpec((F, D), ("ffn", "embed"), (0,), quantizable=True),
     }
 
 
@@ -65,12 +88,12 @@ def moe_specs(config: Llama4Config) -> SpecTree:
     """Router, shared expert and routed experts of one layer."""
     D, F, E = config.hidden_size, config.intermediate_size, config.num_local_experts
     return {
-        "router": ParamSpec((D, E), ("embed", None), D),
+        "router": ParamSpec((D, E), ("embed", None), (0,)),
         "shared": swiglu_specs(D, F),
         "experts": {
-            "gate": ParamSpec((E, D, F), ("expert", "embed", "ffn"), D),
-            "up": ParamSpec((E, D, F), ("expert", "embed", "ffn"), D),
-            "down": ParamSpec((E, F, D), ("expert", "ffn", "embed"), F),
+            "gate": ParamSpec((E, D, F), ("expert", "embed", "ffn"), (1,), quantizable=True),
+            "up": ParamSpec((E, D, F), ("expert", "embed", "ffn"), (1,), quantizable=True),
+            "down": ParamSpec((E, F, D), ("expert", "ffn", "embed"), (1,), quantizable=True),
         },
     }
 
@@ -93,12 +116,12 @@ def param_specs(config: Llama4Config) -> SpecTree:
     """The whole text model; `layers` is a list, first layer first."""
     D, V = config.hidden_size, config.vocab_size
     specs = {
-        "embed": ParamSpec((V, D), ("vocab", "embed"), 1),
+        "embed": ParamSpec((V, D), ("vocab", "embed"), ()),
         "layers": [layer_specs(config, kind) for kind in config.layers],
         "norm": ParamSpec((D,), (None,), None),
     }
     if not config.tie_word_embeddings:
-        specs["lm_head"] = ParamSpec((D, V), ("embed", "vocab"), D)
+        specs["lm_head"] = ParamSpec((D, V), ("embed", "vocab"), (0,))
     return specs
 
 
@@ -107,7 +130,7 @@ def is_spec(x) -> bool:
     return isinstance(x, ParamSpec)
 
 
-def map_specs(function: Callable, specs: SpecTree, *rest):
+def map_specs(function: Callable, specs: SpecTree | ParamSpec, *rest):
     """`jax.tree.map` over specs (and parameter trees of the same structure)."""
     return jax.tree.map(function, specs, *rest, is_leaf=is_spec)
 
@@ -119,6 +142,14 @@ def named_specs(config: Llama4Config) -> dict[str, ParamSpec]:
         ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): spec
         for path, spec in leaves
     }
+
+
+def named_params(config: Llama4Config, params: SpecTree) -> dict[str, tuple[ParamSpec, Any]]:
+    """Dotted name to spec and what is stored: an array or a `QuantizedMatrix`."""
+    treedef = jax.tree.structure(param_specs(config), is_leaf=is_spec)
+    specs = named_specs(config)
+    stored = zip(specs.items(), treedef.flatten_up_to(params), strict=True)
+    return {name: (spec, w) for (name, spec), w in stored}
 
 
 def num_params(config: Llama4Config) -> int:
@@ -134,17 +165,47 @@ def init_params(config: Llama4Config, key: jax.Array, dtype=jnp.float32):
     return treedef.unflatten([spec.init(k, dtype) for spec, k in zip(leaves, keys, strict=True)])
 
 
-def abstract_params(config: Llama4Config, mesh, dtype=jnp.bfloat16):
+def stored_axes(spec: ParamSpec, w):
+    """The logical axes of each array that stores a parameter, in a tree like `w`."""
+    return matrix_axes(w, *spec.matrix_axes) if isinstance(w, QuantizedMatrix) else spec.axes
+
+
+def map_arrays(function: Callable, specs: SpecTree | ParamSpec, params):
+    """`function(array, axes)` of every array that stores a parameter, with its logical axes."""
+
+    def mapped(spec: ParamSpec, w):
+        return jax.tree.map(function, w, stored_axes(spec, w))
+
+    return map_specs(mapped, specs, params)
+
+
+def quantize_params(config: Llama4Config, params: dict, format: str) -> dict:
+    """The parameters with matrices in 8 or 4 bits; routers, norms and embeddings as they are."""
+
+    def stored(spec: ParamSpec, w):
+        if not spec.quantizable or isinstance(w, QuantizedMatrix):
+            return w
+        return quantize_matrix(w.reshape(spec.matrix_shape), format)
+
+    return map_specs(stored, param_specs(config), params)
+
+
+def abstract_params(config: Llama4Config, mesh, dtype=jnp.bfloat16, format: str | None = None):
     """ShapeDtypeStructs with shardings: what a compiler or a loader needs to know.
+
+    Args:
+        format: of quantized matrices; None for none.
 
     Raises:
         UserError: if the mesh does not divide a parameter.
     """
-    for name, spec in named_specs(config).items():
-        check_divides(name, spec.shape, spec.axes, mesh)
-    return map_specs(
-        lambda spec: jax.ShapeDtypeStruct(
-            spec.shape, dtype, sharding=sharding(mesh, param_spec(spec.axes))
-        ),
-        param_specs(config),
-    )
+    params = map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), param_specs(config))
+    if format is not None:
+        params = jax.eval_shape(lambda params: quantize_params(config, params, format), params)
+    for name, (spec, w) in named_params(config, params).items():
+        map_arrays(lambda x, axes, name=name: check_divides(name, x.shape, axes, mesh), spec, w)
+
+    def placed(x, axes):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, param_spec(axes)))
+
+    return map_arrays(placed, param_specs(config), params)

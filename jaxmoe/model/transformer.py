@@ -1,6 +1,6 @@
 """The Llama 4 text decoder, top to bottom.
 
-    hidden, cache, routing = forward(config, params, tokens, positions, segment_ids, cache)
+    hidden, cache, router_stats = forward(config, params, tokens, positions, segment_ids, cache)
     logits = unembed(config, params, hidden)
 
 Pure functions of arrays; `Llama4` owns the parameters as an NNX module. Shape letters: B rows,
@@ -20,8 +20,8 @@ from jaxmoe.model.attention import Step, attention, start_step
 from jaxmoe.model.cache import Cache, LayerCache
 from jaxmoe.model.embedding import embed, unembed
 from jaxmoe.model.layers import rms_norm, swiglu
-from jaxmoe.model.moe import Routing, moe
-from jaxmoe.model.params import init_params, layer_specs, map_specs
+from jaxmoe.model.moe import RouterStats, moe
+from jaxmoe.model.params import init_params, layer_specs, map_arrays
 from pallas_kernels.attention import Coords
 
 
@@ -30,7 +30,7 @@ class Output(NamedTuple):
 
     hidden: Float[Array, "B S D"]  # after the final norm; `unembed` makes logits of it
     cache: Cache | None
-    routing: tuple[Routing, ...]  # one a MoE layer, first to last
+    router_stats: tuple[RouterStats, ...]  # one a MoE layer, first to last
 
 
 def forward(
@@ -57,14 +57,14 @@ def forward(
     entries = cache.layers if cache is not None else [None] * len(config.layers)
     run_layer = _remat_layer if remat else _jit_layer
     x = constrain(embed(params["embed"], tokens), "batch", "length", None)
-    new_entries, routing = [], []
+    new_entries, router_stats = [], []
     for kind, p, entry in zip(config.layers, params["layers"], entries, strict=True):
-        x, entry, routed = run_layer(config, kind, p, x, step, entry)
+        x, entry, stats = run_layer(config, kind, p, x, step, entry)
         new_entries.append(entry)
-        routing += [routed] if routed is not None else []
+        router_stats += [stats] if stats is not None else []
     if cache is not None:
         cache = cache._replace(layers=tuple(new_entries))
-    return Output(rms_norm(x, params["norm"], config.rms_norm_eps), cache, tuple(routing))
+    return Output(rms_norm(x, params["norm"], config.rms_norm_eps), cache, tuple(router_stats))
 
 
 def decoder_layer(
@@ -74,19 +74,19 @@ def decoder_layer(
     x: Float[Array, "B S D"],
     step: Step,
     cache: LayerCache | None,
-) -> tuple[Float[Array, "B S D"], LayerCache | None, Routing | None]:
+) -> tuple[Float[Array, "B S D"], LayerCache | None, RouterStats | None]:
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
     p, x = jax.lax.optimization_barrier((p, x))  # or all layers' weights are gathered at once
-    p = map_specs(lambda spec, w: constrain_param(w, spec.axes), layer_specs(config, kind), p)
+    p = map_arrays(constrain_param, layer_specs(config, kind), p)
     normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
     out, cache = attention(config, kind, p["attention"], normed, step, cache)
     x = constrain(x + out, "batch", "length", None)
     normed = rms_norm(x, p["feed_forward_norm"], config.rms_norm_eps)
     if kind.feed_forward == "moe":
-        out, routing = moe(config, p["feed_forward"], normed, step.coords.segment != 0)
+        out, stats = moe(config, p["feed_forward"], normed, step.coords.segment != 0)
     else:
-        out, routing = swiglu(p["feed_forward"], normed), None
-    return constrain(x + out, "batch", "length", None), cache, routing
+        out, stats = swiglu(p["feed_forward"], normed), None
+    return constrain(x + out, "batch", "length", None), cache, stats
 
 
 # Layers of one kind are traced once and called many times.

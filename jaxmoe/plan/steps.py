@@ -25,6 +25,7 @@ def abstract_arguments(
     tokens: int,
     capacity: int,
     weights=jnp.bfloat16,
+    format: str | None = None,
     kv=jnp.bfloat16,
 ) -> tuple:
     """What `cached_step` takes after the config, as ShapeDtypeStructs laid out over `mesh`.
@@ -33,11 +34,12 @@ def abstract_arguments(
         rows, tokens: the shape of one step's new tokens.
         capacity: tokens a row of the cache holds.
         weights, kv: dtypes of the parameters and of the cache.
+        format: of quantized matrices.
     """
     spec = activation_spec(mesh, ("batch", "length"), (rows, tokens))
     new = jax.ShapeDtypeStruct((rows, tokens), jnp.int32, sharding=sharding(mesh, spec))
     cache = abstract_cache(config, rows, capacity, kv, mesh)
-    return abstract_params(config, mesh, weights), new, new, new, cache
+    return abstract_params(config, mesh, weights, format), new, new, new, cache
 
 
 def lower_step(config: Llama4Config, mesh: Mesh, arguments: tuple) -> jax.stages.Lowered:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import Llama4Config
-from jaxmoe.model.moe import Routing
+from jaxmoe.model.moe import RouterStats
 from jaxmoe.model.transformer import forward, positions_of, unembed
 
 
@@ -19,9 +19,7 @@ class RouterHealth(NamedTuple):
 
     load: Float[Array, "L E"]  # fraction of the assignments that each expert gets
     entropy: Float[Array, "L"]  # of the router's softmax, mean over tokens, in nats
-    peak: Float[
-        Array, "L"
-    ]  # the busiest expert's load over the mean load: 1 is even, E is collapse
+    peak: Float[Array, "L"]  # the largest load over the mean load: 1 is even, E is collapse
     dropped: Int[Array, ""]  # assignments that reached no expert
 
 
@@ -47,7 +45,7 @@ def losses(
     out = forward(config, params, tokens, positions, segment_ids, remat=remat)
     total, count = cross_entropy_sum(unembed(config, params, out.hidden), tokens, segment_ids)
     cross_entropy = total / jnp.maximum(count, 1)
-    balance, health = router_losses(out.routing, segment_ids != 0)
+    balance, health = router_losses(out.router_stats)
     return Losses(cross_entropy + router_loss * balance, cross_entropy, balance, health)
 
 
@@ -71,37 +69,25 @@ def cross_entropy_sum(
     return jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(real)
 
 
-def router_losses(
-    routing: tuple[Routing, ...], real: Bool[Array, "B S"]
-) -> tuple[Float[Array, ""], RouterHealth]:
+def router_losses(layers: tuple[RouterStats, ...]) -> tuple[Float[Array, ""], RouterHealth]:
     """The load-balance loss, mean over MoE layers (0 if there are none), and the routers' health.
 
     A layer's loss is E * sum_e(fraction of assignments to e * mean softmax probability of e), which
     is 1 where both are even. Equation 4 of Switch Transformer (Fedus et al. 2021), here over real
     tokens only, and for top-k over all assignments.
     """
-    if not routing:
+    if not layers:
         empty = jnp.zeros((0,))
         return jnp.float32(0), RouterHealth(jnp.zeros((0, 0)), empty, empty, jnp.int32(0))
-    layers = [_layer_balance(layer, real) for layer in routing]
-    balance, health = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    stacked = [(_balance(stats), _health(stats)) for stats in layers]
+    balance, health = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
     return balance.mean(), health._replace(dropped=health.dropped.sum())
 
 
-def _layer_balance(
-    routing: Routing, real: Bool[Array, "B S"]
-) -> tuple[Float[Array, ""], RouterHealth]:
-    E, k = routing.logits.shape[-1], routing.expert.shape[-1]
-    wanted = k * jnp.sum(real)
-    counts = jnp.sum(jax.nn.one_hot(routing.expert, E, dtype=jnp.int32), axis=(0, 1, 2))
-    load = counts / jnp.maximum(wanted, 1)
-    log_p = jax.nn.log_softmax(routing.logits.astype(jnp.float32))
-    p = jnp.exp(log_p)
-    balance = E * jnp.sum(load * _mean_of_real(p, real))
-    entropy = _mean_of_real(-jnp.sum(p * log_p, axis=-1), real)
-    return balance, RouterHealth(load, entropy, load.max() * E, wanted - counts.sum())
+def _balance(stats: RouterStats) -> Float[Array, ""]:
+    """The load is made of counts: the gradient is that of the probabilities alone."""
+    return stats.assignments.shape[0] * jnp.sum(stats.load * stats.mean_probability)
 
 
-def _mean_of_real(x: Float[Array, "B S *rest"], real: Bool[Array, "B S"]) -> Float[Array, "*rest"]:
-    mask = real.reshape(*real.shape, *(1,) * (x.ndim - 2))
-    return jnp.sum(jnp.where(mask, x, 0.0), axis=(0, 1)) / jnp.maximum(jnp.sum(real), 1)
+def _health(stats: RouterStats) -> RouterHealth:
+    return RouterHealth(stats.load, stats.entropy, stats.peak, stats.dropped)

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.cache import (
-    DEAL,
-    deal_out,
+    PAGE,
+    free_tokens,
     init_cache,
     plan_writes,
     restart_rows,
@@ -23,65 +23,114 @@ from pallas_kernels.attention import Coords
 
 
 def test_local_layers_keep_one_chunk_and_global_layers_the_sequence(small):
+    """In pages, of which one is nobody's."""
     cache = init_cache(small.config, 2, 256)
-    slots = [layer.k.shape[2] for layer in cache.layers]
-    assert slots == [16, 16, 16, 256]
+    pages = [(layer.k.shape[0], layer.k.shape[2]) for layer in cache.layers]
+    assert pages == [(3, 16), (3, 16), (3, 16), (1 + 2 * 4, PAGE)]
 
 
 def coords(positions, segments):
     return Coords(jnp.array([positions], jnp.int32), jnp.array([segments], jnp.int32))
 
 
+def held(pool, row=0):
+    """Positions and segments of a row's tokens, in the order of its pages."""
+    position, segment = (np.asarray(x)[np.asarray(pool.table)[0, row]].ravel() for x in pool.coords)
+    return position[segment != 0].tolist(), segment[segment != 0].tolist()
+
+
 def test_padding_takes_no_slot_and_the_last_chunk_fills_the_ring(small):
     cache = init_cache(small.config, 1, 64)
     new = coords([0, 0, *range(14, 19)], [0, 0, 1, 1, 1, 1, 1])
     writes, cache = plan_writes(cache, new)
-    assert writes.log[0].tolist() == [64, 64, 0, 1, 2, 3, 4]
-    assert writes.ring[0].tolist() == [16, 16, 16, 16, 0, 1, 2]  # 14 and 15 are a chunk behind
+    assert writes.log[0, 0].tolist() == [128, 128, 64, 65, 66, 67, 68]  # 128: nowhere
+    assert writes.ring[0, 0].tolist() == [32] * 4 + [16, 17, 18]  # 14 and 15 are a chunk behind
     assert cache.length.tolist() == [5]
-    assert cache.log.position[0, :5].tolist() == [14, 15, 16, 17, 18]
-    assert cache.ring.segment[0].tolist() == [1, 1, 1] + [0] * 13
+    assert held(cache.log) == ([14, 15, 16, 17, 18], [1] * 5)
+    assert held(cache.ring) == ([16, 17, 18], [1] * 3)
 
 
 def test_a_restarted_row_holds_nothing(small):
     cache = init_cache(small.config, 2, 64)
     both = Coords(jnp.array([[0, 1]] * 2), jnp.ones((2, 2), jnp.int32))
     _, cache = plan_writes(cache, both)
+    assert int(free_tokens(cache)) == 0
     cache = restart_rows(cache, jnp.array([1, 0]))
     assert cache.length.tolist() == [0, 2]
-    assert not cache.log.segment[0].any() and cache.log.segment[1, :2].all()
-    assert not cache.ring.segment[0].any() and cache.ring.segment[1, :2].all()
+    for pool in (cache.log, cache.ring):
+        assert held(pool) == ([], []) and held(pool, 1) == ([0, 1], [1, 1])
+        assert int(pool.coords.segment.sum()) == 2
+    assert int(free_tokens(cache)) == 64
 
 
-@pytest.mark.parametrize("shards", [1, 2, 8])
-def test_slots_are_dealt_out_evenly(shards):
-    capacity = 4 * shards * DEAL
-    places = np.asarray(deal_out(jnp.arange(capacity), capacity, shards))
-    assert sorted(places.tolist()) == list(range(capacity))
-    for prefix in range(0, capacity + 1, DEAL):
-        held = np.bincount(places[:prefix] // (capacity // shards), minlength=shards)
-        assert held.max() - held.min() <= DEAL
+def used(cache, shards):
+    """Pages in use of each of a row's devices."""
+    return (np.asarray(cache.log.owner) >= 0).reshape(shards, -1).sum(1)
+
+
+@pytest.mark.parametrize("shards", [2, 8])
+def test_pages_are_dealt_out_evenly(small, shards):
+    """Any prefix of one row, and short rows too."""
+    mesh = MeshConfig(sequence=shards).make(jax.devices()[:shards])
+    with jax.set_mesh(mesh):
+        cache = init_cache(small.config, 1, 4 * shards * PAGE)
+        for start in range(0, 3 * shards * PAGE, 96):
+            new = coords(range(start, start + 96), [1] * 96)
+            _, cache = plan_writes(cache, new)
+            assert np.ptp(used(cache, shards)) <= 1
+        rows = init_cache(small.config, shards, shards * PAGE)
+        new = Coords(jnp.zeros((shards, 1), jnp.int32), jnp.ones((shards, 1), jnp.int32))
+        assert used(plan_writes(rows, new)[1], shards).tolist() == [1] * shards
+
+
+def test_one_long_row_and_many_short_ones_share_a_pool(small):
+    """Of a tenth of what they would need if each had room for the longest."""
+    rows, longest = 16, 64 * PAGE
+    cache = init_cache(small.config, rows, longest, tokens=longest + (rows - 1) * PAGE)
+    lengths = np.array([longest] + [5] * (rows - 1))
+    new = jnp.arange(longest)[None] < lengths[:, None]
+    positions = jnp.broadcast_to(jnp.arange(longest), new.shape)
+    writes, cache = plan_writes(cache, Coords(positions, new.astype(jnp.int32)))
+    assert len(cache.log.owner) < rows * longest // PAGE // 10
+    assert all(held(cache.log, row)[0] == list(range(n)) for row, n in enumerate(lengths))
+    where = np.asarray(writes.log[0])
+    assert len(set(where[new].tolist())) == lengths.sum()  # no two tokens in one place
+
+
+def test_without_free_pages_tokens_go_nowhere(small):
+    cache = init_cache(small.config, 2, 2 * PAGE, tokens=PAGE)
+    new = Coords(jnp.arange(2 * PAGE)[None].repeat(2, 0), jnp.ones((2, 2 * PAGE), jnp.int32))
+    _, full = plan_writes(cache, new)
+    assert int(free_tokens(full)) == 0
+    owned = np.asarray(full.log.owner)
+    assert len(held(full.log)[0]) + len(held(full.log, 1)[0]) == PAGE * (owned >= 0).sum()
+    assert not np.asarray(full.log.coords.segment)[0].any()
 
 
 def test_capacity_must_be_dealt_out(small):
     mesh = MeshConfig(sequence=8).make()
-    assert round_capacity(1, mesh) == 8 * DEAL
+    assert round_capacity(1, mesh) == 8 * PAGE
     with pytest.raises(UserError, match="must be 512"):
         init_cache(small.config, 1, 100, mesh=mesh)
+
+
+def test_unknown_formats_are_refused(small):
+    with pytest.raises(UserError, match="'int2' is unknown; there are bf16, int8, fp8, int4"):
+        init_cache(small.config, 1, 64, "int2")
 
 
 def test_a_cache_made_without_the_mesh_is_refused(small):
     cache = init_cache(small.config, 1, 64)
     with (
         jax.set_mesh(MeshConfig(sequence=8).make()),
-        pytest.raises(UserError, match="64 slots cannot be dealt out over 8 devices"),
+        pytest.raises(UserError, match=r"dealt out over 1 device\(s\) is used on a mesh with 8"),
     ):
         plan_writes(cache, coords([0], [1]))
 
 
 def test_the_current_mesh_is_the_default(small):
     with jax.set_mesh(MeshConfig(sequence=8).make()):
-        assert init_cache(small.config, 1, round_capacity(1)).log.position.shape == (1, 8 * DEAL)
+        assert init_cache(small.config, 1, round_capacity(1)).log.table.shape == (8, 1, 1)
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "sequence=8", "expert=2,sequence=2,tensor=2"])

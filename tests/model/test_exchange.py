@@ -1,6 +1,7 @@
 """Experts spread over the mesh: every way of bringing tokens to them gives the same answer."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxmoe.config import PRESETS
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model import moe
 from jaxmoe.plan.absent import absent_h100s, compiler_options
+from tests.model import moe_layer
 
 D, F, E = 16, 8, 8
 MESHES = [
@@ -45,7 +47,7 @@ def results(k, p, x, routing):
     """Output, and gradients with respect to matrices, tokens and scores."""
 
     def run(p, x, score):
-        return moe.spread_over_mesh(config(k), p, x, routing._replace(score=score))
+        return moe.spread_over_mesh(config(k), p, x, routing._replace(score=score))[0]
 
     @jax.jit
     def both(p, x, score):
@@ -70,11 +72,55 @@ def test_every_mesh_gives_the_same(tokens, k, skew):
     assert "exchange" in ways if tokens > moe.FEW_TOKENS else ways == {"gather"}
 
 
-def test_tokens_on_every_device_stay():
-    mesh = MeshConfig(expert=8).make()
-    assert moe.exchange_way(mesh, (1, 4096, D)) == "stay"
-    assert moe.exchange_way(mesh, (8, 1, D)) == "gather"
-    assert moe.exchange_way(mesh, (8, 4096, D)) == "exchange"
+WAYS = [
+    # No experts on several devices.
+    ("data=8", (8, 4096), "stay"),
+    ("tensor=8", (8, 4096), "stay"),
+    ("fsdp=4,sequence=2", (8, 4096), "stay"),
+    # Rows that the expert axis does not divide, after those before it, lie on all of its devices.
+    ("expert=8", (1, 4096), "stay"),
+    ("expert=8", (12, 4096), "stay"),
+    ("data=2,expert=4", (2, 4096), "stay"),
+    ("fsdp=4,expert=2", (4, 4096), "stay"),
+    # Decoding.
+    ("expert=8", (8, 1), "gather"),
+    ("expert=8", (512, 1), "gather"),
+    ("expert=8", (520, 1), "exchange"),
+    ("expert=4,tensor=2", (256, 1), "gather"),
+    ("expert=4,tensor=2", (260, 1), "exchange"),
+    # Prefill and training.
+    ("expert=8", (8, 64), "gather"),
+    ("expert=8", (8, 65), "exchange"),
+    ("expert=4,sequence=2", (4, 128), "gather"),
+    ("expert=4,sequence=2", (4, 130), "exchange"),
+    ("expert=4,sequence=2", (4, 127), "exchange"),  # which two do not divide: 127 a device
+    ("data=2,fsdp=2,expert=2", (8, 8192), "exchange"),
+]
+
+
+@pytest.mark.parametrize(("text", "shape", "way"), WAYS)
+def test_way_of_typical_meshes(text, shape, way):
+    """Known from sizes alone: the same of a mesh without devices."""
+    mesh = MeshConfig.parse(text).make()
+    assert moe.exchange_way(mesh, (*shape, D)) == way
+    assert moe.exchange_way(mesh.abstract_mesh, (*shape, D)) == way
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (8, 1), (8, 72)])
+def test_the_way_that_is_named_is_traced(shape, monkeypatch):
+    """Chosen once, when traced, by the shape over the whole mesh."""
+    traced, ways = [], {name: getattr(moe, f"_{name}") for name in ("stay", "gather", "exchange")}
+    for name, way in ways.items():
+
+        def noted(*arguments, name=name, way=way):
+            traced.append(name)
+            return way(*arguments)
+
+        monkeypatch.setattr(moe, f"_{name}", noted)
+    case, mesh = moe_layer.config(), MeshConfig(expert=4, tensor=2).make()
+    with jax.set_mesh(mesh):
+        jax.eval_shape(functools.partial(moe.moe, case), *moe_layer.draw(case, *shape))
+    assert traced == [moe.exchange_way(mesh, (*shape, D))]
 
 
 @pytest.mark.absent_gpu
@@ -86,7 +132,7 @@ def test_tokens_are_exchanged_on_gpus():
 
     def run(p, x, expert, score):
         given = routing._replace(expert=expert, score=score)
-        return moe.spread_over_mesh(config(1), p, x, given)
+        return moe.spread_over_mesh(config(1), p, x, given)[0]
 
     def loss(*arguments):
         return run(*arguments).astype(jnp.float32).sum()

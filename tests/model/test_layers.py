@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.config import MAVERICK, SCOUT
 from jaxmoe.model.layers import rms_norm, rope_angles, rope_frequencies
-from jaxmoe.model.moe import moe
+from jaxmoe.model.moe import moe, route
 from jaxmoe.model.params import init_params
 
 
@@ -60,7 +60,7 @@ def test_score_scales_the_input_of_each_chosen_expert(small, top_k):
     p = init_params(config, jax.random.key(0))["layers"][0]["feed_forward"]
     x = jax.random.normal(jax.random.key(1), (2, 9, config.hidden_size))
     real = jnp.ones((2, 9), bool).at[0, :4].set(False)
-    out, routing = moe(config, p, x, real)
+    out, stats = moe(config, p, x, real)
 
     def expert(e, z):
         w = {name: np.asarray(p["experts"][name][e], np.float64) for name in p["experts"]}
@@ -77,4 +77,8 @@ def test_score_scales_the_input_of_each_chosen_expert(small, top_k):
             for e in np.argsort(-logits)[:top_k]:
                 expected = expected + expert(e, z / (1 + np.exp(-logits[e])))
         np.testing.assert_allclose(out[row, col], expected, atol=2e-5)
+    routing = route(config, p["router"], x, real)
     assert (np.asarray(routing.expert)[0, :4] == config.num_local_experts).all()
+    assert (stats.tokens, stats.dropped) == (14, 0)
+    chosen = np.asarray(routing.expert)[np.asarray(real)].reshape(-1)
+    np.testing.assert_array_equal(stats.assignments, np.bincount(chosen, minlength=8))

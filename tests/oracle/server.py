@@ -1,7 +1,8 @@
-"""Answers requests for transformers' logits, one JSON object a line, so that torch loads once.
+"""Answers requests for what transformers computes, one JSON object a line; torch loads once.
 
-Runs in the oracle's environment. A request names `checkpoint`, `tokens` (npz), `output` (npz to
-write), `decode_from` and `greedy`; the answer is `{}` or `{"error": ...}`.
+Runs in the oracle's environment. A request names `checkpoint`, `output` (npz to write), and either
+`tokens` (npz), `decode_from` and `greedy` for logits, or `moe_layer` (its index) and `input` (npy)
+for one layer's output; the answer is `{}` or `{"error": ...}`.
 """
 
 import json
@@ -12,9 +13,23 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import hf_logits
+import hf_moe
 
 
 def answer(request):
+    if "moe_layer" in request:
+        answer_layer(request)
+    else:
+        answer_logits(request)
+
+
+def answer_layer(request):
+    x = np.load(request["input"])
+    out, logits = hf_moe.layer_outputs(request["checkpoint"], request["moe_layer"], x)
+    np.savez(request["output"], out=out, logits=logits)
+
+
+def answer_logits(request):
     tokens = hf_logits.read_tokens(request["tokens"])
     model = hf_logits.load(request["checkpoint"])
     start = request["decode_from"]
@@ -31,7 +46,7 @@ def main():
         try:
             answer(json.loads(line))
             print("{}", flush=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             print(json.dumps({"error": str(error)}), flush=True)
 
 

@@ -3,10 +3,7 @@
 `JAXMOE_ORACLE_SEED`, which `make oracle` prints, repeats a run; each test's name ends in its seed.
 """
 
-import json
 import os
-import subprocess
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,29 +24,18 @@ NEW_TOKENS = 24
 SEED = int(os.environ.get("JAXMOE_ORACLE_SEED", "0"))
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    """A function that asks a process of the oracle's environment."""
-    python = os.environ.get("JAXMOE_ORACLE_PYTHON")
-    if not python:
-        pytest.fail("JAXMOE_ORACLE_PYTHON is not set; run `make oracle`, which sets it")
-    command = [python, str(Path(__file__).with_name("server.py"))]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+@pytest.fixture
+def transformers(ask_oracle):
+    """A function that returns the logits and greedy tokens of a checkpoint."""
 
-        def ask(checkpoint, folder, tokens, decode_from):
-            request = {"checkpoint": str(checkpoint), "decode_from": decode_from}
-            request |= {"tokens": str(folder / "in.npz"), "output": str(folder / "out.npz")}
-            np.savez(request["tokens"], tokens=tokens)
-            process.stdin.write(json.dumps(request | {"greedy": NEW_TOKENS}) + "\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            assert not answer, answer
-            return np.load(request["output"])
+    def ask(checkpoint, folder, tokens, decode_from):
+        request = {"checkpoint": str(checkpoint), "decode_from": decode_from, "greedy": NEW_TOKENS}
+        request |= {"tokens": str(folder / "in.npz"), "output": str(folder / "out.npz")}
+        np.savez(request["tokens"], tokens=tokens)
+        ask_oracle(request)
+        return np.load(request["output"])
 
-        yield ask
-        process.stdin.close()
+    return ask
 
 
 def greedy(model, prompts):

@@ -1,19 +1,24 @@
-"""benchmark.py attention, as far as it goes without a GPU."""
+"""benchmark.py attention, and what it shares with others, as far as they go without a GPU."""
 
+import argparse
+import dataclasses
 import json
 
 import _attention_cases
 import _attention_checks
-import _bench_attention
+import _bench_gpu
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tables
-from _attention_cases import Case, all_cases, matching, random_inputs, visible_pairs
-from _attention_checks import TOY, Outcome, checks_of, outcome
+from _attention_cases import Case, all_cases, random_inputs, visible_pairs
+from _attention_checks import TOY, checks_of, errors
 from _bench import Call, Effort, time_in_turn
+from _bench_attention import SUITE
+from _bench_checks import Outcome, largest_error, outcome
 
+from jaxmoe.errors import UserError
 from pallas_kernels.attention import coords_of, reach, visible
 from tests.scripts import refuses, succeeds
 
@@ -57,15 +62,20 @@ def test_pairs_are_those_of_the_rule(queries, keys, chunk):
     assert visible_pairs(queries, keys, chunk) == visible(q, coords_of(1, keys)).sum()
 
 
+def work(name):
+    (case,) = _bench_gpu.matching(all_cases(), name)
+    return case.work
+
+
 def test_work():
     """By hand: two products of 128 for each of 40 heads and each visible pair."""
     pairs = 8192 * 8193 / 2
-    assert matching("prefill-8k")[0].work == 4 * 40 * 128 * pairs
-    assert matching("backward-8k")[0].work == 2.5 * 4 * 40 * 128 * pairs
-    assert matching("prefill-64k-chunked")[0].work == 8 * 4 * 40 * 128 * pairs
+    assert work("prefill-8k") == {"TFLOP/s": 4 * 40 * 128 * pairs}
+    assert work("backward-8k") == {"TFLOP/s": 2.5 * 4 * 40 * 128 * pairs}
+    assert work("prefill-64k-chunked") == {"TFLOP/s": 8 * 4 * 40 * 128 * pairs}
     eight_thousand = 2 * 8 * 8192  # keys and values of 8 heads
-    assert matching("decode-8k-b8-bf16")[0].work == 8 * eight_thousand * 2 * 128
-    assert matching("decode-8k-b8-int4")[0].work == 8 * eight_thousand * (64 + 4)
+    assert work("decode-8k-b8-bf16") == {"TB/s": 8 * eight_thousand * 2 * 128}
+    assert work("decode-8k-b8-int4") == {"TB/s": 8 * eight_thousand * (64 + 4)}
 
 
 def test_caches_that_do_not_fit_are_left_out():
@@ -93,16 +103,16 @@ def test_a_wrong_result_fails_its_check(monkeypatch):
         return right(q, *args, chunk=chunk if q.dtype == jnp.float32 else None, **options)
 
     check = checks_of("prefill-chunked", TOY)[0]
-    assert outcome(check, "xla").failure is None
-    assert "raises ValueError" in outcome(check, "mosaic_gpu").failure
+    assert outcome(check, "xla", errors).failure is None
+    assert "raises ValueError" in outcome(check, "mosaic_gpu", errors).failure
     monkeypatch.setattr(_attention_checks, "_outputs", forgets_chunks)
-    failure = outcome(check, "xla").failure
+    failure = outcome(check, "xla", errors).failure
     assert "prefill-chunked plain is off" in failure and "out by " in failure
 
 
 def test_errors_see_nan_and_infinities():
     def error(got, want):
-        return Outcome("", {"out": _attention_checks._error(np.array(got), np.array(want))})
+        return Outcome("", {"out": largest_error(np.array(got), np.array(want))})
 
     assert error([1.0, -np.inf], [1.0, -np.inf]).failure is None
     assert error([1.0, 0.0], [1.0, -np.inf]).failure
@@ -113,11 +123,11 @@ def test_errors_see_nan_and_infinities():
 @pytest.fixture
 def figures(monkeypatch):
     """A run's, with the one case that a CPU is fast enough for; cuDNN is not there."""
-    monkeypatch.setattr(_bench_attention, "KERNELS", "xla")
+    monkeypatch.setattr(_bench_gpu, "KERNELS", "xla")
     ceilings = {"TFLOP/s": 800.0, "TB/s": 4.0}
     case = Case("prefill-64-chunked", "prefill", 64, 64, chunk=16)
-    found = _bench_attention._case_figures(case, Effort(rounds=2, seconds=0.01), ceilings)
-    return _bench_attention._header(jax.devices()[0]) | {
+    found = _bench_gpu.case_figures(SUITE, case, Effort(rounds=2, seconds=0.01), ceilings)
+    return _bench_gpu.header(jax.devices()[0]) | {
         "checks": {"run": 67, "failures": []},
         "rounds": 2,
         "ceilings": ceilings,
@@ -128,21 +138,23 @@ def figures(monkeypatch):
 
 def test_figures_of_a_case(figures):
     case = json.loads(json.dumps(figures))["cases"][0]
-    assert case["work"] == 4 * 40 * 128 * 4 * 136
-    assert case["rates"]["jaxmoe"] == pytest.approx(case["work"] / case["seconds"]["jaxmoe"] / 1e12)
-    assert case["of_ceiling"] == case["rates"]["jaxmoe"] / 800
+    assert case["work"] == {"TFLOP/s": 4 * 40 * 128 * 4 * 136}
+    rate = case["work"]["TFLOP/s"] / case["seconds"]["jaxmoe"] / 1e12
+    assert case["rates"]["jaxmoe"] == {"TFLOP/s": pytest.approx(rate)}
+    assert case["of_ceiling"] == pytest.approx(rate / 800)
     assert case["rates"]["cudnn"] is case["seconds"]["cudnn"] is None
     assert "cuDNN" in case["errors"]["cudnn"]
 
 
 def test_tables_hold_the_figures(figures):
+    rates = {"jaxmoe": 612.3, "cudnn": 640.2, "xla": 0.234}
     figures["cases"][0] |= {
-        "rates": {"jaxmoe": 612.3, "cudnn": 640.2, "xla": 0.234, "torch": None},
+        "rates": {name: {"TFLOP/s": rate} for name, rate in rates.items()} | {"torch": None},
         "of_ceiling": 0.765,
         "errors": {"torch": "OutOfMemoryError: too much"},
     }
     row = ["prefill-64-chunked", "TFLOP/s", "612", "0.77", "640", "0.234", "n/a"]
-    assert tables.attention_rows(figures) == [row]
+    assert tables.attention_grid(figures).rows == [row]
     markdown = tables.attention_markdown({"attention-h200.json": figures})
     assert f"| {' | '.join(row)} |" in markdown.splitlines()
     assert "800 TFLOP/s and 4.00 TB/s" in markdown
@@ -150,8 +162,8 @@ def test_tables_hold_the_figures(figures):
     assert "**" not in markdown
     figures["checks"]["failures"] = ["prefill plain is off"]
     assert "**1 failed**" in tables.attention_markdown({"attention-h200.json": figures})
-    assert _bench_attention.attention_table(figures).row_count == 1
-    assert tables.attention_errors(figures) == [
+    assert _bench_gpu.printed(tables.attention_grid(figures), figures).row_count == 1
+    assert tables.error_lines(figures, tables.ATTENTION_CONTENDERS) == [
         "prefill-64-chunked, torch: OutOfMemoryError: too much"
     ]
 
@@ -169,3 +181,61 @@ def test_a_failing_contender_ends_nothing():
     seconds, errors = time_in_turn(builders, Effort(rounds=2, seconds=0.001))
     assert list(seconds) == ["second"]
     assert errors == {"first": "RuntimeError: no kernel image"}
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Stands in for a GPU, on which nothing is checked and the ceilings are known."""
+    monkeypatch.setattr(_bench_gpu, "_ceilings", lambda effort: {"TFLOP/s": 800.0, "TB/s": 4.0})
+    monkeypatch.setattr(_bench_gpu, "header", lambda device: {"device": "stand-in"})
+    return dataclasses.make_dataclass("Device", ["memory_stats"])(
+        lambda: {"bytes_limit": 4 * 10**9}
+    )
+
+
+def measure(suite, device, path, **options):
+    args = {"output": str(path), "force": False, "check_only": False, "quick": True} | options
+    _bench_gpu.measure(suite, argparse.Namespace(**args), suite.cases(), device)
+
+
+def short_suite(builders, checks=()):
+    """Two small cases without arrays, and one that is too large."""
+    cases = [Case(name, "prefill", 2, 2) for name in ("first", "second")]
+    cases.append(Case("large", "decode", 1, 2**22))
+    made = {"cases": lambda: cases, "inputs": lambda case: None}
+    made["checks"] = lambda family, size: checks if family == "prefill" else []
+    return dataclasses.replace(SUITE, **made, builders=builders)
+
+
+def test_a_run_that_is_cut_off_leaves_its_figures(device, tmp_path):
+    def builders(case, inputs, implementation):
+        if case.name == "second":
+            raise KeyboardInterrupt
+        return {"jaxmoe": lambda: Call(lambda: jnp.zeros(1))}
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(short_suite(builders), device, tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [case["name"] for case in figures["cases"]] == ["first"]
+    assert figures["ceilings"]["TB/s"] == 4.0
+    assert figures["left_out"][0].startswith("large is left out")
+
+
+def test_nothing_is_timed_after_a_failure(device, tmp_path):
+    check = checks_of("prefill", TOY)[0]  # by kernels for a GPU, which is not there
+    suite = short_suite(lambda *_: {}, checks=[check, check])
+    path = tmp_path / "figures.json"
+    with pytest.raises(UserError, match=r"raises ValueError: .*, and 1 more fail; --force"):
+        measure(suite, device, path)
+    assert len(json.loads(path.read_text())["checks"]["failures"]) == 2
+    measure(suite, device, path, force=True)
+    assert len(json.loads(path.read_text())["cases"]) == 2
+
+
+def test_only_runs_that_timed_something_have_tables(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    for name, figures in {"a": {"checks": {}}, "b": {"cases": []}, "c": {"cases": [1]}}.items():
+        (tmp_path / "benchmarks" / f"moe-{name}.json").write_text(json.dumps(figures))
+    assert tables._measured("moe") == {"moe-c.json": {"cases": [1]}}
+    assert tables._measured("attention") == {}

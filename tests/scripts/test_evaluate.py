@@ -1,14 +1,13 @@
 """evaluate.py logits: every path agrees with float64 NumPy, and every mistake is one line."""
 
-import importlib
-
+import _evaluate_logits
 import numpy as np
 import pytest
 
 from jaxmoe.errors import UserError
 from tests import reference, tiny
 from tests.conftest import load_tiny
-from tests.scripts import FOLDER, refuses, succeeds
+from tests.scripts import refuses, succeeds
 
 LENGTH = 53  # of 16 tokens a chunk
 CONFIG = tiny.scout_like(num_hidden_layers=2, no_rope_layer_interval=2)
@@ -101,10 +100,9 @@ def test_mistakes(model, tokens, tmp_path, arrays, options, words):
 
 
 @pytest.fixture
-def read_tokens(monkeypatch):
+def read_tokens():
     """The script's own function: a process for each bad array would take a minute."""
-    monkeypatch.syspath_prepend(FOLDER)
-    return importlib.import_module("evaluate").read_tokens
+    return _evaluate_logits.read_tokens
 
 
 @pytest.mark.parametrize(

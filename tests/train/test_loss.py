@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxmoe.checkpoint.names import stored_tensors
-from jaxmoe.model.moe import Routing
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.moe import Routing, router_stats
 from jaxmoe.model.params import named_specs
 from jaxmoe.train.loss import cross_entropy_sum, losses, next_tokens, router_losses
 from tests import reference
@@ -52,6 +53,11 @@ def random_routing(rng, k, E=4):
     return Routing(jnp.asarray(logits), jnp.asarray(expert), jnp.ones(expert.shape))
 
 
+def stats_of(routing, real=SEGMENTS != 0):
+    """As `moe` returns them when every assignment arrives."""
+    return router_stats(routing, real, jnp.sum(routing.expert < routing.logits.shape[-1]))
+
+
 def softmax(logits):
     p = np.exp(np.asarray(logits, np.float64))
     return p / p.sum(-1, keepdims=True)
@@ -61,7 +67,7 @@ def softmax(logits):
 def test_router_losses_equal_numpy(k):
     rng = np.random.default_rng(k)
     layers = tuple(random_routing(rng, k) for _ in range(3))
-    balance, health = router_losses(layers, SEGMENTS != 0)
+    balance, health = router_losses(tuple(map(stats_of, layers)))
     wanted = []
     for i, layer in enumerate(layers):
         p = softmax(layer.logits)[SEGMENTS != 0]
@@ -78,29 +84,29 @@ def test_router_losses_equal_numpy(k):
 def test_an_even_router_has_balance_loss_one():
     expert = jnp.arange(8).reshape(1, 8, 1) % 4
     routing = Routing(jnp.zeros((1, 8, 4)), expert, jnp.ones((1, 8, 1)))
-    balance, health = router_losses((routing,), jnp.ones((1, 8), bool))
+    balance, health = router_losses((stats_of(routing, jnp.ones((1, 8), bool)),))
     np.testing.assert_allclose([balance, health.peak[0]], 1.0)
 
 
 def test_a_real_token_without_expert_counts_as_dropped():
     routing = random_routing(np.random.default_rng(0), k=1)
     routing = routing._replace(expert=routing.expert.at[0, 4].set(4).at[1, 0].set(4))
-    assert router_losses((routing,), SEGMENTS != 0)[1].dropped == 2
+    assert router_losses((stats_of(routing),))[1].dropped == 2
 
 
 def test_balance_gradient_is_that_of_the_probabilities_alone():
     """The loads are counts: d loss / d logit = E / T * p_e * (load_e - sum_j load_j p_j)."""
     routing, real = random_routing(np.random.default_rng(3), k=1), SEGMENTS != 0
-    gradient = jax.grad(lambda z: router_losses((routing._replace(logits=z),), real)[0])(
+    gradient = jax.grad(lambda z: router_losses((stats_of(routing._replace(logits=z)),))[0])(
         routing.logits
     )
-    p, load = softmax(routing.logits), np.asarray(router_losses((routing,), real)[1].load[0])
-    wanted = 4 / (SEGMENTS != 0).sum() * p * (load - (p @ load)[..., None])
+    p, load = softmax(routing.logits), np.asarray(router_losses((stats_of(routing),))[1].load[0])
+    wanted = 4 / real.sum() * p * (load - (p @ load)[..., None])
     np.testing.assert_allclose(gradient, np.where(real[..., None], wanted, 0), atol=1e-7)
 
 
 def test_dense_models_have_no_router_loss():
-    balance, health = router_losses((), jnp.ones((1, 8), bool))
+    balance, health = router_losses(())
     assert balance == 0 and health.dropped == 0
 
 
@@ -115,12 +121,17 @@ def packed():
 
 def gradient(model, batch, remat):
     """Of the cross entropy, by dotted name."""
+    return gradient_and_losses(model, model.params, batch, remat, router_loss=0.0)[0]
 
+
+def gradient_and_losses(model, params, batch, remat, router_loss):
     def loss(params):
-        return losses(model.config, params, *batch, router_loss=0.0, remat=remat).total
+        result = losses(model.config, params, *batch, router_loss, remat)
+        return result.total, result
 
-    leaves = jax.tree.leaves(jax.jit(jax.grad(loss))(model.params))
-    return dict(zip(named_specs(model.config), map(np.asarray, leaves), strict=True))
+    found, result = jax.jit(jax.grad(loss, has_aux=True))(params)
+    leaves = map(np.asarray, jax.tree.leaves(found))
+    return dict(zip(named_specs(model.config), leaves, strict=True)), result
 
 
 def reference_loss(model, batch, name, change):
@@ -152,3 +163,19 @@ def test_remat_does_not_change_the_gradient(small, packed):
     kept, recomputed = (gradient(small, packed, remat) for remat in (False, True))
     for name, value in kept.items():
         np.testing.assert_allclose(recomputed[name], value, atol=1e-6, err_msg=name)
+
+
+def test_the_balance_loss_on_a_mesh_and_recomputed(small, packed):
+    """Statistics of routers go through `jax.checkpoint` and over devices; the loss is large."""
+    wanted, on_one = gradient_and_losses(small, small.params, packed, False, router_loss=5.0)
+    mesh = MeshConfig.parse("fsdp=2,sequence=2,tensor=2").make()
+    with jax.set_mesh(mesh):
+        found, on_mesh = gradient_and_losses(small, small.on(mesh), packed, True, router_loss=5.0)
+    for one, other in zip(jax.tree.leaves(on_one), jax.tree.leaves(on_mesh), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5)
+    for name, value in wanted.items():
+        error = abs(found[name] - value).max()
+        assert error <= 1e-5 * max(1, abs(value).max()), name
+    plain = gradient(small, packed, remat=False)
+    routers = [name for name in plain if name.endswith("router")]
+    assert all(abs(wanted[name] - plain[name]).max() > 1e-3 for name in routers)

@@ -1,0 +1,96 @@
+"""A pool of pages that rows share: taken as rows grow, given back when they leave.
+
+On a mesh every device, or group of devices with equal rows and slots, has a pool of its own; the
+functions here work on one of them. Page 0 of each is nobody's and stays empty: tables name it where
+a row has no page.
+
+Shape letters: B rows, S new tokens a row, P pages, t tokens a page, n pages of a row at most.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.attention import Coords
+
+FREE = -1  # a page's owner
+NOBODY = -2  # of page 0
+
+
+class Pool(NamedTuple):
+    """Which pages there are, whose they are, and the token in each slot of each page."""
+
+    coords: Coords  # [P, t]; free pages hold padding only
+    owner: Int[Array, "P"]
+    table: Int[Array, "1 B n"]  # a row's pages in order; the first axis is that of devices
+
+
+def empty_pool(rows: int, columns: int, pages: int, page: int, stores: int, shards: int) -> Pool:
+    """All pages free.
+
+    Args:
+        columns: pages of a row at most, in each store.
+        pages, stores: of each store, page 0 included, and how many stores there are.
+        shards: stores that share a row.
+    """
+    number = jnp.arange(stores * pages, dtype=jnp.int32) % pages
+    coords = Coords(*(jnp.zeros((stores * pages, page), jnp.int32) for _ in range(2)))
+    owner = jnp.where(number == 0, NOBODY, FREE).astype(jnp.int32)
+    return Pool(coords, owner, jnp.zeros((shards, rows, columns), jnp.int32))
+
+
+def take_pages(pool: Pool, slots: Int[Array, "B S"]) -> Pool:
+    """Gives rows the pages that their new tokens need and that they do not have yet.
+
+    Where too few are free, the last rows go without: `places` then drops their tokens.
+
+    Args:
+        slots: of each new token in its row; negative ones, and those beyond the table, need none.
+    """
+    table, page = pool.table[0], pool.coords.segment.shape[1]
+    rows = jnp.arange(len(table))[:, None]
+    column = jnp.where(slots < 0, table.shape[1], slots // page)
+    needed = jnp.zeros(table.shape, bool).at[rows, column].set(True, mode="drop")
+    new = needed & (table == 0)
+    rank = jnp.cumsum(new.reshape(-1)).reshape(new.shape) - 1  # of each page to take
+    free = pool.owner == FREE
+    turn = jnp.cumsum(free) - 1  # of each free page
+    count = len(free)
+    in_turn = jnp.zeros(count, jnp.int32).at[jnp.where(free, turn, count)].set(
+        jnp.arange(count, dtype=jnp.int32), mode="drop"
+    )  # fmt: skip
+    table = jnp.where(new, in_turn[jnp.minimum(rank, count - 1)], table)
+    taken_by = jnp.cumsum(jnp.sum(new, axis=1))  # how many the rows up to each take
+    row = jnp.searchsorted(taken_by, turn, side="right").astype(jnp.int32)
+    owner = jnp.where(free & (turn < taken_by[-1]), row, pool.owner)
+    return pool._replace(owner=owner, table=table[None])
+
+
+def places(pool: Pool, slots: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Where slots are in the pool, counted over its pages; beyond it for a slot without a page."""
+    table, (pages, page) = pool.table[0], pool.coords.segment.shape
+    column = slots // page
+    here = (slots >= 0) & (column < table.shape[1])
+    number = jnp.take_along_axis(table, jnp.where(here, column, 0), axis=1)
+    return jnp.where(here & (number != 0), number * page + slots % page, pages * page)
+
+
+def write_coords(pool: Pool, where: Int[Array, "B S"], new: Coords) -> Pool:
+    """Puts the new tokens' coordinates into their places."""
+
+    def put(old, x):
+        return old.reshape(-1).at[where].set(x, mode="drop").reshape(old.shape)
+
+    return pool._replace(coords=Coords(*map(put, pool.coords, new)))
+
+
+def give_back(pool: Pool, leaves: Bool[Array, "B"]) -> Pool:
+    """Frees all pages of the rows that leave; nothing of their tokens can be seen any more."""
+    freed = (pool.owner >= 0) & leaves[jnp.maximum(pool.owner, 0)]
+    position, segment = pool.coords
+    return Pool(
+        Coords(position, jnp.where(freed[:, None], 0, segment)),
+        jnp.where(freed, FREE, pool.owner),
+        jnp.where(leaves[:, None], 0, pool.table),
+    )

@@ -1,0 +1,94 @@
+"""A linear layer whose matrix has 8 or 4 bits: no widened copy of it is ever made.
+
+Letters of subscripts: B rows, S tokens, D embed, H query heads, K key/value heads, d head size,
+F feed-forward width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxmoe import mesh as meshes
+from pallas_kernels.arrays import pad_axis
+from pallas_kernels.experts import block_rows, grouped_implementation, grouped_matmul
+from pallas_kernels.quantized import QuantizedMatrix
+
+# The logical axis of a dimension when it is used.
+AXES = {
+    "B": "batch",
+    "S": "length",
+    "D": None,
+    "H": "heads",
+    "K": "kv_heads",
+    "F": "ffn",
+    "d": None,
+}
+
+
+def matrix_axes(w: QuantizedMatrix, *axes: str | None) -> QuantizedMatrix:
+    """The logical axes of each of its arrays, where `axes` are those of what it stands for.
+
+    A scale of all inputs is on every device. Inputs of int4 are packed in widths, which share a
+    scale: no device has part of one.
+    """
+    *outer, inputs, outputs = axes
+    whole = w.scale.shape[-2] == 1 and w.format != "int4"
+    return QuantizedMatrix(
+        (*outer, outputs, inputs), (*outer, None if whole else inputs, outputs), w.format
+    )
+
+
+def quantized_linear(
+    subscripts: str, x: Float[Array, "..."], w: QuantizedMatrix, head_dim: int | None = None
+) -> Float[Array, "..."]:
+    """The einsum of `x` and what `w` stands for, on any mesh.
+
+    Args:
+        subscripts: such as "BSD,DHd->BSHd": what is summed, then what is not, as `w` has them.
+        head_dim: d, where `w` makes heads, which it holds as one dimension.
+    """
+    x_letters, w_letters, out_letters = subscripts.replace("->", ",").split(",")
+    summed = "".join(letter for letter in w_letters if letter not in out_letters)
+    kept = w_letters.removeprefix(summed)
+    lead = out_letters.removesuffix(kept)
+    x = jnp.einsum(f"{x_letters}->{lead}{summed}", x)
+    outer = x.shape[: len(lead)]
+    axes = tuple(AXES[letter] for letter in (*lead, summed[0], kept[0]))
+    out = _spread(axes, x.reshape(*outer, -1), w)
+    return out.reshape(*outer, -1, head_dim) if kept.endswith("d") else out
+
+
+def _spread(axes: tuple[str | None, ...], x: jax.Array, w: QuantizedMatrix) -> jax.Array:
+    """x [..., in] @ w on each device's part; `axes` are those of x, then of the outputs."""
+    mesh = meshes.current_mesh()
+    if mesh is None:
+        return _multiply(x, w)
+    *lead, inputs, outputs = axes
+    spec = functools.partial(meshes.activation_spec, mesh)
+    w_axes = matrix_axes(w, inputs, outputs)
+    w_spec = jax.tree.map(lambda _, axes: meshes.param_spec_at_use(axes), w, w_axes)
+    summed = meshes.RULES[inputs] if inputs else ()
+
+    def body(x, w):
+        out = _multiply(x, w)
+        return lax.psum(out, summed) if summed else out
+
+    out_shape = (*x.shape[:-1], w.shape[-1])
+    in_specs = (spec((*lead, inputs), x.shape), w_spec)
+    return meshes.per_device(body, in_specs, spec((*lead, outputs), out_shape))(x, w)
+
+
+def _multiply(x: jax.Array, w: QuantizedMatrix) -> jax.Array:
+    """One group of rows: blocks for a kernel, or all at once, to widen the matrix once."""
+    rows = x.reshape(-1, x.shape[-1])
+    groups = jax.tree.map(lambda array: array[None], w)
+    block = block_rows(len(rows), 1)
+    padded = pad_axis(rows, 0, block)
+    blocks = jnp.zeros(len(padded) // block, jnp.int32)
+    if grouped_implementation(padded, groups, blocks) == "xla":
+        padded, blocks = rows, jnp.zeros(1, jnp.int32)
+    out = grouped_matmul(padded, groups, blocks)
+    return out[: len(rows)].reshape(*x.shape[:-1], -1)

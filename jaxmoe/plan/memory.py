@@ -1,0 +1,75 @@
+"""Bytes of a step on one device by formula, and the largest context that they leave room for."""
+
+import dataclasses
+
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.plan.targets import Target
+from jaxmoe.plan.temporaries import temporaries, training_temporaries
+from jaxmoe.plan.work import Work, cache_bytes, stored_params, weight_bytes
+
+INDEX = 4  # bytes of a token's id, position or segment
+STEP = 1024  # tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+        weights: parameters; in training in float32.
+        cache: keys and values with what says where they lie.
+        optimizer: Adam's two moments.
+        temporaries: new tokens, and all that is there only during a step.
+    """
+
+    weights: int
+    cache: int = 0
+    optimizer: int = 0
+    temporaries: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+def memory(work: Work, mesh: MeshConfig) -> Memory:
+    """Of one step of the work on one device of the mesh."""
+    new = 3 * work.rows * work.tokens * INDEX
+    if work.task == "train":
+        weights = sum(x.nbytes(mesh) for x in stored_params(work.config, None, "float32"))
+        return Memory(
+            weights=weights,
+            optimizer=2 * weights,  # moments lie where their parameters lie
+            temporaries=new + training_temporaries(work, mesh),
+        )
+    return Memory(
+        weights=weight_bytes(work, mesh),
+        cache=cache_bytes(work, mesh),
+        temporaries=new + temporaries(work, mesh),
+    )
+
+
+def largest_context(work: Work, mesh: MeshConfig, target: Target) -> int:
+    """Tokens that each row can hold there, in steps of `STEP`; 0 if not one step fits."""
+    most = work.config.max_position_embeddings
+    low, high = 1, -(-most // STEP)
+    first, last = (peak_at(work, mesh, min(most, steps * STEP)) for steps in (low, high))
+    if last <= target.limit:
+        return most
+    if first > target.limit:
+        return 0
+    while high - low > 1:  # memory grows evenly: the first guess is good
+        guess = low + int((target.limit - first) / (last - first) * (high - low))
+        guess = min(max(guess, low + 1), high - 1)
+        peak = peak_at(work, mesh, guess * STEP)
+        if peak <= target.limit:
+            low, first = guess, peak
+        else:
+            high, last = guess, peak
+    return low * STEP
+
+
+def peak_at(work: Work, mesh: MeshConfig, context: int) -> int:
+    """The peak with another context."""
+    return memory(dataclasses.replace(work, context=context), mesh).peak

@@ -1,0 +1,28 @@
+"""The model to plan for: a preset by name, or a checkpoint's folder."""
+
+from pathlib import Path
+
+from jaxmoe.config import PRESETS, Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.hf_config import read_config
+
+
+def read_model(text: str) -> Llama4Config:
+    """The configuration of a preset, of a folder with `config.json`, or of a converted checkpoint.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    if text in PRESETS:
+        return PRESETS[text]
+    folder = Path(text)
+    if not folder.is_dir():
+        raise UserError(
+            f"model '{text}' is neither {' nor '.join(PRESETS)} nor a folder with a config.json "
+            "or a converted checkpoint."
+        )
+    if (folder / "config.json").exists():
+        return read_config(folder)
+    from jaxmoe.checkpoint import store  # loads Orbax, which takes longer than a plan
+
+    return store.read_config(folder)

@@ -1,0 +1,193 @@
+"""A plan: what a step needs on a target, whether it fits, and how fast it can be."""
+
+import dataclasses
+from typing import Any
+
+from jaxmoe.errors import UserError
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.params import num_params
+from jaxmoe.plan import search
+from jaxmoe.plan.memory import largest_context
+from jaxmoe.plan.search import Candidate
+from jaxmoe.plan.targets import Target
+from jaxmoe.plan.work import Work, check_mesh
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One step of some work on a target.
+
+    Attributes:
+        model: its name.
+        chosen: the mesh, with what it needs by formula.
+        reason: why this mesh.
+        largest_context: tokens a row that the mesh has room for.
+        compiled: what the compiler says, if it was asked.
+    """
+
+    model: str
+    work: Work
+    target: Target
+    chosen: Candidate
+    reason: str
+    largest_context: int
+    compiled: Any = None  # a `jaxmoe.plan.compiled.Compiled`: its module loads compilers
+
+    @property
+    def peak(self) -> int:
+        """Bytes a device: the compiler's figure if it was asked."""
+        return self.compiled.peak if self.compiled else self.chosen.memory.peak
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the target's limit."""
+        return self.peak <= self.target.limit
+
+    @property
+    def difference_percent(self) -> float | None:
+        """How much the formula's peak is above the compiler's."""
+        if not self.compiled:
+            return None
+        return 100 * (self.chosen.memory.peak / self.compiled.peak - 1)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all rows in a step."""
+        return self.work.rows * self.work.tokens
+
+
+def make_plan(model: str, work: Work, target: Target, mesh: MeshConfig | None) -> Plan:
+    """By formula.
+
+    Args:
+        mesh: None for the best one.
+
+    Raises:
+        UserError: if the mesh does not match the target's devices or does not divide the model.
+    """
+    if mesh is None:
+        chosen, reason = search.best(work, target)
+    else:
+        mesh = resolved(mesh, target)
+        check_mesh(work, mesh)
+        chosen, reason = search.candidate(work, mesh, target), "as asked for"
+    return Plan(
+        model=model,
+        work=work,
+        target=target,
+        chosen=chosen,
+        reason=reason,
+        largest_context=largest_context(work, chosen.mesh, target),
+    )
+
+
+def with_longest_context(work: Work, target: Target, mesh: MeshConfig | None) -> Work:
+    """The work at the largest context that fits, or as it is if none does."""
+    if mesh is None:
+        context = search.longest(work, target)
+    else:
+        mesh = resolved(mesh, target)
+        check_mesh(work, mesh)
+        context = largest_context(work, mesh, target)
+    return dataclasses.replace(work, context=context) if context else work
+
+
+def resolved(mesh: MeshConfig, target: Target) -> MeshConfig:
+    """The mesh with its -1 filled in.
+
+    Raises:
+        UserError: if it does not form all of the target's devices.
+    """
+    try:
+        return mesh.resolve(target.devices)
+    except UserError:
+        raise UserError(
+            f"mesh {mesh} does not form the {target.devices} device(s) of {target.name}; change "
+            "its sizes, or use --mesh auto."
+        ) from None
+
+
+def with_compiler(plan: Plan) -> Plan:
+    """The plan with the compiler's figures."""
+    from jaxmoe.plan.compiled import compile_step  # loads the compilers
+
+    compiled = compile_step(plan.work, plan.chosen.mesh, plan.target)
+    return dataclasses.replace(plan, compiled=compiled)
+
+
+def check_fits(plan: Plan) -> None:
+    """Raises a UserError that says what is short, and what would hold it."""
+    if plan.fits:
+        return
+    work, limit = plan.work, plan.target.limit
+    found = search.nearest(work, plan.target)
+    way = "no known target holds it"
+    if found is not None:
+        target, mesh = found
+        way = f"--target {target.name} --mesh {mesh} holds it"
+    fewer = (
+        f"at most {plan.largest_context} tokens of context fit"
+        if plan.largest_context
+        else ("no context fits")
+    )
+    raise UserError(
+        f"{plan.model} with a context of {work.context} needs {plan.peak / GIB:.1f} GiB a device "
+        f"on mesh {plan.chosen.mesh} of {plan.target.name}, {(plan.peak - limit) / GIB:.1f} GiB "
+        f"more than the {limit / GIB:.1f} GiB there are: {fewer}, and {way}."
+    )
+
+
+def notes(plan: Plan) -> list[str]:
+    """What to know beside the figures."""
+    target = plan.target
+    reserve = target.memory - target.limit
+    lines = [
+        f"{reserve / GIB:.1f} GiB a device are kept {target.reserve_reason}.",
+        "Times are bounds at published rates, with everything overlapped; nothing was measured.",
+    ]
+    if target.is_tpu or target.name.startswith("b200"):
+        lines.append(
+            "The kernels for Hopper do not run there, XLA's and JAX's own do; temporaries by "
+            "formula are those of Hopper."
+        )
+    return lines
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Plain numbers, in bytes and seconds; memory and demand are one device's."""
+    work, chosen, target = plan.work, plan.chosen, plan.target
+    bounds, demand = chosen.bounds, chosen.demand
+    return {
+        "model": plan.model,
+        "parameters": num_params(work.config),
+        "task": work.task,
+        "context": work.context,
+        "batch": work.rows,
+        "tokens_a_step": plan.tokens,
+        "weights": work.weights,
+        "kv": work.kv,
+        "target": {**dataclasses.asdict(target), "limit": target.limit},
+        "mesh": str(chosen.mesh),
+        "mesh_reason": plan.reason,
+        "fits": plan.fits,
+        "peak_bytes": plan.peak,
+        "free_bytes": target.limit - plan.peak,
+        "largest_context": plan.largest_context,
+        "formula": {**dataclasses.asdict(chosen.memory), "peak": chosen.memory.peak},
+        "compiled": plan.compiled
+        and {
+            **dataclasses.asdict(plan.compiled),
+            "peak": plan.compiled.peak,
+            "formula_difference_percent": plan.difference_percent,
+        },
+        "demand": dataclasses.asdict(demand),
+        "seconds": {
+            **dataclasses.asdict(bounds),
+            "binds": bounds.binds,
+            "step": bounds.seconds,
+            "token": bounds.seconds / plan.tokens,
+        },
+        "notes": notes(plan),
+    }

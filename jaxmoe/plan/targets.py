@@ -1,0 +1,166 @@
+"""The machines a plan can be made for: by name, or described in a YAML file."""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxmoe.errors import UserError
+
+RESERVE = 0.05  # of a device's memory; see `Target.reserve_reason`
+HOST = 8  # GPUs that NVLink joins
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """Devices of one kind. Figures are each device's, as its vendor publishes them.
+
+    Attributes:
+        name: such as `h100x8`.
+        devices: how many.
+        memory: bytes.
+        bandwidth: bytes of its memory it reads a second.
+        flops: bfloat16 operations a second, dense.
+        interconnect: bytes it sends to the other devices a second.
+        compiler: which compiler of absent devices serves it: `h100`, `h200` or a TPU topology such
+            as `v5p:2x2x2`; None for none.
+        reserve: the part of the memory that a program cannot have.
+    """
+
+    name: str
+    devices: int
+    memory: int
+    bandwidth: float
+    flops: float
+    interconnect: float
+    compiler: str | None = None
+    reserve: float = RESERVE
+
+    @property
+    def limit(self) -> int:
+        """Bytes that a program can have."""
+        return int(self.memory * (1 - self.reserve))
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether it is a slice of TPUs."""
+        return ":" in (self.compiler or "")
+
+    @property
+    def reserve_reason(self) -> str:
+        """What the reserve is for."""
+        if self.is_tpu:
+            return "for the runtime, its programs and fragmentation"
+        return (
+            "for the CUDA context, NCCL's buffers and fragmentation; "
+            f"run with XLA_PYTHON_CLIENT_MEM_FRACTION={1 - self.reserve:.2f}, the default is 0.75"
+        )
+
+
+# Vendors' figures. NVLink and ICI: half of the two-way figure, since a device that sends receives.
+_GPUS: dict[str, dict[str, Any]] = {
+    "h100": {"memory": 84978434048, "bandwidth": 3.35e12, "flops": 989e12, "interconnect": 450e9},
+    "h200": {"memory": 151397597184, "bandwidth": 4.8e12, "flops": 989e12, "interconnect": 450e9},
+    "b200": {"memory": 192000000000, "bandwidth": 8.0e12, "flops": 2250e12, "interconnect": 900e9},
+}
+_TPUS: dict[str, dict[str, Any]] = {
+    "v5p": {"memory": 95 * 2**30, "bandwidth": 2.765e12, "flops": 459e12, "interconnect": 600e9},
+    "v6e": {"memory": 32 * 2**30, "bandwidth": 1.64e12, "flops": 918e12, "interconnect": 400e9},
+}
+_COMPILED_GPUS = ("h100", "h200")  # others' compilers are not described in absent.py
+
+# Names as Google's: v5p counts TensorCores, two a chip; v6e counts chips.
+_SLICES = {
+    "v5p": {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"},
+    "v6e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"},
+}
+
+
+def known_names() -> list[str]:
+    """Every target with a name."""
+    gpus = [f"{gpu}x{count}" for gpu in _GPUS for count in (1, 2, 4, 8)]
+    return gpus + [f"{tpu}-{size}" for tpu, sizes in _SLICES.items() for size in sizes]
+
+
+def parse_target(text: str) -> Target:
+    """A target by its name, or by the path of a YAML file.
+
+    Raises:
+        UserError: for an unknown name, or a file that describes no target.
+    """
+    if text.endswith((".yaml", ".yml")):
+        return _read(Path(text))
+    gpu = re.fullmatch(r"(\w+)x(\d+)", text)
+    if gpu and gpu[1] in _GPUS and 1 <= int(gpu[2]) <= HOST:
+        compiler = gpu[1] if gpu[1] in _COMPILED_GPUS else None
+        return Target(name=text, devices=int(gpu[2]), compiler=compiler, **_GPUS[gpu[1]])
+    tpu, _, size = text.partition("-")
+    if size.isdecimal() and int(size) in _SLICES.get(tpu, {}):
+        shape = _SLICES[tpu][int(size)]
+        return Target(name=text, devices=_chips(shape), compiler=f"{tpu}:{shape}", **_TPUS[tpu])
+    raise UserError(
+        f"target '{text}' is unknown: there are {', '.join(known_names())}, "
+        f"GPUs in any number up to {HOST}, and YAML files that describe another."
+    )
+
+
+def _chips(shape: str) -> int:
+    return math.prod(int(side) for side in shape.split("x"))
+
+
+def _read(path: Path) -> Target:
+    """A description: the fields of `Target`, by name."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"target file {path} cannot be read: {error}.".replace("\n", " ")) from None
+    fields = {field.name: field for field in dataclasses.fields(Target)}
+    if not isinstance(content, dict):
+        raise UserError(f"target file {path} holds no mapping; write a line for each field.")
+    for key in content:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0)[0]
+            raise UserError(f"target file {path} has the unknown key '{key}'; nearest is '{near}'.")
+    for name, field in fields.items():
+        if name not in content and field.default is dataclasses.MISSING:
+            raise UserError(f"target file {path} lacks '{name}'; add it.")
+    return Target(**{key: _value(path, key, value) for key, value in content.items()})
+
+
+def _value(path: Path, key: str, value) -> Any:
+    """YAML reads `85e9` as text; numbers must be positive, a reserve below 1."""
+    if key in ("name", "compiler"):
+        return value if value is None else str(value)
+    convert: Callable = int if key in ("devices", "memory") else float
+    try:
+        number = convert(float(value))
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    least, most = (0, 1) if key == "reserve" else (1, math.inf)
+    if not least <= number < most:
+        raise UserError(f"target file {path} gives {key} the value '{value}'; write a number.")
+    return number
+
+
+def absent_devices(target: Target) -> list:
+    """Compile-only devices of a target.
+
+    Raises:
+        UserError: if no compiler serves it, or it is not installed.
+    """
+    from jaxmoe.plan import absent  # a plan by formula needs no compiler
+
+    if target.is_tpu:
+        return absent.absent_tpus(str(target.compiler))
+    makers = {"h100": absent.absent_h100s, "h200": absent.absent_h200s}
+    if target.compiler not in makers:
+        raise UserError(
+            f"--compile knows no compiler for {target.name}: it serves H100, H200 and TPUs; leave "
+            "it out to plan by formula."
+        )
+    return makers[target.compiler](target.devices)

@@ -1,0 +1,83 @@
+"""A plan as tables for people."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxmoe.plan.planner import GIB, Plan, notes
+
+
+def print_plan(plan: Plan) -> None:
+    """Memory, speed, and what to know beside them."""
+    console, work = Console(width=100, highlight=False), plan.work
+    console.print(
+        f"[bold]{plan.model}[/bold] on {plan.target.name}: {work.task}, {work.rows} x "
+        f"{work.context:,} tokens, {work.weights} weights, {work.kv} cache\n"
+        f"mesh [bold]{plan.chosen.mesh}[/bold]: {plan.reason}",
+        soft_wrap=True,
+    )
+    console.print(memory_table(plan))
+    console.print(speed_table(plan))
+    verdict = "fits" if plan.fits else "[bold]does not fit[/bold]"
+    console.print(
+        f"It {verdict}; the largest context on this mesh is {plan.largest_context:,} tokens a row."
+    )
+    for line in notes(plan):
+        console.print(line, style="dim", soft_wrap=True)
+
+
+def memory_table(plan: Plan) -> Table:
+    """GiB a device by formula, and by the compiler if it was asked."""
+    table = _table("memory of a device, GiB", "formula")
+    memory, compiled, target = plan.chosen.memory, plan.compiled, plan.target
+    rows = {
+        "weights": (memory.weights, compiled and compiled.weights),
+        "cache": (memory.cache, compiled and compiled.cache),
+        "optimizer": (memory.optimizer, 0),
+        "temporaries": (memory.temporaries, compiled and _rest(compiled)),
+        "peak": (memory.peak, compiled and compiled.peak),
+        "limit": (target.limit, compiled and target.limit),
+        "free": (target.limit - memory.peak, compiled and target.limit - compiled.peak),
+    }
+    if compiled:
+        table.add_column("compiler", justify="right")
+        table.add_column("difference", justify="right")
+    for name, (formula, found) in rows.items():
+        if not formula and name in ("optimizer", "cache"):
+            continue
+        cells = [f"{formula / GIB:.2f}"]
+        if compiled:
+            percent = f"{plan.difference_percent:+.2f} %" if name == "peak" else ""
+            cells += [f"{found / GIB:.2f}", percent]
+        table.add_row(name, *cells, end_section=name == "temporaries")
+    return table
+
+
+def _rest(compiled) -> int:
+    return compiled.peak - compiled.weights - compiled.cache
+
+
+def speed_table(plan: Plan) -> Table:
+    """What one step moves and computes on a device, and the least time for it."""
+    table = _table(f"a step of {plan.tokens:,} token(s)", "a device")
+    table.add_column("ms at least", justify="right")
+    demand, bounds = plan.chosen.demand, plan.chosen.bounds
+    rows = {
+        "memory": (f"{(demand.weights + demand.cache) / GIB:.2f} GiB read", bounds.memory),
+        "compute": (f"{demand.flops / 1e12:.2f} TFLOP", bounds.compute),
+        "communication": (f"{demand.sent / 2**20:.1f} MiB sent", bounds.communication),
+    }
+    for name, (amount, seconds) in rows.items():
+        binds = " (binds)" if name == bounds.binds else ""
+        table.add_row(name + binds, amount, f"{1e3 * seconds:.3g}")
+    rate = plan.tokens / bounds.seconds
+    table.add_row("tokens/s at most", "", f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column(title, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

@@ -1,0 +1,44 @@
+"""The formula beside the compiler for H100s that are not there."""
+
+import dataclasses
+
+import pytest
+
+from jaxmoe.config import PRESETS
+from jaxmoe.errors import UserError
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.plan.compiled import compile_step
+from jaxmoe.plan.memory import memory
+from jaxmoe.plan.targets import parse_target
+from jaxmoe.plan.work import Work
+
+
+def four_layers(name, **fields):
+    config = dataclasses.replace(PRESETS[name], layers=PRESETS[name].layers[:4])
+    return Work(config=config, context=131072, **fields)
+
+
+@pytest.mark.absent_gpu
+@pytest.mark.parametrize(
+    "name, target, mesh, fields",
+    [
+        ("scout", "h100x8", "tensor=8", {"task": "prefill", "kv": "int8"}),
+        ("scout", "h100x8", "tensor=8", {"rows": 8}),
+        ("scout", "h100x1", "data=1", {"task": "prefill", "weights": "int4", "kv": "int4"}),
+        ("maverick", "h200x8", "expert=8", {"task": "prefill", "weights": "fp8"}),
+    ],
+)
+def test_within_five_percent_of_the_compiler(name, target, mesh, fields):
+    """Also of temporaries alone within a third: a phase that is left out shows."""
+    work, mesh, target = four_layers(name, **fields), MeshConfig.parse(mesh), parse_target(target)
+    formula, compiled = memory(work, mesh), compile_step(work, mesh, target)
+    assert (compiled.weights, compiled.cache) == (formula.weights, formula.cache)
+    assert formula.peak == pytest.approx(compiled.peak, rel=0.05)
+    if work.task == "prefill":
+        assert formula.temporaries == pytest.approx(compiled.temporaries, rel=1 / 3)
+
+
+def test_training_is_not_compiled():
+    work = Work(config=PRESETS["scout"], task="train")
+    with pytest.raises(UserError, match="decode and prefill"):
+        compile_step(work, MeshConfig(tensor=8), parse_target("h100x8"))

@@ -1,0 +1,137 @@
+"""Bytes of a plan: those of the model's own abstract arrays, and what fits of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmoe.config import PRESETS
+from jaxmoe.errors import UserError
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.cache import abstract_cache, round_capacity
+from jaxmoe.model.params import abstract_params, num_params
+from jaxmoe.plan.layout import device_bytes
+from jaxmoe.plan.memory import STEP, largest_context, memory
+from jaxmoe.plan.targets import parse_target
+from jaxmoe.plan.temporaries import expert_rows
+from jaxmoe.plan.work import (
+    FORMATS,
+    Work,
+    abstract_mesh,
+    cache_bytes,
+    check_mesh,
+    stored_params,
+    weight_bytes,
+)
+from jaxmoe.train.config import OptimizerConfig
+from jaxmoe.train.optimizer import make_optimizer
+from jaxmoe.train.state import abstract_state
+from pallas_kernels.experts import plan_groups
+
+MESHES = ["data=1", "tensor=8", "expert=4,sequence=2", "data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"]
+
+
+def work(name="scout", **fields):
+    return Work(config=PRESETS[name], **{"context": 100_000, **fields})
+
+
+@pytest.mark.parametrize("spec", MESHES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_weights_are_those_of_all_abstract_parameters(name, format, spec):
+    """Catches a kind of layer that is counted wrongly, or an array that is left out."""
+    planned, mesh = work(name, weights=format), MeshConfig.parse(spec)
+    params = abstract_params(
+        PRESETS[name], abstract_mesh(mesh), jnp.bfloat16, None if format == "bf16" else format
+    )
+    assert weight_bytes(planned, mesh) == device_bytes(params)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_parameters_are_counted_once_in_any_format(format):
+    stored = [x for x in stored_params(PRESETS["maverick"], None if format == "bf16" else format)]
+    counted = sum(x.numbers(MeshConfig()) for x in stored if not x.name.endswith(".scale"))
+    assert counted == num_params(PRESETS["maverick"])
+
+
+@pytest.mark.parametrize("rows, context", [(1, 1_000_000), (3, 5000), (64, 8192)])
+@pytest.mark.parametrize("spec", MESHES)
+@pytest.mark.parametrize("kv", ["bf16", "int8", "int4"])
+def test_cache_is_that_of_all_layers(kv, spec, rows, context):
+    """Catches axes that are taken for alike, and tables or coordinates that are left out."""
+    mesh = MeshConfig.parse(spec)
+    abstract, planned = abstract_mesh(mesh), work(rows=rows, context=context, kv=kv)
+    capacity = round_capacity(context, abstract)
+    cache = abstract_cache(planned.config, rows, capacity, planned.kv_dtype, abstract)
+    assert cache_bytes(planned, mesh) == device_bytes(cache)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("spec", ["tensor=16", "expert=3", "fsdp=7", "tensor=8,expert=16"])
+def test_a_mesh_divides_as_abstract_parameters_say(spec, format):
+    planned, mesh = work(weights=format), MeshConfig.parse(spec)
+    try:
+        abstract_params(planned.config, abstract_mesh(mesh), jnp.bfloat16, planned.format)
+    except UserError:
+        with pytest.raises(UserError, match="does not divide"):
+            check_mesh(planned, mesh)
+    else:
+        check_mesh(planned, mesh)
+
+
+@pytest.mark.parametrize("items, experts, here", [(8192, 16, 16), (65536, 16, 2), (4096, 128, 16)])
+def test_rows_of_experts_are_those_of_the_kernels_plan(items, experts, here):
+    block = min(128, items // (2 * experts))
+    group = jax.ShapeDtypeStruct((items,), jnp.int32)
+    plan = jax.eval_shape(lambda group: plan_groups(group, here, block), group)
+    assert expert_rows(items, experts, here) == plan.item_of_row.shape[0]
+
+
+@pytest.mark.parametrize("task", ["decode", "prefill"])
+@pytest.mark.parametrize("spec", ["tensor=8", "tensor=4,sequence=2"])
+def test_the_largest_context_is_the_largest(task, spec):
+    target, mesh = parse_target("h100x8"), MeshConfig.parse(spec)
+    planned = work(task=task)
+    context = largest_context(planned, mesh, target)
+
+    def peak(context):
+        return memory(dataclasses.replace(planned, context=context), mesh).peak
+
+    assert 0 < context < planned.config.max_position_embeddings
+    assert peak(context) <= target.limit < peak(context + STEP + STEP * mesh.sequence)
+
+
+def test_the_largest_context_is_none_or_the_models_own():
+    mesh, target = MeshConfig(tensor=8), parse_target("h100x8")
+    assert largest_context(work("maverick"), mesh, target) == 0
+    small = work(weights="int4", kv="int4")
+    assert largest_context(small, mesh, target) == small.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("spec", ["fsdp=8", "tensor=4,expert=2"])
+def test_training_keeps_what_the_trainer_keeps(spec):
+    """Beside some scalars."""
+    config = PRESETS["maverick"]
+    optimizer = make_optimizer(OptimizerConfig(peak_lr=1.0), config, 1)
+    mesh = MeshConfig.parse(spec)
+    state = abstract_state(config, optimizer, mesh.make())
+    needs = memory(work("maverick", task="train", context=8192, rows=8), mesh)
+    assert needs.weights == device_bytes(state.params)
+    assert needs.optimizer == pytest.approx(device_bytes(state.optimizer), abs=64)
+    assert needs.temporaries > 6 / 4 * needs.weights  # gradients and bfloat16 copies
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"context": 20_000_000}, ["20000000", "10485760"]),
+        ({"context": 0}, ["context 0"]),
+        ({"rows": 0}, ["rows 0"]),
+        ({"task": "train", "kv": "int8"}, ["training", "--kv"]),
+    ],
+)
+def test_work_that_cannot_be(fields, words):
+    with pytest.raises(UserError) as caught:
+        work(**fields)
+    assert all(word in str(caught.value) for word in words)

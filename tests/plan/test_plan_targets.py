@@ -1,0 +1,96 @@
+"""Targets by name and by file, and every mistake in one sentence."""
+
+import pytest
+
+from jaxmoe.errors import UserError
+from jaxmoe.plan.targets import Target, absent_devices, known_names, parse_target
+
+FIELDS = {
+    "name": "pair",
+    "devices": 2,
+    "memory": "80e9",
+    "bandwidth": 2e12,
+    "flops": "300e12",
+    "interconnect": 1e11,
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(fields):
+        path = tmp_path / "target.yaml"
+        path.write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", known_names())
+def test_every_known_name(name):
+    target = parse_target(name)
+    assert target.name == name
+    assert 0 < target.limit < target.memory
+
+
+@pytest.mark.parametrize(
+    "name, devices, compiler",
+    [
+        ("h100x3", 3, "h100"),
+        ("b200x8", 8, None),
+        ("v5p-16", 8, "v5p:2x2x2"),  # Google counts TensorCores, two a chip
+        ("v6e-64", 64, "v6e:8x8"),
+    ],
+)
+def test_devices(name, devices, compiler):
+    target = parse_target(name)
+    assert (target.devices, target.compiler) == (devices, compiler)
+
+
+def test_a_file(file):
+    want = Target(
+        name="pair",
+        devices=2,
+        memory=80 * 10**9,
+        bandwidth=2e12,
+        flops=3e14,
+        interconnect=1e11,
+        reserve=0.1,
+    )
+    assert parse_target(file({**FIELDS, "reserve": 0.1})) == want
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"memry": 1}, ["'memry'", "'memory'"]),
+        ({"memory": "much"}, ["memory", "'much'"]),
+        ({"devices": 0}, ["devices", "'0'"]),
+        ({"reserve": 1}, ["reserve", "'1'"]),
+        ({"flops": ".nan"}, ["flops", "nan"]),
+    ],
+)
+def test_mistakes_in_a_file(file, change, words):
+    path = file({**FIELDS, **change})
+    with pytest.raises(UserError) as caught:
+        parse_target(path)
+    assert all(word in str(caught.value) for word in [path, *words])
+
+
+def test_a_file_that_lacks_a_field(file):
+    del (fields := dict(FIELDS))["flops"]
+    with pytest.raises(UserError, match="lacks 'flops'"):
+        parse_target(file(fields))
+
+
+@pytest.mark.parametrize("name", ["h100", "h100x16", "h100x0", "v5p-24", "tpu", "nowhere.yaml"])
+def test_an_unknown_target(name):
+    with pytest.raises(UserError) as caught:
+        parse_target(name)
+    assert name in str(caught.value)
+    if not name.endswith("yaml"):
+        assert all(known in str(caught.value) for known in ("h200x8", "v5p-16", "v6e-64"))
+
+
+def test_no_compiler():
+    with pytest.raises(UserError, match="no compiler for b200x1"):
+        absent_devices(parse_target("b200x1"))

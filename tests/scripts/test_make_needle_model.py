@@ -1,0 +1,109 @@
+"""make_needle_model.py: rows are the task, a killed run goes on, the README is the JSON's."""
+
+import json
+from pathlib import Path
+
+import _needle_data
+import _needle_report
+import _needle_training
+import jax
+import make_needle_model
+import numpy as np
+import pytest
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.hf_config import from_hf
+from jaxmoe.long_context import is_found
+from tests.conftest import one_device
+
+CHUNK = 8192
+
+
+@pytest.fixture(scope="module")
+def task():
+    return _needle_data.Task(make_needle_model.make_tokenizer(), CHUNK)
+
+
+def test_the_committed_tokenizer_is_the_scripts(task):
+    committed = json.loads((make_needle_model.DEMO / "model" / "tokenizer.json").read_text())
+    assert committed == json.loads(task.tokenizer.backend.to_str())
+
+
+@pytest.mark.parametrize("length", [64, 1024, 8192])
+def test_rows_ask_for_the_key_that_they_tell(task, length):
+    for step in range(8):
+        rows = task.rows(0, step, 2, length)
+        for tokens, answer in zip(rows.tokens, rows.answer, strict=True):
+            assert len(tokens) == length
+            text = task.tokenizer.decode(tokens.tolist())
+            key = text.split("The pass key is ")[1][: _needle_data.DIGITS]
+            assert is_found(key, task.tokenizer.decode(tokens[answer == 1].tolist()))
+            assert text.count(key) == 2  # told, and answered
+            assert answer[-_needle_training.TAIL] == 0  # the loss looks at no more
+
+
+def test_positions_grow_and_the_needle_stays_whole(task):
+    apart = []
+    for step in range(40):
+        rows = task.rows(0, step, 4, 128)
+        assert rows.positions.min() >= 0
+        assert rows.positions.max() < _needle_data.LONGEST
+        gaps = np.diff(rows.positions)
+        assert (gaps >= 1).all()
+        told = np.array(
+            [_find(tokens, task.tokenizer.encode(" pass key is")) for tokens in rows.tokens]
+        )
+        for row, start in enumerate(told):
+            assert (gaps[row, start : start + 8] == 1).all()
+            apart.append(rows.positions[row, start] // CHUNK < rows.positions[row, -10] // CHUNK)
+        assert (gaps[:, -15:] == 1).all()
+    assert 0.5 < np.mean(apart) < 0.95
+
+
+def _find(tokens, part):
+    """Where the first occurrence is."""
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(part))
+    return int(np.argmax((windows == part).all(1)))
+
+
+def test_rows_follow_from_the_seed_and_the_step(task):
+    same, again, other = (task.rows(0, step, 2, 64) for step in (3, 3, 4))
+    np.testing.assert_array_equal(same.tokens, again.tokens)
+    assert (same.tokens != other.tokens).any()
+
+
+@pytest.fixture
+def model(task, monkeypatch) -> Llama4Config:
+    monkeypatch.setattr(_needle_training, "STAGES", (_needle_training.Stage(3, 64, 1),))
+    monkeypatch.setattr(_needle_training, "LOG_EVERY", 1)
+    monkeypatch.setattr(_needle_training, "SAVE_EVERY", 1)
+    config = make_needle_model.model_config(task.tokenizer) | {"num_hidden_layers": 2}
+    return from_hf(config, "MODEL")
+
+
+def test_a_killed_run_takes_the_same_steps(task, model, tmp_path):
+    mesh = one_device()
+
+    def train(name, report):
+        return _needle_training.train(model, task, tmp_path / name, 0, mesh, report)
+
+    def kill(record):
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    with jax.set_mesh(mesh):
+        want = train("whole", lambda record: None)
+        with pytest.raises(KeyboardInterrupt):
+            train("killed", kill)
+        steps = []
+        got = train("killed", lambda record: steps.append(record["step"]))
+    assert steps == [2, 3]
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_the_readme_is_made_from_the_json():
+    folder = Path(make_needle_model.DEMO)
+    readme = (folder / "README.md").read_text()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert readme == _needle_report.with_numbers(readme, metrics)
+    assert metrics["summary"] == _needle_report.summary(metrics["trials"])
