@@ -164,14 +164,16 @@ def cache_specs(config: Llama4Config, cache: Cache, mesh) -> Cache:
         jax.tree.map(functools.partial(keys_spec, mesh, rows, not keeps_ring(config, kind)), layer)
         for kind, layer in zip(config.layers, cache.layers, strict=True)
     )
-    return Cache(layers, ring, log, meshes.spread_spec(mesh, _row_axes(mesh, rows)))
+    length = meshes.spread_spec(mesh, _row_axes(mesh, rows))
+    return Cache(layers, ring, log, length)  # pyrefly: ignore  # specs for arrays
 
 
 def pool_spec(mesh, rows: int, spread: bool) -> Pool:
     """Where a pool lies; `spread` over the `slots` axis, as the log is, or not."""
     row_axes, slots = _row_axes(mesh, rows), _slot_axes(spread)
     pages = meshes.spread_spec(mesh, (*row_axes, *slots))
-    return Pool(Coords(pages, pages), pages, meshes.spread_spec(mesh, slots, row_axes))
+    table = meshes.spread_spec(mesh, slots, row_axes)
+    return Pool(Coords(pages, pages), pages, table)  # pyrefly: ignore  # specs for arrays
 
 
 def keys_spec(mesh, rows: int, spread: bool, x) -> PartitionSpec:
@@ -198,12 +200,9 @@ def _empty(config: Llama4Config, rows: int, capacity: int, dtype, tokens, mesh) 
         shape = (pages, config.num_key_value_heads, size.page, config.head_dim)
         return LayerCache(_no_keys(shape, dtype), _no_keys(shape, dtype))
 
-    pools = (
-        empty_pool(rows, size.columns, size.pages, size.page, size.stores, size.shards)
-        for size in (ring, log)
-    )
+    ring_pool, log_pool = (empty_pool(rows, *size) for size in (ring, log))
     layers = tuple(layer(kind) for kind in config.layers)
-    return Cache(layers, *pools, jnp.zeros(rows, jnp.int32))
+    return Cache(layers, ring_pool, log_pool, jnp.zeros(rows, jnp.int32))
 
 
 def _no_keys(shape: tuple[int, ...], dtype):
@@ -316,12 +315,11 @@ def _ring_slots(pool: Pool, new: Coords) -> jax.Array:
 
 def write(keys, new: Float[Array, "B K S d"], where: Int[Array, "B S"]):
     """Puts new keys or values, quantized if the cache is, in their places."""
-    if isinstance(keys, Quantized):
-        new = quantize(new, keys.format)
+    stored = quantize(new, keys.format) if isinstance(keys, Quantized) else new
 
     def put(leaf, x):
         page = leaf.shape[2]
         x = jnp.swapaxes(x, 1, 2).astype(leaf.dtype)
         return leaf.at[where // page, :, where % page].set(x, mode="drop")
 
-    return jax.tree.map(put, keys, new)
+    return jax.tree.map(put, keys, stored)

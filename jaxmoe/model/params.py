@@ -43,14 +43,22 @@ class ParamSpec:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """As matrices [..., in, out]: of several dimensions that are summed or not, one."""
-        first, last = self.inputs[0], self.inputs[-1] + 1
-        return (*self.shape[:first], self.fan_in, math.prod(self.shape[last:]))
+        first, last = self._summed
+        inputs, outputs = self.shape[first:last], self.shape[last:]
+        return (*self.shape[:first], math.prod(inputs), math.prod(outputs))
 
     @property
     def matrix_axes(self) -> tuple[str | None, ...]:
         """The logical axes of `matrix_shape`."""
-        first, last = self.inputs[0], self.inputs[-1] + 1
+        first, last = self._summed
         return (*self.axes[:first], self.axes[first], self.axes[last])
+
+    @property
+    def _summed(self) -> tuple[int, int]:
+        """The first dimension that is summed, and the one after the last."""
+        if not self.inputs:
+            raise ValueError(f"a parameter {self.shape} that sums nothing is no matrix.")
+        return self.inputs[0], self.inputs[-1] + 1
 
     def init(self, key: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Random values, or ones."""

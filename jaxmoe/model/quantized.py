@@ -36,9 +36,8 @@ def matrix_axes(w: QuantizedMatrix, *axes: str | None) -> QuantizedMatrix:
     """
     *outer, inputs, outputs = axes
     whole = w.scale.shape[-2] == 1 and w.format != "int4"
-    return QuantizedMatrix(
-        (*outer, outputs, inputs), (*outer, None if whole else inputs, outputs), w.format
-    )
+    qvalue, scale = (*outer, outputs, inputs), (*outer, None if whole else inputs, outputs)
+    return QuantizedMatrix(qvalue, scale, w.format)  # pyrefly: ignore  # axes for arrays
 
 
 def quantized_linear(

@@ -95,7 +95,7 @@ class Extents(NamedTuple):
     whole: Bool[Array, "batch blocks"]  # no token is padding
 
 
-NOTHING = Extents(_HIGHEST, _LOWEST, _HIGHEST, _LOWEST, False)  # of a block without real tokens
+NOTHING = (_HIGHEST, _LOWEST, _HIGHEST, _LOWEST, False)  # Extents of a block of padding
 
 
 def extents(k: Coords, block: int) -> Extents:

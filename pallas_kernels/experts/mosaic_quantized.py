@@ -177,14 +177,17 @@ def _sums(mma, parts, widths, ring, steps, mine, rows, count) -> tuple:
 
 def _add(mma, parts, total, w_nk, x_mk, scale_n):
     """total + w x^T, of which w x^T is scaled where there is a scale."""
-    start = None if scale_n is not None else total
-    for part in range(parts):
+
+    def operands(part):
         x = x_mk if parts == 1 else x_mk.at[:, pl.ds(part * HALF, HALF)]
-        w = widen(w_nk, part, parts)
-        start = mma.dot(w, x.T) if start is None else mma.add(start, w, x.T)
+        return widen(w_nk, part, parts), x.T
+
+    sums = mma.dot(*operands(0)) if scale_n is not None else mma.add(total, *operands(0))
+    for part in range(1, parts):
+        sums = mma.add(sums, *operands(part))
     if scale_n is None:
-        return start
-    return total + start * along_rows(load(scale_n, ROWS), start)
+        return sums
+    return total + sums * along_rows(load(scale_n, ROWS), sums)
 
 
 def load(ref, layout) -> jax.Array:

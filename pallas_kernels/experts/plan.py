@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.platform import target
 
-LEAST_ON_HOPPER = 8  # columns of the smallest wgmma
+LEAST_OF_KERNELS = 8  # columns of the smallest wgmma, rows of a TPU's smallest tile
 
 
 class GroupPlan(NamedTuple):
@@ -28,7 +28,8 @@ class GroupPlan(NamedTuple):
 
 def block_rows(num_items: int, num_groups: int, largest: int = 128) -> int:
     """A block size, a power of two, that wastes little: about half of an average group."""
-    least = LEAST_ON_HOPPER if target().is_hopper else 1
+    device = target()
+    least = LEAST_OF_KERNELS if device.is_hopper or device.platform == "tpu" else 1
     half = max(1, num_items // (2 * num_groups))
     return min(largest, max(least, 1 << (half.bit_length() - 1)))
 

@@ -8,7 +8,12 @@ import pytest
 
 from jaxmoe.config import SCOUT
 from jaxmoe.plan.absent import absent_tpus, lower_for, mesh_of
-from pallas_kernels.experts import gated_matmul, grouped_implementation, grouped_matmul
+from pallas_kernels.experts import (
+    block_rows,
+    gated_matmul,
+    grouped_implementation,
+    grouped_matmul,
+)
 
 pytestmark = pytest.mark.absent_tpu
 
@@ -56,3 +61,5 @@ def test_tpus_get_megablox(topology):
     assert grouped_implementation(x, up, group) == "xla"
     with jax.sharding.use_abstract_mesh(mesh_of(first_of(topology)).abstract_mesh):
         assert grouped_implementation(x, up, group) == "megablox"
+        assert block_rows(1, 16) == 8  # as few as the kernels take, also for a lone token
+    assert block_rows(1, 16) == 1
