@@ -100,8 +100,13 @@ class QuantizedMatrix:
 
 
 def scale_width(format: str, inputs: int) -> int:
-    """How many inputs of a matrix share a scale: 4 bits are too few for a whole column."""
-    return min(INT4_WIDTH, inputs) if format == "int4" else inputs
+    """How many inputs of a matrix share a scale: 4 bits are too few for a whole column.
+
+    Of int4 128, which kernels take, or the most below that divides the inputs.
+    """
+    if format != "int4":
+        return inputs
+    return next(width for width in range(min(INT4_WIDTH, inputs), 0, -1) if inputs % width == 0)
 
 
 def quantize_matrix(

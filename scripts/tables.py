@@ -32,7 +32,8 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """A document with the table of each pair of markers made anew."""
-    for name, made in (("cpu", _cpu), ("attention", _attention), ("moe", _moe)):
+    tables = {"cpu": _cpu, "attention": _attention, "moe": _moe, "quantized": _quantized}
+    for name, made in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, found, rest = text.partition(begin)
         if found:
@@ -52,11 +53,34 @@ def _moe() -> str:
     return moe_markdown(_measured("moe"))
 
 
+def _quantized() -> str:
+    return quantized_markdown(json.loads((ROOT / "demo" / "quantized.json").read_text()))
+
+
 def _measured(benchmark: str) -> dict[str, dict]:
     """By file, those of its runs that timed anything."""
     files = sorted((ROOT / "benchmarks").glob(f"{benchmark}-*.json"))
     runs = {file.name: json.loads(file.read_text()) for file in files}
     return {name: figures for name, figures in runs.items() if figures.get("cases")}
+
+
+def quantized_markdown(figures: dict) -> str:
+    """The figures of `evaluate.py quantized`."""
+    rows = "\n".join(
+        f"| {each['part']} | {each['format']} | {each['logit_error']:.1e} "
+        f"| {each['perplexity']:+.3%} |"
+        for each in figures["results"]
+    )
+    return f"""\
+| what | format | logit error | perplexity |
+|---|---|---|---|
+{rows}
+
+The demo model in float32 on {figures["tokens"]:,} tokens that it sampled itself,
+{figures["nats_per_token"]:.3f} nats a token; root mean square errors over those of the logits. Its
+heads have 24 elements, Llama 4's 128 with one scale for all: expect a little more there.
+`scripts/evaluate.py quantized` measures it; `scripts/tables.py` makes this table from
+`demo/quantized.json`."""
 
 
 def cpu_markdown(figures: dict) -> str:

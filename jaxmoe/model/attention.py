@@ -191,7 +191,7 @@ def _attend_log(rule, axes, q, k, v, coords, cache, where, log):
 def _attend_pages(rule, q, cache, coords, page_coords, table):
     """Attention to all keys in the pages of a table, and its log-sum-exp."""
     *keys, key_coords = rows_of_pages(cache.k, cache.v, page_coords, table)
-    k, v = (dequantize(x, q.dtype) if isinstance(x, Quantized) else x for x in keys)
+    k, v = (dequantize(x, q.dtype) if isinstance(x, Quantized) else x.astype(q.dtype) for x in keys)
     return flash_attention(q, k, v, coords, key_coords, return_lse=True, **rule)
 
 

@@ -207,7 +207,10 @@ def _empty(config: Llama4Config, rows: int, capacity: int, dtype, tokens, mesh) 
 
 def _no_keys(shape: tuple[int, ...], dtype):
     if isinstance(dtype, str) and dtype in LARGEST:
-        return quantize(jnp.zeros(shape, jnp.bfloat16), dtype)
+        stored = jax.eval_shape(
+            lambda x: quantize(x, dtype), jax.ShapeDtypeStruct(shape, "float32")
+        )
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored)
     if isinstance(dtype, str) and dtype not in ("bf16", "bfloat16", "float32", "float16"):
         raise UserError(f"cache format '{dtype}' is unknown; there are {', '.join(FORMATS)}.")
     return jnp.zeros(shape, jnp.bfloat16 if dtype == "bf16" else dtype)

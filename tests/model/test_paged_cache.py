@@ -34,7 +34,7 @@ CONFIG = dataclasses.replace(
 ROWS, LENGTH = 2, 300
 # Of the largest logit. A scale for each token and head leaves steps of 1/254 and 1/14 of the
 # largest element, and fp8 steps of 1/16 of each.
-ERRORS = {"int8": 0.01, "fp8": 0.05, "int4": 0.15}
+ERRORS = {"bf16": 0.01, "int8": 0.01, "fp8": 0.05, "int4": 0.15}
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ def test_widths_are_packed_apart():
 
 
 def test_int4_matrices_share_scales_in_widths_of_128():
-    scales = [quantize_matrix(jnp.ones((n, 2)), "int4").scale.shape for n in (64, 256)]
-    assert scales == [(1, 2), (2, 2)]
+    scales = [quantize_matrix(jnp.ones((n, 2)), "int4").scale.shape for n in (64, 256, 192)]
+    assert scales == [(1, 2), (2, 2), (2, 2)]
     with pytest.raises(ValueError, match="200 inputs are no multiple of the 128 that share"):
-        quantize_matrix(jnp.ones((200, 2)), "int4")
+        quantize_matrix(jnp.ones((200, 2)), "int4", 128)
