@@ -126,6 +126,10 @@ def greedy_answer(
     Raises:
         UserError: if prompt and answer do not fit the model's context.
     """
+    if not prompt or count < 1:
+        raise UserError(
+            f"{len(prompt)} tokens of prompt and {count} to write; use 1 or more of each."
+        )
     _check_room(config, len(prompt) + count)
     capacity = round_capacity(len(prompt) + count)
     segment = min(segment, 1 << (len(prompt) - 1).bit_length())

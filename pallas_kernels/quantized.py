@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 # Largest magnitude of each format: a vector's largest element is stored as this.
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
 INT4_WIDTH = 128  # inputs of a matrix that share a scale
-_STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": jnp.int8}
+STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": jnp.int8}
 
 
 @functools.partial(
@@ -55,7 +55,7 @@ def quantize(x: Float[Array, "... d"], format: str) -> Quantized:
     scaled = x / jnp.where(scale == 0, 1, scale)[..., None]
     if format != "fp8":
         scaled = jnp.round(scaled)
-    stored = scaled.astype(_STORED[format])
+    stored = scaled.astype(STORED[format])
     return Quantized(_pack(stored) if format == "int4" else stored, scale, format)
 
 
@@ -102,11 +102,11 @@ class QuantizedMatrix:
 def scale_width(format: str, inputs: int) -> int:
     """How many inputs of a matrix share a scale: 4 bits are too few for a whole column.
 
-    Of int4 128, which kernels take, or the most below that divides the inputs.
+    Of int4 128, which kernels take, or the largest even number below that divides the inputs.
     """
     if format != "int4":
         return inputs
-    return next(width for width in range(min(INT4_WIDTH, inputs), 0, -1) if inputs % width == 0)
+    return next((width for width in range(INT4_WIDTH, 0, -2) if inputs % width == 0), inputs)
 
 
 def quantize_matrix(

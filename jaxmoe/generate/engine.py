@@ -140,33 +140,32 @@ def generate(
 
     Raises:
         UserError: for an empty prompt, one that leaves no room in the context, a token that is not
-            in the vocabulary, or no rows.
+            in the vocabulary, no rows, an unknown `kv`, or a request that the cache cannot hold.
     """
     if rows < 1:
         raise UserError(f"rows {rows} is below 1.")
     stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
     waiting = collections.deque(fit_context(config, request) for request in requests)
+    if not waiting:
+        return iter(())
     rows = min(rows, len(waiting))
-    return _run(config, params, waiting, sampling, rows, segment, stop_ids, kv, cache_tokens)
+    cache = _new_cache(config, kv or params["embed"].dtype, waiting, rows, cache_tokens)
+    return _run(config, params, cache, waiting, sampling, rows, segment, stop_ids)
 
 
 def _run(
     config: Llama4Config,
     params: dict,
+    cache: Cache,
     waiting: collections.deque[Request],
     sampling: Sampling,
     rows: int,
     segment: int,
     stop_ids: tuple[int, ...],
-    kv: str | None,
-    cache_tokens: int | None,
 ) -> Iterator[Token]:
-    if not waiting:
-        return
     longest = max(len(request.tokens) for request in waiting)
     segment = min(segment, 1 << (longest - 1).bit_length())
     batch: list[_Row | None] = [None] * rows
-    cache = _new_cache(config, kv or params["embed"].dtype, waiting, rows, cache_tokens)
     pages = _Pages(cache, rows)
     while waiting or any(batch):
         for i, row in enumerate(batch):
@@ -220,7 +219,8 @@ def _new_cache(
             f"a cache of {tokens} tokens has no room for a request of {lengths[0]}; use more, or "
             "ask for fewer new tokens."
         )
-    tokens = sum(lengths[:rows]) if tokens is None else tokens
+    groups = row_groups(rows)
+    tokens = groups * sum(lengths[: rows // groups]) if tokens is None else tokens
     return init_cache(config, rows, round_capacity(lengths[0]), dtype, tokens=tokens)
 
 

@@ -38,7 +38,7 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.quantized import Quantized, dequantize
 
-PIECE = 2**16  # keys of a log that a long step attends to at once
+PIECE = 2**16  # keys of a log, of all rows together, that a long step attends to at once
 FEW_QUERIES = 4  # up to so many a row, the cache is read at memory speed rather than in tiles
 
 
@@ -197,7 +197,7 @@ def _attend_pages(rule, q, cache, coords, page_coords, table):
 
 def _attend_log_in_pieces(rule, q, cache, coords, page_coords, table):
     """The same, some columns of the table at a time: memory does not grow with the log."""
-    columns = min(PIECE // PAGE, table.shape[1])
+    columns = min(max(1, PIECE // (PAGE * len(table))), table.shape[1])
     table = pad_axis(table, 1, columns)
     used = jnp.max(jnp.where(table != 0, jnp.arange(table.shape[1]) + 1, 0))
 

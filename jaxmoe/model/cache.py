@@ -22,7 +22,7 @@ from jaxmoe import mesh as meshes
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import activation_axes, axis_size, current_mesh, sharding
-from jaxmoe.model.pages import FREE, Pool, empty_pool, give_back, places, take_pages, write_coords
+from jaxmoe.model.pages import Pool, empty_pool, give_back, places, take_pages, write_coords
 from pallas_kernels.attention import Coords
 from pallas_kernels.quantized import LARGEST, Quantized, quantize
 
@@ -97,17 +97,19 @@ class _Sizes(NamedTuple):
     shards: int
 
 
-def _sizes(config: Llama4Config, rows: int, capacity: int, tokens: int, mesh):
+def _sizes(config: Llama4Config, rows: int, capacity: int, tokens: int | None, mesh):
     """Of the ring's and of the log's pool; page 0 of each store included."""
-    groups = row_groups(rows, mesh)
-    shards, page = slot_shards(mesh), ring_page(config)
-    columns = (config.attention_chunk_size or page) // page
-    ring = min(columns, -(-capacity // page) + 1)  # a ring may start within a page
-    widest = capacity // (PAGE * shards)
-    held = pages_for(-(-tokens // groups), mesh) + rows // groups  # each may begin a page
-    log = max(widest, min(held, rows // groups * widest))
+    groups, shards, page = row_groups(rows, mesh), slot_shards(mesh), ring_page(config)
+    rows //= groups
+    columns, widest = (config.attention_chunk_size or page) // page, capacity // (PAGE * shards)
+    ring, log = rows * columns, rows * widest
+    if tokens is not None:
+        held = pages_for(-(-tokens // groups), mesh) + rows  # each row may begin a page
+        log = max(widest, min(log, held))
+        # What fits in the log fits in the ring too; its first and last page may be begun.
+        ring = max(columns, min(ring, -(-log * PAGE * shards // page) + 2 * rows))
     return (
-        _Sizes(columns, 1 + rows // groups * ring, page, groups, 1),
+        _Sizes(columns, 1 + ring, page, groups, 1),
         _Sizes(widest, 1 + log, PAGE, groups * shards, shards),
     )
 
@@ -127,7 +129,8 @@ def init_cache(
         capacity: tokens that a row can hold; a value of `round_capacity`.
         dtype: of keys and values, or one of FORMATS.
         mesh: default: the current mesh.
-        tokens: that all rows together can hold; default: the capacity of each.
+        tokens: that all rows together can hold, spread evenly over groups of rows on a mesh (see
+            `row_groups`), each row with one run of positions; default: the capacity of each.
 
     Raises:
         UserError: if the capacity cannot be dealt out over the mesh, or the format is unknown.
@@ -191,7 +194,6 @@ def _row_axes(mesh, rows: int) -> tuple[str, ...]:
 
 
 def _empty(config: Llama4Config, rows: int, capacity: int, dtype, tokens, mesh) -> Cache:
-    tokens = rows * capacity if tokens is None else tokens
     ring, log = _sizes(config, rows, capacity, tokens, mesh)
 
     def layer(kind):
@@ -227,11 +229,6 @@ def restart_rows(cache: Cache, restart: Int[Array, "B"] | Bool[Array, "B"]) -> C
     return cache._replace(ring=ring, log=log, length=jnp.where(leaves, 0, cache.length))
 
 
-def free_tokens(cache: Cache) -> Int[Array, ""]:
-    """How many more tokens the global layers' free pages hold, on all devices together."""
-    return jnp.sum(cache.log.owner == FREE) * PAGE
-
-
 def pages_a_group(cache: Cache) -> int:
     """Pages of global layers that the rows of a group share, on each of their devices."""
     shards, rows, _ = cache.log.table.shape
@@ -248,14 +245,9 @@ def plan_writes(cache: Cache, new: Coords) -> tuple[Writes, Cache]:
         new: coordinates of the new tokens, [B, S]; a row's segments are contiguous.
 
     Raises:
-        UserError: if the cache was made for another mesh.
+        UserError: if the cache was made for another number of devices along `sequence`.
     """
-    shards, made_for = slot_shards(), cache.log.table.shape[0]
-    if shards != made_for:
-        raise UserError(
-            f"a cache that is dealt out over {made_for} device(s) is used on a mesh with {shards}; "
-            "make it with init_cache under the mesh it is used on."
-        )
+    shards = slot_shards()
     real = new.segment != 0
     slot = jnp.where(real, cache.length[:, None] + jnp.cumsum(real, axis=1) - 1, -1)
 
@@ -281,6 +273,12 @@ def _per_store(cache: Cache, body, *of_rows):
 
     It returns both pools, and for any further result one a pool, [1, B, ...].
     """
+    shards, made_for = slot_shards(), cache.log.table.shape[0]
+    if shards != made_for:
+        raise UserError(
+            f"a cache that is dealt out over {made_for} device(s) is used on a mesh with {shards}; "
+            "make it with init_cache under the mesh it is used on."
+        )
     mesh = current_mesh()
     if mesh is None:
         return body(cache.ring, cache.log, *of_rows)

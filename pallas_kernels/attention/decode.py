@@ -98,8 +98,8 @@ def decode_attention(
             key t is at position t of segment 1, and causal masking hides what lies beyond the
             queries.
         scale, causal, chunk, return_lse, config, interpret: as for `flash_attention`.
-        table: the pages of each row, in order. Entries past a row's end must be pages too, of
-            finite numbers.
+        table: the pages of each row, in order. Entries past a row's end must be pages of
+            padding (segment 0), of finite numbers.
         implementation: "mosaic_gpu" or "xla"; None for the fastest that serves the call, which
             `decode_implementation` names.
 

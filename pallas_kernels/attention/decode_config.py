@@ -12,9 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
 from pallas_kernels.mosaic import SMEM_BYTES, Ring, tile
+from pallas_kernels.quantized import STORED
 
 WARPGROUPS = 2  # that compute
-STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": jnp.int8}
 COLUMN_UNIT = 8
 MAX_COLUMNS = 24  # with 32, ptxas spills registers
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True)

@@ -44,7 +44,8 @@ def why_not(case) -> str | None:
     if case.format is None:
         step = outputs = TileConfig().columns if case.block == BLOCK else STEP
     else:
-        step, outputs = INPUTS, WARPGROUP * warpgroups(case.block)
+        rows = min(case.block, WARPGROUP) if case.scale_width == INPUTS else case.block
+        step, outputs = INPUTS, WARPGROUP * warpgroups(rows)
         widths = (INPUTS,) if case.format == "int4" else (INPUTS, case.width_in)
         if case.scale_width not in widths:
             return (

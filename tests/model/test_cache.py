@@ -1,5 +1,7 @@
 """The cache's bookkeeping, and that a compiled step holds one copy of it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +12,12 @@ from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.cache import (
     PAGE,
-    free_tokens,
     init_cache,
     plan_writes,
     restart_rows,
     round_capacity,
 )
+from jaxmoe.model.pages import FREE
 from jaxmoe.model.transformer import Llama4
 from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.steps import abstract_arguments, lower_step
@@ -39,6 +41,10 @@ def held(pool, row=0):
     return position[segment != 0].tolist(), segment[segment != 0].tolist()
 
 
+def free_pages(cache):
+    return int((cache.log.owner == FREE).sum())
+
+
 def test_padding_takes_no_slot_and_the_last_chunk_fills_the_ring(small):
     cache = init_cache(small.config, 1, 64)
     new = coords([0, 0, *range(14, 19)], [0, 0, 1, 1, 1, 1, 1])
@@ -54,13 +60,13 @@ def test_a_restarted_row_holds_nothing(small):
     cache = init_cache(small.config, 2, 64)
     both = Coords(jnp.array([[0, 1]] * 2), jnp.ones((2, 2), jnp.int32))
     _, cache = plan_writes(cache, both)
-    assert int(free_tokens(cache)) == 0
+    assert free_pages(cache) == 0
     cache = restart_rows(cache, jnp.array([1, 0]))
     assert cache.length.tolist() == [0, 2]
     for pool in (cache.log, cache.ring):
         assert held(pool) == ([], []) and held(pool, 1) == ([0, 1], [1, 1])
         assert int(pool.coords.segment.sum()) == 2
-    assert int(free_tokens(cache)) == 64
+    assert free_pages(cache) == 1
 
 
 def used(cache, shards):
@@ -97,11 +103,22 @@ def test_one_long_row_and_many_short_ones_share_a_pool(small):
     assert len(set(where[new].tolist())) == lengths.sum()  # no two tokens in one place
 
 
+def test_segments_far_apart_have_room_in_the_ring(small):
+    """Each takes other pages of the ring, and all may be taken."""
+    config = dataclasses.replace(small.config, attention_chunk_size=8192)
+    cache = init_cache(config, 1, 64)
+    for segment, start in enumerate((0, 1000, 2000, 3000), start=1):
+        new = coords(range(start, start + 16), [segment] * 16)
+        writes, cache = plan_writes(cache, new)
+        assert writes.ring.max() < cache.ring.coords.segment.size
+    assert len(held(cache.ring)[0]) == 64
+
+
 def test_without_free_pages_tokens_go_nowhere(small):
     cache = init_cache(small.config, 2, 2 * PAGE, tokens=PAGE)
     new = Coords(jnp.arange(2 * PAGE)[None].repeat(2, 0), jnp.ones((2, 2 * PAGE), jnp.int32))
     _, full = plan_writes(cache, new)
-    assert int(free_tokens(full)) == 0
+    assert free_pages(full) == 0
     owned = np.asarray(full.log.owner)
     assert len(held(full.log)[0]) + len(held(full.log, 1)[0]) == PAGE * (owned >= 0).sum()
     assert not np.asarray(full.log.coords.segment)[0].any()
