@@ -23,6 +23,13 @@ from jaxmoe.mesh import MeshConfig
 from tests import tiny
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Each maps memory, of which a process may have 65,530 parts: thousands of tests need more."""
+    yield
+    jax.clear_caches()
+
+
 @dataclasses.dataclass(frozen=True)
 class TinyModel:
     """A model as the Hugging Face files have it, and as this project loads it."""

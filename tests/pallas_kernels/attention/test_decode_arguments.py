@@ -135,7 +135,7 @@ MISTAKES = {
         "it takes up to 24 queries times heads that share a key head, not 65",
     ),
     "small pages for the kernel": (
-        KERNEL | PAGED | both(array(7, 2, 96, 128)),
+        KERNEL | PAGED | both(array(7, 2, 96, 128)) | {"k_coords": coords_of(7, 96)},
         "it takes pages of a multiple of 64 keys, not 96",
     ),
 }
