@@ -11,6 +11,7 @@ os.environ["NPROC"] = "32"
 import dataclasses
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -28,6 +29,20 @@ def forget_compiled_programs():
     """Each maps memory, of which a process may have 65,530 parts: thousands of tests need more."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Where compiling takes most of the time, the compiler is to hurry."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """Without annotations, which only tests enforce and which would find some mistakes first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _kernel(
         ring.open()
         mine = pl.ds(warpgroup * WARPGROUP, WARPGROUP)
         there = pl.ds(first + warpgroup * WARPGROUP, WARPGROUP)
-        products = _sums(mma, parts, widths, ring, steps, mine, rows_a_block, len(qvalues_EFD))
+        products = _sums(mma, parts, ring, steps, mine, rows_a_block, len(qvalues_EFD))
         if not widths:
             scales = (load(scale.at[group, 0, there], ROWS) for scale in scales_EGF)
             products = [y * along_rows(s, y) for y, s in zip(products, scales, strict=True)]
@@ -158,15 +158,17 @@ def _kernel(
         ring.drain(steps)
 
 
-def _sums(mma, parts, widths, ring, steps, mine, rows, count) -> tuple:
+def _sums(mma, parts, ring, steps, mine, rows, count) -> tuple:
     """Of each matrix, [64, rows] in float32."""
 
     def step(t, sums):
         x_mk, *buffers = ring.take(t)
-        matrices, scales = buffers[:count], buffers[count:]
+        matrices, scales = (
+            [x.at[mine] for x in part] for part in (buffers[:count], buffers[count:])
+        )
         sums = tuple(
-            _add(mma, parts, total, w.at[mine], x_mk, s.at[mine] if widths else None)
-            for total, w, s in zip(sums, matrices, scales or matrices, strict=True)
+            _add(mma, parts, total, w, x_mk, scale)
+            for total, w, scale in zip(sums, matrices, scales or [None] * count, strict=True)
         )
         ring.release(t)
         return sums

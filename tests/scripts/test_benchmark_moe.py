@@ -33,15 +33,9 @@ from pallas_kernels.experts import block_rows, grouped_xla
 from tests.scripts import refuses, succeeds
 
 D, F = 5120, 8192
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = dataclasses.replace(SCOUT, hidden_size=128, intermediate_size=64, num_local_experts=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes most of the time; the compiler is to hurry."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -159,12 +158,6 @@ CONFIGS = {
 
 def parametrize(mistakes):
     return pytest.mark.parametrize(("change", "says"), mistakes.values(), ids=mistakes)
-
-
-@pytest.fixture
-def untyped(monkeypatch):
-    """Without the annotations, which tests enforce and which would find some mistakes first."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def traced(trace=jax.eval_shape, **arguments):
