@@ -43,10 +43,13 @@ def decode_bytes(config, rows: int, capacity: int) -> int:
     routers = sum(kind.feed_forward == "moe" for kind in config.layers) * config.num_local_experts
     replicated = embed * (2 * layers + 1 + routers)  # norms and routers
     weights = replicated + (num_params(config) - replicated) // 8
-    keys_and_values = 2 * config.head_dim * rows * (12 * capacity + 36 * 8192)  # one head of 8
-    coordinates = 2 * rows * (capacity + 8192) + rows
+    log, ring = (1 + rows * tokens // 64 for tokens in (capacity, 8192))  # pages, one of nobody
+    keys_and_values = 2 * config.head_dim * 64 * (12 * log + 36 * ring)  # one head of 8
+    coordinates_and_owners = (2 * 64 + 1) * (log + ring)
+    tables_and_lengths = rows * (capacity + 8192) // 64 + rows
     new_tokens = 3 * rows
-    return 2 * (weights + keys_and_values) + 4 * (coordinates + new_tokens)
+    integers = coordinates_and_owners + tables_and_lengths + new_tokens
+    return 2 * (weights + keys_and_values) + 4 * integers
 
 
 @pytest.mark.parametrize("name", PRESETS)
