@@ -14,8 +14,10 @@ with jax.set_mesh(mesh):
 from jaxmoe.checkpoint.store import load, save
 from jaxmoe.config import MAVERICK, SCOUT, LayerKind, Llama4Config, RopeScaling
 from jaxmoe.errors import UserError
+from jaxmoe.generate.document import Document
 from jaxmoe.generate.engine import Request, Token, generate
 from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generate.saved_document import load_document, read_document
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import quantize_params
 from jaxmoe.model.transformer import Llama4, forward, unembed
@@ -24,6 +26,7 @@ from jaxmoe.text import Tokenizer
 __all__ = [
     "MAVERICK",
     "SCOUT",
+    "Document",
     "LayerKind",
     "Llama4",
     "Llama4Config",
@@ -37,7 +40,9 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "load_document",
     "quantize_params",
+    "read_document",
     "save",
     "unembed",
 ]

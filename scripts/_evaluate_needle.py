@@ -210,7 +210,8 @@ def make_needles(cases: list[Case], tokenizer: Tokenizer, args: argparse.Namespa
         low, high = case.depth
         rng = np.random.default_rng((args.seed, case.length, int(low * 10**6), case.trial))
         key, depth = random_key(rng, args.digits), rng.uniform(low, high)
-        needles.append(make_needle(tokenizer, haystack, key, case.length, depth))
+        turned = np.roll(haystack, rng.integers(len(haystack)))  # other words by each question
+        needles.append(make_needle(tokenizer, turned, key, case.length, depth))
     return needles
 
 

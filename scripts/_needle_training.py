@@ -41,7 +41,7 @@ STAGES = (
     Stage(steps=400, length=64, rows=32),
     Stage(steps=500, length=256, rows=8),
     Stage(steps=400, length=1024, rows=4),
-    Stage(steps=60, length=8192, rows=1),
+    Stage(steps=240, length=8192, rows=1),
 )
 
 

@@ -3,19 +3,21 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import time
 
 import _devices
 import jax
-from _cli import run, task_progress
+from _cli import byte_progress, run, task_progress
 
 from jaxmoe.checkpoint import store
 from jaxmoe.errors import UserError
 from jaxmoe.generate import jobs
 from jaxmoe.generate.engine import Request, fit_context, generate
 from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generate.saved_document import document_length, load_document
 from jaxmoe.model.cache import FORMATS
 from jaxmoe.text import StreamDecoder
 
@@ -39,12 +41,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cache-tokens", type=int, metavar="N", help="of all rows together; requests wait for room"
     )
+    parser.add_argument(
+        "--document", metavar="FOLDER", help="that read.py wrote; each request comes after its text"
+    )
     _devices.add_flags(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    if args.document and (args.kv or args.cache_tokens is not None):
+        raise UserError("--document brings its own cache; leave --kv and --cache-tokens out.")
     mesh = _devices.start(args)
     sampling = Sampling(
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
@@ -52,12 +59,16 @@ def main() -> None:
     tokenizer = _devices.tokenizer(args.checkpoint)
     requests = _requests(args, tokenizer)
     model = store.read_config(args.checkpoint)
-    requests = [fit_context(model, request) for request in requests]
+    after = document_length(args.document) if args.document else 0
+    if after:
+        requests = [_without_begin(request, tokenizer) for request in requests]
+    requests = [fit_context(model, request, after) for request in requests]
     stop_ids = {*model.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())}
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(jobs.output_file(args.output)) if args.output else None
         config, params = _devices.load(args, mesh)
         stack.enter_context(jax.set_mesh(mesh))
+        document = _document(args, config, params, requests) if after else None
         stream = generate(
             config,
             params,
@@ -67,6 +78,7 @@ def main() -> None:
             stop_ids=tuple(stop_ids),
             kv=args.kv,
             cache_tokens=args.cache_tokens,
+            document=document,
         )
         show = _stream_text if args.prompt is not None else _show_progress
         for record in show(jobs.finished(stream, tokenizer), requests, tokenizer, args):
@@ -81,6 +93,19 @@ def _requests(args, tokenizer):
         raise UserError(f"{args.checkpoint} has no tokenizer; use --prompts with tokens.")
     tokens = tuple(tokenizer.encode(args.prompt, bos=True))
     return [Request("0", tokens, args.max_new_tokens)]
+
+
+def _without_begin(request: Request, tokenizer) -> Request:
+    """A request that goes on with a document, which has the begin-of-text token."""
+    if tokenizer is None or request.tokens[:1] != (tokenizer.bos_id,):
+        return request
+    return dataclasses.replace(request, tokens=request.tokens[1:])
+
+
+def _document(args, config, params, requests):
+    room = max(request.length for request in requests)
+    with byte_progress("Loading the document") as progress:
+        return load_document(args.document, config, params, room, progress)
 
 
 def _stream_text(stream, requests, tokenizer, args):

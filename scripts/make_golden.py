@@ -79,6 +79,26 @@ CASES = {
     ),
     # An eps large enough that a constant in its place shows.
     "qk_norm": Case(still(tiny.scout_like, rms_norm_eps=0.1)),
+    # Chunks and temperature as they are released; one expert, since rounding would choose between
+    # two for some of so many tokens.
+    "long/document": Case(
+        tiny.scout_like(
+            num_hidden_layers=4,
+            hidden_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=1,
+            vocab_size=1024,
+            attention_chunk_size=8192,
+            floor_scale=8192,
+            max_position_embeddings=32768,
+        ),
+        seed=1,
+        length=20_000,
+        first_row=19_984,
+        prompt=20_000,
+        new_tokens=24,
+    ),
     "router": Case(still(tiny.scout_like)),
     "router_top2": Case(still(tiny.maverick_like, num_experts_per_tok=2)),
 }
@@ -97,7 +117,8 @@ def compute(case):
     with tempfile.TemporaryDirectory() as folder:
         model = hf_logits.load(tiny.write_checkpoint(folder, case.config, tensors))
     logits = hf_logits.full_logits(model, tokens)
-    if router_gap(case.config, tensors, tokens) < ROUNDING:
+    choices = case.config["num_local_experts"] > 1
+    if choices and router_gap(case.config, tensors, tokens) < ROUNDING:
         raise ValueError("two experts nearly tie: choose another seed")
     return tiny.Golden(
         config=case.config,
@@ -130,7 +151,6 @@ def continued(model, case, tokens):
 
 
 def main():
-    tiny.GOLDEN.mkdir(exist_ok=True)
     for name in sys.argv[1:] or CASES:
         try:
             tiny.write_golden(name, compute(CASES[name]))

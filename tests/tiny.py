@@ -267,6 +267,7 @@ class Golden:
 
 
 def golden_names():
+    """Those that are small enough for any path, the reference included."""
     return sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
 
@@ -278,4 +279,5 @@ def read_golden(name):
 
 def write_golden(name, golden):
     fields = {k: v for k, v in vars(golden).items() if v is not None}
+    (GOLDEN / name).parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(GOLDEN / f"{name}.npz", **{**fields, "config": json.dumps(golden.config)})

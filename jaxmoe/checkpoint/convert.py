@@ -1,7 +1,6 @@
 """Hugging Face safetensors -> a checkpoint, tensor by tensor, in memory bounded by a block."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 from jaxmoe.checkpoint.names import StoredTensor, match_names, stored_tensors
@@ -10,6 +9,7 @@ from jaxmoe.checkpoint.store import (
     RESULT,
     Progress,
     Writer,
+    check_space,
     copy_companions,
     no_progress,
     prepared,
@@ -50,7 +50,7 @@ def convert(source: str | Path, output: str | Path, progress: Progress = no_prog
         _check_shape(folder, found.names[tensor.name], tensor)
     total = sum(folder.tensors[found.names[tensor.name]].nbytes for tensor in tensors)
     with prepared(output) as workspace:
-        _check_space(workspace, total)
+        check_space(workspace, total)
         with Writer(workspace) as writer:
             done = 0
             for tensor in tensors:
@@ -70,15 +70,6 @@ def _check_shape(folder: SafetensorsFolder, name: str, tensor: StoredTensor) -> 
         raise UserError(
             f"{entry.file} holds {name} with shape {list(entry.shape)}, but config.json asks for "
             f"{list(tensor.stored_shape)}; correct config.json or download the model again."
-        )
-
-
-def _check_space(folder: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise UserError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, but {nbytes / 1e9:.1f} GB are needed; "
-            "free some space or choose another output."
         )
 
 

@@ -60,15 +60,24 @@ def no_progress(done: int, total: int) -> None:
     """For callers that do not watch."""
 
 
-def workspace_of(output: Path) -> Path:
+def workspace_path(output: Path) -> Path:
     """The folder beside `output` where it is prepared.
 
     Raises:
-        UserError: if `output` exists and is not an empty folder, or an earlier run was interrupted.
+        UserError: if `output` exists and is not an empty folder.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another output or delete it.")
-    workspace = output.resolve().with_name(output.resolve().name + ".partial")
+    return output.resolve().with_name(output.resolve().name + ".partial")
+
+
+def workspace_of(output: Path) -> Path:
+    """The same, where no earlier run may have left one.
+
+    Raises:
+        UserError: as `workspace_path`, or if an earlier run was interrupted.
+    """
+    workspace = workspace_path(output)
     if workspace.exists():
         raise UserError(f"{workspace} is left from an interrupted run; delete it and run again.")
     return workspace
@@ -82,14 +91,24 @@ def prepared(output: Path) -> Iterator[Path]:
         UserError: as `workspace_of`, or if the file system refuses.
     """
     workspace = workspace_of(output)
-    with _writable(output):
+    with writable(output):
         workspace.mkdir(parents=True)
     try:
-        with _writable(output):
+        with writable(output):
             yield workspace
             (workspace / RESULT).rename(output.resolve())
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raises a UserError if the disk that a folder is on, or will be, has not so much left."""
+    free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
+    if nbytes > free:
+        raise UserError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, but {nbytes / 1e9:.1f} GB are needed; "
+            "free some space or choose another output."
+        )
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -118,11 +137,28 @@ class Writer:
         for _path, done in self._pending:
             done.exception()  # waits, raises nothing
 
-    def create(self, name: str, shape: tuple[int, ...], dtype: np.dtype, block: tuple[int, ...]):
-        """A new array of `shape`, to be written in aligned blocks of shape `block`."""
-        metadata = _zarr_metadata(shape, dtype, block)
+    def create(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        block: tuple[int, ...],
+        chunk: tuple[int, ...] | None = None,
+    ):
+        """A new array of `shape`, to be written in aligned blocks of shape `block`.
+
+        Args:
+            chunk: what is read at once; default: about `CHUNK_BYTES`.
+        """
+        metadata = _zarr_metadata(shape, dtype, block, chunk)
         spec = {**_spec(self._arrays / name), "create": True, "metadata": metadata}
         return ts.open(spec).result()
+
+    def reopen(self, name: str) -> ts.TensorStore:
+        """An array that an interrupted run created, perhaps in the middle of `finish_tree`."""
+        if not (self._arrays / name).exists() and (self._result / STATE / name).exists():
+            (self._result / STATE / name).rename(self._arrays / name)
+        return open_array(self._arrays / name)
 
     def write(self, blocks: list[tuple[ts.TensorStore, tuple[slice, ...], np.ndarray]]) -> None:
         """Starts writing blocks of arrays, once the blocks of the last call are on disk.
@@ -146,11 +182,16 @@ class Writer:
             del self._pending[0]
 
     def finish(self, config: Llama4Config, dtype: str, sources: list[dict[str, Any]]) -> None:
-        """Makes the arrays an Orbax checkpoint, in `RESULT` of the workspace."""
-        self.wait()
+        """Makes the arrays a model's checkpoint, in `RESULT` of the workspace."""
         placeholders = map_specs(lambda _: np.zeros((), np.int8), param_specs(config))
-        _save(self._result, placeholders, _metadata(config, dtype) | {"sources": sources})
-        for name in named_specs(config):
+        metadata = model_metadata(config, dtype) | {"sources": sources}
+        self.finish_tree(placeholders, list(named_specs(config)), KEY, metadata)
+
+    def finish_tree(self, placeholders: Any, names: list[str], key: str, metadata: dict) -> None:
+        """Makes the arrays of these names an Orbax checkpoint, in `RESULT` of the workspace."""
+        self.wait()
+        _save(self._result, placeholders, key, metadata)
+        for name in names:
             shutil.rmtree(self._result / STATE / name)
             (self._arrays / name).rename(self._result / STATE / name)
 
@@ -163,7 +204,7 @@ def save(path: str | Path, config: Llama4Config, params: dict) -> None:
     """
     workspace_of(Path(path))
     dtype = jax.tree.leaves(params)[0].dtype.name
-    _save(Path(path).resolve(), params, _metadata(config, dtype))
+    _save(Path(path).resolve(), params, KEY, model_metadata(config, dtype))
 
 
 def read_config(path: str | Path) -> Llama4Config:
@@ -173,7 +214,7 @@ def read_config(path: str | Path) -> Llama4Config:
         UserError: if `path` is no finished checkpoint, or of a newer format.
     """
     path = Path(path)
-    metadata = _read_metadata(path)
+    metadata = read_metadata(path, KEY, "make one with scripts/convert.py")
     if metadata["format"] > FORMAT:
         raise UserError(f"{path} was written by jaxmoe {metadata['version']}; update jaxmoe.")
     return from_hf(metadata["config"], source=str(path))
@@ -189,14 +230,23 @@ def open_arrays(path: str | Path) -> tuple[Llama4Config, dict[str, ts.TensorStor
     config = read_config(path)
     arrays = {}
     for name, spec in named_specs(config).items():
-        with _readable(path / STATE / name):
-            arrays[name] = ts.open(_spec(path.resolve() / STATE / name)).result()
+        arrays[name] = open_array(path / STATE / name)
         if arrays[name].shape != spec.shape:
             raise UserError(
                 f"{path} holds {name} with shape {arrays[name].shape}, but its config says "
                 f"{spec.shape}; convert it again."
             )
     return config, arrays
+
+
+def open_array(path: Path) -> ts.TensorStore:
+    """One array, to be read in slices.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    with _readable(path):
+        return ts.open(_spec(path.resolve())).result()
 
 
 def load(
@@ -247,15 +297,17 @@ def _load_array(array: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: A
 
 
 def read_slice(
-    array: ts.TensorStore, index: tuple[slice, ...], axes: tuple[int, ...]
+    array: ts.TensorStore, index: tuple[slice, ...], axes: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """A slice of a stored array, its axes reordered as by `np.transpose`, contiguous.
+    """A slice of a stored array, its axes reordered as by `np.transpose` if given, contiguous.
 
     Raises:
         UserError: if a part of it is missing or damaged.
     """
     with _readable(_path(array)):
-        return array[index].transpose(axes).read(order="C").result()
+        part = array[index]
+        part = part if axes is None else part.transpose(axes)
+        return part.read(order="C").result()
 
 
 def _path(array: ts.TensorStore) -> Path:
@@ -273,12 +325,17 @@ def _spec(path: Path) -> dict[str, Any]:
     }
 
 
-def _zarr_metadata(shape: tuple[int, ...], dtype: np.dtype, block: tuple[int, ...]) -> dict:
+def _zarr_metadata(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    block: tuple[int, ...],
+    chunk: tuple[int, ...] | None = None,
+) -> dict:
     """One file per block, inside it chunks with a checksum each, so that any part can be read."""
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     codecs = [little_endian, {"name": "crc32c"}]
     sharding = {
-        "chunk_shape": _chunk_shape(block, dtype.itemsize),
+        "chunk_shape": chunk or _chunk_shape(block, dtype.itemsize),
         "codecs": codecs,
         "index_codecs": codecs,
     }
@@ -301,33 +358,38 @@ def _chunk_shape(block: tuple[int, ...], itemsize: int) -> list[int]:
     return chunk
 
 
-def _metadata(config: Llama4Config, dtype: str) -> dict[str, Any]:
+def model_metadata(config: Llama4Config, dtype: str) -> dict[str, Any]:
+    """What names a model: its configuration, and who wrote it."""
     version = importlib.metadata.version("jaxmoe")
     return {"format": FORMAT, "version": version, "config": to_hf(config, dtype)}
 
 
-def _save(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
+def _save(path: Path, tree: Any, key: str, metadata: dict[str, Any]) -> None:
     context = ocp.Context()
     context.array_options.saving.use_ocdbt = False  # plain arrays: see the module's docstring
     with context, _quiet():
-        ocp.save(str(path), tree, custom_metadata={KEY: metadata}, overwrite=path.exists())
+        ocp.save(str(path), tree, custom_metadata={key: metadata}, overwrite=path.exists())
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
-    """What `_metadata` wrote; Orbax would open every array to give it."""
-    convert = "make one with scripts/convert.py"
+def read_metadata(path: Path, key: str, remedy: str) -> dict[str, Any]:
+    """What was saved with a checkpoint under `key`; Orbax would open every array to give it.
+
+    Raises:
+        UserError: with the `remedy`, if `path` is no finished checkpoint with such metadata.
+    """
     try:
-        return json.loads((path / MARKER).read_text())["custom_metadata"][KEY]
+        return json.loads((path / MARKER).read_text())["custom_metadata"][key]
     except OSError:
-        raise UserError(f"{path} is no finished checkpoint; {convert}.") from None
+        raise UserError(f"{path} is no finished checkpoint; {remedy}.") from None
     except (KeyError, TypeError):
-        raise UserError(f"{path} is not from this project; {convert}.") from None
+        raise UserError(f"{path} is no checkpoint of this kind; {remedy}.") from None
     except ValueError as error:
-        raise UserError(f"{path / MARKER} is no JSON ({error}); convert again.") from None
+        raise UserError(f"{path / MARKER} is no JSON ({error}); {remedy}.") from None
 
 
 @contextlib.contextmanager
-def _writable(path: Path) -> Iterator[None]:
+def writable(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses into a UserError."""
     try:
         yield
     except OSError as error:
@@ -340,7 +402,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{path} is damaged: {_reason(error)}; convert it again.") from error
+        raise UserError(f"{path} is damaged: {_reason(error)}; make it again.") from error
 
 
 def _reason(error: Exception) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.generate.document import Document, bookmark, rewind
 from jaxmoe.generate.sampling import Sampling, request_hash, sample
 from jaxmoe.model.cache import (
     Cache,
@@ -59,8 +60,9 @@ class _Row:
     """A row of the batch while it serves a request."""
 
     request: Request
+    after: int = 0  # tokens of a document that it comes after
     started: bool = False
-    read: int = 0  # tokens that the model has seen
+    read: int = 0  # tokens of its own that the model has seen
     written: list[int] = dataclasses.field(default_factory=list)
 
     def next_tokens(self, most: int) -> list[int]:
@@ -125,6 +127,7 @@ def generate(
     stop_ids: tuple[int, ...] | None = None,
     kv: str | None = None,
     cache_tokens: int | None = None,
+    document: Document | None = None,
 ) -> Iterator[Token]:
     """Runs requests on the current mesh; yields tokens as they come, requests interleaved.
 
@@ -137,6 +140,8 @@ def generate(
         kv: how keys and values are stored: "bf16", "int8", "fp8" or "int4"; default: as parameters.
         cache_tokens: that all rows together can hold; requests wait for room. Default: enough that
             none waits.
+        document: a text that each request comes after, one request at a time; its cache is used
+            and used up. `rows`, `kv` and `cache_tokens` are then the document's.
 
     Raises:
         UserError: for an empty prompt, one that leaves no room in the context, a token that is not
@@ -145,18 +150,23 @@ def generate(
     if rows < 1:
         raise UserError(f"rows {rows} is below 1.")
     stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
-    waiting = collections.deque(fit_context(config, request) for request in requests)
+    after = 0 if document is None else document.length
+    waiting = collections.deque(fit_context(config, request, after) for request in requests)
     if not waiting:
         return iter(())
+    if document is not None:
+        _check_room(document, waiting)
+        return _run(config, params, document, waiting, sampling, 1, segment, stop_ids)
     rows = min(rows, len(waiting))
     cache = _new_cache(config, kv or params["embed"].dtype, waiting, rows, cache_tokens)
-    return _run(config, params, cache, waiting, sampling, rows, segment, stop_ids)
+    empty = Document(cache, 0)
+    return _run(config, params, empty, waiting, sampling, rows, segment, stop_ids)
 
 
 def _run(
     config: Llama4Config,
     params: dict,
-    cache: Cache,
+    document: Document,
     waiting: collections.deque[Request],
     sampling: Sampling,
     rows: int,
@@ -166,11 +176,13 @@ def _run(
     longest = max(len(request.tokens) for request in waiting)
     segment = min(segment, 1 << (longest - 1).bit_length())
     batch: list[_Row | None] = [None] * rows
+    cache, after = document
+    place = bookmark(config, document) if after and len(waiting) > 1 else None
     pages = _Pages(cache, rows)
     while waiting or any(batch):
         for i, row in enumerate(batch):
             if row is None and waiting and pages.reserve(i, waiting[0]):
-                batch[i] = _Row(waiting.popleft())
+                batch[i] = _Row(waiting.popleft(), after, started=after > 0)
         fed = _fill(config, batch, segment)
         chosen, cache = step(config, sampling, params, cache, fed)
         for i, (row, token) in enumerate(zip(batch, np.asarray(chosen).tolist(), strict=True)):
@@ -182,23 +194,38 @@ def _run(
             if reason:
                 pages.release(i, row.request)
                 batch[i] = None
+                if place is not None and waiting:
+                    cache = rewind(config, cache, place)
 
 
-def fit_context(config: Llama4Config, request: Request) -> Request:
+def _check_room(document: Document, requests: Iterable[Request]) -> None:
+    longest = max(requests, key=lambda request: request.length)
+    if longest.length > document.room:
+        raise UserError(
+            f"the document's cache has room for {document.room} more tokens, but request "
+            f"{longest.id!r} takes {longest.length}; load it with more room, or ask for fewer."
+        )
+
+
+def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Request:
     """The request with `max_new_tokens` cut to the model's context.
+
+    Args:
+        after: tokens of a document that it comes after.
 
     Raises:
         UserError: if it has no tokens, no room, or tokens that are not in the vocabulary.
     """
-    room = config.max_position_embeddings - len(request.tokens)
+    room = config.max_position_embeddings - after - len(request.tokens)
     if not request.tokens:
         raise UserError(f"request {request.id!r} has no tokens; give it a prompt.")
     if request.max_new_tokens < 1:
         raise UserError(f"request {request.id!r} asks for {request.max_new_tokens} new tokens.")
     if room < 1:
         raise UserError(
-            f"request {request.id!r} has a prompt of {len(request.tokens)} tokens, which leaves no "
-            f"room in the model's context of {config.max_position_embeddings}; shorten it."
+            f"request {request.id!r} has a prompt of {after + len(request.tokens)} tokens, which "
+            f"leaves no room in the model's context of {config.max_position_embeddings}; "
+            "shorten it."
         )
     for token in request.tokens:
         if not 0 <= token < config.vocab_size:
@@ -237,7 +264,8 @@ def _fill(config: Llama4Config, rows: list[_Row | None], segment: int) -> _Batch
             continue
         new = row.next_tokens(width)
         tokens[i, : len(new)] = new
-        positions[i, : len(new)] = np.arange(row.read, row.read + len(new))
+        first = row.after + row.read
+        positions[i, : len(new)] = np.arange(first, first + len(new))
         segment_ids[i, : len(new)] = 1
         restart[i], last[i] = not row.started, len(new) - 1
         request[i], index[i] = request_hash(row.request.id), len(row.written)

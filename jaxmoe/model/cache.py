@@ -70,6 +70,12 @@ def round_capacity(tokens: int, mesh=None) -> int:
     return -(-tokens // unit) * unit
 
 
+def capacity_of(cache: Cache) -> int:
+    """Tokens that a row can hold."""
+    shards, _, columns = cache.log.table.shape
+    return shards * columns * PAGE
+
+
 def row_groups(rows: int, mesh=None) -> int:
     """Into how many groups a batch's rows are spread; each has pages of its own."""
     mesh = current_mesh() if mesh is None else mesh

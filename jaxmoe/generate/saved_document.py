@@ -1,0 +1,363 @@
+"""Documents on disk: a long text is read once, saved as it is read, and asked about on any mesh.
+
+A saved document is an Orbax checkpoint beside those of models (see `jaxmoe.checkpoint.store`): for
+every global layer the keys and values of all tokens, in pages in the order of the text whatever
+mesh they lay on; for every local layer those of the last chunk.
+
+Reading writes `OUTPUT.partial` as it goes, and goes on there when it is run again. What is saved on
+the way ends with a chunk, where no later token sees anything that local layers hold.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from jax.sharding import PartitionSpec
+
+from jaxmoe import mesh as meshes
+from jaxmoe.checkpoint import store
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.generate.document import SEGMENT, Document, check_length, new_document, read
+from jaxmoe.mesh import current_mesh
+from jaxmoe.model.cache import (
+    PAGE,
+    Cache,
+    init_cache,
+    keeps_ring,
+    keys_spec,
+    plan_writes,
+    pool_spec,
+    round_capacity,
+)
+from pallas_kernels.attention import Coords
+
+KEY = "jaxmoe-document"  # of the custom metadata
+REMEDY = "make one with scripts/read.py"
+PROGRESS = "progress.json"  # in a workspace
+INTERVAL = 65_536  # tokens between two saves, about
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Keys, values or their scales of one layer."""
+
+    name: str
+    spread: bool  # over the `slots` axis, as global layers are; else it is a ring
+    keys: jax.Array
+
+
+def read_document(
+    config: Llama4Config,
+    params: dict,
+    tokens: Sequence[int] | np.ndarray,
+    output: str | Path,
+    *,
+    kv: str | None = None,
+    segment: int = SEGMENT,
+    interval: int = INTERVAL,
+) -> Iterator[int]:
+    """Reads a text on the current mesh and saves what `load_document` needs to go on from it.
+
+    Interrupted and called again with the same arguments, on any mesh, it goes on after the last
+    save.
+
+    Args:
+        tokens: the text, its begin-of-text token included.
+        output: a folder, which must not exist or be empty.
+        kv: how keys and values are stored: "bf16", "int8", "fp8" or "int4"; default: as parameters.
+        segment: tokens that are read at once.
+        interval: tokens between two saves; rounded up to whole chunks and pages.
+
+    Yields:
+        The number of tokens read, after each segment; of a run that goes on, first what was saved.
+
+    Raises:
+        UserError: for a text that does not fit the context, an output that exists, one that another
+            text or model is being read into, or a disk that is full.
+    """
+    check_length(config, len(tokens))
+    interval = _whole_chunks(config, interval)
+    identity = _identity(config, params, kv) | _text(tokens)
+    output = Path(output)
+    workspace = store.workspace_path(output)
+    saved = _saved(workspace, identity)
+    with store.Writer(workspace) as writer:
+        if saved:
+            document = _restore(config, identity["kv"], writer.reopen, saved, len(tokens) - saved)
+            arrays = {part.name: writer.reopen(part.name) for part in _parts(config, document)}
+        else:
+            document = new_document(config, params, len(tokens), kv)
+            _begin(workspace, identity, document)
+            arrays = _create(config, document, len(tokens), interval, writer)
+        yield saved
+        steps = read(config, params, document, tokens, segment=segment, pause=interval)
+        for document in steps:
+            if document.length % interval == 0:
+                _save_pages(config, document, saved, interval, arrays, writer)
+                saved = document.length
+                _note(workspace, identity, saved)
+            yield document.length
+        _save_pages(config, document, saved, interval, arrays, writer)
+        _save_rings(config, document, arrays, writer)
+        placeholders = dict.fromkeys(arrays, np.zeros((), np.int8))
+        writer.finish_tree(placeholders, list(arrays), KEY, identity)
+    with store.writable(output):
+        (workspace / store.RESULT).rename(output.resolve())
+        shutil.rmtree(workspace)
+
+
+def document_length(path: str | Path) -> int:
+    """Tokens of a saved document.
+
+    Raises:
+        UserError: if `path` is none that is finished.
+    """
+    return store.read_metadata(Path(path), KEY, REMEDY)["length"]
+
+
+def load_document(
+    path: str | Path,
+    config: Llama4Config,
+    params: dict,
+    room: int,
+    progress: store.Progress = store.no_progress,
+) -> Document:
+    """A saved document on the current mesh, which may be another than it was read on.
+
+    Args:
+        path: a folder that `read_document` wrote.
+        room: tokens of a question and its answer, at most; cut to the model's context.
+        progress: called after every array.
+
+    Raises:
+        UserError: if it is unfinished or damaged, or was read by another model or in another dtype.
+    """
+    path = Path(path)
+    metadata = store.read_metadata(path, KEY, REMEDY)
+    _check_same(metadata, _identity(config, params, metadata["kv"]), f"{path} was read")
+    room = min(room, config.max_position_embeddings - metadata["length"])
+    return _restore(
+        config,
+        metadata["kv"],
+        lambda name: store.open_array(path / store.STATE / name),
+        metadata["length"],
+        room,
+        rings=True,
+        progress=progress,
+    )
+
+
+def _whole_chunks(config: Llama4Config, interval: int) -> int:
+    unit = math.lcm(PAGE, config.attention_chunk_size or 1)
+    return -(-interval // unit) * unit
+
+
+# What a saved document belongs to
+
+
+def _identity(config: Llama4Config, params: dict, kv: str | None) -> dict[str, Any]:
+    dtype = params["embed"].dtype.name
+    return json.loads(json.dumps(store.model_metadata(config, dtype))) | {
+        "dtype": dtype,
+        "weights": _fingerprint(params),
+        "kv": {None: dtype, "bf16": "bfloat16"}.get(kv, kv),
+    }
+
+
+def _text(tokens) -> dict[str, Any]:
+    digest = hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
+    return {"length": len(tokens), "text": digest}
+
+
+def _fingerprint(params: dict) -> str:
+    """Of the bits of all parameters; the same on every mesh, as sums of integers are."""
+    sums = [int(x) for x in jax.tree.leaves(_sum_bits(params))]
+    return hashlib.sha256(np.asarray(sums, "<u4").tobytes()).hexdigest()
+
+
+@jax.jit
+def _sum_bits(params):
+    def bits(x):
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32))
+
+    return jax.tree.map(bits, params)
+
+
+DIFFERENCES = {  # by key of an identity, in the order in which they are told
+    "text": "another text",
+    "dtype": "with a model in {theirs}, not {ours}",
+    "config": "with a model of another config",
+    "weights": "with a model of other weights",
+    "kv": "into a {theirs} cache, not {ours}",
+}
+
+
+def _check_same(theirs: dict[str, Any], ours: dict[str, Any], subject: str) -> None:
+    for key, difference in DIFFERENCES.items():
+        if key in ours and theirs.get(key) != ours[key]:
+            found = difference.format(theirs=theirs.get(key), ours=ours[key])
+            raise UserError(f"{subject} {found}; use the same again, or another folder.")
+
+
+# The workspace
+
+
+def _saved(workspace: Path, identity: dict[str, Any]) -> int:
+    """How many tokens an interrupted run saved in the workspace."""
+    noted = workspace / PROGRESS
+    if noted.exists():
+        progress = json.loads(noted.read_text())
+        _check_same(progress, identity, f"{workspace} is left from an interrupted run, which read")
+        return progress["saved"]
+    if workspace.exists() and any(workspace.iterdir()):
+        raise UserError(f"{workspace} is left from an interrupted run; delete it and run again.")
+    return 0
+
+
+def _begin(workspace: Path, identity: dict[str, Any], document: Document) -> None:
+    store.check_space(workspace, sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)))
+    with store.writable(workspace):
+        shutil.rmtree(workspace, ignore_errors=True)
+        workspace.mkdir(parents=True)
+    _note(workspace, identity, 0)
+
+
+def _note(workspace: Path, identity: dict[str, Any], saved: int) -> None:
+    """Replaces the note of what is on disk, at once or not at all."""
+    new = workspace / (PROGRESS + ".new")
+    with store.writable(workspace):
+        new.write_text(json.dumps(identity | {"saved": saved}))
+        new.rename(workspace / PROGRESS)
+
+
+def _create(config, document: Document, length: int, interval: int, writer: store.Writer):
+    """An array for each part: [pages of the text or of a ring, K, t, ...]."""
+    arrays = {}
+    for part in _parts(config, document):
+        _, *page = part.keys.shape
+        pages = -(-length // PAGE) if part.spread else document.cache.ring.table.shape[2]
+        block = min(pages, interval // PAGE) if part.spread else pages
+        arrays[part.name] = writer.create(
+            part.name, (pages, *page), part.keys.dtype, (block, *page), (1, *page)
+        )
+    return arrays
+
+
+# Between a cache and the canonical order
+
+
+def _parts(config: Llama4Config, document: Document) -> list[_Part]:
+    parts = []
+    for i, (kind, layer) in enumerate(zip(config.layers, document.cache.layers, strict=True)):
+        for path, keys in jax.tree.leaves_with_path(layer):
+            name = ".".join(["layers", str(i), *(entry.name for entry in path)])
+            parts.append(_Part(name, not keeps_ring(config, kind), keys))
+    return parts
+
+
+def _save_pages(config, document: Document, start: int, interval: int, arrays, writer) -> None:
+    """Writes the pages of the tokens from `start` on, which begins a page."""
+    shards = document.cache.log.table.shape[0]
+    first, stop = start // PAGE, -(-document.length // PAGE)
+    column, count = first // shards, interval // (PAGE * shards) + 2
+    for part in _parts(config, document):
+        if not part.spread:
+            continue
+        found = np.asarray(_columns(True, count, document.cache.log.table, part.keys, column))
+        in_order = np.swapaxes(found, 0, 1).reshape(-1, *found.shape[2:])
+        data = in_order[first - column * shards :][: stop - first]
+        writer.write([(arrays[part.name], (slice(first, stop),), np.ascontiguousarray(data))])
+    writer.wait()
+
+
+def _save_rings(config: Llama4Config, document: Document, arrays, writer: store.Writer) -> None:
+    """Writes what the next token may see of local layers: the begun chunk; the rest is zeros."""
+    table = document.cache.ring.table
+    for part in _parts(config, document):
+        if part.spread:
+            continue
+        data = np.array(_columns(False, table.shape[2], table, part.keys, 0)[0])
+        columns, _, page = data.shape[:3]
+        slot = np.arange(columns * page).reshape(columns, page)
+        np.swapaxes(data, 1, 2)[slot >= document.length % slot.size] = 0
+        writer.write([(arrays[part.name], (slice(None),), data)])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _columns(spread: bool, count: int, table, keys, first):
+    """Pages [shards, count, K, t, ...] of the only row from a column of its tables on."""
+
+    def body(table, keys):
+        columns = first + jnp.arange(count)
+        return keys[table[0, 0].at[columns].get(mode="fill", fill_value=0)][None]
+
+    mesh = current_mesh()
+    if mesh is None:
+        return body(table, keys)
+    pages, heads = (*keys_spec(mesh, 1, spread, keys), None, None)[:2]
+    specs = (pool_spec(mesh, 1, spread).table, PartitionSpec(pages, heads))
+    return meshes.per_device(body, specs, PartitionSpec(pages, None, heads))(table, keys)
+
+
+def _restore(
+    config: Llama4Config,
+    kv: str,
+    open_array: Callable[[str], ts.TensorStore],
+    length: int,
+    room: int,
+    *,
+    rings: bool = False,
+    progress: store.Progress = store.no_progress,
+) -> Document:
+    """A document of `length` tokens, with or without what local layers hold."""
+    empty = Document(init_cache(config, 1, round_capacity(length + room), kv), 0)
+    shards = empty.cache.log.table.shape[0]
+    parts, keys, done = _parts(config, empty), [], 0
+    total = sum(part.keys.nbytes for part in parts)
+    for part in parts:
+        loaded = part.keys
+        if part.spread or rings:
+            pages = -(-length // PAGE) if part.spread else empty.cache.ring.table.shape[2]
+            loaded = _load(part, open_array(part.name), pages, shards if part.spread else 1)
+        keys.append(loaded)
+        done += loaded.nbytes
+        progress(done, total)
+    layers = jax.tree.unflatten(jax.tree.structure(empty.cache.layers), keys)
+    return Document(_admit(empty.cache._replace(layers=layers), length), length)
+
+
+def _load(part: _Part, array: ts.TensorStore, pages: int, shards: int) -> jax.Array:
+    """A part with its pages where an empty pool deals them out: from page 1 of each device on."""
+    shape, dtype, place = part.keys.shape, part.keys.dtype, part.keys.sharding
+    held = shape[0] // shards  # by each device
+    part.keys.delete()
+
+    def share(index):
+        start, stop, _ = index[0].indices(shape[0])
+        assert stop - start == held
+        first = min(start // held, pages)  # a short text has no page on the last devices
+        found = store.read_slice(array, (slice(first, pages, shards), *index[1:]))
+        out = np.zeros((held, *found.shape[1:]), dtype)
+        out[1 : 1 + len(found)] = found
+        return out
+
+    return jax.make_array_from_callback(shape, place, share)
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _admit(cache: Cache, length: int) -> Cache:
+    """The cache with pages and coordinates of the text's tokens."""
+    position = jnp.arange(length, dtype=jnp.int32)[None]
+    return plan_writes(cache, Coords(position, jnp.ones_like(position)))[1]

@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Reads a long text once and saves what the model keeps of it, for `generate.py --document`.
+
+Interrupted and run again, it goes on where it was.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import _devices
+import jax
+import numpy as np
+from _cli import run, task_progress
+
+from jaxmoe.checkpoint import store
+from jaxmoe.errors import UserError
+from jaxmoe.generate import document, saved_document
+from jaxmoe.model.cache import FORMATS
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="folder that convert.py wrote")
+    parser.add_argument("text", help="file of text, in UTF-8")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="must not exist or be empty"
+    )
+    parser.add_argument("--kv", choices=FORMATS, help="how keys and values are stored")
+    parser.add_argument(
+        "--segment", type=int, default=document.SEGMENT, metavar="N", help="tokens read at once"
+    )
+    parser.add_argument(
+        "--save-every",
+        type=int,
+        default=saved_document.INTERVAL,
+        metavar="N",
+        help="tokens between two saves, rounded up to whole chunks; default: %(default)s",
+    )
+    _devices.add_flags(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    for flag in ("segment", "save_every"):
+        if getattr(args, flag) < 1:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} {getattr(args, flag)} is below 1.")
+    mesh = _devices.start(args)
+    tokens = _tokens(args)
+    document.check_length(store.read_config(args.checkpoint), len(tokens))
+    store.workspace_path(Path(args.output))  # refuses before anything is loaded
+    config, params = _devices.load(args, mesh)
+    with jax.set_mesh(mesh), task_progress("Reading", len(tokens), "tokens") as advance:
+        counts = saved_document.read_document(
+            config,
+            params,
+            tokens,
+            args.output,
+            kv=args.kv,
+            segment=args.segment,
+            interval=args.save_every,
+        )
+        done = saved = next(counts)
+        advance(saved)
+        start = time.perf_counter()
+        for count in counts:
+            advance(count - done)
+            done = count
+    rate = (done - saved) / (time.perf_counter() - start)
+    before = f", {saved} of them before" if saved else ""
+    print(f"Read {done} tokens{before}, {rate:.0f} tokens/s, to {args.output}.", file=sys.stderr)
+
+
+def _tokens(args: argparse.Namespace) -> np.ndarray:
+    tokenizer = _devices.tokenizer(args.checkpoint)
+    if tokenizer is None:
+        raise UserError(f"{args.checkpoint} has no tokenizer; convert the model with its own.")
+    try:
+        text = Path(args.text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{args.text} cannot be read: {error}.") from None
+    if not text.strip():
+        raise UserError(f"{args.text} is empty; give it some text.")
+    return np.asarray(tokenizer.encode(text, bos=True), np.int32)
+
+
+if __name__ == "__main__":
+    run(main)

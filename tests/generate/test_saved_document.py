@@ -1,0 +1,238 @@
+"""Documents: read once, in any segments, on any mesh, killed anywhere; then like the whole text."""
+
+import contextlib
+import dataclasses
+import filecmp
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.checkpoint import store
+from jaxmoe.errors import UserError
+from jaxmoe.evaluate import token_logits
+from jaxmoe.generate.document import new_document, read
+from jaxmoe.generate.engine import Request, generate
+from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generate.saved_document import load_document, read_document
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.params import abstract_params, init_params
+from jaxmoe.model.transformer import forward, unembed
+from tests.model.test_paged_cache import CONFIG
+
+LENGTH, ASKED, NEW = 700, 20, 12
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, CONFIG.vocab_size, LENGTH + ASKED, np.int32)
+
+
+@pytest.fixture(scope="module")
+def plain(params, tokens):
+    """Of the tokens after the text."""
+    return token_logits(CONFIG, params, tokens[None])[0, LENGTH:]
+
+
+@contextlib.contextmanager
+def on(mesh, params):
+    """The parameters on a mesh that is set; None: without any."""
+    if mesh is None:
+        yield params
+        return
+    mesh = MeshConfig.parse(mesh).make()
+    places = jax.tree.map(lambda x: x.sharding, abstract_params(CONFIG, mesh, jnp.float32))
+    with jax.set_mesh(mesh):
+        yield jax.device_put(params, places)
+
+
+def read_until(params, tokens, output, stop=None, mesh=None, **arguments):
+    """The counts that `read_document` told, until it was interrupted."""
+    told = []
+    with on(mesh, params) as params:
+        steps = read_document(CONFIG, params, tokens[:LENGTH], output, interval=1, **arguments)
+        for count in steps:
+            told.append(count)
+            if stop is not None and count >= stop:
+                break
+        steps.close()
+    return told
+
+
+def logits_after(params, document, tokens):
+    row = jnp.asarray(tokens)[None]
+    order = document.length + jnp.arange(row.shape[1], dtype=jnp.int32)[None]
+    out = forward(CONFIG, params, row, order, jnp.ones_like(row), document.cache)
+    return np.asarray(unembed(CONFIG, params, out.hidden))[0]
+
+
+@pytest.mark.parametrize("segment", [63, 64, 95, 96, 97, 192, 512, 1000])
+def test_segments_around_the_edges(params, tokens, plain, segment):
+    document = new_document(CONFIG, params, LENGTH + ASKED)
+    *_, document = read(CONFIG, params, document, tokens[:LENGTH], segment=segment)
+    assert document.length == LENGTH
+    assert abs(logits_after(params, document, tokens[LENGTH:]) - plain).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "first, second, third, kv",
+    [
+        (None, None, None, None),
+        ("sequence=8", None, "sequence=2,fsdp=4", None),
+        ("data=2,sequence=2,tensor=2", "sequence=4,fsdp=2", None, None),
+        (None, "sequence=8", "data=2,sequence=2,tensor=2", "int8"),
+    ],
+)
+def test_interrupted_and_continued_elsewhere(
+    params, tokens, plain, tmp_path, first, second, third, kv
+):
+    """Saves are whole chunks and pages, here 192 tokens; the rest is read again."""
+    told = read_until(params, tokens, tmp_path / "text", 342, first, kv=kv, segment=50)
+    assert told == [0, 50, 100, 150, 192, 242, 292, 342]
+    told = read_until(params, tokens, tmp_path / "text", None, second, kv=kv, segment=300)
+    assert told == [192, 384, 576, 700]
+    with on(third, params) as placed:
+        document = load_document(tmp_path / "text", CONFIG, placed, ASKED)
+        ours = logits_after(placed, document, tokens[LENGTH:])
+    if kv is not None:
+        path = {"kv": kv, "prefill_segment": 96, "decode_from": LENGTH}
+        plain = token_logits(CONFIG, params, tokens[None], **path)[0, LENGTH:]
+    # A number half way between two steps of a format may be rounded either way.
+    assert abs(ours - plain).max() < (1e-4 if kv is None else 0.02 * abs(plain).max())
+
+
+def files(folder):
+    return sorted(
+        os.path.relpath(os.path.join(root, name), folder)
+        for root, _, names in os.walk(folder)
+        for name in names
+    )
+
+
+def arrays_alike(one, other):
+    names = [name for name in files(one) if "/c/" in name or name.endswith("zarr.json")]
+    assert names
+    _, different, missing = filecmp.cmpfiles(one, other, names, shallow=False)
+    return not different and not missing
+
+
+def test_interruptions_leave_no_trace(params, tokens, tmp_path, monkeypatch):
+    """With the same segments everything is computed alike, so every byte is the same."""
+    read_until(params, tokens, tmp_path / "once", segment=64)
+    for stop in (64, 192, 512):
+        read_until(params, tokens, tmp_path / "often", stop, segment=64)
+    finish = store.Writer.finish_tree
+
+    def killed(self, *arguments):
+        finish(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.Writer, "finish_tree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        read_until(params, tokens, tmp_path / "often", segment=64)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        load_document(tmp_path / "often", CONFIG, params, ASKED)
+    assert read_until(params, tokens, tmp_path / "often", segment=64) == [576, 640, 700]
+    assert not (tmp_path / "often.partial").exists()
+    assert files(tmp_path / "once") == files(tmp_path / "often")
+    assert arrays_alike(tmp_path / "once", tmp_path / "often")
+
+
+def answers(params, requests, document=None):
+    written = {}
+    for token in generate(CONFIG, params, requests, GREEDY, stop_ids=(), document=document):
+        written.setdefault(token.request.id, []).append(token.token)
+    return written
+
+
+def test_questions_do_not_see_each_other(params, tokens, tmp_path):
+    """The longest comes first: what it wrote lies where the others have nothing yet."""
+    read_until(params, tokens, tmp_path / "text")
+    numbers = np.random.default_rng(1)
+    asked = [tuple(numbers.integers(0, CONFIG.vocab_size, n).tolist()) for n in (150, 7, 40)]
+    whole = [Request(str(i), (*tokens[:LENGTH].tolist(), *new), NEW) for i, new in enumerate(asked)]
+    document = load_document(tmp_path / "text", CONFIG, params, 150 + NEW)
+    requests = [Request(str(i), new, NEW) for i, new in enumerate(asked)]
+    assert answers(params, requests, document) == answers(params, whole)
+
+
+def test_too_little_room(params, tokens, tmp_path):
+    read_until(params, tokens, tmp_path / "text")
+    document = load_document(tmp_path / "text", CONFIG, params, 10)
+    with pytest.raises(UserError, match=r"room for 68 more tokens.*takes 112"):
+        generate(CONFIG, params, [Request("0", (1,) * 100, NEW)], GREEDY, document=document)
+
+
+def test_beyond_the_context(params, tokens):
+    short = dataclasses.replace(CONFIG, max_position_embeddings=100)
+    with pytest.raises(UserError, match="101 tokens do not fit the model's context of 1 to 100"):
+        next(read_document(short, params, tokens[:101], "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"dtype": "bfloat16"}, "in float32, not bfloat16"),
+        ({"config": dataclasses.replace(CONFIG, rope_theta=1e4)}, "of another config"),
+        ({"weights": 3}, "of other weights"),
+    ],
+)
+def test_another_model(params, tokens, tmp_path, change, words):
+    read_until(params, tokens, tmp_path / "text")
+    config = change.get("config", CONFIG)
+    other = jax.tree.map(lambda x: x.astype(change.get("dtype", x.dtype)), params)
+    if "weights" in change:
+        other["lm_head"] = other["lm_head"].at[change["weights"], 0].add(1e-3)
+    with pytest.raises(UserError, match=words):
+        load_document(tmp_path / "text", config, other, ASKED)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"tokens": 1}, "another text"), ({"kv": "int8"}, "into a float32 cache, not int8")],
+)
+def test_another_run_was_interrupted(params, tokens, tmp_path, change, words):
+    read_until(params, tokens, tmp_path / "text", 300)
+    kept = files(tmp_path)
+    other = tokens[change.get("tokens", 0) :]
+    with pytest.raises(UserError, match=words):
+        read_until(params, other, tmp_path / "text", kv=change.get("kv"))
+    assert files(tmp_path) == kept
+
+
+def test_a_foreign_workspace(params, tokens, tmp_path):
+    (tmp_path / "text.partial").mkdir()
+    (tmp_path / "text.partial" / "mine").touch()
+    with pytest.raises(UserError, match="left from an interrupted run"):
+        read_until(params, tokens, tmp_path / "text")
+    assert files(tmp_path) == ["text.partial/mine"]
+
+
+def test_a_damaged_array(params, tokens, tmp_path):
+    read_until(params, tokens, tmp_path / "text")
+    (tmp_path / "text" / store.STATE / "layers.3.k" / "c" / "0" / "0" / "0" / "0").unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        load_document(tmp_path / "text", CONFIG, params, ASKED)
+
+
+def test_a_model_is_no_document(small):
+    with pytest.raises(UserError, match="no checkpoint of this kind; make one with scripts/read"):
+        load_document(small.checkpoint, small.config, small.params, 1)
+
+
+def test_metadata(params, tokens, tmp_path):
+    read_until(params, tokens, tmp_path / "text", kv="int8")
+    marker = json.loads((tmp_path / "text" / store.MARKER).read_text())
+    found = marker["custom_metadata"]["jaxmoe-document"]
+    assert found["length"] == LENGTH
+    assert found["kv"] == "int8"
