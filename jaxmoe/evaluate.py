@@ -14,11 +14,11 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.generate.document import SEGMENT, check_length, new_document, read
 from jaxmoe.model.cache import init_cache, round_capacity
 from jaxmoe.model.transformer import forward, positions_of, unembed
 
 UNEMBED_TOKENS = 1024  # tokens of all rows whose logits are on the device at once
-SEGMENT = 2048  # tokens of a long prompt that are read at once
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
@@ -130,30 +130,19 @@ def greedy_answer(
         raise UserError(
             f"{len(prompt)} tokens of prompt and {count} to write; use 1 or more of each."
         )
-    _check_room(config, len(prompt) + count)
-    capacity = round_capacity(len(prompt) + count)
-    segment = min(segment, 1 << (len(prompt) - 1).bit_length())
-    cache = init_cache(config, 1, capacity, params["embed"].dtype)
-    tokens, logits, read = list(prompt), [], 0
+    document = new_document(config, params, len(prompt) + count)
+    steps, done = read(config, params, document, prompt[:-1], segment=segment), 0
+    for document in steps:
+        report(document.length - done)
+        done = document.length
+    cache, tokens, logits = document.cache, [prompt[-1]], []
     while len(logits) < count and not (logits and tokens[-1] in stop_ids):
-        new = tokens[read : read + segment]
-        row, cache = _read(config, params, cache, new, read, 1 if logits else segment)
-        read += len(new)
-        report(len(new))
-        if read == len(tokens):
-            logits.append(np.asarray(row))
-            tokens.append(int(logits[-1].argmax()))
-    return Answer(tuple(tokens[len(prompt) :]), np.stack(logits))
-
-
-def _read(config: Llama4Config, params: dict, cache, new: list[int], start: int, width: int):
-    """Feeds one row's next tokens, padded to `width`; its last token's logits, and the cache."""
-    tokens = np.zeros((1, width), np.int32)
-    tokens[0, : len(new)] = new
-    order = np.arange(width, dtype=np.int32)[None]
-    fed = (tokens, start + order, (order < len(new)).astype(np.int32))
-    hidden, cache = _hidden(config, params, *map(jnp.asarray, fed), cache)
-    return _unembed(config, params, hidden[:, len(new) - 1])[0], cache
+        fed = (tokens[-1], done + len(logits), 1)
+        hidden, cache = _hidden(config, params, *(jnp.full((1, 1), x) for x in fed), cache)
+        logits.append(np.asarray(_unembed(config, params, hidden)[0, 0]))
+        tokens.append(int(logits[-1].argmax()))
+        report(1)
+    return Answer(tuple(tokens[1:]), np.stack(logits))
 
 
 def last_logits(
@@ -164,19 +153,11 @@ def last_logits(
     Raises:
         UserError: if the tokens do not fit the model's context.
     """
-    _check_room(config, len(tokens))
+    check_length(config, len(tokens))
     row = jnp.asarray(tokens, jnp.int32)[None]
     positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
     hidden, _ = _hidden(config, params, row, positions, jnp.ones_like(row), None)
     return np.asarray(_unembed(config, params, hidden[:, -count:]))[0]
-
-
-def _check_room(config: Llama4Config, length: int) -> None:
-    if length > config.max_position_embeddings:
-        raise UserError(
-            f"{length} tokens do not fit the model's context of {config.max_position_embeddings}; "
-            "ask for fewer."
-        )
 
 
 def _steps(length: int, decode_from: int | None, prefill_segment: int | None):

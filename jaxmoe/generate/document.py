@@ -78,13 +78,14 @@ def read(
     Yields:
         The document after each segment.
     """
+    width = min(segment, 1 << (len(tokens) - 1).bit_length())  # few shapes to compile
     while document.length < len(tokens):
         start = document.length
-        stop = min(start + segment, len(tokens))
+        stop = min(start + width, len(tokens))
         if pause is not None:
             stop = min(stop, (start // pause + 1) * pause)
         new = np.asarray(tokens[start:stop], np.int32)[None]
-        new = np.pad(new, ((0, 0), (0, min(segment, len(tokens)) - new.shape[1])))
+        new = np.pad(new, ((0, 0), (0, width - new.shape[1])))
         order = np.arange(new.shape[1], dtype=np.int32)[None]
         fed = (new, start + order, (order < stop - start).astype(np.int32))
         document = Document(_feed(config, params, document.cache, *map(jnp.asarray, fed)), stop)

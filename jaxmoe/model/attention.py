@@ -4,12 +4,13 @@ Shape letters: B rows, S new tokens, D embed, H query heads, K key/value heads, 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxmoe import mesh as meshes
 from jaxmoe.config import LayerKind, Llama4Config
@@ -51,10 +52,21 @@ class CacheStep(NamedTuple):
     log: Pool
 
 
+class NewTokens(NamedTuple):
+    """Where a call's tokens are, on a device and on all that hold the same rows.
+
+    `meet`: whether local layers need tokens of another device; None where nobody looked.
+    """
+
+    own: Coords
+    all: Coords
+    meet: Bool[Array, ""] | None
+
+
 class Step(NamedTuple):
     """What all layers share in one call of the model."""
 
-    coords: Coords  # of the new tokens
+    tokens: NewTokens
     rope: tuple[Float[Array, "B S half"], Float[Array, "B S half"]]
     temperature: Float[Array, "B S"]
     cache: CacheStep | None
@@ -64,12 +76,42 @@ def start_step(
     config: Llama4Config, coords: Coords, cache: Cache | None
 ) -> tuple[Step, Cache | None]:
     """Everything that depends on positions, computed once a call."""
+    everyone = Coords(*(meshes.constrain(x, "batch", None) for x in coords))
+    tokens = NewTokens(coords, everyone, _chunks_meet(config, everyone, cache is not None))
     rope, scale = rope_angles(config, coords.position), temperature(config, coords.position)
     if cache is None:
-        return Step(coords, rope, scale, None), None
+        return Step(tokens, rope, scale, None), None
     writes, updated = plan_writes(cache, coords)
     cache_step = CacheStep(writes, cache.ring.coords, updated.ring, updated.log)
-    return Step(coords, rope, scale, cache_step), updated
+    return Step(tokens, rope, scale, cache_step), updated
+
+
+def _chunks_meet(config: Llama4Config, coords: Coords, cached: bool) -> jax.Array | None:
+    """Whether two devices hold new tokens of one chunk, or a cache has to keep a begun chunk.
+
+    Nobody looks unless each device holds whole chunks, as many as it has room for.
+    """
+    mesh, chunk = meshes.current_mesh(), config.attention_chunk_size
+    if mesh is None or chunk is None:
+        return None
+    length = coords.segment.shape[1]
+    axes = meshes.activation_axes(mesh, "length", length)
+    held = length // math.prod(mesh.shape[axis] for axis in axes)
+    if not axes or held % chunk:
+        return None
+    order, real = jnp.arange(length), coords.segment != 0
+    last = lax.cummax(jnp.where(real, order, -1), axis=1)  # real token up to each
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+
+    def differs(x):
+        return jnp.take_along_axis(x, jnp.maximum(before, 0), axis=1) != x
+
+    apart = differs(coords.segment) | differs(coords.position // chunk) | (before < 0)
+    meet = jnp.any(real & ~apart & (before // held != order // held))
+    if not cached:
+        return meet
+    end = jnp.take_along_axis(coords.position, last[:, -1:], axis=1)
+    return meet | jnp.any((last[:, -1:] >= 0) & ((end + 1) % chunk != 0))
 
 
 def attention(
@@ -111,26 +153,29 @@ def attend(
         "chunk": config.attention_chunk_size if local else None,
     }
     if cache is None or step.cache is None:
-        return _per_device(_attend_new, rule, q, k, v, step.coords), None
+        return _per_device(_attend_new, rule, q, k, v, step.tokens), None
     writes, old_ring, ring, log = step.cache
     if keeps_ring(config, kind):
         state = (cache, writes.ring, ring, old_ring)
-        return _per_device(_attend_ring, rule, q, k, v, step.coords, *state)
-    return _per_device(_attend_log, rule, q, k, v, step.coords, cache, writes.log, log)
+        return _per_device(_attend_ring, rule, q, k, v, step.tokens, *state)
+    return _per_device(_attend_log, rule, q, k, v, step.tokens, cache, writes.log, log)
 
 
-def _per_device(body, rule, q, k, v, coords, *state):
+def _per_device(body, rule, q, k, v, tokens, *state):
     """Runs `body` on each device's part of the rows, heads, new tokens and pages."""
     mesh = meshes.current_mesh()
     if mesh is None:
-        return body(rule, (), q, k, v, coords, *state)
+        return body(rule, (), q, k, v, tokens, *state)
 
     def specs(tree, *axes):
         return jax.tree.map(lambda x: meshes.activation_spec(mesh, axes, x.shape), tree)
 
     q_spec = specs(q, "batch", "heads", "length", None)
     kv_specs = specs((k, v), "batch", "kv_heads", "length", None)
-    in_specs, out_specs = (q_spec, *kv_specs, specs(coords, "batch", "length")), q_spec
+    tokens_spec = NewTokens(
+        specs(tokens.own, "batch", "length"), specs(tokens.all, "batch", None), specs(tokens.meet)
+    )
+    in_specs, out_specs = (q_spec, *kv_specs, tokens_spec), q_spec
     if state:
         cache, _, _, *old_coords = state
         where = (mesh, q.shape[0], body is _attend_log)
@@ -140,44 +185,62 @@ def _per_device(body, rule, q, k, v, coords, *state):
         )
         in_specs += (cache_spec, pool.table, pool, *(pool.coords for _ in old_coords))
         out_specs = (q_spec, cache_spec)
-    tokens = meshes.activation_axes(mesh, "length", q.shape[2])
-    run = meshes.per_device(functools.partial(body, rule, tokens), in_specs, out_specs)
-    return run(q, k, v, coords, *state)
+    axes = meshes.activation_axes(mesh, "length", q.shape[2])
+    run = meshes.per_device(functools.partial(body, rule, axes), in_specs, out_specs)
+    return run(q, k, v, tokens, *state)
 
 
-def _gather(x, axes: tuple[str, ...], axis: int):
-    """All new tokens' part of x, where the devices of `axes` hold a part each."""
-    gather = functools.partial(lax.all_gather, axis_name=axes, axis=axis, tiled=True)
-    return jax.tree.map(gather, x) if axes else x
+def _gather(x, axes: tuple[str, ...], needed: jax.Array | None = None):
+    """All new tokens' part of x [B, K, S, d], of which the devices of `axes` hold a part each.
+
+    Where it is not `needed`, only this device's part is there, the rest is zeros.
+    """
+
+    def gather(x):
+        return lax.all_gather(x, axes, axis=2, tiled=True)
+
+    def place(x):
+        rows, heads, own, size = x.shape
+        whole = jnp.zeros((rows, heads, own * lax.axis_size(axes), size), x.dtype)
+        return lax.dynamic_update_slice_in_dim(whole, x, own * lax.axis_index(axes), 2)
+
+    if not axes:
+        return x
+    if needed is None:
+        return jax.tree.map(gather, x)
+    return lax.cond(needed, *(functools.partial(jax.tree.map, f) for f in (gather, place)), x)
 
 
-def _attend_new(rule, axes, q, k, v, coords):
-    """No cache. Devices that hold part of the tokens each gather all keys."""
-    k, v = _gather((k, v), axes, 2)
-    return flash_attention(q, k, v, coords, _gather(coords, axes, 1), in_order=not axes, **rule)
+def _attend_new(rule, axes, q, k, v, tokens):
+    """No cache. Devices that hold part of the tokens each gather all keys that they may need."""
+    k, v = _gather((k, v), axes, tokens.meet if rule["chunk"] else None)
+    return flash_attention(q, k, v, tokens.own, tokens.all, in_order=not axes, **rule)
 
 
-def _attend_ring(rule, axes, q, k, v, coords, cache, where, ring, old_coords):
-    """Local layers: the chunk so far is in the ring, the rest of it among the new tokens."""
-    k, v = _gather((k, v), axes, 2)
+def _attend_ring(rule, axes, q, k, v, tokens, cache, where, ring, old_coords):
+    """Local layers: the chunk so far is in the ring, the rest of it among the new tokens.
+
+    Where no chunks meet, each device's ring holds other keys of a chunk that nobody sees again.
+    """
+    k, v = _gather((k, v), axes, tokens.meet)
     new_cache = LayerCache(*(write(x, new, where[0]) for x, new in zip(cache, (k, v), strict=True)))
     table = ring.table[0]
     if k.shape[2] == 1:  # once written, the token's whole chunk is in the ring
-        out = decode_attention(q, *new_cache, coords, ring.coords, table=table, **rule)
+        out = decode_attention(q, *new_cache, tokens.own, ring.coords, table=table, **rule)
         return out, new_cache
-    past = _attend_pages(rule, q, cache, coords, old_coords, table)
-    new = _gather(coords, axes, 1)
-    present = flash_attention(q, k, v, coords, new, in_order=not axes, return_lse=True, **rule)
+    past = _attend_pages(rule, q, cache, tokens.own, old_coords, table)
+    rule = rule | {"in_order": not axes, "return_lse": True}
+    present = flash_attention(q, k, v, tokens.own, tokens.all, **rule)
     out = merge([past, present])  # pyrefly: ignore  # pairs, since return_lse
     # Together, or the compiler writes all layers' rings last and keeps their keys until then.
     return lax.optimization_barrier((out, new_cache))
 
 
-def _attend_log(rule, axes, q, k, v, coords, cache, where, log):
+def _attend_log(rule, axes, q, k, v, tokens, cache, where, log):
     """Global layers: write first, then attend to this device's pages and merge over devices."""
-    k, v, q = _gather((k, v, q), axes, 2)
+    k, v, q = _gather((k, v, q), axes)
     cache = LayerCache(*(write(x, new, where[0]) for x, new in zip(cache, (k, v), strict=True)))
-    new, table = _gather(coords, axes, 1), log.table[0]
+    new, table = tokens.all, log.table[0]
     if q.shape[2] <= FEW_QUERIES:
         out, lse = decode_attention(
             q, *cache, new, log.coords, table=table, return_lse=True, **rule

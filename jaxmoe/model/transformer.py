@@ -83,7 +83,7 @@ def decoder_layer(
     x = constrain(x + out, "batch", "length", None)
     normed = rms_norm(x, p["feed_forward_norm"], config.rms_norm_eps)
     if kind.feed_forward == "moe":
-        out, stats = moe(config, p["feed_forward"], normed, step.coords.segment != 0)
+        out, stats = moe(config, p["feed_forward"], normed, step.tokens.own.segment != 0)
     else:
         out, stats = swiglu(p["feed_forward"], normed), None
     return constrain(x + out, "batch", "length", None), cache, stats

@@ -156,7 +156,10 @@ def _sent_to_experts(work: Work, mesh: MeshConfig, share: Spread) -> float:
 
 
 def _sent_along_sequence(work: Work, mesh: MeshConfig, share: Spread) -> float:
-    """Keys and values to all; on global layers also queries, and float32 results merged."""
+    """Keys and values to all; on global layers also queries, and float32 results merged.
+
+    On local layers nothing, where devices hold whole chunks.
+    """
     d, tokens = work.config.head_dim, share.rows * work.tokens
     is_split = share.length < work.tokens
     keys = 2 * share.kv_heads * ACTIVATION if is_split else 0
@@ -164,7 +167,9 @@ def _sent_along_sequence(work: Work, mesh: MeshConfig, share: Spread) -> float:
     if work.task == "train":
         queries = 0  # each device has all keys of its queries
     layers = [kind.attention for kind in work.config.layers]
-    numbers = len(layers) * keys + layers.count("global") * queries
+    apart = share.length % (work.config.attention_chunk_size or work.context) == 0
+    numbers = layers.count("global") * (keys + queries)
+    numbers += 0 if apart else layers.count("local") * keys
     return _part(mesh.sequence) * tokens * d * numbers
 
 

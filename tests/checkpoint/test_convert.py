@@ -276,7 +276,7 @@ def test_killed_conversion_is_not_loadable_and_not_overwritten(tmp_path):
 def test_disk_too_small_is_refused_before_writing(tmp_path, monkeypatch):
     checkpoint(tmp_path / "hf")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("jaxmoe.checkpoint.convert.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("jaxmoe.checkpoint.store.shutil.disk_usage", lambda _: usage)
     refused(tmp_path, tmp_path, "GB are needed")
 
 
