@@ -35,6 +35,22 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The sizes of Llama 4's vision tower, which is stored but not run. Lengths are in pixels."""
+
+    hidden_size: int = 1408
+    num_hidden_layers: int = 34
+    intermediate_size: int = 5632
+    num_channels: int = 3
+    image_size: int = 336
+    patch_size: int = 14
+    pixel_shuffle_ratio: float = 0.5
+    projector_input_dim: int = 4096
+    projector_output_dim: int = 4096
+    vision_output_dim: int = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama4Config:
     """A Llama 4 text decoder. Sizes are counts of elements; positions and lengths are in tokens.
 

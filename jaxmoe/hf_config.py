@@ -3,6 +3,7 @@
 Nothing is guessed: a size must be there, a key that is not known is refused by name.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from jaxmoe.config import (
     LayerKind,
     Llama4Config,
     RopeScaling,
+    VisionConfig,
     layer_kinds,
 )
 from jaxmoe.errors import UserError
@@ -50,7 +52,6 @@ FIXED = {
     "mlp_bias": (False,),
     "pretraining_tp": (1,),
     "per_layer_config": (None,),
-    "quantization_config": (None,),
 }
 
 # Keys without effect on the text model's forward pass: training, the vision side, and what
@@ -60,8 +61,8 @@ IGNORED = frozenset(
     attention_dropout router_aux_loss_coef router_jitter_noise output_router_logits
     initializer_range use_cache for_llm_compressor cache_implementation
 
-    vision_config boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id
-    image_token_id
+    quantization_config vision_config boi_token_index eoi_token_index image_token_index
+    boi_token_id eoi_token_id image_token_id
 
     architectures model_type transformers_version dtype torch_dtype name_or_path _name_or_path
     _commit_hash attn_implementation _attn_implementation _attn_implementation_autoset
@@ -89,7 +90,16 @@ def read_config(folder: str | Path) -> Llama4Config:
     Raises:
         UserError: if `config.json` is missing, is no JSON, or is not one that `from_hf` reads.
     """
-    path = Path(folder) / "config.json"
+    return from_hf(read_json(folder, "config.json"), source=str(Path(folder) / "config.json"))
+
+
+def read_json(folder: str | Path, name: str) -> dict[str, Any]:
+    """A JSON object in a model's folder.
+
+    Raises:
+        UserError: if it is missing or is no JSON object.
+    """
+    path = Path(folder) / name
     try:
         mapping = json.loads(path.read_text())
     except OSError as error:
@@ -98,7 +108,7 @@ def read_config(folder: str | Path) -> Llama4Config:
         raise UserError(f"{path} is no JSON: {error}; download it again.") from None
     if not isinstance(mapping, dict):
         raise UserError(f"{path} holds no JSON object; download it again.")
-    return from_hf(mapping, source=str(path))
+    return mapping
 
 
 def from_hf(mapping: Mapping[str, Any], source: str) -> Llama4Config:
@@ -125,6 +135,26 @@ def from_hf(mapping: Mapping[str, Any], source: str) -> Llama4Config:
         text = _Keys(mapping["text_config"], f"{source}, text_config")
     text.check_known()
     return _text_config(text)
+
+
+def vision_from_hf(mapping: Mapping[str, Any], source: str) -> VisionConfig | None:
+    """The sizes of the vision tower; None if the model has none.
+
+    Raises:
+        UserError: for a size that is missing or no number.
+    """
+    if not isinstance(mapping.get("vision_config"), Mapping):
+        return None
+    keys = _Keys(mapping["vision_config"], f"{source}, vision_config")
+    fields = {field.name for field in dataclasses.fields(VisionConfig)} - {"pixel_shuffle_ratio"}
+    sizes = {name: keys.integer(name) for name in fields}
+    return VisionConfig(**sizes, pixel_shuffle_ratio=keys.number("pixel_shuffle_ratio"))
+
+
+def nest(text: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a multimodal model: `to_hf`'s inside what surrounds it."""
+    text = {key: value for key, value in text.items() if key != "architectures"}
+    return {**outer, "text_config": text}
 
 
 def to_hf(config: Llama4Config, dtype: str) -> dict[str, Any]:
@@ -193,11 +223,6 @@ class _Keys:
                     f"{self.source} has the unknown key '{key}' (the nearest known one is "
                     f"'{near[0]}'); remove it if the model does not depend on it."
                 )
-        if "quantization_config" in self:
-            raise UserError(
-                f"{self.source} has a quantization_config: quantized checkpoints cannot be read; "
-                "use the model's bfloat16 release."
-            )
         for key, allowed in FIXED.items():
             if key in self and self.mapping[key] not in allowed:
                 self.refuse(key, " or ".join(json.dumps(value) for value in allowed))

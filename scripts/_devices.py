@@ -49,10 +49,12 @@ def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Confi
 
     With --mesh, first prints what lands where.
     """
-    config, arrays = store.open_arrays(args.checkpoint)
-    dtype = args.dtype or arrays["embed"].dtype.name  # one for all, also where a file mixes them
+    params = store.abstract(args.checkpoint, mesh, args.dtype)
+    dtype = params["embed"].dtype  # one for all, also where a file mixes them
     if args.mesh:
-        Console(stderr=True).print(layout_table(config, mesh, dtype))
+        params = store.abstract(args.checkpoint, mesh, dtype)
+        config = store.read_config(args.checkpoint)
+        Console(stderr=True).print(layout_table(config, params, mesh))
     with byte_progress("Loading") as progress:
         return store.load(args.checkpoint, mesh, dtype, progress)
 

@@ -6,6 +6,7 @@ import os
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # copying files needs no accelerator
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # nor the driver of one
 
 from _cli import byte_progress, run
 
@@ -16,10 +17,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="folder that scripts/convert.py or train.py made")
     parser.add_argument("output", help="folder of the model; must not exist or be empty")
+    parser.add_argument(
+        "--weights", choices=("bf16", "float32"), help="widen quantized matrices to this"
+    )
     args = parser.parse_args()
     start = time.perf_counter()
     with byte_progress("Exporting") as progress:
-        report = export(args.checkpoint, args.output, progress)
+        report = export(args.checkpoint, args.output, progress, weights=args.weights)
     seconds = time.perf_counter() - start
     print(
         f"Exported {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB, to {args.output} "

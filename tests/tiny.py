@@ -55,6 +55,23 @@ PUBLISHED = {  # what Scout and Maverick share
     "for_llm_compressor": False,
 }
 
+PUBLISHED_VISION = {
+    "model_type": "llama4_vision_model",
+    "hidden_size": 1408,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 16,
+    "intermediate_size": 5632,
+    "num_channels": 3,
+    "image_size": 336,
+    "patch_size": 14,
+    "pixel_shuffle_ratio": 0.5,
+    "projector_input_dim": 4096,
+    "projector_output_dim": 4096,
+    "vision_output_dim": 4096,
+    "norm_eps": 1e-5,
+    "rope_theta": 10000,
+}
+
 TINY = {
     "hidden_size": 64,
     "num_hidden_layers": 8,  # layers 3 and 7 are global
@@ -124,6 +141,33 @@ def nested(config, tensors):
         "text_config": text,
     }
     return outer, {f"language_model.{name}": value for name, value in tensors.items()}
+
+
+def vision_shapes(vision, text_size=5120):
+    """Shape of every tensor of the vision side by its Hugging Face name."""
+    width, inner = vision["hidden_size"], vision["intermediate_size"]
+    patch = vision["num_channels"] * vision["patch_size"] ** 2
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    shuffled = round(width / vision["pixel_shuffle_ratio"] ** 2)
+    adapter, out = vision["projector_input_dim"], vision["projector_output_dim"]
+    shapes = {
+        "vision_model.class_embedding": (width,),
+        "vision_model.positional_embedding_vlm": (patches + 1, width),
+        "vision_model.patch_embedding.linear.weight": (width, patch),
+        "vision_model.vision_adapter.mlp.fc1.weight": (adapter, shuffled),
+        "vision_model.vision_adapter.mlp.fc2.weight": (out, adapter),
+        "multi_modal_projector.linear_1.weight": (text_size, vision["vision_output_dim"]),
+    }
+    norms = ["vision_model.layernorm_pre", "vision_model.layernorm_post"]
+    for n in range(vision["num_hidden_layers"]):
+        layer = f"vision_model.model.layers.{n}"
+        norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+        linears = {f"self_attn.{x}_proj": (width, width) for x in "qkvo"}
+        linears |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+        for name, shape in linears.items():
+            shapes[f"{layer}.{name}.weight"] = shape
+            shapes[f"{layer}.{name}.bias"] = shape[:1]
+    return shapes | {f"{norm}.{x}": (width,) for norm in norms for x in ("weight", "bias")}
 
 
 def moe_layers(config):

@@ -1,85 +1,203 @@
-"""Hugging Face safetensors -> a checkpoint, tensor by tensor, in memory bounded by a block."""
+"""Checkpoints of others -> one that loads onto any mesh: tensor by tensor, in bounded memory."""
 
 import dataclasses
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from jaxmoe.checkpoint.names import StoredTensor, match_names, stored_tensors
-from jaxmoe.checkpoint.reader import SafetensorsFolder
+import numpy as np
+
+from jaxmoe.checkpoint.arrays import open_array, path_of, read_slice
+from jaxmoe.checkpoint.sources import Source, open_source
 from jaxmoe.checkpoint.store import (
-    RESULT,
+    KEY,
+    STATE,
     Progress,
     Writer,
-    check_space,
     copy_companions,
+    model_metadata,
     no_progress,
-    prepared,
+    read_metadata,
 )
+from jaxmoe.checkpoint.transfer import Error, Job, plan, target_formats
+from jaxmoe.checkpoint.workspace import RESULT, Resumable
 from jaxmoe.errors import UserError
-from jaxmoe.hf_config import read_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was converted: tensors and bytes of the text model, and tensors left out."""
+    """What was converted or verified.
+
+    Attributes:
+        tensors: of the source that were read.
+        nbytes: of these tensors.
+        left_out: tensors of the source that were not.
+        resumed: bytes that an earlier run had done.
+        errors: what was quantized, by kind of parameter.
+    """
 
     tensors: int
     nbytes: int
     left_out: int
+    resumed: int = 0
+    errors: Mapping[str, Error] = dataclasses.field(default_factory=dict)
 
 
-def convert(source: str | Path, output: str | Path, progress: Progress = no_progress) -> Report:
-    """Converts a Hugging Face checkpoint, text-only or multimodal, to one that `store.load` reads.
+def convert(
+    source: str | Path,
+    output: str | Path,
+    progress: Progress = no_progress,
+    *,
+    weights: str | None = None,
+    text_only: bool = False,
+) -> Report:
+    """Converts a checkpoint to one that `store.load` reads.
 
-    Every tensor keeps its dtype and its bytes. Vision tensors are left out. All names, shapes and
-    file sizes are checked before anything is written; on an error nothing of the output is left.
+    All names, shapes and file sizes are checked before anything is written. Killed and called again
+    with the same arguments it goes on, and repeats at most the tensor that was being read; the
+    result is the same to the byte.
 
     Args:
-        source: a folder with `config.json` and safetensors.
+        source: a folder with `config.json` and safetensors, or with Meta's `consolidated.*.pth`.
         output: the checkpoint's folder, which must not exist or be empty.
         progress: called after every block.
+        weights: "fp8", "int8" or "int4" quantizes matrices; "bf16" or "float32" widens quantized
+            ones; None keeps every byte.
+        text_only: leaves out the vision tower.
 
     Raises:
-        UserError: for a bad source, an output that exists, or a disk that is too small.
+        UserError: for a bad source, an output that exists, a disk that is too small, or a workspace
+            that another conversion left.
     """
-    source, output = Path(source), Path(output)
-    config = read_config(source)
-    folder = SafetensorsFolder(source)
-    found = match_names(config, folder.tensors, str(source))
-    tensors = stored_tensors(config)
-    for tensor in tensors:
-        _check_shape(folder, found.names[tensor.name], tensor)
-    total = sum(folder.tensors[found.names[tensor.name]].nbytes for tensor in tensors)
-    with prepared(output) as workspace:
-        check_space(workspace, total)
-        with Writer(workspace) as writer:
-            done = 0
-            for tensor in tensors:
-                for nbytes in _copy(folder, found.names[tensor.name], tensor, writer):
-                    done += nbytes
-                    progress(done, total)
-            dtype = folder.dtype(found.names[tensors[0].name]).name
-            writer.finish(config, dtype, folder.files)
-        copy_companions(source, workspace / RESULT)
-    return Report(len(tensors), total, len(found.left_out))
+    found = open_source(source, text_only)
+    formats = target_formats(found, weights)
+    jobs = plan(found, formats, weights)
+    identity = _identity(found, weights, text_only)
+    workspace = Resumable(Path(output))
+    done = _done(workspace, identity)
+    if not workspace.note:
+        workspace.begin(sum(_written(job) for job in jobs))
+        workspace.write_note({"identity": identity, "done": done})
+    errors = _Errors(workspace.note.get("errors", {}))
+    with Writer(workspace.path) as writer:
+        count = resumed = sum(job.nbytes for job in jobs if job.name in done)
+        total = sum(job.nbytes for job in jobs)
+        progress(count, total)
+        for job in jobs:
+            if job.name in done:
+                continue
+            for nbytes in _write(job, writer, errors):
+                count += nbytes
+                progress(count, total)
+            done.append(job.name)
+            note = {"identity": identity, "done": done, "errors": errors.by_kind}
+            workspace.write_note(note)
+        names = [name for job in jobs for name in job.arrays]
+        writer.finish(names, KEY, _metadata(found, formats, identity, errors))
+    copy_companions(Path(source), workspace.path / RESULT)
+    workspace.finish()
+    return Report(_count(found), total, len(found.left_out), resumed, errors.by_kind)
 
 
-def _check_shape(folder: SafetensorsFolder, name: str, tensor: StoredTensor) -> None:
-    folder.dtype(name)
-    entry = folder.tensors[name]
-    if entry.shape != tensor.stored_shape:
+def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_progress) -> Report:
+    """Reads source and checkpoint again, and compares every byte.
+
+    Raises:
+        UserError: naming the first array that differs, or if the checkpoint was not made of this
+            source.
+    """
+    checkpoint = Path(checkpoint)
+    metadata = read_metadata(checkpoint, KEY, "make one with scripts/convert.py")
+    options = metadata.get("conversion", {})
+    weights, text_only = options.get("weights"), options.get("text_only", False)
+    found = open_source(source, text_only)
+    if options.get("sources") != found.files.files:
+        raise UserError(f"{checkpoint} was made of other files than those in {source}.")
+    jobs = plan(found, target_formats(found, weights), weights)
+    total, count = sum(job.nbytes for job in jobs), 0
+    for job in jobs:
+        for nbytes in _compare(job, checkpoint):
+            count += nbytes
+            progress(count, total)
+    return Report(_count(found), total, len(found.left_out))
+
+
+def _identity(found: Source, weights: str | None, text_only: bool) -> dict[str, Any]:
+    """What a conversion is of; another must not go on with its workspace."""
+    made = model_metadata(found.config, "bfloat16")
+    return {
+        "version": made["version"],
+        "config": made["config"],
+        "sources": found.files.files,
+        "weights": weights,
+        "text_only": text_only,
+    }
+
+
+def _done(workspace: Resumable, identity: dict[str, Any]) -> list[str]:
+    """Names of the jobs that an interrupted run finished."""
+    if not workspace.note:
+        return []
+    if workspace.note.get("identity") != identity:
         raise UserError(
-            f"{entry.file} holds {name} with shape {list(entry.shape)}, but config.json asks for "
-            f"{list(tensor.stored_shape)}; correct config.json or download the model again."
+            f"{workspace.path} is left from a conversion of another source, by another "
+            "version or with other flags; delete it and run again."
         )
+    return list(workspace.note["done"])
 
 
-def _copy(folder: SafetensorsFolder, name: str, tensor: StoredTensor, writer: Writer):
-    """Copies one tensor; yields the bytes of each block."""
-    dtype = folder.dtype(name)
-    step = tensor.block_shape(dtype.itemsize)
-    arrays = [writer.create(ours, tensor.shape, dtype, step) for ours in tensor.ours]
-    for block in tensor.blocks(dtype.itemsize):
-        data = folder.read(name, block.start, block.count)
-        parts = tensor.layout.split(data, block.shape)
-        writer.write([(a, block.index, part) for a, part in zip(arrays, parts, strict=True)])
-        yield data.nbytes
+def _written(job: Job) -> int:
+    return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in job.arrays.values())
+
+
+def _count(found: Source) -> int:
+    return len(found.in_files)
+
+
+class _Errors:
+    """What quantizing loses, by kind of parameter."""
+
+    def __init__(self, earlier: Mapping[str, list]):
+        self.by_kind = {kind: Error(*values) for kind, values in earlier.items()}
+
+    def add(self, name: str, error: Error | None) -> None:
+        if error is not None:
+            kind = re.sub(r"^layers\.\d+\.|\.(qvalue|scale)$", "", name)
+            self.by_kind[kind] = self.by_kind.get(kind, Error(0, 0.0, 0.0)) + error
+
+
+def _write(job: Job, writer: Writer, errors: _Errors) -> Iterator[int]:
+    """Makes a job's arrays; yields the bytes of each step; at the end all is on disk."""
+    arrays = {name: writer.create(name, *array) for name, array in job.arrays.items()}
+    for step in job.steps():
+        writer.write([(arrays[name], index, data) for name, index, data in step.blocks])
+        errors.add(step.blocks[0][0], step.error)
+        yield step.nbytes
+    writer.wait()
+
+
+def _compare(job: Job, checkpoint: Path) -> Iterator[int]:
+    arrays = {name: open_array(checkpoint / STATE / name) for name in job.arrays}
+    for step in job.steps():
+        for name, index, data in step.blocks:
+            stored = read_slice(arrays[name], index)
+            same = stored.dtype == data.dtype and stored.shape == data.shape
+            if not same or stored.tobytes() != np.ascontiguousarray(data).tobytes():
+                raise UserError(
+                    f"{path_of(arrays[name])} differs from its source in {_range(index)}; "
+                    "convert it again."
+                )
+        yield step.nbytes
+
+
+def _range(index: tuple[slice, ...]) -> str:
+    parts = (":" if s == slice(None) else f"{s.start}:{s.stop}" for s in index)
+    return f"[{', '.join(parts)}]"
+
+
+def _metadata(found: Source, formats, identity: dict[str, Any], errors: _Errors) -> dict[str, Any]:
+    dtype = found.dtype(found.groups[0]).name
+    conversion = {key: identity[key] for key in ("sources", "weights", "text_only")}
+    made = model_metadata(found.config, dtype, formats, found.outer)
+    return made | {"conversion": conversion | {"errors": errors.by_kind}}

@@ -1,97 +1,176 @@
 """A checkpoint -> the Hugging Face layout: `config.json`, safetensors, tokenizer files."""
 
-import itertools
+import dataclasses
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tensorstore as ts
 
+from jaxmoe.checkpoint import compressed, names
+from jaxmoe.checkpoint.arrays import read_slice
 from jaxmoe.checkpoint.convert import Report
-from jaxmoe.checkpoint.names import StoredTensor, stored_tensors
 from jaxmoe.checkpoint.reader import DTYPES, INDEX, SINGLE
 from jaxmoe.checkpoint.store import (
-    RESULT,
+    Checkpoint,
     Progress,
     copy_companions,
     no_progress,
-    open_arrays,
-    prepared,
-    read_slice,
+    read_checkpoint,
 )
+from jaxmoe.checkpoint.tensors import Block, Group, array_shapes, expand, join
+from jaxmoe.checkpoint.transfer import FLOATS, decode
+from jaxmoe.checkpoint.workspace import RESULT, prepared
 from jaxmoe.errors import UserError
-from jaxmoe.hf_config import to_hf
+from jaxmoe.hf_config import nest, to_hf
+from jaxmoe.model.params import named_specs
 
 SHARD_BYTES = 5 * 10**9
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def export(checkpoint: str | Path, output: str | Path, progress: Progress = no_progress) -> Report:
-    """Writes a checkpoint in the text-only Hugging Face layout that transformers reads.
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    progress: Progress = no_progress,
+    *,
+    weights: str | None = None,
+) -> Report:
+    """Writes a checkpoint in the Hugging Face layout that transformers reads.
 
     One file, or shards of at most 5 GB (or of one tensor) and their index. Every tensor keeps its
-    dtype and its bytes. On an error nothing of the output is left.
+    dtype and its bytes. Matrices in fp8 or int8 with a scale an output become compressed-tensors'.
+    The vision tower is there if the checkpoint has it. On an error nothing of the output is left.
 
     Args:
         checkpoint: the checkpoint's folder.
         output: the model's folder, which must not exist or be empty.
         progress: called after every block.
+        weights: "bf16" or "float32" widens quantized matrices to it.
 
     Raises:
-        UserError: for a bad checkpoint, or an output that exists or cannot be written.
+        UserError: for a bad checkpoint, matrices that the layout cannot hold as they are, or an
+            output that exists or cannot be written.
     """
-    checkpoint, output = Path(checkpoint), Path(output)
-    config, arrays = open_arrays(checkpoint)
-    files = _plan([_Tensor(tensor, arrays) for tensor in stored_tensors(config)])
-    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
-    with prepared(output) as workspace:
+    opened = read_checkpoint(checkpoint)
+    tensors = _tensors(opened, weights)
+    files = _plan(tensors)
+    total = sum(tensor.nbytes for tensor in tensors)
+    with prepared(Path(output)) as workspace:
         folder = workspace / RESULT
         folder.mkdir()
         done = 0
-        for name, tensors in files.items():
-            for nbytes in _write(folder / name, tensors):
+        for name, some in files.items():
+            for nbytes in _write(folder / name, some):
                 done += nbytes
                 progress(done, total)
         if SINGLE not in files:
             _write_json(folder / INDEX, _index(files, total))
-        first = next(itertools.chain(*files.values()))
-        _write_json(folder / "config.json", to_hf(config, first.dtype.name))
-        copy_companions(checkpoint, folder)
-    return Report(sum(map(len, files.values())), total, left_out=0)
+        _write_json(folder / "config.json", _config(opened, tensors[0].dtype.name, weights))
+        copy_companions(Path(checkpoint), folder)
+    return Report(len(tensors), total, left_out=0)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor to be written, and the arrays that it is made of."""
+    """A tensor to be written; `blocks` are its contiguous parts in order."""
 
-    def __init__(self, stored: StoredTensor, arrays: dict):
-        self.stored = stored
-        self.arrays = [arrays[name] for name in stored.ours]
-        dtypes = {array.dtype.numpy_dtype for array in self.arrays}
-        if len(dtypes) > 1:
-            raise UserError(f"{' and '.join(stored.ours)} differ in dtype but share one tensor.")
-        self.dtype: np.dtype = dtypes.pop()
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    blocks: Callable[[], Iterator[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.stored.stored_shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        layout = self.stored.layout
-        axes = layout.stored_axes(len(self.stored.shape))
-        for block in self.stored.blocks(self.dtype.itemsize):
-            yield layout.join([read_slice(array, block.index, axes) for array in self.arrays])
+
+def _tensors(checkpoint: Checkpoint, weights: str | None) -> list[_Tensor]:
+    """Every tensor, in model order."""
+    widens = weights is not None
+    formats = {} if widens else checkpoint.formats
+    if not widens:
+        _check_formats(checkpoint)
+    arrays = checkpoint.open_arrays(vision=True)
+    experts = any(names.EACH in name for name in formats)
+    rows = names.TEXT + (names.UNFUSED if experts else names.FUSED) + names.LAST + names.VISION
+    specs = checkpoint.specs(vision=True)
+    prefix = names.TEXT_PREFIX if checkpoint.outer is not None else ""
+    tensors = []
+    for group in expand(rows, array_shapes(checkpoint.config, formats, specs)):
+        read = _reader(checkpoint, group, arrays, weights)
+        for name, shape in group.tensors.items():
+            full = name if names.is_vision(name) else prefix + name
+            tensors.append(_tensor(group, name, full, shape, *read))
+    return tensors
+
+
+def _check_formats(checkpoint: Checkpoint) -> None:
+    """Refuses what compressed-tensors with a scale an output does not hold."""
+    specs = named_specs(checkpoint.config)
+    for name, (kind, width) in checkpoint.formats.items():
+        if kind not in compressed.NAMES or width != specs[name].matrix_shape[-2]:
+            raise UserError(
+                f"{checkpoint.path} holds {name} in {kind} with a scale for {width} inputs, which "
+                "is not exported as it is; use --weights bf16."
+            )
+    kinds = {kind for kind, _ in checkpoint.formats.values()}
+    if len(kinds) > 1:
+        raise UserError(f"{checkpoint.path} mixes {' and '.join(kinds)}; use --weights bf16.")
+
+
+def _reader(checkpoint: Checkpoint, group: Group, arrays, weights: str | None):
+    """The dtype of a group's tensors, and a function from a slice to its parameters' blocks."""
+    if group.ours[0] in checkpoint.formats:
+        assert weights is not None
+        dtype = np.dtype(FLOATS[weights])
+        return dtype, lambda block: [
+            _widened(checkpoint, name, arrays, block, dtype) for name in group.ours
+        ]
+    held: list[ts.TensorStore] = [arrays[name] for name in group.ours]
+    dtypes = {array.dtype.numpy_dtype for array in held}
+    if len(dtypes) > 1:
+        raise UserError(f"{' and '.join(group.ours)} differ in dtype but share one tensor.")
+    return dtypes.pop(), lambda block: [
+        read_slice(array, block.index).reshape(block.shape) for array in held
+    ]
+
+
+def _widened(checkpoint: Checkpoint, name: str, arrays, block: Block, dtype: np.dtype):
+    """A block of a quantized parameter, made of its whole matrix."""
+    experts = block.index[:1] if names.EACH in name else ()
+    stored = [read_slice(arrays[f"{name}.{x}"], experts) for x in ("qvalue", "scale")]
+    matrix = decode(*(x.reshape(x.shape[-2:]) for x in stored), checkpoint.formats[name].name)
+    shape = named_specs(checkpoint.config)[name].shape[len(experts) :]
+    return matrix.reshape(shape)[block.index[len(experts) :]].astype(dtype)
+
+
+def _tensor(group: Group, stored: str, name: str, shape, dtype: np.dtype, read) -> _Tensor:
+    pieces = [piece for piece in group.pieces if piece.tensor == stored]
+
+    def blocks():
+        for piece in pieces:
+            for block in piece.blocks(dtype.itemsize):
+                yield join(group.layout, read(block))
+
+    return _Tensor(name, shape, dtype, blocks)
 
 
 def _plan(tensors: list[_Tensor]) -> dict[str, list[_Tensor]]:
     """Which file holds which tensors, in model order."""
     shards: list[list[_Tensor]] = [[]]
+    held = 0
     for tensor in tensors:
-        if shards[-1] and sum(t.nbytes for t in (*shards[-1], tensor)) > SHARD_BYTES:
+        if shards[-1] and held + tensor.nbytes > SHARD_BYTES:
             shards.append([])
+            held = 0
         shards[-1].append(tensor)
+        held += tensor.nbytes
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {
@@ -118,17 +197,42 @@ def _header(tensors: list[_Tensor]) -> bytes:
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.nbytes
-        fields[tensor.stored.name] = {
+        fields[tensor.name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": tensor.stored.stored_shape,
+            "shape": tensor.shape,
             "data_offsets": (begin, end),
         }
     header = json.dumps(fields, separators=(",", ":")).encode()
     return header + b" " * (-len(header) % 8)
 
 
+def _config(checkpoint: Checkpoint, dtype: str, weights: str | None) -> dict[str, Any]:
+    config = to_hf(checkpoint.config, dtype)
+    if checkpoint.outer is not None:
+        config = nest(config, checkpoint.outer)
+    if not checkpoint.formats or weights is not None:
+        return config
+    kind = next(iter(checkpoint.formats.values())).name
+    return config | {compressed.KEY: compressed.describe(kind, _plain_modules(checkpoint))}
+
+
+def _plain_modules(checkpoint: Checkpoint) -> list[str]:
+    """Names of the Linear modules that are not quantized."""
+    shapes = array_shapes(checkpoint.config, {}, checkpoint.specs(vision=True))
+    plain = {name: shape for name, shape in shapes.items() if name not in checkpoint.formats}
+    prefix = names.TEXT_PREFIX if checkpoint.outer is not None else ""
+    rows = names.TEXT + names.FUSED + names.LAST + names.VISION
+    modules = []
+    for group in expand(rows, plain):
+        for name in group.tensors:
+            if group.layout.in_axes:
+                full = name if names.is_vision(name) else prefix + name
+                modules.append(full.removesuffix(".weight"))
+    return modules
+
+
 def _index(files: dict[str, list[_Tensor]], total: int) -> dict:
-    weight_map = {tensor.stored.name: name for name, tensors in files.items() for tensor in tensors}
+    weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 

@@ -1,25 +1,18 @@
-"""The one table of tensor names: Hugging Face <-> this project, read in both directions.
+"""The one table of tensor names: files of others <-> this project's parameters.
 
-A row says which of our parameters one stored tensor holds and how they are laid out in it. Large
-tensors move in blocks: a block is contiguous in the stored tensor, and a slice of our parameter.
+A row says which of our parameters one stored tensor holds and how they lie in it; `tensors.py`
+reads the rows in both directions. Another format is other rows.
+
+In names, {n} is a layer and {j} an expert that has a tensor of its own. All experts are laid out
+alike, so rows of experts tell of one.
 """
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 
-import numpy as np
+EACH = ".experts."  # in our name: the first axis is that of the experts
 
-from jaxmoe.config import Llama4Config
-from jaxmoe.errors import UserError
-from jaxmoe.model.params import named_specs
-
-BLOCK_BYTES = 96 * 2**20  # one matrix of a bfloat16 expert of Scout or Maverick fits
-
-TEXT_PREFIX = "language_model."  # in checkpoints that also hold the vision side
-VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
+TEXT_PREFIX = "language_model."  # in Hugging Face checkpoints that also hold the vision side
+VISION_PREFIXES = ("vision_", "multi_modal_projector.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,202 +23,225 @@ class Layout:
         in_axes: for a Linear's weight, stored [out, in], how many axes of our parameter are inputs;
             0 if the stored tensor has our axes in our order.
         parts: how many parameters of one shape lie side by side on the last stored axis.
+        packed: eight values of 4 bits in an int32, the first lowest, each with 8 added.
     """
 
     in_axes: int = 0
     parts: int = 1
-
-    def stored_axes(self, ndim: int) -> tuple[int, ...]:
-        """Our axes in stored order, outermost first: outputs before inputs in a Linear's weight."""
-        return (*range(self.in_axes, ndim), *range(self.in_axes))
-
-    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the stored tensor that holds parameters of `shape`."""
-        if self.in_axes:
-            return math.prod(shape[self.in_axes :]), math.prod(shape[: self.in_axes])
-        return (*shape[:-1], self.parts * shape[-1])
-
-    def split(self, stored: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
-        """Views of a flat stored block: our parameters' blocks, each of `shape`."""
-        axes = self.stored_axes(len(shape))
-        stored = stored.reshape(*(shape[axis] for axis in axes[:-1]), -1)
-        return [part.transpose(np.argsort(axes)) for part in np.split(stored, self.parts, axis=-1)]
-
-    def join(self, blocks: list[np.ndarray]) -> np.ndarray:
-        """A stored block, from blocks of our parameters whose axes are in stored order."""
-        return np.concatenate(blocks, axis=-1)
+    packed: bool = False
 
 
 SAME = Layout()
 LINEAR = Layout(in_axes=1)
 LINEAR_OF_HEADS = Layout(in_axes=2)
 HALVES = Layout(parts=2)
-
-# Stored name, layout, our names.
-BEFORE_LAYERS = (("model.embed_tokens.weight", SAME, ("embed",)),)
-IN_LAYERS = (  # after `model.layers.{n}.`, ours after `layers.{n}.`
-    ("input_layernorm.weight", SAME, ("attention_norm",)),
-    ("self_attn.q_proj.weight", LINEAR, ("attention.q",)),
-    ("self_attn.k_proj.weight", LINEAR, ("attention.k",)),
-    ("self_attn.v_proj.weight", LINEAR, ("attention.v",)),
-    ("self_attn.o_proj.weight", LINEAR_OF_HEADS, ("attention.o",)),
-    ("post_attention_layernorm.weight", SAME, ("feed_forward_norm",)),
-    ("feed_forward.gate_proj.weight", LINEAR, ("feed_forward.gate",)),
-    ("feed_forward.up_proj.weight", LINEAR, ("feed_forward.up",)),
-    ("feed_forward.down_proj.weight", LINEAR, ("feed_forward.down",)),
-    ("feed_forward.router.weight", LINEAR, ("feed_forward.router",)),
-    ("feed_forward.shared_expert.gate_proj.weight", LINEAR, ("feed_forward.shared.gate",)),
-    ("feed_forward.shared_expert.up_proj.weight", LINEAR, ("feed_forward.shared.up",)),
-    ("feed_forward.shared_expert.down_proj.weight", LINEAR, ("feed_forward.shared.down",)),
-    (
-        "feed_forward.experts.gate_up_proj",
-        HALVES,
-        ("feed_forward.experts.gate", "feed_forward.experts.up"),
-    ),
-    ("feed_forward.experts.down_proj", SAME, ("feed_forward.experts.down",)),
-)
-AFTER_LAYERS = (
-    ("model.norm.weight", SAME, ("norm",)),
-    ("lm_head.weight", LINEAR, ("lm_head",)),
-)
+PACKED = Layout(packed=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """A contiguous range of a stored tensor and where it goes in our parameters.
+class Row:
+    """One kind of stored tensor.
 
     Attributes:
-        start: first element of the flat stored tensor.
-        count: number of elements.
-        index: the slice of each of our parameters.
-        shape: the shape of that slice.
+        stored: its name.
+        layout: how the parameters lie in it.
+        ours: our names; several that are stacked follow each other along the outputs.
+        ranks: the axis of ours (after that of the experts) of which each model-parallel rank has a
+            part; None if all ranks have all of it.
+        flat: experts and rows are one stored axis.
+        beside: a parameter of ours without which the row means nothing in a layer.
+        quantized: the rows that hold the same parameter where it is quantized; see `in_bits`.
     """
 
-    start: int
-    count: int
-    index: tuple[slice, ...]
-    shape: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a text checkpoint.
-
-    Attributes:
-        name: its Hugging Face name, without `language_model.`.
-        ours: names of the parameters that it holds.
-        shape: the shape of each of those parameters.
-        layout: how they lie in it.
-    """
-
-    name: str
-    ours: tuple[str, ...]
-    shape: tuple[int, ...]
+    stored: str
     layout: Layout
+    ours: tuple[str, ...]
+    ranks: int | None = None
+    flat: bool = False
+    beside: str = ""
+    quantized: tuple["Row", ...] = ()
 
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape of the tensor itself."""
-        return self.layout.stored_shape(self.shape)
-
-    def block_shape(self, itemsize: int) -> tuple[int, ...]:
-        """The largest slice of our parameter whose stored block is at most `BLOCK_BYTES`.
-
-        Outer stored axes are halved first, so every block is contiguous.
-        """
-        shape = list(self.shape)
-        for axis in self.layout.stored_axes(len(self.shape))[:2]:
-            while shape[axis] > 1 and self._bytes(shape, itemsize) > BLOCK_BYTES:
-                shape[axis] = -(-shape[axis] // 2)
-        return tuple(shape)
-
-    def _bytes(self, shape: Iterable[int], itemsize: int) -> int:
-        return self.layout.parts * math.prod(shape) * itemsize
-
-    def blocks(self, itemsize: int) -> Iterator[Block]:
-        """Blocks that cover the tensor, in stored order."""
-        axes = self.layout.stored_axes(len(self.shape))[:2]
-        step = self.block_shape(itemsize)
-        for starts in itertools.product(*(range(0, self.shape[a], step[a]) for a in axes)):
-            index = [slice(0, size) for size in self.shape]
-            offset, unit = 0, self._bytes(self.shape, itemsize=1)
-            for axis, start in zip(axes, starts, strict=True):
-                index[axis] = slice(start, min(start + step[axis], self.shape[axis]))
-                unit //= self.shape[axis]
-                offset += start * unit
-            shape = tuple(s.stop - s.start for s in index)
-            yield Block(offset, self._bytes(shape, itemsize=1), tuple(index), shape)
+    def in_bits(self, packed: bool) -> tuple["Row", ...]:
+        """The rows of a quantized matrix and its scales, as compressed-tensors names them."""
+        if self.quantized:
+            return self.quantized
+        (ours,), stem = self.ours, self.stored.removesuffix(".weight")
+        name, layout = ("weight_packed", PACKED) if packed else ("weight", SAME)
+        return (
+            Row(f"{stem}.{name}", layout, (f"{ours}.qvalue",)),
+            Row(f"{stem}.weight_scale", LINEAR, (f"{ours}.scale",)),
+        )
 
 
-def stored_tensors(config: Llama4Config) -> list[StoredTensor]:
-    """Every text tensor of a Hugging Face checkpoint of this configuration, in model order."""
-    specs = named_specs(config)
-    in_layers = (
-        (f"model.layers.{n}.{stored}", layout, tuple(f"layers.{n}.{name}" for name in ours))
-        for n in range(config.num_hidden_layers)
-        for stored, layout, ours in IN_LAYERS
+def _linear(stored: str, ours: str, layout: Layout = LINEAR) -> Row:
+    return Row(f"{stored}.weight", layout, (ours,))
+
+
+_LAYER, _OURS = "model.layers.{n}.", "layers.{n}."
+_FFN, _OUR_FFN = f"{_LAYER}feed_forward.", f"{_OURS}feed_forward."
+
+TEXT = (
+    Row("model.embed_tokens.weight", SAME, ("embed",)),
+    Row(f"{_LAYER}input_layernorm.weight", SAME, (f"{_OURS}attention_norm",)),
+    *(_linear(f"{_LAYER}self_attn.{x}_proj", f"{_OURS}attention.{x}") for x in "qkv"),
+    _linear(f"{_LAYER}self_attn.o_proj", f"{_OURS}attention.o", LINEAR_OF_HEADS),
+    Row(f"{_LAYER}post_attention_layernorm.weight", SAME, (f"{_OURS}feed_forward_norm",)),
+    *(_linear(f"{_FFN}{x}_proj", f"{_OUR_FFN}{x}") for x in ("gate", "up", "down")),
+    _linear(f"{_FFN}router", f"{_OUR_FFN}router"),
+    *(
+        _linear(f"{_FFN}shared_expert.{x}_proj", f"{_OUR_FFN}shared.{x}")
+        for x in ("gate", "up", "down")
+    ),
+)
+FUSED = (  # experts in one tensor
+    Row(
+        f"{_FFN}experts.gate_up_proj",
+        HALVES,
+        (f"{_OUR_FFN}experts.gate", f"{_OUR_FFN}experts.up"),
+    ),
+    Row(f"{_FFN}experts.down_proj", SAME, (f"{_OUR_FFN}experts.down",)),
+)
+UNFUSED = tuple(  # a tensor for each expert
+    _linear(f"{_FFN}experts.{{j}}.{x}_proj", f"{_OUR_FFN}experts.{x}")
+    for x in ("gate", "up", "down")
+)
+LAST = (
+    Row("model.norm.weight", SAME, ("norm",)),
+    _linear("lm_head", "lm_head"),
+)
+
+
+def _with_bias(stored: str, ours: str) -> tuple[Row, ...]:
+    return (_linear(stored, f"{ours}.weight"), Row(f"{stored}.bias", SAME, (f"{ours}.bias",)))
+
+
+def _norm(stored: str, ours: str) -> tuple[Row, ...]:
+    return tuple(Row(f"{stored}.{x}", SAME, (f"{ours}.{x}",)) for x in ("weight", "bias"))
+
+
+_TOWER, _OUR_TOWER = "vision_model.model.layers.{n}.", "vision.layers.{n}."
+
+VISION = (
+    Row("vision_model.class_embedding", SAME, ("vision.class_embedding",)),
+    Row("vision_model.positional_embedding_vlm", SAME, ("vision.position_embedding",)),
+    _linear("vision_model.patch_embedding.linear", "vision.patch_embedding"),
+    *_norm("vision_model.layernorm_pre", "vision.norm_before"),
+    *_norm(f"{_TOWER}input_layernorm", f"{_OUR_TOWER}attention_norm"),
+    *(
+        row
+        for x in "qkvo"
+        for row in _with_bias(f"{_TOWER}self_attn.{x}_proj", f"{_OUR_TOWER}attention.{x}")
+    ),
+    *_norm(f"{_TOWER}post_attention_layernorm", f"{_OUR_TOWER}feed_forward_norm"),
+    *_with_bias(f"{_TOWER}mlp.fc1", f"{_OUR_TOWER}feed_forward.up"),
+    *_with_bias(f"{_TOWER}mlp.fc2", f"{_OUR_TOWER}feed_forward.down"),
+    *_norm("vision_model.layernorm_post", "vision.norm_after"),
+    _linear("vision_model.vision_adapter.mlp.fc1", "vision.adapter.up"),
+    _linear("vision_model.vision_adapter.mlp.fc2", "vision.adapter.down"),
+    _linear("multi_modal_projector.linear_1", "vision.projector"),
+)
+
+
+# Meta's files: one for each model-parallel rank.
+
+
+def _columns(stored: str, *ours: str) -> Row:
+    """A Linear of which each rank has some outputs; of several stacked ones some of each."""
+    return Row(stored, LINEAR, ours, ranks=1)
+
+
+def _rows(stored: str, ours: str, layout: Layout = LINEAR) -> Row:
+    """A Linear of which each rank has some inputs."""
+    return Row(stored, layout, (ours,), ranks=0)
+
+
+def _whole(stored: str, ours: str, beside: str = "") -> Row:
+    return Row(stored, SAME, (ours,), beside=beside)
+
+
+def _meta_expert(stored: str, ours: str, short: str, ranks: int) -> Row:
+    """[experts * in, out] on each rank; in fp8 with a scale for each output and rank."""
+    # A rank's part of the outputs has their scales; a part of the inputs has scales of its own.
+    scale = Row(f"{_META}experts.{short}.scale", SAME, (f"{ours}.scale",), ranks, flat=True)
+    qvalue = Row(stored, LINEAR, (f"{ours}.qvalue",), 1 - ranks, flat=True)
+    return Row(stored, SAME, (ours,), ranks, flat=True, quantized=(qvalue, scale))
+
+
+_META = "layers.{n}.feed_forward."
+_WQKV = "layers.{n}.attention.wqkv."
+
+META_TEXT = (
+    Row("tok_embeddings.weight", SAME, ("embed",), ranks=0),
+    _whole(f"{_WQKV}layer_norm_weight", f"{_OURS}attention_norm"),
+    _columns(f"{_WQKV}weight", *(f"{_OURS}attention.{x}" for x in "qkv")),
+    _rows("layers.{n}.attention.wo.weight", f"{_OURS}attention.o", LINEAR_OF_HEADS),
+    _whole(f"{_META}norm.weight", f"{_OURS}feed_forward_norm", beside=f"{_OUR_FFN}router"),
+    _whole(f"{_META}mlp.layer_norm_weight", f"{_OURS}feed_forward_norm", beside=f"{_OUR_FFN}gate"),
+    _columns(f"{_META}mlp.fc1_weight", f"{_OUR_FFN}gate", f"{_OUR_FFN}up"),
+    _rows(f"{_META}mlp.fc2_weight", f"{_OUR_FFN}down"),
+    _whole(f"{_META}router_DE", f"{_OUR_FFN}router"),
+    _columns(f"{_META}w_in_shared_FD.weight", f"{_OUR_FFN}shared.gate"),
+    _columns(f"{_META}w_swiglu_FD.weight", f"{_OUR_FFN}shared.up"),
+    _rows(f"{_META}w_out_shared_DF.weight", f"{_OUR_FFN}shared.down"),
+    _meta_expert(f"{_META}experts.moe_w_in_eD_F", f"{_OUR_FFN}experts.gate", "w1", 1),
+    _meta_expert(f"{_META}experts.moe_w_swiglu_eD_F", f"{_OUR_FFN}experts.up", "w3", 1),
+    _meta_expert(f"{_META}experts.moe_w_out_eF_D", f"{_OUR_FFN}experts.down", "w2", 0),
+    _whole("norm.weight", "norm"),
+    _columns("output.weight", "lm_head"),
+)
+
+_EYE = "vision_embeddings.vision_encoder."
+_BLOCK = f"{_EYE}transformer.resblocks.{{n}}."
+
+
+def _columns_with_bias(stored: str, ours: str) -> tuple[Row, ...]:
+    return (
+        _columns(f"{stored}.weight", f"{ours}.weight"),
+        Row(f"{stored}.bias", SAME, (f"{ours}.bias",), ranks=0),
     )
-    return [
-        StoredTensor(stored, ours, specs[ours[0]].shape, layout)
-        for stored, layout, ours in (*BEFORE_LAYERS, *in_layers, *AFTER_LAYERS)
-        if ours[0] in specs  # a dense layer has no router
-    ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What a checkpoint holds.
-
-    Attributes:
-        names: the stored name without `language_model.` -> the name in the file.
-        left_out: names in the file that the text model does not read.
-    """
-
-    names: dict[str, str]
-    left_out: list[str]
+def _rows_with_bias(stored: str, ours: str) -> tuple[Row, ...]:
+    return (_rows(f"{stored}.weight", f"{ours}.weight"), _whole(f"{stored}.bias", f"{ours}.bias"))
 
 
-def match_names(config: Llama4Config, in_file: Iterable[str], source: str) -> Found:
-    """Finds every text tensor among the names of a checkpoint, text-only or multimodal.
+META_VISION = (
+    _whole(f"{_EYE}class_embedding", "vision.class_embedding"),
+    _whole(f"{_EYE}positional_embedding_vlm", "vision.position_embedding"),
+    _columns(f"{_EYE}conv1._linear.weight", "vision.patch_embedding"),
+    *_norm(f"{_EYE}ln_pre", "vision.norm_before"),
+    *_norm(f"{_BLOCK}ln_1", f"{_OUR_TOWER}attention_norm"),
+    *(
+        row
+        for x in "qkv"
+        for row in _columns_with_bias(f"{_BLOCK}attn.w{x}", f"{_OUR_TOWER}attention.{x}")
+    ),
+    *_rows_with_bias(f"{_BLOCK}attn.wo", f"{_OUR_TOWER}attention.o"),
+    *_norm(f"{_BLOCK}ln_2", f"{_OUR_TOWER}feed_forward_norm"),
+    *_columns_with_bias(f"{_BLOCK}mlp.c_fc", f"{_OUR_TOWER}feed_forward.up"),
+    *_rows_with_bias(f"{_BLOCK}mlp.c_proj", f"{_OUR_TOWER}feed_forward.down"),
+    *_norm(f"{_EYE}ln_post", "vision.norm_after"),
+    _columns("vision_embeddings.vision_adapter.mlp.c_fc.weight", "vision.adapter.up"),
+    _rows("vision_embeddings.vision_adapter.mlp.c_proj.weight", "vision.adapter.down"),
+    _columns("vision_projection.weight", "vision.projector"),
+)
 
-    Args:
-        config: the model.
-        in_file: the names of all its tensors.
-        source: the checkpoint, for messages.
-
-    Raises:
-        UserError: naming the first tensor that is missing, unknown or there twice.
-    """
-    wanted = dict.fromkeys(tensor.name for tensor in stored_tensors(config))
-    names: dict[str, str] = {}
-    left_out = []
-    for name in in_file:
-        text = name.removeprefix(TEXT_PREFIX)
-        if name.startswith(VISION_PREFIXES) or _is_tied_head(config, text):
-            left_out.append(name)
-        elif text not in wanted:
-            _refuse_unknown(name, wanted, source)
-        elif text in names:
-            raise UserError(f"{source} holds both {names[text]} and {name}; remove one of them.")
-        else:
-            names[text] = name
-    for name in wanted:
-        if name not in names:
-            raise UserError(
-                f"{source} lacks the tensor {name} that its config.json asks for; "
-                "download it again or correct config.json."
-            )
-    return Found(names, left_out)
-
-
-def _is_tied_head(config: Llama4Config, name: str) -> bool:
-    """A copy of the embedding, which a tied model reads instead."""
-    return config.tie_word_embeddings and name == "lm_head.weight"
+# What no model needs, by the end of its name.
+UNUSED = (
+    "rope.freqs",
+    "global_gate_stats_3E",
+    "running_gate_stats_3E",
+    "expert_activation_DE",
+    "._extra_state",
+    ".weight_shape",  # of packed weights; the scales say it too
+)
 
 
-def _refuse_unknown(name: str, wanted: Iterable[str], source: str) -> None:
-    near = get_close_matches(name.removeprefix(TEXT_PREFIX), wanted, n=1, cutoff=0)
-    raise UserError(
-        f"{source} holds the tensor {name}, which its config.json has no place for (the nearest "
-        f"name is {near[0]}); correct config.json, or remove the tensor."
-    )
+def is_vision(name: str) -> bool:
+    """Whether a stored tensor, perhaps of a model-parallel rank, belongs to the vision side."""
+    return name.rpartition(":")[2].startswith(VISION_PREFIXES)
+
+
+def is_unused(name: str) -> bool:
+    """Whether no model needs a stored tensor."""
+    return name.endswith(UNUSED)

@@ -26,6 +26,10 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
 }
 MAX_HEADER = 100 * 2**20  # the format's own limit
 
@@ -49,13 +53,58 @@ class Entry:
     nbytes: int
 
 
-class SafetensorsFolder:
-    """The tensors of `model.safetensors`, or of the shards that its index names.
+class TensorFiles:
+    """Tensors in files, read in pieces.
 
     Attributes:
+        folder: where the files are.
         tensors: every tensor by name.
         files: what was opened: name, size in bytes and SHA-256 of the header of each file.
     """
+
+    folder: Path
+    tensors: dict[str, Entry]
+    files: list[dict[str, Any]]
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor.
+
+        Raises:
+            UserError: if it is not one of `DTYPES`.
+        """
+        entry = self.tensors[name]
+        if entry.dtype not in DTYPES:
+            raise UserError(
+                f"{entry.file} holds {name} as {entry.dtype}, but only {', '.join(DTYPES)} can "
+                "be read; use the model's bfloat16 release."
+            )
+        return DTYPES[entry.dtype]
+
+    def read(self, name: str, start: int, count: int) -> np.ndarray:
+        """Elements `start` to `start + count` of the flat tensor.
+
+        Raises:
+            UserError: if the file cannot be read, or has become shorter.
+        """
+        entry, dtype = self.tensors[name], self.dtype(name)
+        data = np.empty(count, dtype)
+        buffer = memoryview(data.view(np.uint8))
+        try:
+            with open(entry.file, "rb", buffering=0) as file:
+                file.seek(entry.start + start * dtype.itemsize)
+                while buffer:
+                    done = file.readinto(buffer)
+                    if not done:
+                        raise UserError(f"{entry.file} ends inside {name}; download it again.")
+                    buffer = buffer[done:]
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(f"{entry.file} cannot be read at {name}: {reason}.") from None
+        return data
+
+
+class SafetensorsFolder(TensorFiles):
+    """The tensors of `model.safetensors`, or of the shards that its index names."""
 
     def __init__(self, folder: str | Path):
         """Reads the index and all headers, no data.
@@ -97,42 +146,6 @@ class SafetensorsFolder:
         self.tensors |= entries
         self.files.append(record)
         return entries
-
-    def dtype(self, name: str) -> np.dtype:
-        """The dtype of a tensor.
-
-        Raises:
-            UserError: if it is not one of `DTYPES`.
-        """
-        entry = self.tensors[name]
-        if entry.dtype not in DTYPES:
-            raise UserError(
-                f"{entry.file} holds {name} as {entry.dtype}, but only {', '.join(DTYPES)} can "
-                "be read; use the model's bfloat16 release."
-            )
-        return DTYPES[entry.dtype]
-
-    def read(self, name: str, start: int, count: int) -> np.ndarray:
-        """Elements `start` to `start + count` of the flat tensor.
-
-        Raises:
-            UserError: if the file cannot be read, or has become shorter.
-        """
-        entry, dtype = self.tensors[name], self.dtype(name)
-        data = np.empty(count, dtype)
-        buffer = memoryview(data.view(np.uint8))
-        try:
-            with open(entry.file, "rb", buffering=0) as file:
-                file.seek(entry.start + start * dtype.itemsize)
-                while buffer:
-                    done = file.readinto(buffer)
-                    if not done:
-                        raise UserError(f"{entry.file} ends inside {name}; download it again.")
-                    buffer = buffer[done:]
-        except OSError as error:
-            reason = error.strerror
-            raise UserError(f"{entry.file} cannot be read at {name}: {reason}.") from None
-        return data
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""Checkpoints on disk, in Orbax's layout; the only module that knows TensorStore and the layout.
+"""Checkpoints on disk, in Orbax's layout.
 
 A checkpoint is one folder: an Orbax v1 checkpoint of the parameter tree, one Zarr array per
 parameter, with the configuration in its custom metadata and the tokenizer's files beside it.
-`orbax.checkpoint.v1.load` reads it without this project.
+`orbax.checkpoint.v1.load` reads it without this project. A quantized matrix is two arrays, `qvalue`
+and `scale`. The vision tower is a tree of its own beside the text model's.
 
 Why TensorStore writes the arrays and not Orbax: Orbax takes whole arrays, and the experts of one
 Maverick layer are 10 GB. Orbax's layout without OCDBT is a plain Zarr array in
@@ -15,12 +16,12 @@ damaged is named.
 
 import collections
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import logging
-import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,34 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
+from jaxmoe.checkpoint.arrays import (
+    create_array,
+    nbytes_of,
+    open_array,
+    path_of,
+    readable,
+    reason,
+)
+from jaxmoe.checkpoint.tensors import Format, array_shapes
+from jaxmoe.checkpoint.workspace import RESULT, workspace_of
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.hf_config import from_hf, to_hf
-from jaxmoe.model.params import abstract_params, map_specs, named_specs, param_specs
+from jaxmoe.hf_config import from_hf, to_hf, vision_from_hf
+from jaxmoe.model.params import (
+    ParamSpec,
+    named_params,
+    named_specs,
+    place,
+    unflatten_params,
+)
+from jaxmoe.model.vision_params import vision_specs
+from pallas_kernels.quantized import QuantizedMatrix
 
-FORMAT = 1
+FORMAT = 2
 KEY = "jaxmoe"  # of the custom metadata
 STATE = "state"  # the folder that Orbax gives to the tree of `ocp.save`
+COMMITTED = "commit_success.txt"  # likewise; only that it exists says something
 MARKER = "_CHECKPOINT_METADATA"  # Orbax's own file in every finished checkpoint
-RESULT = "result"  # in a workspace: what becomes the output
-CHUNK_BYTES = 2**20  # read at once: less than any device's share of a large parameter
 
 COMPANIONS = (  # files that travel with the weights
     "tokenizer.json",
@@ -50,6 +68,8 @@ COMPANIONS = (  # files that travel with the weights
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -58,57 +78,6 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 def no_progress(done: int, total: int) -> None:
     """For callers that do not watch."""
-
-
-def workspace_path(output: Path) -> Path:
-    """The folder beside `output` where it is prepared.
-
-    Raises:
-        UserError: if `output` exists and is not an empty folder.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not empty; choose another output or delete it.")
-    return output.resolve().with_name(output.resolve().name + ".partial")
-
-
-def workspace_of(output: Path) -> Path:
-    """The same, where no earlier run may have left one.
-
-    Raises:
-        UserError: as `workspace_path`, or if an earlier run was interrupted.
-    """
-    workspace = workspace_path(output)
-    if workspace.exists():
-        raise UserError(f"{workspace} is left from an interrupted run; delete it and run again.")
-    return workspace
-
-
-@contextlib.contextmanager
-def prepared(output: Path) -> Iterator[Path]:
-    """A workspace whose `RESULT` becomes `output` at the end; on any error all of it vanishes.
-
-    Raises:
-        UserError: as `workspace_of`, or if the file system refuses.
-    """
-    workspace = workspace_of(output)
-    with writable(output):
-        workspace.mkdir(parents=True)
-    try:
-        with writable(output):
-            yield workspace
-            (workspace / RESULT).rename(output.resolve())
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-
-
-def check_space(folder: Path, nbytes: int) -> None:
-    """Raises a UserError if the disk that a folder is on, or will be, has not so much left."""
-    free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
-    if nbytes > free:
-        raise UserError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, but {nbytes / 1e9:.1f} GB are needed; "
-            "free some space or choose another output."
-        )
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -144,23 +113,17 @@ class Writer:
         dtype: np.dtype,
         block: tuple[int, ...],
         chunk: tuple[int, ...] | None = None,
-    ):
-        """A new array of `shape`, to be written in aligned blocks of shape `block`.
-
-        Args:
-            chunk: what is read at once; default: about `CHUNK_BYTES`.
-        """
-        metadata = _zarr_metadata(shape, dtype, block, chunk)
-        spec = {**_spec(self._arrays / name), "create": True, "metadata": metadata}
-        return ts.open(spec).result()
+    ) -> ts.TensorStore:
+        """A new array, to be written in aligned blocks; see `create_array`."""
+        return create_array(self._arrays / name, shape, dtype, block, chunk)
 
     def reopen(self, name: str) -> ts.TensorStore:
-        """An array that an interrupted run created, perhaps in the middle of `finish_tree`."""
+        """An array that an interrupted run created, perhaps in the middle of `finish`."""
         if not (self._arrays / name).exists() and (self._result / STATE / name).exists():
             (self._result / STATE / name).rename(self._arrays / name)
         return open_array(self._arrays / name)
 
-    def write(self, blocks: list[tuple[ts.TensorStore, tuple[slice, ...], np.ndarray]]) -> None:
+    def write(self, blocks: Iterable[tuple[ts.TensorStore, tuple[slice, ...], np.ndarray]]) -> None:
         """Starts writing blocks of arrays, once the blocks of the last call are on disk.
 
         Raises:
@@ -169,7 +132,7 @@ class Writer:
         self.wait()
         for array, index, data in blocks:
             done = array[index].write(data, can_reference_source_data_indefinitely=True)
-            self._pending.append((_path(array), done))
+            self._pending.append((path_of(array), done))
 
     def wait(self) -> None:
         """Returns once all that was written is on disk."""
@@ -178,22 +141,54 @@ class Writer:
             try:
                 done.result()
             except ValueError as error:
-                raise UserError(f"{path} cannot be written: {_reason(error)}.") from error
+                raise UserError(f"{path} cannot be written: {reason(error)}.") from error
             del self._pending[0]
 
-    def finish(self, config: Llama4Config, dtype: str, sources: list[dict[str, Any]]) -> None:
-        """Makes the arrays a model's checkpoint, in `RESULT` of the workspace."""
-        placeholders = map_specs(lambda _: np.zeros((), np.int8), param_specs(config))
-        metadata = model_metadata(config, dtype) | {"sources": sources}
-        self.finish_tree(placeholders, list(named_specs(config)), KEY, metadata)
+    def finish(self, names: Iterable[str], key: str, metadata: dict[str, Any]) -> None:
+        """Makes the arrays of these names an Orbax checkpoint, in `RESULT` of the workspace.
 
-    def finish_tree(self, placeholders: Any, names: list[str], key: str, metadata: dict) -> None:
-        """Makes the arrays of these names an Orbax checkpoint, in `RESULT` of the workspace."""
+        Args:
+            key: of the custom metadata.
+        """
         self.wait()
-        _save(self._result, placeholders, key, metadata)
+        names = list(names)
+        for name in names:
+            self.reopen(name)
+        _save(self._result, nested(names), key, metadata)
+        _forget_when_and_where(self._result)
         for name in names:
             shutil.rmtree(self._result / STATE / name)
             (self._arrays / name).rename(self._result / STATE / name)
+
+
+def _forget_when_and_where(path: Path) -> None:
+    """Makes equal checkpoints equal to the byte: Orbax notes the time, and the workspace's name."""
+    marker = json.loads((path / MARKER).read_text())
+    for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
+        marker[key] = 0
+    (path / MARKER).write_text(json.dumps(marker))
+    (path / COMMITTED).write_text("Checkpoint commit was successful")
+
+
+def nested(names: Iterable[str]) -> dict[str, Any]:
+    """Placeholders in the tree that dotted names spell; numbers are places in lists."""
+    tree: dict[str, Any] = {}
+    for name in names:
+        *outer, last = name.split(".")
+        inner = tree
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[last] = np.zeros((), np.int8)
+    return _with_lists(tree)
+
+
+def _with_lists(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    values = {key: _with_lists(value) for key, value in tree.items()}
+    if all(key.isdigit() for key in values):
+        return [values[key] for key in sorted(values, key=int)]
+    return values
 
 
 def save(path: str | Path, config: Llama4Config, params: dict) -> None:
@@ -203,12 +198,64 @@ def save(path: str | Path, config: Llama4Config, params: dict) -> None:
         UserError: if `path` exists and is not empty.
     """
     workspace_of(Path(path))
-    dtype = jax.tree.leaves(params)[0].dtype.name
-    _save(Path(path).resolve(), params, KEY, model_metadata(config, dtype))
+    formats = {
+        name: Format(w.format, w.width)
+        for name, (_, w) in named_params(config, params).items()
+        if isinstance(w, QuantizedMatrix)
+    }
+    metadata = model_metadata(config, params["embed"].dtype.name, formats)
+    tree = jax.tree.map(
+        lambda w: {"qvalue": w.qvalue, "scale": w.scale} if isinstance(w, QuantizedMatrix) else w,
+        params,
+        is_leaf=lambda w: isinstance(w, QuantizedMatrix),
+    )
+    _save(Path(path).resolve(), tree, KEY, metadata)
 
 
-def read_config(path: str | Path) -> Llama4Config:
-    """The configuration of a checkpoint.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint's metadata says.
+
+    Attributes:
+        config: of the text model.
+        formats: of the parameters that are quantized, by name.
+        outer: the config.json around the text model's where the vision tower is there, else None.
+    """
+
+    path: Path
+    config: Llama4Config
+    formats: dict[str, Format]
+    outer: dict[str, Any] | None
+
+    def specs(self, vision: bool = False) -> dict[str, ParamSpec]:
+        """Of the text model's parameters by name, or also of the vision tower's if it is there."""
+        tower = vision_from_hf(self.outer, str(self.path)) if vision and self.outer else None
+        seen = vision_specs(self.config, tower) if tower is not None else {}
+        return named_specs(self.config) | seen
+
+    def shapes(self, vision: bool = False) -> dict[str, tuple[int, ...]]:
+        """Of the arrays, likewise."""
+        return array_shapes(self.config, self.formats, self.specs(vision))
+
+    def open_arrays(self, vision: bool = False) -> dict[str, ts.TensorStore]:
+        """Every array by dotted name, to be read in slices.
+
+        Raises:
+            UserError: if an array is missing or contradicts the configuration.
+        """
+        arrays = {}
+        for name, shape in self.shapes(vision).items():
+            arrays[name] = open_array(self.path / STATE / name)
+            if arrays[name].shape != shape:
+                raise UserError(
+                    f"{self.path} holds {name} with shape {arrays[name].shape}, but its config "
+                    f"says {shape}; convert it again."
+                )
+        return arrays
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """What a checkpoint is, from its metadata.
 
     Raises:
         UserError: if `path` is no finished checkpoint, or of a newer format.
@@ -217,36 +264,14 @@ def read_config(path: str | Path) -> Llama4Config:
     metadata = read_metadata(path, KEY, "make one with scripts/convert.py")
     if metadata["format"] > FORMAT:
         raise UserError(f"{path} was written by jaxmoe {metadata['version']}; update jaxmoe.")
-    return from_hf(metadata["config"], source=str(path))
+    formats = {name: Format(*value) for name, value in metadata.get("formats", {}).items()}
+    config = from_hf(metadata["config"], source=str(path))
+    return Checkpoint(path, config, formats, metadata.get("outer"))
 
 
-def open_arrays(path: str | Path) -> tuple[Llama4Config, dict[str, ts.TensorStore]]:
-    """The configuration and every parameter's array by dotted name, to be read in slices.
-
-    Raises:
-        UserError: as `read_config`, or if an array is missing or contradicts the configuration.
-    """
-    path = Path(path)
-    config = read_config(path)
-    arrays = {}
-    for name, spec in named_specs(config).items():
-        arrays[name] = open_array(path / STATE / name)
-        if arrays[name].shape != spec.shape:
-            raise UserError(
-                f"{path} holds {name} with shape {arrays[name].shape}, but its config says "
-                f"{spec.shape}; convert it again."
-            )
-    return config, arrays
-
-
-def open_array(path: Path) -> ts.TensorStore:
-    """One array, to be read in slices.
-
-    Raises:
-        UserError: if it is missing or damaged.
-    """
-    with _readable(path):
-        return ts.open(_spec(path.resolve())).result()
+def read_config(path: str | Path) -> Llama4Config:
+    """The configuration of a checkpoint; raises as `read_checkpoint`."""
+    return read_checkpoint(path).config
 
 
 def load(
@@ -258,13 +283,14 @@ def load(
     """Loads a checkpoint straight into the sharding that `mesh` gives each parameter.
 
     Each host reads the shares of its own devices, one share after the other: beyond the parameters
-    themselves, memory holds one device's share of one parameter.
+    themselves, memory holds one device's share of one parameter. The vision tower is not read.
 
     Args:
         path: a checkpoint folder.
         mesh: the devices, with the axes of `jaxmoe.mesh`.
-        dtype: what to cast to while reading; None keeps the dtype of each array.
-        progress: called after every parameter.
+        dtype: what to cast to while reading; None keeps the dtype of each array. Matrices that are
+            stored in 8 or 4 bits stay so, with scales in float32.
+        progress: called after every array.
 
     Returns:
         The configuration, and parameters as `param_specs` declares them.
@@ -272,96 +298,70 @@ def load(
     Raises:
         UserError: if the checkpoint is unfinished or damaged, or the mesh does not divide it.
     """
-    config, arrays = open_arrays(path)
-    targets, structure = jax.tree.flatten(abstract_params(config, mesh))
-    total = sum(array.size * array.dtype.numpy_dtype.itemsize for array in arrays.values())
+    checkpoint = read_checkpoint(path)
+    arrays = checkpoint.open_arrays()
+    leaves, structure = jax.tree.flatten(_placed(checkpoint, arrays, mesh, dtype))
+    total = sum(map(nbytes_of, arrays.values()))
     params, done = [], 0
-    for target, array in zip(targets, arrays.values(), strict=True):
-        params.append(_load_array(array, target.sharding, dtype))
-        done += array.size * array.dtype.numpy_dtype.itemsize
+    for target, array in zip(leaves, _in_order(checkpoint, arrays), strict=True):
+        params.append(_load_array(array, target.sharding, target.dtype))
+        done += nbytes_of(array)
         progress(done, total)
-    return config, structure.unflatten(params)
+    return checkpoint.config, structure.unflatten(params)
+
+
+def abstract(path: str | Path, mesh: jax.sharding.Mesh, dtype: Any = None) -> dict:
+    """The shapes, dtypes and shardings of what `load` returns; raises as `load`."""
+    checkpoint = read_checkpoint(path)
+    return _placed(checkpoint, checkpoint.open_arrays(), mesh, dtype)
+
+
+def _placed(checkpoint: Checkpoint, arrays: dict[str, ts.TensorStore], mesh, dtype: Any) -> dict:
+    """The parameters as they will be loaded."""
+
+    def shape(name: str, dtype: Any):
+        found = arrays[name].dtype.numpy_dtype
+        return jax.ShapeDtypeStruct(arrays[name].shape, found if dtype is None else dtype)
+
+    leaves = []
+    for name in named_specs(checkpoint.config):
+        if name in checkpoint.formats:
+            qvalue, scale = shape(f"{name}.qvalue", None), shape(f"{name}.scale", jnp.float32)
+            leaves.append(QuantizedMatrix(qvalue, scale, checkpoint.formats[name].name))
+        else:
+            leaves.append(shape(name, dtype))
+    return place(checkpoint.config, unflatten_params(checkpoint.config, leaves), mesh)
+
+
+def _in_order(checkpoint: Checkpoint, arrays: dict[str, ts.TensorStore]) -> list[ts.TensorStore]:
+    """As the leaves of the parameters' tree are."""
+    return [arrays[name] for name in checkpoint.shapes()]
 
 
 def _load_array(array: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
-    source = array if dtype is None else ts.cast(array, ts.dtype(jnp.dtype(dtype)))
+    source = ts.cast(array, ts.dtype(jnp.dtype(dtype))) if dtype != array.dtype else array
     devices_of = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
         devices_of[index].append(device)
     shares = []
     for index, devices in devices_of.items():
-        with _readable(_path(array)):
+        with readable(path_of(array)):
             share = source[index].read(order="C").result()
         shares += jax.block_until_ready([jax.device_put(share, device) for device in devices])
     return jax.make_array_from_single_device_arrays(array.shape, sharding, shares)
 
 
-def read_slice(
-    array: ts.TensorStore, index: tuple[slice, ...], axes: tuple[int, ...] | None = None
-) -> np.ndarray:
-    """A slice of a stored array, its axes reordered as by `np.transpose` if given, contiguous.
-
-    Raises:
-        UserError: if a part of it is missing or damaged.
-    """
-    with _readable(_path(array)):
-        part = array[index]
-        part = part if axes is None else part.transpose(axes)
-        return part.read(order="C").result()
-
-
-def _path(array: ts.TensorStore) -> Path:
-    assert array.kvstore is not None  # only arrays that are computed have none
-    return Path(array.kvstore.path)
-
-
-def _spec(path: Path) -> dict[str, Any]:
-    """Which array; data that is missing is an error, never read as zeros."""
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
-        "fill_missing_data_reads": False,
-        "store_data_equal_to_fill_value": True,
-    }
-
-
-def _zarr_metadata(
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    block: tuple[int, ...],
-    chunk: tuple[int, ...] | None = None,
-) -> dict:
-    """One file per block, inside it chunks with a checksum each, so that any part can be read."""
-    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
-    codecs = [little_endian, {"name": "crc32c"}]
-    sharding = {
-        "chunk_shape": chunk or _chunk_shape(block, dtype.itemsize),
-        "codecs": codecs,
-        "index_codecs": codecs,
-    }
-    return {
-        "shape": shape,
-        "data_type": dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": block}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-
-
-def _chunk_shape(block: tuple[int, ...], itemsize: int) -> list[int]:
-    """Halves the largest even axis until a chunk has at most `CHUNK_BYTES`."""
-    chunk = list(block)
-    while math.prod(chunk) * itemsize > CHUNK_BYTES:
-        even = [size for size in chunk if size % 2 == 0]
-        if not even:
-            break
-        chunk[chunk.index(max(even))] //= 2
-    return chunk
-
-
-def model_metadata(config: Llama4Config, dtype: str) -> dict[str, Any]:
-    """What names a model: its configuration, and who wrote it."""
+def model_metadata(
+    config: Llama4Config,
+    dtype: str,
+    formats: dict[str, Format] | None = None,
+    outer: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What names a model: its configuration, how it is stored, and who wrote it."""
     version = importlib.metadata.version("jaxmoe")
-    return {"format": FORMAT, "version": version, "config": to_hf(config, dtype)}
+    metadata = {"format": FORMAT, "version": version, "config": to_hf(config, dtype)}
+    metadata["formats"] = {name: list(value) for name, value in (formats or {}).items()}
+    return metadata | ({} if outer is None else {"outer": outer})
 
 
 def _save(path: Path, tree: Any, key: str, metadata: dict[str, Any]) -> None:
@@ -385,29 +385,6 @@ def read_metadata(path: Path, key: str, remedy: str) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint of this kind; {remedy}.") from None
     except ValueError as error:
         raise UserError(f"{path / MARKER} is no JSON ({error}); {remedy}.") from None
-
-
-@contextlib.contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns TensorStore's errors into a UserError; running out of memory stays what it is."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {_reason(error)}; make it again.") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a library's message, without its appended details."""
-    return str(error).splitlines()[0].partition(" [")[0].rstrip(".")
 
 
 @contextlib.contextmanager

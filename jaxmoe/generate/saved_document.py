@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from jax.sharding import PartitionSpec
 
 from jaxmoe import mesh as meshes
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.arrays import open_array, read_slice
+from jaxmoe.checkpoint.workspace import Resumable
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generate.document import SEGMENT, Document, check_length, new_document, read
@@ -44,7 +45,6 @@ from pallas_kernels.attention import Coords
 
 KEY = "jaxmoe-document"  # of the custom metadata
 REMEDY = "make one with scripts/read.py"
-PROGRESS = "progress.json"  # in a workspace
 INTERVAL = 65_536  # tokens between two saves, about
 
 
@@ -89,16 +89,16 @@ def read_document(
     check_length(config, len(tokens))
     interval = _whole_chunks(config, interval)
     identity = _identity(config, params, kv) | _text(tokens)
-    output = Path(output)
-    workspace = store.workspace_path(output)
+    workspace = Resumable(Path(output))
     saved = _saved(workspace, identity)
-    with store.Writer(workspace) as writer:
+    with store.Writer(workspace.path) as writer:
         if saved:
             document = _restore(config, identity["kv"], writer.reopen, saved, len(tokens) - saved)
             arrays = {part.name: writer.reopen(part.name) for part in _parts(config, document)}
         else:
             document = new_document(config, params, len(tokens), kv)
-            _begin(workspace, identity, document)
+            workspace.begin(sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)))
+            workspace.write_note(identity | {"saved": 0})
             arrays = _create(config, document, len(tokens), interval, writer)
         yield saved
         steps = read(config, params, document, tokens, segment=segment, pause=interval)
@@ -106,15 +106,12 @@ def read_document(
             if document.length % interval == 0:
                 _save_pages(config, document, saved, interval, arrays, writer)
                 saved = document.length
-                _note(workspace, identity, saved)
+                workspace.write_note(identity | {"saved": saved})
             yield document.length
         _save_pages(config, document, saved, interval, arrays, writer)
         _save_rings(config, document, arrays, writer)
-        placeholders = dict.fromkeys(arrays, np.zeros((), np.int8))
-        writer.finish_tree(placeholders, list(arrays), KEY, identity)
-    with store.writable(output):
-        (workspace / store.RESULT).rename(output.resolve())
-        shutil.rmtree(workspace)
+        writer.finish(arrays, KEY, identity)
+    workspace.finish()
 
 
 def document_length(path: str | Path) -> int:
@@ -150,7 +147,7 @@ def load_document(
     return _restore(
         config,
         metadata["kv"],
-        lambda name: store.open_array(path / store.STATE / name),
+        lambda name: open_array(path / store.STATE / name),
         metadata["length"],
         room,
         rings=True,
@@ -211,35 +208,16 @@ def _check_same(theirs: dict[str, Any], ours: dict[str, Any], subject: str) -> N
             raise UserError(f"{subject} {found}; use the same again, or another folder.")
 
 
-# The workspace
+# Writing
 
 
-def _saved(workspace: Path, identity: dict[str, Any]) -> int:
+def _saved(workspace: Resumable, identity: dict[str, Any]) -> int:
     """How many tokens an interrupted run saved in the workspace."""
-    noted = workspace / PROGRESS
-    if noted.exists():
-        progress = json.loads(noted.read_text())
-        _check_same(progress, identity, f"{workspace} is left from an interrupted run, which read")
-        return progress["saved"]
-    if workspace.exists() and any(workspace.iterdir()):
-        raise UserError(f"{workspace} is left from an interrupted run; delete it and run again.")
-    return 0
-
-
-def _begin(workspace: Path, identity: dict[str, Any], document: Document) -> None:
-    store.check_space(workspace, sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)))
-    with store.writable(workspace):
-        shutil.rmtree(workspace, ignore_errors=True)
-        workspace.mkdir(parents=True)
-    _note(workspace, identity, 0)
-
-
-def _note(workspace: Path, identity: dict[str, Any], saved: int) -> None:
-    """Replaces the note of what is on disk, at once or not at all."""
-    new = workspace / (PROGRESS + ".new")
-    with store.writable(workspace):
-        new.write_text(json.dumps(identity | {"saved": saved}))
-        new.rename(workspace / PROGRESS)
+    if not workspace.note:
+        return 0
+    subject = f"{workspace.path} is left from an interrupted run, which read"
+    _check_same(workspace.note, identity, subject)
+    return workspace.note["saved"]
 
 
 def _create(config, document: Document, length: int, interval: int, writer: store.Writer):
@@ -348,7 +326,7 @@ def _load(part: _Part, array: ts.TensorStore, pages: int, shards: int) -> jax.Ar
         start, stop, _ = index[0].indices(shape[0])
         assert stop - start == held
         first = min(start // held, pages)  # a short text has no page on the last devices
-        found = store.read_slice(array, (slice(first, pages, shards), *index[1:]))
+        found = read_slice(array, (slice(first, pages, shards), *index[1:]))
         out = np.zeros((held, *found.shape[1:]), dtype)
         out[1 : 1 + len(found)] = found
         return out

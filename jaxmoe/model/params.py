@@ -160,6 +160,11 @@ def named_params(config: Llama4Config, params: SpecTree) -> dict[str, tuple[Para
     return {name: (spec, w) for (name, spec), w in stored}
 
 
+def unflatten_params(config: Llama4Config, stored: list) -> SpecTree:
+    """The tree of what is stored for each parameter, in the order of `named_specs`."""
+    return jax.tree.unflatten(jax.tree.structure(param_specs(config), is_leaf=is_spec), stored)
+
+
 def num_params(config: Llama4Config) -> int:
     """Parameters of the text model."""
     return sum(math.prod(spec.shape) for spec in named_specs(config).values())
@@ -210,6 +215,15 @@ def abstract_params(config: Llama4Config, mesh, dtype=jnp.bfloat16, format: str 
     params = map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), param_specs(config))
     if format is not None:
         params = jax.eval_shape(lambda params: quantize_params(config, params, format), params)
+    return place(config, params, mesh)
+
+
+def place(config: Llama4Config, params: dict, mesh) -> dict:
+    """The shapes and dtypes of parameters, with the sharding that `mesh` gives each array.
+
+    Raises:
+        UserError: if the mesh does not divide a parameter.
+    """
     for name, (spec, w) in named_params(config, params).items():
         map_arrays(lambda x, axes, name=name: check_divides(name, x.shape, axes, mesh), spec, w)
 

@@ -4,14 +4,14 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich import box
 from rich.table import Table
 
 from jaxmoe.config import Llama4Config
-from jaxmoe.mesh import axis_size, check_divides, param_spec, sharding
-from jaxmoe.model.params import ParamSpec, named_specs
+from jaxmoe.mesh import axis_size
+from jaxmoe.model.params import named_params
+from pallas_kernels.quantized import QuantizedMatrix
 
 
 def device_bytes(tree) -> int:
@@ -21,39 +21,36 @@ def device_bytes(tree) -> int:
     )
 
 
-def layout_table(config: Llama4Config, mesh: Mesh, dtype=jnp.bfloat16) -> Table:
+def layout_table(config: Llama4Config, params: dict, mesh: Mesh) -> Table:
     """A table to print: one line for each kind of parameter, and the sum.
 
-    Raises:
-        UserError: if the mesh does not divide a parameter.
+    Args:
+        params: arrays or ShapeDtypeStructs, placed on the mesh.
     """
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     title = f"Parameters on {mesh.size} device(s): {sizes or 'one'}"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
-    for column in ("parameter", "n", "shape", "spread over", "MiB each"):
+    for column in ("parameter", "n", "shape", "stored as", "spread over", "MiB each"):
         number = column in ("n", "MiB each")
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    total = 0
-    for pattern, (count, spec) in _kinds(config).items():
-        check_divides(pattern, spec.shape, spec.axes, mesh)
-        place = sharding(mesh, param_spec(spec.axes))
-        nbytes = count * math.prod(place.shard_shape(spec.shape)) * jnp.dtype(dtype).itemsize
-        total += nbytes
+    for (pattern, form), found in _kinds(config, params).items():
+        spec, _ = found[0]
         shape = "x".join(map(str, spec.shape))
-        table.add_row(
-            pattern, str(count), shape, _spread(mesh, spec.axes), f"{nbytes / 2**20:,.1f}"
-        )
+        nbytes = sum(device_bytes(w) for _, w in found)
+        spread = _spread(mesh, spec.axes)
+        table.add_row(pattern, str(len(found)), shape, form, spread, f"{nbytes / 2**20:,.1f}")
     table.add_section()
-    table.add_row("all", "", "", "", f"{total / 2**20:,.1f}")
+    table.add_row("all", "", "", "", "", f"{device_bytes(params) / 2**20:,.1f}")
     return table
 
 
-def _kinds(config: Llama4Config) -> dict[str, tuple[int, ParamSpec]]:
-    """Parameters that differ only in their layer, as pattern -> (how many, spec)."""
-    kinds: dict[str, tuple[int, ParamSpec]] = {}
-    for name, spec in named_specs(config).items():
+def _kinds(config: Llama4Config, params: dict) -> dict[tuple[str, str], list]:
+    """Parameters that differ only in their layer, by pattern and how they are stored."""
+    kinds: dict[tuple[str, str], list] = {}
+    for name, (spec, w) in named_params(config, params).items():
         pattern = re.sub(r"^layers\.\d+\.", "*.", name)
-        kinds[pattern] = (kinds.get(pattern, (0, spec))[0] + 1, spec)
+        form = w.format if isinstance(w, QuantizedMatrix) else w.dtype.name
+        kinds.setdefault((pattern, form), []).append((spec, w))
     return kinds
 
 

@@ -6,18 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxmoe.checkpoint import arrays, store
 from jaxmoe.checkpoint import export as export_module
-from jaxmoe.checkpoint import names, store
+from jaxmoe.checkpoint import tensors as stored_tensors
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.export import export
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config
 from tests import tiny
+from tests.conftest import one_device
 
 ROOT = Path(__file__).parents[2]
 CONFIG = tiny.maverick_like(num_hidden_layers=4)  # dense and MoE, local and global
@@ -28,8 +31,8 @@ SHARD = "model-00002-of-00003.safetensors"
 @pytest.fixture
 def small_blocks(monkeypatch):
     """As for real sizes, every tensor is written in several blocks of several chunks."""
-    monkeypatch.setattr(names, "BLOCK_BYTES", 20000)
-    monkeypatch.setattr(store, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(stored_tensors, "BLOCK_BYTES", 20000)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 4000)
 
 
 def weights(dtype="float32", config=CONFIG):
@@ -99,11 +102,11 @@ def test_round_trip_of_a_tied_model(tmp_path):
     assert read_config(back).tie_word_embeddings
 
 
-def test_multimodal_checkpoint_leaves_vision_out(tmp_path):
+def test_text_only_leaves_vision_out(tmp_path):
     config, tensors = tiny.nested(CONFIG, weights())
     vision = {"vision_model.class_embedding": np.zeros(8, np.float32)}
     source = checkpoint(tmp_path / "hf", config, tensors | vision)
-    report = convert(source, tmp_path / "orbax")
+    report = convert(source, tmp_path / "orbax", text_only=True)
     assert (report.tensors, report.left_out) == (len(weights()), 1)
     export(tmp_path / "orbax", tmp_path / "back")
     assert_same_bytes(read_all(tmp_path / "back"), weights())
@@ -212,23 +215,94 @@ def test_truncated_shard(tmp_path):
     refused(tmp_path, SHARD)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_interrupted_conversion_leaves_nothing(tmp_path, small_blocks, error):
+def interrupted_at(part, error=KeyboardInterrupt):
+    """A progress function that interrupts after this part of all bytes."""
+
     def interrupt(done, total):
-        if done > total / 2:
+        if done > part * total:
             raise error
 
+    return interrupt
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_conversion_goes_on(tmp_path, small_blocks, error):
     source = checkpoint(tmp_path / "hf")
-    with pytest.raises(error):
-        convert(source, tmp_path / "out", interrupt)
-    assert_nothing_left(tmp_path)
+    convert(source, tmp_path / "once")
+    for part in (0.2, 0.6, 0.9):
+        with pytest.raises(error):
+            convert(source, tmp_path / "out", interrupted_at(part, error))
+        assert not (tmp_path / "out").exists()
+        for folder in ("out.partial", "out.partial/arrays", "out.partial/result"):
+            with pytest.raises(UserError, match="no finished checkpoint"):
+                store.read_config(tmp_path / folder)
+    seen = []
+    report = convert(source, tmp_path / "out", lambda *step: seen.append(step))
+    largest = max(tensor.nbytes for tensor in weights().values())
+    assert seen[0][0] == report.resumed > 0.9 * report.nbytes - largest
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "once", "out"]
+
+
+@pytest.mark.parametrize("change", ["weights", "source"])
+def test_another_conversion_was_interrupted(tmp_path, change):
+    source = checkpoint(tmp_path / "hf")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", interrupted_at(0.5))
+    left = files(tmp_path / "out.partial")
+    options = {"weights": "int8"} if change == "weights" else {}
+    if change == "source":
+        checkpoint(tmp_path / "hf", {**CONFIG, "rope_theta": 7.0})
+    with pytest.raises(
+        UserError, match=r"out\.partial is left from a conversion of another source"
+    ):
+        convert(source, tmp_path / "out", **options)
+    assert files(tmp_path / "out.partial") == left
 
 
 def test_shard_that_breaks_during_conversion(tmp_path, small_blocks):
+    """What was done is kept, and nothing looks finished."""
     shard = checkpoint(tmp_path / "hf", shards=3) / "model-00003-of-00003.safetensors"
+    whole = shard.read_bytes()
     with pytest.raises(UserError, match=rf"{shard.name} ends inside "):
         convert(tmp_path / "hf", tmp_path / "out", lambda *_: os.truncate(shard, 10000))
-    assert_nothing_left(tmp_path)
+    assert not (tmp_path / "out").exists()
+    shard.write_bytes(whole)
+    assert convert(tmp_path / "hf", tmp_path / "out").resumed > 0
+
+
+def test_killed_conversion_goes_on(tmp_path, small_blocks):
+    """SIGKILL, twice; `test_kills.py` has random times."""
+    source = checkpoint(tmp_path / "hf")
+    convert(source, tmp_path / "once")
+    code = (
+        "import os, signal, sys; from jaxmoe.checkpoint.convert import convert;"
+        "kill = lambda done, total: done > float(sys.argv[3]) * total"
+        " and os.kill(os.getpid(), signal.SIGKILL);"
+        "convert(sys.argv[1], sys.argv[2], kill)"
+    )
+    for part in ("0.1", "0.5"):
+        command = [sys.executable, "-c", code, source, tmp_path / "out", part]
+        killed = subprocess.run(command, cwd=ROOT, check=False)
+        assert killed.returncode == -9
+        assert not (tmp_path / "out").exists()
+    assert convert(source, tmp_path / "out").resumed > 0
+    assert_same_arrays(tmp_path / "out", tmp_path / "once")
+
+
+def assert_same_arrays(got, expected):
+    """Of files written in blocks of other sizes only the content is the same."""
+    (_, one), (_, two) = store.load(got, one_device()), store.load(expected, one_device())
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.mark.parametrize("job", [convert, export])
@@ -253,30 +327,10 @@ def test_empty_output_folder_is_filled(tmp_path):
     assert store.read_config(tmp_path / "out") == read_config(tmp_path / "hf")
 
 
-def test_killed_conversion_is_not_loadable_and_not_overwritten(tmp_path):
-    source = checkpoint(tmp_path / "hf")
-    code = (
-        "import os, signal, sys; from jaxmoe.checkpoint.convert import convert;"
-        "kill = lambda done, total: done > total / 2 and os.kill(os.getpid(), signal.SIGKILL);"
-        "convert(sys.argv[1], sys.argv[2], kill)"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", code, source, tmp_path / "out"], cwd=ROOT, check=False
-    )
-    assert killed.returncode == -9
-    left = tmp_path / "out.partial"
-    assert not (tmp_path / "out").exists() and left.is_dir()
-    for folder in (left, left / "arrays", left / "result"):
-        with pytest.raises(UserError, match="no finished checkpoint"):
-            store.read_config(folder)
-    with pytest.raises(UserError, match=rf"{left} is left from an interrupted run"):
-        convert(source, tmp_path / "out")
-
-
 def test_disk_too_small_is_refused_before_writing(tmp_path, monkeypatch):
     checkpoint(tmp_path / "hf")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("jaxmoe.checkpoint.store.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("jaxmoe.checkpoint.workspace.shutil.disk_usage", lambda _: usage)
     refused(tmp_path, tmp_path, "GB are needed")
 
 
@@ -295,7 +349,9 @@ def test_full_disk_is_one_sentence(tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert f"{tmp_path}/out" in result.stderr and "cannot be written" in result.stderr
-    assert_nothing_left(tmp_path)
+    assert not (tmp_path / "out").exists()
+    result = run_script("convert.py", source, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
 
 
 def test_scripts_there_and_back(tmp_path):

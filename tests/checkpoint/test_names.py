@@ -1,87 +1,196 @@
 """The name table: one to one, whole, and the same weights in both directions."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import names
-from jaxmoe.checkpoint.names import match_names, stored_tensors
-from jaxmoe.config import MAVERICK, SCOUT
+from jaxmoe.checkpoint import names, tensors
+from jaxmoe.checkpoint.match import match
+from jaxmoe.checkpoint.reader import Entry, TensorFiles
+from jaxmoe.checkpoint.tensors import Format, array_shapes, expand, join, split
+from jaxmoe.config import MAVERICK, SCOUT, VisionConfig
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import from_hf
 from jaxmoe.model.params import named_specs
+from jaxmoe.model.vision_params import vision_specs
 from tests import tiny
 
 REAL = {
-    "scout": (SCOUT, tiny.published_scout(), 579),
-    "maverick": (MAVERICK, tiny.published_maverick(), 507),
+    "scout": (SCOUT, tiny.published_scout(), 1133),
+    "maverick": (MAVERICK, tiny.published_maverick(), 1061),
 }
 TINY = {"scout": tiny.scout_like(), "maverick": tiny.maverick_like()}
+HF = names.TEXT + names.FUSED + names.LAST
+HF_FP8 = names.TEXT + names.UNFUSED + names.LAST
+META = names.META_TEXT + names.META_VISION
 
 
 def tiny_config(**overrides):
     return from_hf(tiny.scout_like(num_hidden_layers=1, **overrides), "config.json")
 
 
+def groups_of(config, rows=HF, formats=None, vision=False, **more):
+    specs = named_specs(config) | (vision_specs(config, VisionConfig()) if vision else {})
+    return expand(rows, array_shapes(config, formats or {}, specs), **more)
+
+
+def shapes_of(groups):
+    return {name: shape for group in groups for name, shape in group.tensors.items()}
+
+
 def hf_names(config):
-    return [tensor.name for tensor in stored_tensors(config)]
+    return list(shapes_of(groups_of(config)))
+
+
+def experts_in_fp8(config, layers, ranks=1):
+    """Of Meta's files, `down` has a scale for each rank's inputs."""
+    formats = {}
+    for name, spec in named_specs(config).items():
+        if names.EACH in name and int(name.split(".")[1]) in layers:
+            width = spec.matrix_shape[-2] // (ranks if name.endswith("down") else 1)
+            formats[name] = Format("fp8", width)
+    return formats
 
 
 @pytest.mark.parametrize("model", REAL)
 def test_every_real_tensor_has_a_row_of_its_shape(model):
     config, mapping, count = REAL[model]
-    shapes = {tensor.name: tensor.stored_shape for tensor in stored_tensors(config)}
+    groups = groups_of(config, HF + names.VISION, vision=True)
+    shapes = shapes_of(groups)
     assert len(shapes) == count
-    assert shapes == tiny.tensor_shapes(mapping)
+    text = {name: shape for name, shape in shapes.items() if not names.is_vision(name)}
+    assert text == tiny.tensor_shapes(mapping)
+    vision = {name: shape for name, shape in shapes.items() if names.is_vision(name)}
+    assert vision == tiny.vision_shapes(tiny.PUBLISHED_VISION)
+
+
+def test_every_tensor_of_the_fp8_maverick():
+    formats = experts_in_fp8(MAVERICK, range(48))
+    groups = groups_of(MAVERICK, HF_FP8 + names.VISION, formats, vision=True)
+    shapes = shapes_of(groups)
+    assert len(shapes) == 19445
+    expert = "model.layers.47.feed_forward.experts.127."
+    assert {name: shape for name, shape in shapes.items() if name.startswith(expert)} == {
+        f"{expert}gate_proj.weight": (8192, 5120),
+        f"{expert}gate_proj.weight_scale": (8192, 1),
+        f"{expert}up_proj.weight": (8192, 5120),
+        f"{expert}up_proj.weight_scale": (8192, 1),
+        f"{expert}down_proj.weight": (5120, 8192),
+        f"{expert}down_proj.weight_scale": (5120, 1),
+    }
+
+
+def test_every_tensor_of_one_of_metas_files():
+    """Shapes of the released files: a layer of each kind, and the vision side."""
+    scout = shapes_of(groups_of(SCOUT, META, vision=True, ranks=8))
+    maverick = shapes_of(groups_of(MAVERICK, META, vision=True, ranks=8))
+    experts = "3:layers.5.feed_forward.experts.moe_w_"
+    block = "3:vision_embeddings.vision_encoder.transformer.resblocks.33."
+    expected = {
+        "3:tok_embeddings.weight": (25256, 5120),
+        "3:layers.5.attention.wqkv.weight": (896, 5120),
+        "3:layers.5.attention.wo.weight": (5120, 640),
+        f"{experts}in_eD_F": (81920, 1024),
+        f"{experts}swiglu_eD_F": (81920, 1024),
+        f"{experts}out_eF_D": (16384, 5120),
+        "3:layers.5.feed_forward.w_in_shared_FD.weight": (1024, 5120),
+        "3:layers.5.feed_forward.w_out_shared_DF.weight": (5120, 1024),
+        "3:vision_embeddings.vision_encoder.conv1._linear.weight": (176, 588),
+        f"{block}attn.wq.bias": (176,),
+        f"{block}mlp.c_proj.weight": (1408, 704),
+        "3:vision_embeddings.vision_adapter.mlp.c_fc.weight": (512, 5632),
+        "3:vision_embeddings.vision_adapter.mlp.c_proj.weight": (4096, 512),
+        "3:vision_projection.weight": (640, 4096),
+    }
+    assert expected.items() <= scout.items()
+    assert maverick["3:layers.4.feed_forward.mlp.fc1_weight"] == (4096, 5120)
+    assert maverick["3:layers.4.feed_forward.mlp.fc2_weight"] == (5120, 2048)
+
+
+def test_scales_of_metas_fp8_files():
+    formats = experts_in_fp8(SCOUT, range(1, 47), ranks=8)
+    shapes = shapes_of(groups_of(SCOUT, META, formats, ranks=8))
+    assert shapes["2:layers.1.feed_forward.experts.w1.scale"] == (16, 1024)
+    assert shapes["2:layers.1.feed_forward.experts.w2.scale"] == (16, 5120)
+    assert "2:layers.0.feed_forward.experts.w1.scale" not in shapes
+
+
+CASES = {
+    "hf": (HF, {}),
+    "fp8": (HF_FP8, {"fp8": 1}),
+    "meta": (META, {"ranks": 8}),
+    "meta fp8": (META, {"ranks": 8, "fp8": 8}),
+}
+
+
+def real_groups(model, case):
+    rows, more = CASES[case]
+    config = REAL[model][0]
+    more = dict(more)
+    scales = more.pop("fp8", None)
+    formats = experts_in_fp8(config, range(48), scales) if scales else {}
+    return config, formats, groups_of(config, rows, formats, **more)
 
 
 @pytest.mark.parametrize("model", REAL)
-def test_every_parameter_is_in_exactly_one_tensor(model):
-    config, _, _ = REAL[model]
-    tensors = stored_tensors(config)
-    ours = [name for tensor in tensors for name in tensor.ours]
-    specs = named_specs(config)
-    assert sorted(ours) == sorted(specs)
-    assert all(specs[name].shape == tensor.shape for tensor in tensors for name in tensor.ours)
+@pytest.mark.parametrize("case", CASES)
+def test_every_array_is_covered_exactly_once(model, case):
+    """By pieces of its groups, which cover their tensors exactly once, too."""
+    config, formats, groups = real_groups(model, case)
+    shapes = array_shapes(config, formats)
+    assert sorted(name for group in groups for name in group.ours) == sorted(shapes)
+    taken = dict.fromkeys(shapes_of(groups), 0)
+    for group in groups:
+        assert all(shapes[name] == group.shape for name in group.ours)
+        assert sum(math.prod(p.shape) for p in group.pieces) == math.prod(group.shape)
+        assert len({(p.expert, p.origin) for p in group.pieces}) == len(group.pieces)
+        for piece in group.pieces:
+            taken[piece.tensor] += tensors.stored_size(piece.layout, piece.shape)
+    assert taken == {name: math.prod(shape) for name, shape in shapes_of(groups).items()}
 
 
 @pytest.mark.parametrize("model", REAL)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_blocks_of_real_tensors_are_small_and_cover_them_in_order(model, itemsize):
-    for tensor in stored_tensors(REAL[model][0]):
-        end = 0
-        for block in tensor.blocks(itemsize):
-            assert block.start == end
-            assert block.count * itemsize <= names.BLOCK_BYTES
-            assert block.count == math.prod(block.shape) * len(tensor.ours)
-            end += block.count
-        assert end == math.prod(tensor.stored_shape)
+def test_blocks_of_real_tensors_are_small_and_cover_them_in_order(model, case, itemsize):
+    for group in real_groups(model, case)[2]:
+        for piece in group.pieces[:: max(1, len(group.pieces) // 9)]:
+            end = piece.start
+            for block in piece.blocks(itemsize):
+                assert block.start == end
+                assert block.count * itemsize <= tensors.BLOCK_BYTES
+                assert block.count == math.prod(block.shape) * len(group.ours)
+                end += block.count
+            assert end == piece.start + tensors.stored_size(piece.layout, piece.shape)
 
 
 @pytest.fixture(params=[700, 5000, 2**30], ids="{} byte blocks".format)
 def block_bytes(request, monkeypatch):
-    monkeypatch.setattr(names, "BLOCK_BYTES", request.param)
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", request.param)
 
 
-def through_blocks(tensor, stored):
-    """Our parameters, filled block by block from a stored tensor."""
-    ours = [np.full(tensor.shape, np.nan, stored.dtype) for _ in tensor.ours]
-    flat = stored.reshape(-1)
-    for block in tensor.blocks(stored.itemsize):
-        part = flat[block.start : block.start + block.count]
-        for array, piece in zip(ours, tensor.layout.split(part, block.shape), strict=True):
-            array[block.index] = piece
+def through_blocks(group, weights):
+    """Our parameters, filled block by block from stored tensors."""
+    ours = [np.full(group.shape, np.nan, np.float32) for _ in group.ours]
+    for piece in group.pieces:
+        flat = weights[piece.tensor].reshape(-1)
+        for block in piece.blocks(4):
+            part = flat[block.start : block.start + block.count]
+            for array, found in zip(ours, split(piece.layout, part, block.shape), strict=True):
+                array[block.index] = found.reshape(array[block.index].shape)
     return ours
 
 
-def back_through_blocks(tensor, ours):
-    axes = tensor.layout.stored_axes(len(tensor.shape))
-    pieces = [
-        tensor.layout.join([array[block.index].transpose(axes) for array in ours]).reshape(-1)
-        for block in tensor.blocks(ours[0].itemsize)
-    ]
-    return np.concatenate(pieces).reshape(tensor.stored_shape)
+def back_through_blocks(group, ours):
+    return np.concatenate(
+        [
+            join(group.layout, [a[block.index].reshape(block.shape) for a in ours]).reshape(-1)
+            for piece in group.pieces
+            for block in piece.blocks(4)
+        ]
+    )
 
 
 @pytest.mark.parametrize("model", TINY)
@@ -102,29 +211,43 @@ def test_blocks_give_the_weights_that_the_formulas_give(model, block_bytes):
         "experts.down_proj": lambda w: [w],
         "": lambda w: [w.T],
     }
-    for tensor in stored_tensors(config):
-        formula = next(formulas[part] for part in formulas if part in tensor.name)
-        ours = through_blocks(tensor, weights[tensor.name])
-        for array, expected in zip(ours, formula(weights[tensor.name]), strict=True):
-            np.testing.assert_array_equal(array, expected, err_msg=tensor.name)
-        np.testing.assert_array_equal(back_through_blocks(tensor, ours), weights[tensor.name])
+    for group in groups_of(config):
+        (name,) = group.tensors
+        formula = next(formulas[part] for part in formulas if part in name)
+        ours = through_blocks(group, weights)
+        for array, expected in zip(ours, formula(weights[name]), strict=True):
+            np.testing.assert_array_equal(array, expected, err_msg=name)
+        np.testing.assert_array_equal(back_through_blocks(group, ours), weights[name].reshape(-1))
+
+
+def matched(config, given):
+    """`match` of files that hold tensors of these names, in the shapes that are asked for."""
+    groups = groups_of(config)
+    shapes = shapes_of(groups)
+
+    files = TensorFiles()
+    files.tensors = {}
+    for name in given:
+        shape = shapes.get(name.removeprefix("language_model."), ())
+        files.tensors[name] = Entry(Path("file"), "F32", shape, 0, 0)
+    return match(config, groups, files, "model", False)
 
 
 def test_nested_names_and_vision():
     config = tiny_config()
     vision = ["vision_model.class_embedding", "multi_modal_projector.linear_1.weight"]
     nested = [f"language_model.{name}" for name in hf_names(config)]
-    found = match_names(config, [*vision, *nested], "model")
-    assert list(found.names) == hf_names(config)
-    assert list(found.names.values()) == nested
-    assert found.left_out == vision
+    found, left_out = matched(config, [*vision, *nested])
+    assert list(found) == hf_names(config)
+    assert list(found.values()) == nested
+    assert left_out == vision
 
 
 def test_missing_tensor_is_named():
     config = tiny_config()
     given = [name for name in hf_names(config) if "o_proj" not in name]
     with pytest.raises(UserError, match=r"model lacks the tensor .*layers\.0\.self_attn\.o_proj"):
-        match_names(config, given, "model")
+        matched(config, given)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +262,7 @@ def test_missing_tensor_is_named():
 def test_unknown_tensor_is_named_with_the_nearest(unknown, nearest):
     config = tiny_config()
     with pytest.raises(UserError) as caught:
-        match_names(config, [*hf_names(config), unknown], "model")
+        matched(config, [*hf_names(config), unknown])
     assert f"holds the tensor {unknown}," in str(caught.value)
     assert nearest in str(caught.value).partition("nearest")[2]
 
@@ -148,12 +271,12 @@ def test_a_tensor_under_both_names_is_refused():
     config = tiny_config()
     given = [*hf_names(config), "language_model.lm_head.weight"]
     with pytest.raises(UserError, match=r"both lm_head\.weight and language_model\.lm_head"):
-        match_names(config, given, "model")
+        matched(config, given)
 
 
 def test_tied_head_may_be_there_or_not():
     config = tiny_config(tie_word_embeddings=True)
     assert "lm_head.weight" not in hf_names(config)
-    assert match_names(config, hf_names(config), "model").left_out == []
+    assert matched(config, hf_names(config))[1] == []
     given = [*hf_names(config), "lm_head.weight"]
-    assert match_names(config, given, "model").left_out == ["lm_head.weight"]
+    assert matched(config, given)[1] == ["lm_head.weight"]

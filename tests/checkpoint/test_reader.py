@@ -62,8 +62,8 @@ def test_dtypes(tmp_path, dtype):
 
 
 def test_other_dtypes_are_refused_by_name(tmp_path):
-    save_file({"a": np.zeros(3, np.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors holds a as I8"):
+    save_file({"a": np.zeros(3, np.int16)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors holds a as I16"):
         SafetensorsFolder(tmp_path).read("a", 0, 1)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from jaxmoe.checkpoint import names, store
+from jaxmoe.checkpoint import arrays, store, tensors
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config
@@ -40,8 +40,8 @@ def pristine(tmp_path_factory, weights):
     """A checkpoint of several blocks and chunks an array; not to be changed."""
     folder = tmp_path_factory.mktemp("pristine")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(names, "BLOCK_BYTES", 20000)
-        patch.setattr(store, "CHUNK_BYTES", 4000)
+        patch.setattr(tensors, "BLOCK_BYTES", 20000)
+        patch.setattr(arrays, "CHUNK_BYTES", 4000)
         convert(tiny.write_checkpoint(folder / "hf", CONFIG, weights, 2), folder / "orbax")
     return folder / "orbax"
 
@@ -163,7 +163,7 @@ def test_orbax_alone_reads_it(pristine, weights):
 
 
 def test_metadata_names_the_sources(pristine):
-    metadata = ocp.metadata(str(pristine)).custom_metadata["jaxmoe"]
+    metadata = ocp.metadata(str(pristine)).custom_metadata["jaxmoe"]["conversion"]
     files = sorted((pristine.parent / "hf").glob("*.safetensors"))
     assert [file["name"] for file in metadata["sources"]] == [file.name for file in files]
     assert [file["bytes"] for file in metadata["sources"]] == [f.stat().st_size for f in files]
@@ -240,7 +240,7 @@ def test_config_with_more_layers_than_the_arrays(damaged):
 def test_newer_format(damaged):
     path = damaged / "_CHECKPOINT_METADATA"
     metadata = json.loads(path.read_text())
-    metadata["custom_metadata"]["jaxmoe"]["format"] = 2
+    metadata["custom_metadata"]["jaxmoe"]["format"] = store.FORMAT + 1
     path.write_text(json.dumps(metadata))
     refused(damaged, damaged, "update jaxmoe")
 

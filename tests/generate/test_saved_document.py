@@ -130,13 +130,13 @@ def test_interruptions_leave_no_trace(params, tokens, tmp_path, monkeypatch):
     read_until(params, tokens, tmp_path / "once", segment=64)
     for stop in (64, 192, 512):
         read_until(params, tokens, tmp_path / "often", stop, segment=64)
-    finish = store.Writer.finish_tree
+    finish = store.Writer.finish
 
     def killed(self, *arguments):
         finish(self, *arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store.Writer, "finish_tree", killed)
+    monkeypatch.setattr(store.Writer, "finish", killed)
     with pytest.raises(KeyboardInterrupt):
         read_until(params, tokens, tmp_path / "often", segment=64)
     monkeypatch.undo()

@@ -123,8 +123,8 @@ def largest_exchange(hlo: str) -> int:
 def test_layout_table_covers_every_byte():
     mesh = MeshConfig.parse("expert=4,tensor=2").make()
     config = PRESETS["maverick"]
-    table = layout_table(config, mesh)
     arguments = abstract_arguments(config, mesh, rows=1, tokens=1, capacity=64)
+    table = layout_table(config, arguments[0], mesh)
     total = list(table.columns[-1].cells)[-1]
     assert total == f"{device_bytes(arguments[0]) / 2**20:,.1f}"
     assert sum(int(cell) for cell in list(table.columns[1].cells)[:-1]) == len(

@@ -1,0 +1,86 @@
+"""Whether files hold exactly the tensors that a configuration asks for, in the right shapes."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from jaxmoe.checkpoint.names import TEXT_PREFIX, is_unused, is_vision
+from jaxmoe.checkpoint.reader import TensorFiles
+from jaxmoe.checkpoint.tensors import Group
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+def match(
+    config: Llama4Config,
+    groups: Iterable[Group],
+    files: TensorFiles,
+    source: str,
+    keeps_vision: bool,
+) -> tuple[dict[str, str], list[str]]:
+    """Finds the tensors of all groups in the files, whose names may begin with `language_model.`.
+
+    Args:
+        source: what messages call the checkpoint.
+        keeps_vision: whether the groups hold the vision side, too.
+
+    Returns:
+        The name in the files of every tensor, and the names of what is left out.
+
+    Raises:
+        UserError: naming the first tensor that is missing, unknown, there twice, or of another
+            shape or dtype than can be read.
+    """
+    wanted = _wanted(groups)
+    found: dict[str, str] = {}
+    left_out = []
+    for name in files.tensors:
+        plain = name.removeprefix(TEXT_PREFIX)
+        if plain in found:
+            raise UserError(f"{source} holds both {found[plain]} and {name}; remove one of them.")
+        if plain in wanted:
+            found[plain] = name
+        elif is_unused(name) or (is_vision(name) and not keeps_vision) or _is_tied(config, plain):
+            left_out.append(name)
+        else:
+            _refuse_unknown(name, wanted, source)
+    for name, shape in wanted.items():
+        if name not in found:
+            raise UserError(
+                f"{source} lacks the tensor {name} that its configuration asks for; "
+                "download it again or correct the configuration."
+            )
+        _check(files, found[name], shape)
+    return found, left_out
+
+
+def _wanted(groups: Iterable[Group]) -> dict[str, Shape]:
+    wanted: dict[str, Shape] = {}
+    for group in groups:
+        wanted |= group.tensors
+        wanted |= dict.fromkeys(group.copies, next(iter(group.tensors.values())))
+    return wanted
+
+
+def _is_tied(config: Llama4Config, name: str) -> bool:
+    """A copy of the embedding, which a tied model reads instead."""
+    return config.tie_word_embeddings and name == "lm_head.weight"
+
+
+def _check(files: TensorFiles, name: str, shape: Shape) -> None:
+    files.dtype(name)
+    entry = files.tensors[name]
+    if entry.shape != shape:
+        raise UserError(
+            f"{entry.file} holds {name} with shape {list(entry.shape)}, but the configuration asks "
+            f"for {list(shape)}; correct it or download the model again."
+        )
+
+
+def _refuse_unknown(name: str, wanted: Iterable[str], source: str) -> None:
+    near = get_close_matches(name.removeprefix(TEXT_PREFIX), wanted, n=1, cutoff=0)
+    raise UserError(
+        f"{source} holds the tensor {name}, which its configuration has no place for (the nearest "
+        f"name is {near[0]}); correct the configuration, or remove the tensor."
+    )

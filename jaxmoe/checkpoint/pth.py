@@ -1,0 +1,428 @@
+"""Reads Meta's `consolidated.NN.pth` files, one per model-parallel rank, in pieces.
+
+Torch is not used: it would be a dependency of 2 GB for one format, it maps files into memory, where
+every page touched counts as the process's, and its unpickler can run code from the file unless told
+not to. A .pth file is a zip whose `data.pkl` says by calls which tensors there are, and whose
+records `data/<key>` hold their bytes, uncompressed. Here those calls are noted, not made: the
+unpickler knows a fixed list of names, each standing for a value of this module. Bytes are then read
+at their position in the file.
+"""
+
+import dataclasses
+import hashlib
+import io
+import math
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+import numpy as np
+
+from jaxmoe.checkpoint.reader import Entry, TensorFiles
+from jaxmoe.errors import UserError
+
+CONSOLIDATED = "consolidated.{:02d}.pth"
+FP8_SCALES = "fp8_scales_{}.pt"
+INT4_SCALES = "int4_scales_{}.pt"
+
+_EXTRA_STATE = "._extra_state"  # settings of Meta's training, no weights
+_MAX_PICKLE = 100 * 2**20  # Meta's have less than 1 MiB
+_ZIP_MAGIC = b"PK\x03\x04"
+_LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+_ENCRYPTED = 1  # a flag of a record
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, length of the name, length of the extra field
+
+_DTYPES = (  # name in an Entry, bytes, torch's dtype, torch's class of storages
+    ("BF16", 2, "bfloat16", "BFloat16Storage"),
+    ("F16", 2, "float16", "HalfStorage"),
+    ("F32", 4, "float32", "FloatStorage"),
+    ("F64", 8, "float64", "DoubleStorage"),
+    ("F8_E4M3", 1, "float8_e4m3fn", "Float8_e4m3fnStorage"),
+    ("F8_E5M2", 1, "float8_e5m2", "Float8_e5m2Storage"),
+    ("BOOL", 1, "bool", "BoolStorage"),
+    ("U8", 1, "uint8", "ByteStorage"),
+    ("I8", 1, "int8", "CharStorage"),
+    ("I16", 2, "int16", "ShortStorage"),
+    ("I32", 4, "int32", "IntStorage"),
+    ("I64", 8, "int64", "LongStorage"),
+)
+_ITEMSIZE = {name: itemsize for name, itemsize, _, _ in _DTYPES}
+
+
+class PthFolder(TensorFiles):
+    """The tensors of `consolidated.00.pth`, `consolidated.01.pth` and so on.
+
+    A tensor is called `{rank}:{key}`, such as `0:layers.3.attention.wqkv.weight`. Tensors of
+    `fp8_scales_{rank}.pt`, if there, are called `{rank}:{key}.scale`.
+
+    Attributes:
+        ranks: how many ranks there are.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Reads what each file says of its tensors, no data.
+
+        Raises:
+            UserError: for a file that is missing, damaged, cut short, or tries to run code; for a
+                tensor that does not lie in its file in one piece; for int4 weights.
+        """
+        self.folder = Path(folder)
+        self.tensors: dict[str, Entry] = {}
+        self.files: list[dict[str, Any]] = []
+        weights = _find_ranks(self.folder, CONSOLIDATED)
+        if not weights:
+            raise UserError(f"{self.folder} holds no {CONSOLIDATED.format(0)}; is it a model?")
+        self.ranks = len(weights)
+        for rank, file in enumerate(weights):
+            self._add_file(file, rank, "")
+        for rank, file in enumerate(_find_scales(self.folder, self.ranks)):
+            self._add_file(file, rank, ".scale")
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor; bytes, as which float8 may be stored, stay bytes.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        return np.dtype(np.uint8) if self.tensors[name].dtype == "U8" else super().dtype(name)
+
+    def _add_file(self, file: Path, rank: int, suffix: str) -> None:
+        entries, record = _read_file(file)
+        for key, entry in entries.items():
+            name = f"{rank}:{key}{suffix}"
+            if name in self.tensors:
+                raise UserError(
+                    f"{file} and {self.tensors[name].file} both hold {name}; download both again."
+                )
+            self.tensors[name] = entry
+        self.files.append(record)
+
+
+def _find_ranks(folder: Path, template: str) -> list[Path]:
+    """The files whose names are the template with the ranks 0, 1 and so on."""
+    before, after = re.split(r"\{.*\}", template)
+    pattern = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
+    found: dict[int, Path] = {}
+    for file in sorted(folder.glob(f"{before}*{after}")):
+        if match := pattern.fullmatch(file.name):
+            other = found.setdefault(int(match[1]), file)
+            if other != file:
+                raise UserError(f"{other} and {file} are both of one rank; remove the wrong one.")
+    for rank in range(len(found)):
+        if rank not in found:
+            last = found[max(found)].name
+            raise UserError(
+                f"{folder} holds {last} but no {template.format(rank)}; download that too."
+            )
+    return [found[rank] for rank in range(len(found))]
+
+
+def _find_scales(folder: Path, ranks: int) -> list[Path]:
+    if int4 := _find_ranks(folder, INT4_SCALES):
+        # Packed int4 is declared as float8 in the files of weights, so nothing else would notice.
+        raise UserError(
+            f"{int4[0]} says that the weights are int4, which cannot be read; use the model's "
+            "bfloat16 or float8 release."
+        )
+    scales = _find_ranks(folder, FP8_SCALES)
+    if scales and len(scales) != ranks:
+        missing = FP8_SCALES if len(scales) < ranks else CONSOLIDATED
+        name = missing.format(min(ranks, len(scales)))
+        raise UserError(
+            f"{folder} holds the weights of {ranks} ranks but the scales of {len(scales)}; "
+            f"download {name} too."
+        )
+    return scales
+
+
+def _read_file(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """The tensors of one file, and its record: name, size and SHA-256 of all but the data."""
+    try:
+        with open(file, "rb") as stream:
+            archive = _Archive(file, stream)
+            pickled = archive.read_pickle()
+            archive.check_byte_order()
+            tensors = _tensors(file, _unpickle(file, pickled))
+            entries = {name: _entry(archive, name, tensor) for name, tensor in tensors.items()}
+            digest = hashlib.sha256(pickled + archive.read_directory()).hexdigest()
+            size = stream.seek(0, io.SEEK_END)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; download it again.") from None
+    return entries, {"name": file.name, "bytes": size, "header_sha256": digest}
+
+
+class _Archive:
+    """An open .pth file as the zip that it is."""
+
+    def __init__(self, file: Path, stream: BinaryIO):
+        self.file = file
+        self._stream = stream
+        magic = stream.read(len(_LEGACY_MAGIC))
+        if magic == _LEGACY_MAGIC:
+            raise UserError(
+                f"{file} is in the format of torch before 1.6; load it with torch and save it "
+                "again with torch.save."
+            )
+        if not magic.startswith(_ZIP_MAGIC):
+            raise UserError(f"{file} is no file of torch.save; download it again.")
+        try:
+            self._zip = zipfile.ZipFile(stream)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
+            raise UserError(f"{file} is damaged or cut short; download it again.") from None
+        self._records = {info.filename: info for info in self._zip.infolist()}
+        self._root = self._find_root()
+
+    def _find_root(self) -> str:
+        """The folder in the zip, named after the file that torch wrote: `archive/` or so."""
+        roots = [name for name in self._records if re.fullmatch("[^/]+/data\\.pkl", name)]
+        if len(roots) != 1:
+            raise UserError(f"{self.file} is a zip but not of torch.save; download it again.")
+        return roots[0].removesuffix("data.pkl")
+
+    def read_pickle(self) -> bytes:
+        """The pickled object."""
+        if self._records[f"{self._root}data.pkl"].file_size > _MAX_PICKLE:
+            raise UserError(f"{self.file} has a data.pkl too large to be one; download it again.")
+        return self._read("data.pkl")
+
+    def check_byte_order(self) -> None:
+        """Refuses numbers of a big-endian machine; older files are little-endian and say nothing.
+
+        Raises:
+            UserError: if they are of one.
+        """
+        if f"{self._root}byteorder" in self._records and self._read("byteorder") != b"little":
+            raise UserError(
+                f"{self.file} does not have little-endian numbers; save it again with torch on a "
+                "little-endian machine."
+            )
+
+    def read_directory(self) -> bytes:
+        """The zip's own list of its records, which lies behind them."""
+        self._stream.seek(self._zip.start_dir)
+        return self._stream.read()
+
+    def find(self, record: str, tensor: str) -> tuple[int, int]:
+        """The first byte of a tensor's record, counted from the start of the file, and its size.
+
+        The central directory says only where the record's own header is, and torch lets the extra
+        field of that header differ from the directory's, to align the bytes behind it.
+
+        Raises:
+            UserError: if it is not there, compressed or cut short.
+        """
+        info = self._records.get(self._root + record)
+        if info is None:
+            raise UserError(f"{self.file} lacks {record}, the data of {tensor}; download it again.")
+        self._check_stored(info, f", the data of {tensor},")
+        self._stream.seek(min(info.header_offset, self._zip.start_dir))
+        header = self._stream.read(_LOCAL_HEADER.size)
+        if len(header) == _LOCAL_HEADER.size and header.startswith(_ZIP_MAGIC):
+            _, name, extra = _LOCAL_HEADER.unpack(header)
+            start = info.header_offset + _LOCAL_HEADER.size + name + extra
+            if start + info.file_size <= self._zip.start_dir:
+                return start, info.file_size
+        raise UserError(
+            f"{self.file} is damaged at {record}, the data of {tensor}; download it again."
+        )
+
+    def _read(self, record: str) -> bytes:
+        info = self._records[self._root + record]
+        self._check_stored(info, "")
+        try:
+            return self._zip.read(info)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error):
+            raise UserError(f"{self.file} is damaged at {record}; download it again.") from None
+
+    def _check_stored(self, info: zipfile.ZipInfo, whose: str) -> None:
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        if not stored or info.flag_bits & _ENCRYPTED:
+            raise UserError(
+                f"{self.file} holds {info.filename}{whose} compressed or encrypted; load it with "
+                "torch and save it again with torch.save."
+            )
+
+
+class _Storage(NamedTuple):
+    """A record of numbers, as the pickle names it."""
+
+    dtype: str
+    key: str
+
+
+class _Tensor(NamedTuple):
+    """A tensor as the pickle describes it; nothing in it has been checked."""
+
+    storage: Any
+    offset: Any
+    shape: Any
+    strides: Any
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """What the pickle has in place of a function.
+
+    A function itself would not do: a pickle may set attributes of all it names, defaults included.
+    """
+
+    result: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.result(*args)
+
+    def __setstate__(self, state: Any) -> NoReturn:
+        raise pickle.UnpicklingError("a function has no state")
+
+
+class _Dict(dict):
+    """What the pickle has in place of an OrderedDict."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Drops attributes, such as torch's `_metadata` of a state dict."""
+
+
+class _ExtraState:
+    """What the pickle has in place of a BytesIO; a class, as only classes are made by NEWOBJ."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Drops the contents, which are a pickle too."""
+
+
+def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    return _Tensor(storage, offset, shape, strides, storage.dtype)
+
+
+def _rebuild_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> _Tensor:
+    """For dtypes without a class of storages, which are stored as bytes."""
+    return _Tensor(storage, offset, shape, strides, dtype)
+
+
+_ALLOWED: Mapping[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_v2),
+    ("torch._utils", "_rebuild_tensor_v3"): _Call(_rebuild_v3),
+    ("torch._utils", "_rebuild_parameter"): _Call(lambda tensor, requires_grad, hooks: tensor),
+    ("torch.storage", "UntypedStorage"): "U8",
+    **{("torch", storage): name for name, _, _, storage in _DTYPES},
+    **{("torch", dtype): name for name, _, dtype, _ in _DTYPES},
+    ("collections", "OrderedDict"): _Dict,
+    ("_io", "BytesIO"): _ExtraState,
+    # How the contents of a BytesIO are pickled; they are dropped.
+    ("_codecs", "encode"): _Call(lambda text, encoding: b""),
+    ("__builtin__", "bytes"): _Call(lambda: b""),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes values of this module, and none else."""
+
+    def __init__(self, file: Path, pickled: bytes):
+        super().__init__(io.BytesIO(pickled))
+        self._file = file
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise UserError(
+                f"{self._file} asks to run {f'{module}.{name}'!r:.100}, which no file of weights "
+                "needs; do not trust it, and download the model from its publisher."
+            )
+        return _ALLOWED[module, name]
+
+    def persistent_load(self, pid: Any, /) -> _Storage:
+        kind, dtype, key, _, _ = pid
+        if kind != "storage" or dtype not in _ITEMSIZE or not isinstance(key, str):
+            raise pickle.UnpicklingError("not a storage")
+        return _Storage(dtype, key)
+
+
+def _unpickle(file: Path, pickled: bytes) -> Any:
+    try:
+        _check_sizes(pickled)
+        return _Unpickler(file, pickled).load()
+    except UserError:
+        raise
+    except Exception:  # a damaged pickle can raise almost anything
+        raise UserError(f"{file} has a damaged data.pkl; download it again.") from None
+
+
+def _check_sizes(pickled: bytes) -> None:
+    """Refuses what would make the unpickler allocate more than a pickle of this size can need.
+
+    The walk itself finds strings that would end behind the pickle.
+    """
+    for opcode, argument, _ in pickletools.genops(pickled):
+        index = argument if opcode.name in ("PUT", "LONG_BINPUT") else None
+        if isinstance(index, int) and index > len(pickled):
+            raise pickle.UnpicklingError("a list of that many values is allocated for this")
+
+
+def _tensors(file: Path, values: Any) -> dict[str, _Tensor]:
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no tensors by name; is it a file of weights?")
+    tensors = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or not name.isprintable():
+            raise UserError(f"{file} has a key that is no name of a tensor; download it again.")
+        if isinstance(value, _ExtraState) or name.endswith(_EXTRA_STATE):
+            continue
+        if not isinstance(value, _Tensor):
+            raise UserError(f"{file} holds {name}, which is no tensor; is it a file of weights?")
+        tensors[name] = value
+    return tensors
+
+
+def _entry(archive: _Archive, name: str, tensor: _Tensor) -> Entry:
+    _check(archive.file, name, tensor)
+    itemsize, count = _ITEMSIZE[tensor.dtype], math.prod(tensor.shape)
+    start, size = archive.find(f"data/{tensor.storage.key}", name)
+    needed = (tensor.offset + count) * itemsize
+    if size < needed:
+        raise UserError(
+            f"{archive.file} has {size} bytes of data for {name}, which needs {needed}; download "
+            "it again."
+        )
+    start += tensor.offset * itemsize
+    return Entry(archive.file, tensor.dtype, tensor.shape, start, count * itemsize)
+
+
+def _check(file: Path, name: str, tensor: _Tensor) -> None:
+    """Refuses a tensor that makes no sense, or whose elements are not in order and in one piece."""
+    shape, strides = tensor.shape, tensor.strides
+    sensible = (
+        isinstance(tensor.storage, _Storage)
+        and isinstance(tensor.dtype, str)
+        and tensor.dtype in _ITEMSIZE
+        and isinstance(shape, tuple)
+        and isinstance(strides, tuple)
+        and len(shape) == len(strides)
+        and all(type(n) is int and 0 <= n < 2**63 for n in (tensor.offset, *shape, *strides))
+        and math.prod(shape) < 2**63
+    )
+    if not sensible:
+        raise UserError(f"{file} describes {name} as no tensor can be; download it again.")
+    if not _is_contiguous(shape, strides):
+        raise UserError(
+            f"{file} holds {name} of shape {shape} with strides {strides}, so its elements are not "
+            "in order; save its .contiguous() instead."
+        )
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return math.prod(shape) == 0
+        expected *= size
+    return True

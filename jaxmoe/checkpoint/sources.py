@@ -1,0 +1,188 @@
+"""A model in the files of others, whatever the format: its configuration, and what lies where."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.checkpoint import compressed, meta, names
+from jaxmoe.checkpoint.match import match
+from jaxmoe.checkpoint.names import Row
+from jaxmoe.checkpoint.pth import PthFolder
+from jaxmoe.checkpoint.reader import SafetensorsFolder, TensorFiles
+from jaxmoe.checkpoint.tensors import Format, Group, array_shapes, expand
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.hf_config import from_hf, read_json, vision_from_hf
+from jaxmoe.model.params import ParamSpec, named_specs
+from jaxmoe.model.vision_params import vision_specs
+
+QUANTIZED = {"F8_E4M3": "fp8", "I8": "int8"}  # by dtype of an unpacked matrix that has scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint of another format, checked: all tensors are there, in the right shapes.
+
+    Attributes:
+        config: of the text model.
+        outer: the config.json around the text model's; None if only that is read.
+        specs: of all parameters that are read, by name.
+        formats: of those that are quantized.
+        groups: which parameters lie in which tensors.
+        files: that hold the tensors.
+        in_files: the name in the files of every tensor of the groups.
+        left_out: names in the files of what is not read.
+    """
+
+    config: Llama4Config
+    outer: dict[str, Any] | None
+    specs: dict[str, ParamSpec]
+    formats: dict[str, Format]
+    groups: list[Group]
+    files: TensorFiles
+    in_files: dict[str, str]
+    left_out: list[str]
+
+    def dtype(self, group: Group) -> np.dtype:
+        """Of the tensors of a group."""
+        return self.files.dtype(self.in_files[group.pieces[0].tensor])
+
+    def read(self, tensor: str, start: int, count: int) -> np.ndarray:
+        """Elements of a flat tensor; raises as `TensorFiles.read`."""
+        return self.files.read(self.in_files[tensor], start, count)
+
+
+def open_source(folder: str | Path, text_only: bool = False) -> Source:
+    """Finds out the format of a folder, reads headers, and checks names and shapes.
+
+    Args:
+        text_only: leaves out the vision tower if there is one.
+
+    Raises:
+        UserError: naming the first thing that is missing, unknown or contradictory.
+    """
+    folder = Path(folder)
+    if any(folder.glob("consolidated.*.pth")):
+        return _open_meta(folder, text_only)
+    return _open_hf(folder, text_only)
+
+
+def _open_hf(folder: Path, text_only: bool) -> Source:
+    mapping = read_json(folder, "config.json")
+    origin = str(folder / "config.json")
+    config = from_hf(mapping, origin)
+    files = SafetensorsFolder(folder)
+    plain = {name.removeprefix(names.TEXT_PREFIX): name for name in files.tensors}
+    rows = names.TEXT + (names.UNFUSED if _is_unfused(plain) else names.FUSED) + names.LAST
+    formats, packed = _quantized(config, rows, plain, files)
+    _check_says(compressed.check(mapping, origin), formats, origin)
+    vision = None if text_only else _vision_specs(config, mapping, origin, files)
+    specs = named_specs(config) | (vision or {})
+    shapes = array_shapes(config, formats, specs)
+    groups = expand(rows + names.VISION, shapes, packed=packed)
+    in_files, left_out = match(config, groups, files, str(folder), vision is not None)
+    outer = _around(mapping) if vision is not None else None
+    return Source(config, outer, specs, formats, groups, files, in_files, left_out)
+
+
+def _is_unfused(plain: Mapping[str, str]) -> bool:
+    return any(".experts.0." in name for name in plain)
+
+
+def _around(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A multimodal config.json without its text model's, and without how it was quantized."""
+    skipped = ("text_config", compressed.KEY)
+    return {key: value for key, value in mapping.items() if key not in skipped}
+
+
+def _vision_specs(config, mapping, origin: str, files: TensorFiles) -> dict[str, ParamSpec] | None:
+    """None if the files hold no vision tower."""
+    vision = vision_from_hf(mapping, origin)
+    if vision is None or not any(names.is_vision(name) for name in files.tensors):
+        return None
+    return vision_specs(config, vision)
+
+
+def _quantized(config: Llama4Config, rows: tuple[Row, ...], plain: Mapping[str, str], files):
+    """Formats of the parameters that have scales, and which of them are packed in words."""
+    formats, packed = {}, set()
+    for name, spec in named_specs(config).items():
+        stem = _stem(rows, name) if spec.quantizable else None
+        scale = plain.get(f"{stem}.weight_scale")
+        if scale is None:
+            continue
+        outputs, groups = _two(files, scale)
+        words, weight = (plain.get(f"{stem}.{x}") for x in ("weight_packed", "weight"))
+        kind = QUANTIZED.get(files.tensors[weight].dtype) if weight else None
+        kind = "int4" if words else kind
+        inputs = spec.matrix_shape[-2]
+        if kind is None or outputs != spec.matrix_shape[-1] or inputs % groups:
+            raise UserError(
+                f"{files.tensors[scale].file} holds {scale}, but its weight is no matrix of "
+                f"{', '.join(QUANTIZED)} or packed words with these scales; download it again."
+            )
+        formats[name] = Format(kind, inputs // groups)
+        packed |= {name} if words else set()
+    return formats, packed
+
+
+def _stem(rows: tuple[Row, ...], ours: str) -> str | None:
+    """The module that holds a parameter, of experts the first one's; None if it has no tensor."""
+    parts = ours.split(".")
+    n = parts[1] if parts[0] == "layers" else "0"
+    for row in rows:
+        if row.ours[0].replace("{n}", n) == ours and len(row.ours) == 1:
+            return row.stored.replace("{n}", n).replace("{j}", "0").removesuffix(".weight")
+    return None
+
+
+def _two(files: TensorFiles, name: str) -> tuple[int, int]:
+    shape = files.tensors[name].shape
+    return (shape[0], shape[1]) if len(shape) == 2 and shape[1] else (0, 1)
+
+
+def _check_says(says: bool, formats: Mapping[str, Format], origin: str) -> None:
+    if says and not formats:
+        raise UserError(f"{origin} says that matrices are quantized, but none is; correct it.")
+    if formats and not says:
+        raise UserError(
+            f"{origin} has no {compressed.KEY}, but {min(formats)} is quantized; correct it."
+        )
+
+
+def _open_meta(folder: Path, text_only: bool) -> Source:
+    if (folder / "config.json").exists():
+        mapping, origin = read_json(folder, "config.json"), str(folder / "config.json")
+    else:
+        origin = str(folder / "params.json")
+        mapping = meta.to_hf_mapping(read_json(folder, "params.json"), origin)
+    config = from_hf(mapping, origin)
+    files = PthFolder(folder)
+    formats = _meta_formats(config, files)
+    vision = None if text_only else _vision_specs(config, mapping, origin, files)
+    specs = named_specs(config) | (vision or {})
+    rows = names.META_TEXT + names.META_VISION
+    try:
+        groups = expand(rows, array_shapes(config, formats, specs), ranks=files.ranks)
+    except ValueError as error:
+        raise UserError(f"{folder} contradicts {origin}: {error}; download both again.") from None
+    in_files, left_out = match(config, groups, files, str(folder), vision is not None)
+    outer = _around(mapping) if vision is not None else None
+    return Source(config, outer, specs, formats, groups, files, in_files, left_out)
+
+
+def _meta_formats(config: Llama4Config, files: PthFolder) -> dict[str, Format]:
+    """Of experts in fp8: a scale for each output, of `down` also for each rank's inputs."""
+    formats = {}
+    for n in range(config.num_hidden_layers):
+        entry = files.tensors.get(f"0:layers.{n}.feed_forward.experts.moe_w_in_eD_F")
+        if entry is None or entry.dtype != "F8_E4M3":
+            continue
+        ours = f"layers.{n}.feed_forward.experts"
+        for name in ("gate", "up"):
+            formats[f"{ours}.{name}"] = Format("fp8", config.hidden_size)
+        formats[f"{ours}.down"] = Format("fp8", config.intermediate_size // files.ranks)
+    return formats

@@ -1,0 +1,124 @@
+"""Where outputs are prepared: beside them, under another name, until a rename makes them whole."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.errors import UserError
+
+RESULT = "result"  # in a workspace: what becomes the output
+NOTE = "progress.json"  # in the workspace of a job that goes on where it was killed
+
+
+def workspace_path(output: Path) -> Path:
+    """The folder beside `output` where it is prepared.
+
+    Raises:
+        UserError: if `output` exists and is not an empty folder.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty; choose another output or delete it.")
+    return output.resolve().with_name(output.resolve().name + ".partial")
+
+
+def workspace_of(output: Path) -> Path:
+    """The same, where no earlier run may have left one.
+
+    Raises:
+        UserError: as `workspace_path`, or if an earlier run was interrupted.
+    """
+    workspace = workspace_path(output)
+    if workspace.exists():
+        raise UserError(f"{workspace} is left from an interrupted run; delete it and run again.")
+    return workspace
+
+
+@contextlib.contextmanager
+def prepared(output: Path) -> Iterator[Path]:
+    """A workspace whose `RESULT` becomes `output` at the end; on any error all of it vanishes.
+
+    Raises:
+        UserError: as `workspace_of`, or if the file system refuses.
+    """
+    workspace = workspace_of(output)
+    with writable(output):
+        workspace.mkdir(parents=True)
+    try:
+        with writable(output):
+            yield workspace
+            (workspace / RESULT).rename(output.resolve())
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+class Resumable:
+    """A workspace that outlives its run: what is noted there need not be done again.
+
+    Attributes:
+        path: the workspace.
+        note: what was noted last; empty at first.
+    """
+
+    def __init__(self, output: Path):
+        """Finds what an earlier run noted.
+
+        Raises:
+            UserError: as `workspace_path`, or if the workspace is that of something else.
+        """
+        self.output = output
+        self.path = workspace_path(output)
+        self.note: dict[str, Any] = {}
+        try:
+            self.note = json.loads((self.path / NOTE).read_text())
+        except (OSError, ValueError):
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UserError(
+                    f"{self.path} is left from an interrupted run; delete it and run again."
+                ) from None
+
+    def begin(self, nbytes: int) -> None:
+        """Makes an empty workspace.
+
+        Raises:
+            UserError: if the disk has not so much left, or refuses.
+        """
+        check_space(self.path, nbytes)
+        with writable(self.output):
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+
+    def write_note(self, note: dict[str, Any]) -> None:
+        """Replaces the note, at once or not at all; before it, what it tells must be on disk."""
+        new = self.path / (NOTE + ".new")
+        with writable(self.output):
+            new.write_text(json.dumps(note))
+            new.rename(self.path / NOTE)
+        self.note = note
+
+    def finish(self) -> None:
+        """`RESULT` becomes the output, and the workspace vanishes."""
+        with writable(self.output):
+            (self.path / RESULT).rename(self.output.resolve())
+            shutil.rmtree(self.path)
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raises a UserError if the disk that a folder is on, or will be, has not so much left."""
+    free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
+    if nbytes > free:
+        raise UserError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, but {nbytes / 1e9:.1f} GB are needed; "
+            "free some space or choose another output."
+        )
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
