@@ -257,6 +257,7 @@ def write_checkpoint(folder, config, tensors, shards=1):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}  # as they are written
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return folder

@@ -33,7 +33,7 @@ def to_hf_mapping(params: Mapping[str, Any], source: str) -> dict[str, Any]:
         "head_dim": args.get("head_dim") or args["dim"] // args["n_heads"],
         "vocab_size": args["vocab_size"],
         "intermediate_size": _expert_width(args, moe),
-        "intermediate_size_mlp": _width(args, 4),
+        "intermediate_size_mlp": _width(args, 4.0),
         "num_local_experts": moe["num_experts"],
         "num_experts_per_tok": moe.get("top_k", 1),
         "interleave_moe_layer_step": moe.get("interleave_moe_layer_step", 1),
