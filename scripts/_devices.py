@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import sys
 
 import jax
 from _cli import byte_progress
 from rich.console import Console
 
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.self_test import self_test
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
@@ -28,6 +30,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="compute in this; default: as stored"
+    )
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="once loaded, run a sentence that a wrong layout does not survive",
     )
 
 
@@ -56,7 +63,13 @@ def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Confi
         config = store.read_config(args.checkpoint)
         Console(stderr=True).print(layout_table(config, params, mesh))
     with byte_progress("Loading") as progress:
-        return store.load(args.checkpoint, mesh, dtype, progress)
+        config, params = store.load(args.checkpoint, mesh, dtype, progress)
+    if args.self_test:
+        with jax.set_mesh(mesh):
+            speech = self_test(config, params, tokenizer(args.checkpoint))
+        known = "" if speech.surprise is None else f", surprise {speech.surprise:.2f}"
+        print(f"[self-test: entropy {speech.entropy:.2f}{known} of guessing]", file=sys.stderr)
+    return config, params
 
 
 def tokenizer(checkpoint: str) -> Tokenizer | None:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Benchmarks: `cpu` beside transformers, `attention` and `moe` beside other kernels on a GPU."""
+"""Benchmarks: `cpu` beside transformers, `convert` beside cp, others beside kernels on a GPU."""
 
 import argparse
 from collections.abc import Callable
 
 from _bench_attention import run_attention
+from _bench_convert import add_parser as add_convert
 from _bench_cpu import run_cpu
 from _bench_moe import run_moe
 from _cli import run
@@ -20,6 +21,7 @@ def main() -> None:
     cpu.add_argument("--new-tokens", type=int, default=64)
     cpu.add_argument("--rounds", type=int, default=3, help="both sides, in turn")
     cpu.add_argument("--repeats", type=int, default=3, help="of each side in a round")
+    add_convert(commands)
     for name, start, of in (
         ("attention", run_attention, "attention"),
         ("moe", run_moe, "the mixture of experts"),

@@ -1,7 +1,7 @@
 """compressed-tensors, the format of quantized Hugging Face checkpoints: its part of config.json."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxmoe.errors import UserError
 
@@ -40,7 +40,7 @@ def check(mapping: Mapping[str, Any], source: str) -> bool:
     return True
 
 
-def _refuse(source: str, found: str, expected: str) -> None:
+def _refuse(source: str, found: str, expected: str) -> NoReturn:
     raise UserError(
         f"{source} has a {KEY} with {found}; only {expected} can be read, so use another release."
     )

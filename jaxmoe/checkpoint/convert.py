@@ -164,7 +164,7 @@ class _Errors:
     def add(self, name: str, error: Error | None) -> None:
         if error is not None:
             kind = re.sub(r"^layers\.\d+\.|\.(qvalue|scale)$", "", name)
-            self.by_kind[kind] = self.by_kind.get(kind, Error(0, 0.0, 0.0)) + error
+            self.by_kind[kind] = self.by_kind.get(kind, Error(0, 0.0, 0.0)).plus(error)
 
 
 def _write(job: Job, writer: Writer, errors: _Errors) -> Iterator[int]:

@@ -144,8 +144,9 @@ def _reader(checkpoint: Checkpoint, group: Group, arrays, weights: str | None):
 def _widened(checkpoint: Checkpoint, name: str, arrays, block: Block, dtype: np.dtype):
     """A block of a quantized parameter, made of its whole matrix."""
     experts = block.index[:1] if names.EACH in name else ()
-    stored = [read_slice(arrays[f"{name}.{x}"], experts) for x in ("qvalue", "scale")]
-    matrix = decode(*(x.reshape(x.shape[-2:]) for x in stored), checkpoint.formats[name].name)
+    qvalue, scale = (read_slice(arrays[f"{name}.{x}"], experts) for x in ("qvalue", "scale"))
+    qvalue, scale = (x.reshape(x.shape[-2:]) for x in (qvalue, scale))
+    matrix = decode(qvalue, scale, checkpoint.formats[name].name)
     shape = named_specs(checkpoint.config)[name].shape[len(experts) :]
     return matrix.reshape(shape)[block.index[len(experts) :]].astype(dtype)
 

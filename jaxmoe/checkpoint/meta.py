@@ -23,7 +23,8 @@ def to_hf_mapping(params: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key in needed:
         if key not in params:
             _refuse(source, key)
-    args, moe = DEFAULTS | dict(params), params["moe_args"]
+    args: dict[str, Any] = DEFAULTS | dict(params)
+    moe = args["moe_args"]
     text = {
         "model_type": "llama4_text",
         "hidden_size": args["dim"],

@@ -323,11 +323,12 @@ def _placed(checkpoint: Checkpoint, arrays: dict[str, ts.TensorStore], mesh, dty
         found = arrays[name].dtype.numpy_dtype
         return jax.ShapeDtypeStruct(arrays[name].shape, found if dtype is None else dtype)
 
-    leaves = []
+    leaves: list[Any] = []
     for name in named_specs(checkpoint.config):
         if name in checkpoint.formats:
             qvalue, scale = shape(f"{name}.qvalue", None), shape(f"{name}.scale", jnp.float32)
-            leaves.append(QuantizedMatrix(qvalue, scale, checkpoint.formats[name].name))
+            format = checkpoint.formats[name].name
+            leaves.append(QuantizedMatrix(qvalue, scale, format))  # pyrefly: ignore  # shapes
         else:
             leaves.append(shape(name, dtype))
     return place(checkpoint.config, unflatten_params(checkpoint.config, leaves), mesh)

@@ -25,6 +25,7 @@ from pallas_kernels.quantized import (
     scale_width,
 )
 
+COLUMN_BYTES = 2**22  # of float32 numbers that are quantized at once
 FLOATS = {"bf16": jnp.bfloat16, "float32": jnp.float32}  # what --weights may widen to
 
 
@@ -65,8 +66,9 @@ class Error(NamedTuple):
     total: float
     lost: float
 
-    def __add__(self, other: "Error") -> "Error":  # pyrefly: ignore  # a sum, not a longer tuple
-        return Error(*(a + b for a, b in zip(self, other, strict=True)))
+    def plus(self, other: "Error") -> "Error":
+        """Of both together."""
+        return Error(self.count + other.count, self.total + other.total, self.lost + other.lost)
 
 
 def target_formats(source: Source, weights: str | None) -> dict[str, Format]:
@@ -86,8 +88,9 @@ def target_formats(source: Source, weights: str | None) -> dict[str, Format]:
         held, inputs = source.formats.get(name), spec.matrix_shape[-2]
         if weights == "int4" and inputs % 2:
             raise UserError(f"{name} has {inputs} inputs, which int4 cannot pair; use int8.")
-        keeps = held is not None and held.name == weights
-        formats[name] = held if keeps else Format(weights, scale_width(weights, inputs))
+        if held is None or held.name != weights:
+            held = Format(weights, scale_width(weights, inputs))
+        formats[name] = held
     return formats
 
 
@@ -212,7 +215,8 @@ def _matrices(source: Source, groups: list[Group], names, expert: int | None) ->
 
 def decode(qvalue: np.ndarray, scale: np.ndarray, format: str) -> np.ndarray:
     """The float32 matrix [in, out] of a quantized one."""
-    return np.asarray(_dequantize(QuantizedMatrix(qvalue, scale.astype(np.float32), format)))
+    stored = QuantizedMatrix(jnp.asarray(qvalue), jnp.asarray(scale, jnp.float32), format)
+    return np.asarray(_dequantize(stored))
 
 
 _dequantize = jax.jit(dequantize_matrix)
@@ -239,9 +243,22 @@ def _encode(spec: ParamSpec, matrix, format: Format | None, weights: str | None)
         assert weights is not None
         shape = spec.shape[len(spec.matrix_shape) - 2 :]
         return {"": np.asarray(matrix).astype(FLOATS[weights]).reshape(shape)}, None
-    stored, total, lost = _quantize(format, matrix)
-    ends = {".qvalue": np.asarray(stored.qvalue), ".scale": np.asarray(stored.scale)}
-    return ends, Error(matrix.size, float(total), float(lost))
+    qvalues, scales, error = [], [], Error(0, 0.0, 0.0)
+    for columns in _columns(matrix):
+        stored, total, lost = _quantize(format, columns)
+        qvalues.append(np.asarray(stored.qvalue))
+        scales.append(np.asarray(stored.scale))
+        error = error.plus(Error(columns.size, float(total), float(lost)))
+    return {".qvalue": np.concatenate(qvalues), ".scale": np.concatenate(scales, axis=1)}, error
+
+
+def _columns(matrix: np.ndarray) -> Iterator[np.ndarray]:
+    """Equal shares of the outputs, each small enough to be quantized in the processor's cache."""
+    inputs, outputs = matrix.shape
+    room = max(1, COLUMN_BYTES // (4 * inputs))
+    width = next(n for n in range(min(room, outputs), 0, -1) if outputs % n == 0)
+    for start in range(0, outputs, width):
+        yield matrix[:, start : start + width]
 
 
 @functools.partial(jax.jit, static_argnums=0)
