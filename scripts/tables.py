@@ -32,7 +32,13 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """A document with the table of each pair of markers made anew."""
-    tables = {"cpu": _cpu, "attention": _attention, "moe": _moe, "quantized": _quantized}
+    tables = {
+        "cpu": _cpu,
+        "convert": _convert,
+        "attention": _attention,
+        "moe": _moe,
+        "quantized": _quantized,
+    }
     for name, made in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, found, rest = text.partition(begin)
@@ -43,6 +49,10 @@ def filled(text: str) -> str:
 
 def _cpu() -> str:
     return cpu_markdown(json.loads((ROOT / "benchmarks" / "cpu.json").read_text()))
+
+
+def _convert() -> str:
+    return convert_markdown(json.loads((ROOT / "benchmarks" / "convert.json").read_text()))
 
 
 def _attention() -> str:
@@ -62,6 +72,31 @@ def _measured(benchmark: str) -> dict[str, dict]:
     files = sorted((ROOT / "benchmarks").glob(f"{benchmark}-*.json"))
     runs = {file.name: json.loads(file.read_text()) for file in files}
     return {name: figures for name, figures in runs.items() if figures.get("cases")}
+
+
+def convert_markdown(figures: dict) -> str:
+    """The figures of `benchmark.py convert`."""
+    nbytes, cp = figures["run"]["bytes"], figures["ways"]["cp"]["seconds"]
+    bare = figures["bare_interpreter_bytes"]
+    rows = []
+    for way, found in figures["ways"].items():
+        memory = f"{(found['peak_bytes'] - bare) / 1e9:.2f} GB" if way != "cp" else ""
+        rate = f"{nbytes / found['seconds'] / 1e9:.2f} | {cp / found['seconds']:.2f}"
+        rows.append(f"| `{way}` | {rate} | {memory} |")
+    for way, found in figures["loads"].items():
+        rate = found["bytes"] / found["seconds"] / 1e9
+        memory = f"{found['peak_bytes'] / found['bytes']:.2f} of its size"
+        rows.append(f"| loading what `{way}` made | {rate:.2f} | | {memory} |")
+    run = figures["run"]
+    return f"""\
+| | GB/s | times the rate of cp | peak memory |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+A synthetic checkpoint of {nbytes / 1e9:.1f} GB: one layer of Scout with all its experts, and a
+vocabulary of 65,536. Whole processes, Python's start included; memory of converting is beyond that
+of a bare interpreter, loading goes onto eight simulated devices (`fsdp=8`). Medians of
+{run["rounds"]} runs taken in turn on 2 cores, {run["date"]}; all read from the page cache."""
 
 
 def quantized_markdown(figures: dict) -> str:

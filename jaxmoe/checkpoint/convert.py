@@ -1,6 +1,7 @@
 """Checkpoints of others -> one that loads onto any mesh: tensor by tensor, in bounded memory."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -105,7 +106,7 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
 
     Raises:
         UserError: naming the first array that differs, or if the checkpoint was not made of this
-            source.
+            source, or ranks of a source differ in what all of them have.
     """
     checkpoint = Path(checkpoint)
     metadata = read_metadata(checkpoint, KEY, "make one with scripts/convert.py")
@@ -114,6 +115,7 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
     found = open_source(source, text_only)
     if options.get("sources") != found.files.files:
         raise UserError(f"{checkpoint} was made of other files than those in {source}.")
+    _check_copies(found)
     jobs = plan(found, target_formats(found, weights), weights)
     total, count = sum(job.nbytes for job in jobs), 0
     for job in jobs:
@@ -148,7 +150,7 @@ def _done(workspace: Resumable, identity: dict[str, Any]) -> list[str]:
 
 
 def _written(job: Job) -> int:
-    return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in job.arrays.values())
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in job.arrays.values())
 
 
 def _count(found: Source) -> int:
@@ -189,6 +191,22 @@ def _compare(job: Job, checkpoint: Path) -> Iterator[int]:
                     "convert it again."
                 )
         yield step.nbytes
+
+
+def _check_copies(found: Source) -> None:
+    """What every model-parallel rank has must be the same in all."""
+    for group in found.groups:
+        if not group.copies:
+            continue
+        first = next(iter(group.tensors))
+        size = math.prod(group.tensors[first])
+        expected = found.read(first, 0, size).tobytes()
+        for name in group.copies:
+            if found.read(name, 0, size).tobytes() != expected:
+                raise UserError(
+                    f"{found.files.folder} holds {name} with other numbers than {first}; download "
+                    "both files again."
+                )
 
 
 def _range(index: tuple[slice, ...]) -> str:

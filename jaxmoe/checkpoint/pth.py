@@ -2,27 +2,22 @@
 
 Torch is not used: it would be a dependency of 2 GB for one format, it maps files into memory, where
 every page touched counts as the process's, and its unpickler can run code from the file unless told
-not to. A .pth file is a zip whose `data.pkl` says by calls which tensors there are, and whose
-records `data/<key>` hold their bytes, uncompressed. Here those calls are noted, not made: the
-unpickler knows a fixed list of names, each standing for a value of this module. Bytes are then read
-at their position in the file.
+not to. A .pth file is a zip whose `data.pkl` says which tensors there are (`pickles.py` reads it),
+and whose records `data/<key>` hold their bytes, uncompressed; they are read at their position.
 """
 
-import dataclasses
 import hashlib
 import io
 import math
-import pickle
-import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxmoe.checkpoint.pickles import ITEMSIZE, ExtraState, Storage, Tensor, unpickle
 from jaxmoe.checkpoint.reader import Entry, TensorFiles
 from jaxmoe.errors import UserError
 
@@ -36,22 +31,6 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _ENCRYPTED = 1  # a flag of a record
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, length of the name, length of the extra field
-
-_DTYPES = (  # name in an Entry, bytes, torch's dtype, torch's class of storages
-    ("BF16", 2, "bfloat16", "BFloat16Storage"),
-    ("F16", 2, "float16", "HalfStorage"),
-    ("F32", 4, "float32", "FloatStorage"),
-    ("F64", 8, "float64", "DoubleStorage"),
-    ("F8_E4M3", 1, "float8_e4m3fn", "Float8_e4m3fnStorage"),
-    ("F8_E5M2", 1, "float8_e5m2", "Float8_e5m2Storage"),
-    ("BOOL", 1, "bool", "BoolStorage"),
-    ("U8", 1, "uint8", "ByteStorage"),
-    ("I8", 1, "int8", "CharStorage"),
-    ("I16", 2, "int16", "ShortStorage"),
-    ("I32", 4, "int32", "IntStorage"),
-    ("I64", 8, "int64", "LongStorage"),
-)
-_ITEMSIZE = {name: itemsize for name, itemsize, _, _ in _DTYPES}
 
 
 class PthFolder(TensorFiles):
@@ -147,7 +126,7 @@ def _read_file(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
             archive = _Archive(file, stream)
             pickled = archive.read_pickle()
             archive.check_byte_order()
-            tensors = _tensors(file, _unpickle(file, pickled))
+            tensors = _tensors(file, unpickle(file, pickled))
             entries = {name: _entry(archive, name, tensor) for name, tensor in tensors.items()}
             digest = hashlib.sha256(pickled + archive.read_directory()).hexdigest()
             size = stream.seek(0, io.SEEK_END)
@@ -248,144 +227,24 @@ class _Archive:
             )
 
 
-class _Storage(NamedTuple):
-    """A record of numbers, as the pickle names it."""
-
-    dtype: str
-    key: str
-
-
-class _Tensor(NamedTuple):
-    """A tensor as the pickle describes it; nothing in it has been checked."""
-
-    storage: Any
-    offset: Any
-    shape: Any
-    strides: Any
-    dtype: Any
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Call:
-    """What the pickle has in place of a function.
-
-    A function itself would not do: a pickle may set attributes of all it names, defaults included.
-    """
-
-    result: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> Any:
-        return self.result(*args)
-
-    def __setstate__(self, state: Any) -> NoReturn:
-        raise pickle.UnpicklingError("a function has no state")
-
-
-class _Dict(dict):
-    """What the pickle has in place of an OrderedDict."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        """Drops attributes, such as torch's `_metadata` of a state dict."""
-
-
-class _ExtraState:
-    """What the pickle has in place of a BytesIO; a class, as only classes are made by NEWOBJ."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        """Drops the contents, which are a pickle too."""
-
-
-def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    return _Tensor(storage, offset, shape, strides, storage.dtype)
-
-
-def _rebuild_v3(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
-) -> _Tensor:
-    """For dtypes without a class of storages, which are stored as bytes."""
-    return _Tensor(storage, offset, shape, strides, dtype)
-
-
-_ALLOWED: Mapping[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_v2),
-    ("torch._utils", "_rebuild_tensor_v3"): _Call(_rebuild_v3),
-    ("torch._utils", "_rebuild_parameter"): _Call(lambda tensor, requires_grad, hooks: tensor),
-    ("torch.storage", "UntypedStorage"): "U8",
-    **{("torch", storage): name for name, _, _, storage in _DTYPES},
-    **{("torch", dtype): name for name, _, dtype, _ in _DTYPES},
-    ("collections", "OrderedDict"): _Dict,
-    ("_io", "BytesIO"): _ExtraState,
-    # How the contents of a BytesIO are pickled; they are dropped.
-    ("_codecs", "encode"): _Call(lambda text, encoding: b""),
-    ("__builtin__", "bytes"): _Call(lambda: b""),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes values of this module, and none else."""
-
-    def __init__(self, file: Path, pickled: bytes):
-        super().__init__(io.BytesIO(pickled))
-        self._file = file
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise UserError(
-                f"{self._file} asks to run {f'{module}.{name}'!r:.100}, which no file of weights "
-                "needs; do not trust it, and download the model from its publisher."
-            )
-        return _ALLOWED[module, name]
-
-    def persistent_load(self, pid: Any, /) -> _Storage:
-        kind, dtype, key, _, _ = pid
-        if kind != "storage" or dtype not in _ITEMSIZE or not isinstance(key, str):
-            raise pickle.UnpicklingError("not a storage")
-        return _Storage(dtype, key)
-
-
-def _unpickle(file: Path, pickled: bytes) -> Any:
-    try:
-        _check_sizes(pickled)
-        return _Unpickler(file, pickled).load()
-    except UserError:
-        raise
-    except Exception:  # a damaged pickle can raise almost anything
-        raise UserError(f"{file} has a damaged data.pkl; download it again.") from None
-
-
-def _check_sizes(pickled: bytes) -> None:
-    """Refuses what would make the unpickler allocate more than a pickle of this size can need.
-
-    The walk itself finds strings that would end behind the pickle.
-    """
-    for opcode, argument, _ in pickletools.genops(pickled):
-        index = argument if opcode.name in ("PUT", "LONG_BINPUT") else None
-        if isinstance(index, int) and index > len(pickled):
-            raise pickle.UnpicklingError("a list of that many values is allocated for this")
-
-
-def _tensors(file: Path, values: Any) -> dict[str, _Tensor]:
+def _tensors(file: Path, values: Any) -> dict[str, Tensor]:
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no tensors by name; is it a file of weights?")
     tensors = {}
     for name, value in values.items():
         if not isinstance(name, str) or not name.isprintable():
             raise UserError(f"{file} has a key that is no name of a tensor; download it again.")
-        if isinstance(value, _ExtraState) or name.endswith(_EXTRA_STATE):
+        if isinstance(value, ExtraState) or name.endswith(_EXTRA_STATE):
             continue
-        if not isinstance(value, _Tensor):
+        if not isinstance(value, Tensor):
             raise UserError(f"{file} holds {name}, which is no tensor; is it a file of weights?")
         tensors[name] = value
     return tensors
 
 
-def _entry(archive: _Archive, name: str, tensor: _Tensor) -> Entry:
+def _entry(archive: _Archive, name: str, tensor: Tensor) -> Entry:
     _check(archive.file, name, tensor)
-    itemsize, count = _ITEMSIZE[tensor.dtype], math.prod(tensor.shape)
+    itemsize, count = ITEMSIZE[tensor.dtype], math.prod(tensor.shape)
     start, size = archive.find(f"data/{tensor.storage.key}", name)
     needed = (tensor.offset + count) * itemsize
     if size < needed:
@@ -397,13 +256,13 @@ def _entry(archive: _Archive, name: str, tensor: _Tensor) -> Entry:
     return Entry(archive.file, tensor.dtype, tensor.shape, start, count * itemsize)
 
 
-def _check(file: Path, name: str, tensor: _Tensor) -> None:
+def _check(file: Path, name: str, tensor: Tensor) -> None:
     """Refuses a tensor that makes no sense, or whose elements are not in order and in one piece."""
     shape, strides = tensor.shape, tensor.strides
     sensible = (
-        isinstance(tensor.storage, _Storage)
+        isinstance(tensor.storage, Storage)
         and isinstance(tensor.dtype, str)
-        and tensor.dtype in _ITEMSIZE
+        and tensor.dtype in ITEMSIZE
         and isinstance(shape, tuple)
         and isinstance(strides, tuple)
         and len(shape) == len(strides)

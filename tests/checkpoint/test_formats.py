@@ -405,3 +405,19 @@ def test_verify_of_another_source(tmp_path):
     tiny.write_checkpoint(tmp_path / "other", config, tensors, shards=2)
     with pytest.raises(UserError, match="was made of other files"):
         verify(tmp_path / "other", orbax)
+
+
+def test_ranks_that_disagree(tmp_path):
+    config = meta_config("maverick")
+    found = formats.in_meta(config, tiny.random_tensors(config, 5), 4)
+    convert(
+        formats.write_meta(tmp_path / "good", formats.meta_params(config), found, 4),
+        tmp_path / "orbax",
+    )
+    verify(tmp_path / "good", tmp_path / "orbax")
+    router = "layers.1.feed_forward.router_DE"
+    found[router] = [x + (rank == 2) for rank, x in enumerate(found[router])]
+    folder = formats.write_meta(tmp_path / "bad", formats.meta_params(config), found, 4)
+    convert(folder, tmp_path / "from_bad")
+    with pytest.raises(UserError, match=rf"holds 2:{router} with other numbers than 0:{router}"):
+        verify(folder, tmp_path / "from_bad")
