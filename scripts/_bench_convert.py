@@ -86,7 +86,8 @@ def benchmark_convert(folder: Path, rounds: int) -> dict:
         for way, found in runs.items()
     }
     run = {"date": today(), "versions": versions(), "rounds": rounds, "bytes": nbytes}
-    return {"run": run, "bare_interpreter_bytes": bare_interpreter(), "ways": summary, "loads": loads}
+    bare = bare_interpreter()
+    return {"run": run, "bare_interpreter_bytes": bare, "ways": summary, "loads": loads}
 
 
 def measure(command: list) -> tuple[float, int]:

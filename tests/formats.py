@@ -13,11 +13,11 @@ from tests.pth_files import EXTRA_STATE, save_pth
 
 FP8 = ml_dtypes.float8_e4m3fn
 BF16 = ml_dtypes.bfloat16
-VISION = tiny.PUBLISHED_VISION | {  # all sizes differ
+VISION = tiny.PUBLISHED_VISION | {
     "hidden_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "intermediate_size": 40,
+    "intermediate_size": 96,  # four times the width, as patches are shuffled by four
     "image_size": 8,
     "patch_size": 4,
     "projector_input_dim": 48,

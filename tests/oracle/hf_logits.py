@@ -11,17 +11,20 @@ import sys
 
 import numpy as np
 import torch
-from transformers import Llama4ForCausalLM
+from transformers import AutoConfig, Llama4ForCausalLM, Llama4ForConditionalGeneration
 
 
 def load(checkpoint):
-    """The model in eval mode.
+    """The model in eval mode, with its vision tower where it has one.
 
     Raises:
         ValueError: A tensor is missing, unknown or of another shape, so that transformers would
             have drawn it at random or left it out.
     """
-    model, report = Llama4ForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    has_vision = config.model_type == "llama4"
+    kind = Llama4ForConditionalGeneration if has_vision else Llama4ForCausalLM
+    model, report = kind.from_pretrained(
         checkpoint,
         dtype=torch.float32,
         attn_implementation="sdpa",

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.export import export
 from jaxmoe.evaluate import token_logits
 from jaxmoe.generate.engine import Request, generate
 from jaxmoe.generate.sampling import Sampling
-from tests import tiny
+from tests import formats, tiny
 from tests.conftest import load_tiny, one_device
 from tests.oracle import draw
 
@@ -70,3 +72,31 @@ def test_exported_files_are_read_by_transformers(name, request, transformers, tm
     theirs = transformers(tmp_path / "exported", tmp_path, tokens, 20)
     ours = token_logits(model.config, model.params, tokens)
     assert abs(ours - theirs["full"]).max() < 1e-4
+
+
+def test_exported_vision_is_read_by_transformers(transformers, tmp_path):
+    """Every tensor has its place there, and the text model says the same."""
+    like = tiny.maverick_like(num_hidden_layers=4)
+    config, tensors = formats.multimodal(like, tiny.random_tensors(like, 4))
+    tiny.write_checkpoint(tmp_path / "hf", config, tensors)
+    convert(tmp_path / "hf", tmp_path / "orbax")
+    export(tmp_path / "orbax", tmp_path / "exported")
+    model, params = store.load(tmp_path / "orbax", one_device())
+    tokens = np.random.default_rng(0).integers(0, 120, (2, 50), np.int32)  # no image tokens
+    theirs = transformers(tmp_path / "exported", tmp_path, tokens, 20)
+    assert abs(token_logits(model, params, tokens) - theirs["full"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_meta_files_say_what_transformers_says(ranks, transformers, tmp_path):
+    """Converted from Meta's ranks, exported, and read by transformers: the original's logits."""
+    config = tiny.maverick_like(num_hidden_layers=4)
+    tensors = tiny.random_tensors(config, 5)
+    found = formats.in_meta(config, tensors, ranks)
+    formats.write_meta(tmp_path / "meta", formats.meta_params(config), found, ranks)
+    tiny.write_checkpoint(tmp_path / "hf", config, tensors)
+    convert(tmp_path / "meta", tmp_path / "orbax")
+    tokens = np.random.default_rng(0).integers(0, 120, (2, 50), np.int32)
+    theirs = transformers(tmp_path / "hf", tmp_path, tokens, 20)
+    model, params = store.load(tmp_path / "orbax", one_device())
+    assert abs(token_logits(model, params, tokens) - theirs["full"]).max() < 1e-4
