@@ -14,7 +14,7 @@ def to_hf_mapping(params: Mapping[str, Any], source: str) -> dict[str, Any]:
     """What `jaxmoe.hf_config.from_hf` reads.
 
     Raises:
-        UserError: if a size is missing, or the model has no experts at all.
+        UserError: if a size is missing, or a value makes no sense.
     """
     params = params.get("model", params)
     if not isinstance(params, Mapping):
@@ -23,9 +23,18 @@ def to_hf_mapping(params: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key in needed:
         if key not in params:
             _refuse(source, key)
-    args: dict[str, Any] = DEFAULTS | dict(params)
+    try:
+        text = _text(DEFAULTS | dict(params))
+        return _with_vision(text, params.get("vision_args"), source)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{source} has a value that makes no sense ({error!r}); download it again."
+        ) from None
+
+
+def _text(args: dict[str, Any]) -> dict[str, Any]:
     moe = args["moe_args"]
-    text = {
+    return {
         "model_type": "llama4_text",
         "hidden_size": args["dim"],
         "num_hidden_layers": args["n_layers"],
@@ -49,7 +58,6 @@ def to_hf_mapping(params: Mapping[str, Any], source: str) -> dict[str, Any]:
         "floor_scale": int(args.get("floor_scale", 8192)),
         "attn_scale": args.get("attn_scale", 0.1),
     }
-    return _with_vision(text, args.get("vision_args"), source)
 
 
 def _width(args: Mapping[str, Any], expansion: float, active: float = 1.0) -> int:

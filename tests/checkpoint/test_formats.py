@@ -358,6 +358,7 @@ def meant_experts(config, n, found, scales, ranks):
     [
         ("rank", r"holds 3:tok_embeddings|lacks the tensor|contradicts"),
         ("key", r"params\.json lacks n_heads"),
+        ("value", r"params\.json has a value that makes no sense"),
         ("tensor", r"lacks the tensor 2:layers\.1\.attention\.wo\.weight"),
         ("shape", r"consolidated\.02\.pth holds 2:norm\.weight with shape \[32\]"),
     ],
@@ -368,6 +369,8 @@ def test_bad_meta_folders(tmp_path, break_it, words):
     params = formats.meta_params(config)
     if break_it == "key":
         del params["n_heads"]
+    if break_it == "value":
+        params["moe_args"] = "many"
     if break_it == "shape":
         found["norm.weight"] = [np.zeros(32 if rank == 2 else 64, np.float32) for rank in range(4)]
     folder = formats.write_meta(tmp_path / "meta", params, found, 4)
