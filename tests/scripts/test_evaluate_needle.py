@@ -147,7 +147,8 @@ def test_a_haystack_file_is_the_filler(checkpoint, tmp_path):
     tokenizer = Tokenizer.load(checkpoint)
     (needle,) = _evaluate_needle.make_needles([case], tokenizer, args)
     text = tokenizer.decode(needle.prompt)
-    assert text.startswith(" zebra zebra zebra") and "river" not in text
+    filler = (" zebra" * 100).find(text[:20])  # begins at a random token of it
+    assert 0 <= filler < len(" zebra") and "river" not in text
     assert f"The pass key is {needle.key}." in text
 
 
