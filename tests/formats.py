@@ -282,7 +282,6 @@ def meta_params(config, vision=False):
         "rope_theta": config["rope_theta"],
         "use_scaled_rope": config["rope_scaling"] is not None,
         "use_qk_norm": config["use_qk_norm"],
-        "attn_temperature_tuning": True,
         "floor_scale": config["floor_scale"],
         "attn_scale": config["attn_scale"],
         "attention_chunk_size": config["attention_chunk_size"],

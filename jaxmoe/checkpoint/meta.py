@@ -54,7 +54,7 @@ def _text(args: dict[str, Any]) -> dict[str, Any]:
         "no_rope_layer_interval": args.get("nope_layer_interval") or 4,
         "attention_chunk_size": args.get("attention_chunk_size"),
         "use_qk_norm": bool(args.get("use_qk_norm", False)),
-        "attn_temperature_tuning": bool(args.get("attn_temperature_tuning", False)),
+        "attn_temperature_tuning": bool(args.get("attn_temperature_tuning", True)),
         "floor_scale": int(args.get("floor_scale", 8192)),
         "attn_scale": args.get("attn_scale", 0.1),
     }
