@@ -26,10 +26,14 @@ def create_array(
     Args:
         block: the shape of what is written at once, a file each.
         chunk: of what is read at once; default: about `CHUNK_BYTES`.
+
+    Raises:
+        UserError: if the file system refuses.
     """
     metadata = _zarr_metadata(shape, dtype, block, chunk)
     spec = {**_spec(path), "create": True, "delete_existing": True, "metadata": metadata}
-    return ts.open(spec).result()
+    with writes(path):
+        return ts.open(spec).result()
 
 
 def open_array(path: Path) -> ts.TensorStore:
@@ -74,6 +78,15 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(f"{path} is damaged: {reason(error)}; make it again.") from error
+
+
+@contextlib.contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """The same of what cannot be written."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path} cannot be written: {reason(error)}.") from error
 
 
 def reason(error: Exception) -> str:

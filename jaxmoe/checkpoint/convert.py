@@ -1,6 +1,8 @@
 """Checkpoints of others -> one that loads onto any mesh: tensor by tensor, in bounded memory."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,8 +24,10 @@ from jaxmoe.checkpoint.store import (
     read_metadata,
 )
 from jaxmoe.checkpoint.transfer import Error, Job, plan, target_formats
-from jaxmoe.checkpoint.workspace import RESULT, Resumable
+from jaxmoe.checkpoint.workspace import RESULT, Resumable, writable
 from jaxmoe.errors import UserError
+
+SAMPLE_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,7 @@ def convert(
 ) -> Report:
     """Converts a checkpoint to one that `store.load` reads.
 
-    All names, shapes and file sizes are checked before anything is written. Killed and called again
+    Names, shapes, dtypes and file sizes are checked before anything is written. Killed and called again
     with the same arguments it goes on, and repeats at most the tensor that was being read; the
     result is the same to the byte.
 
@@ -81,7 +85,7 @@ def convert(
         workspace.begin(sum(_written(job) for job in jobs))
         workspace.write_note({"identity": identity, "done": done})
     errors = _Errors(workspace.note.get("errors", {}))
-    with Writer(workspace.path) as writer:
+    with writable(workspace.output), Writer(workspace.path) as writer:
         count = resumed = sum(job.nbytes for job in jobs if job.name in done)
         total = sum(job.nbytes for job in jobs)
         progress(count, total)
@@ -96,7 +100,7 @@ def convert(
             workspace.write_note(note)
         names = [name for job in jobs for name in job.arrays]
         writer.finish(names, KEY, _metadata(found, formats, identity, errors))
-    copy_companions(Path(source), workspace.path / RESULT)
+        copy_companions(Path(source), workspace.path / RESULT)
     workspace.finish()
     return Report(_count(found), total, len(found.left_out), resumed, errors.by_kind)
 
@@ -115,6 +119,9 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
     found = open_source(source, text_only)
     if options.get("sources") != found.files.files:
         raise UserError(f"{checkpoint} was made of other files than those in {source}.")
+    made = model_metadata(found.config, found.dtype(found.groups[0]).name)
+    if metadata["config"] != json.loads(json.dumps(made["config"])):
+        raise UserError(f"{checkpoint} has another configuration than {source}; convert it again.")
     _check_copies(found)
     jobs = plan(found, target_formats(found, weights), weights)
     total, count = sum(job.nbytes for job in jobs), 0
@@ -132,9 +139,20 @@ def _identity(found: Source, weights: str | None, text_only: bool) -> dict[str, 
         "version": made["version"],
         "config": made["config"],
         "sources": found.files.files,
+        "samples": [_sample(found.files.folder / file["name"]) for file in found.files.files],
         "weights": weights,
         "text_only": text_only,
     }
+
+
+def _sample(file: Path) -> str:
+    """SHA-256 of the ends and the middle: headers of two models of one shape are equal."""
+    digest, size = hashlib.sha256(), file.stat().st_size
+    with open(file, "rb") as stream:
+        for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+            stream.seek(start)
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _done(workspace: Resumable, identity: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +97,25 @@ def _tensors(checkpoint: Checkpoint, weights: str | None) -> list[_Tensor]:
     if not widens:
         _check_formats(checkpoint)
     arrays = checkpoint.open_arrays(vision=True)
-    experts = any(names.EACH in name for name in formats)
-    rows = names.TEXT + (names.UNFUSED if experts else names.FUSED) + names.LAST + names.VISION
-    specs = checkpoint.specs(vision=True)
-    prefix = names.TEXT_PREFIX if checkpoint.outer is not None else ""
+    shapes = array_shapes(checkpoint.config, formats, checkpoint.specs(vision=True))
     tensors = []
-    for group in expand(rows, array_shapes(checkpoint.config, formats, specs)):
+    for group in expand(_rows(formats), shapes):
         read = _reader(checkpoint, group, arrays, weights)
         for name, shape in group.tensors.items():
-            full = name if names.is_vision(name) else prefix + name
-            tensors.append(_tensor(group, name, full, shape, *read))
+            tensors.append(_tensor(group, name, _full(checkpoint, name), shape, *read))
     return tensors
+
+
+def _rows(formats: Iterable[str]) -> tuple[names.Row, ...]:
+    """compressed-tensors has a tensor for each expert."""
+    apart = any(names.EACH in name for name in formats)
+    return names.TEXT + (names.UNFUSED if apart else names.FUSED) + names.LAST + names.VISION
+
+
+def _full(checkpoint: Checkpoint, name: str) -> str:
+    """A tensor's name in the file: beside a vision tower the text model's have a prefix."""
+    nested = checkpoint.outer is not None and not names.is_vision(name)
+    return names.TEXT_PREFIX + name if nested else name
 
 
 def _check_formats(checkpoint: Checkpoint) -> None:
@@ -219,17 +227,13 @@ def _config(checkpoint: Checkpoint, dtype: str, weights: str | None) -> dict[str
 
 def _plain_modules(checkpoint: Checkpoint) -> list[str]:
     """Names of the Linear modules that are not quantized."""
-    shapes = array_shapes(checkpoint.config, {}, checkpoint.specs(vision=True))
-    plain = {name: shape for name, shape in shapes.items() if name not in checkpoint.formats}
-    prefix = names.TEXT_PREFIX if checkpoint.outer is not None else ""
-    rows = names.TEXT + names.FUSED + names.LAST + names.VISION
-    modules = []
-    for group in expand(rows, plain):
-        for name in group.tensors:
-            if group.layout.in_axes:
-                full = name if names.is_vision(name) else prefix + name
-                modules.append(full.removesuffix(".weight"))
-    return modules
+    shapes = array_shapes(checkpoint.config, checkpoint.formats, checkpoint.specs(vision=True))
+    return [
+        _full(checkpoint, name).removesuffix(".weight")
+        for group in expand(_rows(checkpoint.formats), shapes)
+        for name in group.tensors
+        if group.layout.in_axes and not group.ours[0].endswith(".scale")
+    ]
 
 
 def _index(files: dict[str, list[_Tensor]], total: int) -> dict:

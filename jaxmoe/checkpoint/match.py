@@ -10,6 +10,8 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 
 Shape = tuple[int, ...]
+FLOATS = ("BF16", "F16", "F32")
+DTYPES_OF = {"qvalue": ("F8_E4M3", "I8"), "packed": ("I32",)}  # of anything else FLOATS
 
 
 def match(
@@ -32,6 +34,7 @@ def match(
         UserError: naming the first tensor that is missing, unknown, there twice, or of another
             shape or dtype than can be read.
     """
+    groups = list(groups)
     wanted = _wanted(groups)
     found: dict[str, str] = {}
     left_out = []
@@ -52,6 +55,8 @@ def match(
                 "download it again or correct the configuration."
             )
         _check(files, found[name], shape)
+    for group in groups:
+        _check_dtypes(files, group, found)
     return found, left_out
 
 
@@ -76,6 +81,21 @@ def _check(files: TensorFiles, name: str, shape: Shape) -> None:
             f"{entry.file} holds {name} with shape {list(entry.shape)}, but the configuration asks "
             f"for {list(shape)}; correct it or download the model again."
         )
+
+
+def _check_dtypes(files: TensorFiles, group: Group, found: dict[str, str]) -> None:
+    """One dtype for all tensors of a group, and one that what they hold may have."""
+    stored = "packed" if group.layout.packed else group.ours[0].rpartition(".")[2]
+    allowed = DTYPES_OF.get(stored, FLOATS)
+    entries = {name: files.tensors[found[name]] for name in (*group.tensors, *group.copies)}
+    first = next(iter(entries.values())).dtype
+    for name, entry in entries.items():
+        if entry.dtype not in allowed or entry.dtype != first:
+            expected = first if first in allowed else " or ".join(allowed)
+            raise UserError(
+                f"{entry.file} holds {found[name]} as {entry.dtype}, but {expected} is expected; "
+                "download the model again."
+            )
 
 
 def _refuse_unknown(name: str, wanted: Iterable[str], source: str) -> None:

@@ -37,10 +37,10 @@ from jaxmoe.checkpoint.arrays import (
     open_array,
     path_of,
     readable,
-    reason,
+    writes,
 )
 from jaxmoe.checkpoint.tensors import Format, array_shapes
-from jaxmoe.checkpoint.workspace import RESULT, workspace_of
+from jaxmoe.checkpoint.workspace import ARRAYS, RESULT, workspace_of
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import from_hf, to_hf, vision_from_hf
@@ -95,7 +95,7 @@ class Writer:
     """
 
     def __init__(self, workspace: Path):
-        self._arrays = workspace / "arrays"
+        self._arrays = workspace / ARRAYS
         self._result = workspace / RESULT
         self._pending: list[tuple[Path, ts.WriteFutures]] = []
 
@@ -138,10 +138,8 @@ class Writer:
         """Returns once all that was written is on disk."""
         while self._pending:
             path, done = self._pending[0]
-            try:
+            with writes(path):
                 done.result()
-            except ValueError as error:
-                raise UserError(f"{path} cannot be written: {reason(error)}.") from error
             del self._pending[0]
 
     def finish(self, names: Iterable[str], key: str, metadata: dict[str, Any]) -> None:
@@ -154,7 +152,8 @@ class Writer:
         names = list(names)
         for name in names:
             self.reopen(name)
-        _save(self._result, nested(names), key, metadata)
+        with writes(self._result):
+            _save(self._result, nested(names), key, metadata)
         _forget_when_and_where(self._result)
         for name in names:
             shutil.rmtree(self._result / STATE / name)

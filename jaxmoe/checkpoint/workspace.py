@@ -10,6 +10,7 @@ from typing import Any
 from jaxmoe.errors import UserError
 
 RESULT = "result"  # in a workspace: what becomes the output
+ARRAYS = "arrays"  # in a workspace: what the result is put together from
 NOTE = "progress.json"  # in the workspace of a job that goes on where it was killed
 
 
@@ -71,13 +72,21 @@ class Resumable:
         self.output = output
         self.path = workspace_path(output)
         self.note: dict[str, Any] = {}
+        if not self._holds_work():
+            return
         try:
             self.note = json.loads((self.path / NOTE).read_text())
         except (OSError, ValueError):
-            if self.path.exists() and any(self.path.iterdir()):
-                raise UserError(
-                    f"{self.path} is left from an interrupted run; delete it and run again."
-                ) from None
+            raise UserError(
+                f"{self.path} is left from an interrupted run; delete it and run again."
+            ) from None
+
+    def _holds_work(self) -> bool:
+        """Not if a run was killed before its first array, or once its result had its place."""
+        if not self.path.is_dir():
+            return self.path.exists()
+        left = {path.name for path in self.path.iterdir()} - {NOTE, NOTE + ".new"}
+        return left != set() and (left != {ARRAYS} or any((self.path / ARRAYS).iterdir()))
 
     def begin(self, nbytes: int) -> None:
         """Makes an empty workspace.

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 from jaxmoe import mesh as meshes
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.arrays import open_array, read_slice
-from jaxmoe.checkpoint.workspace import Resumable
+from jaxmoe.checkpoint.workspace import Resumable, writable
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generate.document import SEGMENT, Document, check_length, new_document, read
@@ -91,7 +91,7 @@ def read_document(
     identity = _identity(config, params, kv) | _text(tokens)
     workspace = Resumable(Path(output))
     saved = _saved(workspace, identity)
-    with store.Writer(workspace.path) as writer:
+    with writable(workspace.output), store.Writer(workspace.path) as writer:
         if saved:
             document = _restore(config, identity["kv"], writer.reopen, saved, len(tokens) - saved)
             arrays = {part.name: writer.reopen(part.name) for part in _parts(config, document)}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -252,20 +253,60 @@ def test_interrupted_conversion_goes_on(tmp_path, small_blocks, error):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "once", "out"]
 
 
-@pytest.mark.parametrize("change", ["weights", "source"])
+@pytest.mark.parametrize("change", ["weights", "config", "numbers"])
 def test_another_conversion_was_interrupted(tmp_path, change):
     source = checkpoint(tmp_path / "hf")
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", interrupted_at(0.5))
     left = files(tmp_path / "out.partial")
     options = {"weights": "int8"} if change == "weights" else {}
-    if change == "source":
+    if change == "config":
         checkpoint(tmp_path / "hf", {**CONFIG, "rope_theta": 7.0})
+    if change == "numbers":  # as of another training run: headers are equal
+        checkpoint(tmp_path / "hf", tensors=tiny.random_tensors(CONFIG, seed=2))
     with pytest.raises(
         UserError, match=r"out\.partial is left from a conversion of another source"
     ):
         convert(source, tmp_path / "out", **options)
     assert files(tmp_path / "out.partial") == left
+
+
+def killed_at(monkeypatch, owner, name, nth):
+    """The nth call of a function of the file system is the last thing that is done."""
+    original, calls = getattr(owner, name), []
+
+    def function(*arguments, **more):
+        calls.append(0)
+        if len(calls) > nth:
+            raise KeyboardInterrupt
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, function)
+
+
+@pytest.mark.parametrize("owner, name", [(Path, "rename"), (shutil, "rmtree"), (Path, "mkdir")])
+def test_killed_between_file_operations(tmp_path, monkeypatch, owner, name):
+    """At each of them in turn, until none is left; then it goes on, or the output is whole."""
+    source = checkpoint(tmp_path / "hf", tiny.maverick_like(num_hidden_layers=2), two())
+    convert(source, tmp_path / "once")
+    expected = files(tmp_path / "once")
+    for nth in range(200):
+        output = tmp_path / str(nth)
+        with monkeypatch.context() as patch:
+            killed_at(patch, owner, name, nth)
+            try:
+                convert(source, output)
+                break
+            except KeyboardInterrupt:
+                pass
+        if not output.exists():
+            convert(source, output)
+        assert files(output) == expected, nth
+    assert nth > 0
+
+
+def two():
+    return tiny.random_tensors(tiny.maverick_like(num_hidden_layers=2), seed=1)
 
 
 def test_shard_that_breaks_during_conversion(tmp_path, small_blocks):

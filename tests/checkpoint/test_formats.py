@@ -252,6 +252,38 @@ def test_a_config_that_says_quantized_of_plain_tensors(tmp_path):
         converted(tmp_path, described, tensors)
 
 
+def test_plain_experts_beside_quantized_ones_are_named(tmp_path):
+    """Layer 1 is plain: a reader must not look for its scales."""
+    config, tensors = model("maverick")
+    described, stored, _ = formats.in_fp8(config, tensors)
+    plain = formats.unfused(config, tensors)
+    for name in [name for name in stored if "layers.1." in name and ".experts." in name]:
+        del stored[name]
+    stored |= {n: w for n, w in plain.items() if "layers.1." in n and ".experts." in n}
+    export(converted(tmp_path, described, stored), tmp_path / "back")
+    assert_same_bytes(read_all(tmp_path / "back"), stored)
+    written = json.loads((tmp_path / "back/config.json").read_text())["quantization_config"]
+    experts = {name for name in written["ignore"] if ".experts." in name}
+    assert experts == {n.removesuffix(".weight") for n in plain if "1.feed_forward.experts." in n}
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("model.layers.0.input_layernorm.weight", np.int32),
+        ("model.layers.0.self_attn.q_proj.weight", formats.FP8),
+        ("model.layers.3.feed_forward.experts.2.gate_proj.weight", np.float32),
+        ("model.layers.3.feed_forward.experts.2.gate_proj.weight_scale", np.float32),
+    ],
+)
+def test_dtypes_that_do_not_fit(tmp_path, name, dtype):
+    described, stored, _ = formats.in_fp8(*model("maverick"))
+    stored[name] = stored[name].astype(dtype)
+    with pytest.raises(UserError, match=rf"holds {name} as .* is expected"):
+        converted(tmp_path, described, stored)
+    assert not (tmp_path / "orbax.partial").exists()
+
+
 @pytest.mark.parametrize("break_it", ["scale", "expert", "dtype"])
 def test_bad_quantized_tensors(tmp_path, break_it):
     described, stored, _ = formats.in_fp8(*model("maverick"))
