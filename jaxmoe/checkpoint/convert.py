@@ -59,9 +59,9 @@ def convert(
 ) -> Report:
     """Converts a checkpoint to one that `store.load` reads.
 
-    Names, shapes, dtypes and file sizes are checked before anything is written. Killed and called again
-    with the same arguments it goes on, and repeats at most the tensor that was being read; the
-    result is the same to the byte.
+    Names, shapes, dtypes and file sizes are checked before anything is written. Killed and called
+    again with the same arguments it goes on, and repeats at most the tensor that was being read;
+    the result is the same to the byte.
 
     Args:
         source: a folder with `config.json` and safetensors, or with Meta's `consolidated.*.pth`.

@@ -51,7 +51,8 @@ def _text(args: dict[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": args["norm_eps"],
         "rope_theta": args["rope_theta"],
         "rope_scaling": _rope_scaling(args),
-        "no_rope_layer_interval": args.get("nope_layer_interval") or 4,
+        # null: every layer is rotary
+        "no_rope_layer_interval": args.get("nope_layer_interval", 4) or args["n_layers"] + 1,
         "attention_chunk_size": args.get("attention_chunk_size"),
         "use_qk_norm": bool(args.get("use_qk_norm", False)),
         "attn_temperature_tuning": bool(args.get("attn_temperature_tuning", True)),

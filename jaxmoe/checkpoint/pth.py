@@ -15,8 +15,6 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from jaxmoe.checkpoint.pickles import ITEMSIZE, ExtraState, Storage, Tensor, unpickle
 from jaxmoe.checkpoint.reader import Entry, TensorFiles
 from jaxmoe.errors import UserError
@@ -61,14 +59,6 @@ class PthFolder(TensorFiles):
             self._add_file(file, rank, "")
         for rank, file in enumerate(_find_scales(self.folder, self.ranks)):
             self._add_file(file, rank, ".scale")
-
-    def dtype(self, name: str) -> np.dtype:
-        """The dtype of a tensor; bytes, as which float8 may be stored, stay bytes.
-
-        Raises:
-            UserError: if it cannot be read.
-        """
-        return np.dtype(np.uint8) if self.tensors[name].dtype == "U8" else super().dtype(name)
 
     def _add_file(self, file: Path, rank: int, suffix: str) -> None:
         entries, record = _read_file(file)

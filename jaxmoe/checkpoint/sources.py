@@ -100,9 +100,14 @@ def _around(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 def _vision_specs(config, mapping, origin: str, files: TensorFiles) -> dict[str, ParamSpec] | None:
     """None if the files hold no vision tower."""
-    vision = vision_from_hf(mapping, origin)
-    if vision is None or not any(names.is_vision(name) for name in files.tensors):
+    if not any(names.is_vision(name) for name in files.tensors):
         return None
+    vision = vision_from_hf(mapping, origin)
+    if vision is None:
+        raise UserError(
+            f"{origin} does not describe the vision tower that is there; correct it, or use "
+            "--text-only."
+        )
     return vision_specs(config, vision)
 
 
@@ -119,7 +124,8 @@ def _quantized(config: Llama4Config, rows: tuple[Row, ...], plain: Mapping[str, 
         kind = QUANTIZED.get(files.tensors[weight].dtype) if weight else None
         kind = "int4" if words else kind
         inputs = spec.matrix_shape[-2]
-        if kind is None or outputs != spec.matrix_shape[-1] or inputs % groups:
+        fits = outputs == spec.matrix_shape[-1] and inputs % (2 * groups if words else groups) == 0
+        if kind is None or not fits:
             raise UserError(
                 f"{files.tensors[scale].file} holds {scale}, but its weight is no matrix of "
                 f"{', '.join(QUANTIZED)} or packed words with these scales; download it again."

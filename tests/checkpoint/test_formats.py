@@ -102,7 +102,22 @@ def test_a_tower_that_lacks_a_tensor(tmp_path):
         converted(tmp_path, config, tensors)
 
 
+def test_a_tower_that_the_config_does_not_describe(tmp_path):
+    config, tensors = formats.multimodal(*model("scout"))
+    del config["vision_config"]
+    with pytest.raises(UserError, match="does not describe the vision tower"):
+        converted(tmp_path, config, tensors)
+
+
 # compressed-tensors
+
+
+def test_groups_that_cannot_be_paired(tmp_path):
+    described, stored, _ = formats.in_w4a16(*model("maverick"))
+    name = "model.layers.0.feed_forward.gate_proj.weight_scale"
+    stored[name] = np.ones((128, 64), stored[name].dtype)  # a scale for every input
+    with pytest.raises(UserError, match="with these scales"):
+        converted(tmp_path, described, stored)
 
 
 @pytest.mark.parametrize("like", LIKE)
