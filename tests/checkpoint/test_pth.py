@@ -516,9 +516,11 @@ def test_torch_reads_and_writes_the_same(tmp_path):
     subprocess.run([python, "-W", "ignore", "-c", TORCH, str(tmp_path)], check=True)
     folder = PthFolder(tmp_path)
     theirs = {"bf16": ours["bf16"], "f16": W.astype(np.float16), "f8": f8, "f32": W}
-    theirs |= {"bytes": f8.view(np.uint8), "rows": W[1:3], "scalar": W[1, 1], "empty": W[:0]}
-    theirs["parameter"] = f8
-    assert folder.tensors.keys() == {f"0:{name}" for name in theirs} | {"1:weight", "1:bias"}
+    theirs |= {"rows": W[1:3], "scalar": W[1, 1], "empty": W[:0], "parameter": f8}
+    others = {"0:bytes", "1:weight", "1:bias"}
+    assert folder.tensors.keys() == {f"0:{name}" for name in theirs} | others
+    with pytest.raises(UserError, match="holds 0:bytes as U8"):  # found, but no weight
+        folder.read("0:bytes", 0, W.size)
     for name, tensor in theirs.items():
         assert folder.tensors[f"0:{name}"].shape == tensor.shape
         read = folder.read(f"0:{name}", 0, tensor.size)
