@@ -5,7 +5,10 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +30,18 @@ def ask_oracle():
 
         yield ask
         process.stdin.close()
+
+
+@pytest.fixture
+def transformers(ask_oracle):
+    """A function that returns the logits and greedy tokens of a checkpoint."""
+
+    def ask(checkpoint, folder, tokens, decode_from):
+        request = {"checkpoint": str(checkpoint), "decode_from": decode_from, "greedy": NEW_TOKENS}
+        request |= {"tokens": str(folder / "in.npz"), "output": str(folder / "out.npz")}
+        np.savez(request["tokens"], tokens=tokens)
+        ask_oracle(request)
+        with np.load(request["output"]) as answer:
+            return dict(answer)
+
+    return ask

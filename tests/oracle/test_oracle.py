@@ -18,26 +18,12 @@ from jaxmoe.generate.sampling import Sampling
 from tests import formats, tiny
 from tests.conftest import load_tiny, one_device
 from tests.oracle import draw
+from tests.oracle.conftest import NEW_TOKENS
 
 pytestmark = pytest.mark.oracle
 
 DRAWS = 20
-NEW_TOKENS = 24
 SEED = int(os.environ.get("JAXMOE_ORACLE_SEED", "0"))
-
-
-@pytest.fixture
-def transformers(ask_oracle):
-    """A function that returns the logits and greedy tokens of a checkpoint."""
-
-    def ask(checkpoint, folder, tokens, decode_from):
-        request = {"checkpoint": str(checkpoint), "decode_from": decode_from, "greedy": NEW_TOKENS}
-        request |= {"tokens": str(folder / "in.npz"), "output": str(folder / "out.npz")}
-        np.savez(request["tokens"], tokens=tokens)
-        ask_oracle(request)
-        return np.load(request["output"])
-
-    return ask
 
 
 def greedy(model, prompts):
