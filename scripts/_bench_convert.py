@@ -1,4 +1,4 @@
-"""`benchmark.py convert`: rate and peak memory of converting and loading, beside `cp`."""
+"""`benchmark.py convert`: rate and peak memory of converting beside `cp`, loading and running."""
 
 import argparse
 import dataclasses
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,26 @@ from jaxmoe.checkpoint.store import load
 from jaxmoe.mesh import MeshConfig
 jax.block_until_ready(load(sys.argv[1], MeshConfig.parse("fsdp=8").make()))
 """
+RUN = """
+import sys
+import jax
+from jaxmoe.checkpoint.store import load
+from jaxmoe.evaluate import greedy_answer
+from jaxmoe.mesh import MeshConfig
+mesh = MeshConfig().make()
+config, params = load(sys.argv[1], mesh)
+with jax.set_mesh(mesh):
+    greedy_answer(config, params, range(1, 17), 4)
+"""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("convert", help="converting and loading, beside cp; on this CPU")
+    parser = commands.add_parser(
+        "convert", help="converting beside cp, loading, running; on this CPU"
+    )
     parser.set_defaults(start=run_convert)
     parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
-    parser.add_argument("--folder", help="for 24 GB of files; default: the system's")
+    parser.add_argument("--folder", help="for 20 GB of files; default: the system's")
     parser.add_argument("--rounds", type=int, default=3, help="cp and each conversion, in turn")
 
 
@@ -55,39 +69,54 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def benchmark_convert(folder: Path, rounds: int) -> dict:
     """All of it in one run; the source lies in the page cache for all."""
-    source = folder / "hf"
-    nbytes = write_source(source)
+    nbytes = write_source(folder / "hf")
     ways = {
         "cp": ["cp", "-r"],
         "convert": [sys.executable, SCRIPTS / "convert.py"],
         "convert --weights int8": [sys.executable, SCRIPTS / "convert.py", "--weights=int8"],
+        "convert --weights int4": [sys.executable, SCRIPTS / "convert.py", "--weights=int4"],
     }
-    runs: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
-    with task_progress("Measuring", rounds * len(ways) + 2, "runs") as advance:
-        for _ in range(rounds):
-            for way, command in ways.items():
-                output = folder / "output"
-                runs[way].append(measure([*command, source, output]))
-                kept = folder / way.replace(" ", "")
-                shutil.rmtree(kept, ignore_errors=True)
-                output.rename(kept) if way != "cp" else shutil.rmtree(output)
-                advance(1)
-        loads = {}
-        for way in list(ways)[1:]:
-            kept = folder / way.replace(" ", "")
-            seconds, peak = measure([sys.executable, "-c", LOAD, kept])
-            loads[way] = {"bytes": size_of(kept), "seconds": seconds, "peak_bytes": peak}
-            advance(1)
+    with task_progress("Measuring", rounds * len(ways) + 2 * (len(ways) - 1), "runs") as advance:
+        found = [_convert_round(ways, folder, advance) for _ in range(rounds)]
+        made = {way: _kept(folder, way) for way in ways if way != "cp"}
+        used = {
+            name: {way: _use(code, checkpoint, advance) for way, checkpoint in made.items()}
+            for name, code in (("loads", LOAD), ("answers", RUN))
+        }
     summary = {
         way: {
-            "seconds": statistics.median(seconds for seconds, _ in found),
-            "peak_bytes": max(peak for _, peak in found),
+            "seconds": statistics.median(each[way][0] for each in found),
+            "peak_bytes": max(each[way][1] for each in found),
         }
-        for way, found in runs.items()
+        for way in ways
     }
     run = {"date": today(), "versions": versions(), "rounds": rounds, "bytes": nbytes}
     bare = bare_interpreter()
-    return {"run": run, "bare_interpreter_bytes": bare, "ways": summary, "loads": loads}
+    return {"run": run, "bare_interpreter_bytes": bare, "ways": summary} | used
+
+
+def _convert_round(ways: dict[str, list], folder: Path, advance) -> dict[str, tuple[float, int]]:
+    """Each way once; what the conversions made is kept."""
+    measured = {}
+    for way, command in ways.items():
+        output = _kept(folder, way)
+        shutil.rmtree(output, ignore_errors=True)
+        measured[way] = measure([*command, folder / "hf", output])
+        advance(1)
+        if way == "cp":
+            shutil.rmtree(output)
+    return measured
+
+
+def _kept(folder: Path, way: str) -> Path:
+    return folder / way.replace(" ", "")
+
+
+def _use(code: str, checkpoint: Path, advance: Callable[[int], None]) -> dict[str, float]:
+    """What a process of its own takes to load a checkpoint, and perhaps to run it."""
+    seconds, peak = measure([sys.executable, "-c", code, checkpoint])
+    advance(1)
+    return {"bytes": size_of(checkpoint), "seconds": seconds, "peak_bytes": peak}
 
 
 def measure(command: list) -> tuple[float, int]:
@@ -164,4 +193,7 @@ def convert_table(figures: dict) -> Table:
         part = found["peak_bytes"] / found["bytes"]
         peak = f"{found['peak_bytes'] / 1e9:.2f}, {part:.2f} of its size"
         table.add_row(f"loading {way} onto 8 devices", f"{rate:.2f}", "", peak)
+    for way, found in figures["answers"].items():
+        beyond = (found["peak_bytes"] - found["bytes"]) / 1e9
+        table.add_row(f"running {way}", "", "", f"{beyond:.2f} beyond the weights")
     return table

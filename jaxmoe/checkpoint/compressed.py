@@ -9,10 +9,11 @@ KEY = "quantization_config"
 METHOD = "compressed-tensors"
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
 NAMES = {"fp8": ("float-quantized", "float"), "int8": ("int-quantized", "int")}
+KINDS = {("float", 8): "fp8", ("int", 8): "int8", ("int", 4): "int4"}  # by type and num_bits
 
 
-def check(mapping: Mapping[str, Any], source: str) -> bool:
-    """Whether a config.json says that matrices are quantized, in a way that can be read.
+def kinds(mapping: Mapping[str, Any], source: str) -> set[str]:
+    """How a config.json says that matrices are quantized: "fp8", "int8", "int4", or not at all.
 
     Raises:
         UserError: for another method, or what has no place in this project: zero points, and
@@ -20,7 +21,7 @@ def check(mapping: Mapping[str, Any], source: str) -> bool:
     """
     found = mapping.get(KEY) or mapping.get("text_config", {}).get(KEY)
     if found is None:
-        return False
+        return set()
     if not isinstance(found, Mapping) or found.get("quant_method") != METHOD:
         method = found.get("quant_method") if isinstance(found, Mapping) else found
         _refuse(source, f"quant_method {method!r}", METHOD)
@@ -29,15 +30,21 @@ def check(mapping: Mapping[str, Any], source: str) -> bool:
     groups = found.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         _refuse(source, "no config_groups", "one group or more")
-    for group in groups.values():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if not isinstance(weights, Mapping):
-            _refuse(source, "a group without weights", "weights in each")
-        if not weights.get("symmetric", True):
-            _refuse(source, "weights with zero points", "symmetric ones")
-        if weights.get("actorder") not in (None, False, "weight", "static"):
-            _refuse(source, f"actorder {weights['actorder']!r}", "inputs in their own order")
-    return True
+    return {_kind(group, source) for group in groups.values()}
+
+
+def _kind(group: Any, source: str) -> str:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        _refuse(source, "a group without weights", "weights in each")
+    if not weights.get("symmetric", True):
+        _refuse(source, "weights with zero points", "symmetric ones")
+    if weights.get("actorder") not in (None, False, "weight", "static"):
+        _refuse(source, f"actorder {weights['actorder']!r}", "inputs in their own order")
+    stored = weights.get("type", "int"), weights.get("num_bits", 8)
+    if stored not in KINDS:
+        _refuse(source, f"{stored[0]} weights of {stored[1]} bits", ", ".join(KINDS.values()))
+    return KINDS[stored]
 
 
 def _refuse(source: str, found: str, expected: str) -> NoReturn:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,30 +79,42 @@ def convert(
     formats = target_formats(found, weights)
     jobs = plan(found, formats, weights)
     identity = _identity(found, weights, text_only)
-    workspace = Resumable(Path(output))
-    done = _done(workspace, identity)
-    if not workspace.note:
-        workspace.begin(sum(_written(job) for job in jobs))
-        workspace.write_note({"identity": identity, "done": done})
-    errors = _Errors(workspace.note.get("errors", {}))
-    with writable(workspace.output), Writer(workspace.path) as writer:
-        count = resumed = sum(job.nbytes for job in jobs if job.name in done)
+    with Resumable(Path(output)) as workspace:
+        done = _done(workspace, identity)
+        if not workspace.note:
+            workspace.begin(sum(_written(job) for job in jobs))
+            workspace.write_note({"identity": identity, "done": done})
+        errors = _Errors(workspace.note.get("errors", {}))
         total = sum(job.nbytes for job in jobs)
-        progress(count, total)
-        for job in jobs:
-            if job.name in done:
-                continue
-            for nbytes in _write(job, writer, errors):
-                count += nbytes
-                progress(count, total)
-            done.append(job.name)
-            note = {"identity": identity, "done": done, "errors": errors.by_kind}
-            workspace.write_note(note)
-        names = [name for job in jobs for name in job.arrays]
-        writer.finish(names, KEY, _metadata(found, formats, identity, errors))
-        copy_companions(Path(source), workspace.path / RESULT)
-    workspace.finish()
+        resumed = sum(job.nbytes for job in jobs if job.name in done)
+        with writable(workspace.output), Writer(workspace.path) as writer:
+            _work(jobs, writer, workspace, errors, lambda done: progress(done, total))
+            names = [name for job in jobs for name in job.arrays]
+            writer.finish(names, KEY, _metadata(found, formats, identity, errors))
+            copy_companions(Path(source), workspace.path / RESULT)
+        workspace.finish()
     return Report(_count(found), total, len(found.left_out), resumed, errors.by_kind)
+
+
+def _work(
+    jobs: list[Job],
+    writer: Writer,
+    workspace: Resumable,
+    errors: "_Errors",
+    progress: Callable[[int], None],
+) -> None:
+    """Does the jobs that are not noted yet, and notes each."""
+    identity, done = workspace.note["identity"], list(workspace.note["done"])
+    count = sum(job.nbytes for job in jobs if job.name in done)
+    progress(count)
+    for job in jobs:
+        if job.name in done:
+            continue
+        for nbytes in _write(job, writer, errors):
+            count += nbytes
+            progress(count)
+        done.append(job.name)
+        workspace.write_note({"identity": identity, "done": done, "errors": errors.by_kind})
 
 
 def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_progress) -> Report:
@@ -117,7 +129,7 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
     options = metadata.get("conversion", {})
     weights, text_only = options.get("weights"), options.get("text_only", False)
     found = open_source(source, text_only)
-    if options.get("sources") != found.files.files:
+    if options.get("sources") != _sources(found):
         raise UserError(f"{checkpoint} was made of other files than those in {source}.")
     made = model_metadata(found.config, found.dtype(found.groups[0]).name)
     if metadata["config"] != json.loads(json.dumps(made["config"])):
@@ -138,15 +150,20 @@ def _identity(found: Source, weights: str | None, text_only: bool) -> dict[str, 
     return {
         "version": made["version"],
         "config": made["config"],
-        "sources": found.files.files,
-        "samples": [_sample(found.files.folder / file["name"]) for file in found.files.files],
+        "sources": _sources(found),
         "weights": weights,
         "text_only": text_only,
     }
 
 
+def _sources(found: Source) -> list[dict[str, Any]]:
+    """What tells the files from those of other models; of their data only samples are read."""
+    folder = found.files.folder
+    return [file | {"sample_sha256": _sample(folder / file["name"])} for file in found.files.files]
+
+
 def _sample(file: Path) -> str:
-    """SHA-256 of the ends and the middle: headers of two models of one shape are equal."""
+    """Of the ends and the middle: headers of two models of one shape are equal."""
     digest, size = hashlib.sha256(), file.stat().st_size
     with open(file, "rb") as stream:
         for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):

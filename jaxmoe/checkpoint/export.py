@@ -1,6 +1,7 @@
 """A checkpoint -> the Hugging Face layout: `config.json`, safetensors, tokenizer files."""
 
 import dataclasses
+import functools
 import json
 import math
 import struct
@@ -98,9 +99,11 @@ def _tensors(checkpoint: Checkpoint, weights: str | None) -> list[_Tensor]:
         _check_formats(checkpoint)
     arrays = checkpoint.open_arrays(vision=True)
     shapes = array_shapes(checkpoint.config, formats, checkpoint.specs(vision=True))
+    # Blocks of gate and up follow one another, and each would decode all of its matrix again.
+    matrix = functools.lru_cache(maxsize=2)(functools.partial(_matrix, checkpoint, arrays))
     tensors = []
     for group in expand(_rows(formats), shapes):
-        read = _reader(checkpoint, group, arrays, weights)
+        read = _reader(checkpoint, group, arrays, matrix, weights)
         for name, shape in group.tensors.items():
             tensors.append(_tensor(group, name, _full(checkpoint, name), shape, *read))
     return tensors
@@ -132,13 +135,13 @@ def _check_formats(checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.path} mixes {' and '.join(kinds)}; use --weights bf16.")
 
 
-def _reader(checkpoint: Checkpoint, group: Group, arrays, weights: str | None):
+def _reader(checkpoint: Checkpoint, group: Group, arrays, matrix, weights: str | None):
     """The dtype of a group's tensors, and a function from a slice to its parameters' blocks."""
     if group.ours[0] in checkpoint.formats:
         assert weights is not None
         dtype = np.dtype(FLOATS[weights])
         return dtype, lambda block: [
-            _widened(checkpoint, name, arrays, block, dtype) for name in group.ours
+            _widened(checkpoint, name, matrix, block).astype(dtype) for name in group.ours
         ]
     held: list[ts.TensorStore] = [arrays[name] for name in group.ours]
     dtypes = {array.dtype.numpy_dtype for array in held}
@@ -149,14 +152,21 @@ def _reader(checkpoint: Checkpoint, group: Group, arrays, weights: str | None):
     ]
 
 
-def _widened(checkpoint: Checkpoint, name: str, arrays, block: Block, dtype: np.dtype):
-    """A block of a quantized parameter, made of its whole matrix."""
-    experts = block.index[:1] if names.EACH in name else ()
-    qvalue, scale = (read_slice(arrays[f"{name}.{x}"], experts) for x in ("qvalue", "scale"))
+def _matrix(checkpoint: Checkpoint, arrays, name: str, expert: int | None) -> np.ndarray:
+    """A quantized parameter, or one expert's part of it, in float32 and its own shape."""
+    index = () if expert is None else (slice(expert, expert + 1),)
+    qvalue, scale = (read_slice(arrays[f"{name}.{x}"], index) for x in ("qvalue", "scale"))
     qvalue, scale = (x.reshape(x.shape[-2:]) for x in (qvalue, scale))
-    matrix = decode(qvalue, scale, checkpoint.formats[name].name)
-    shape = named_specs(checkpoint.config)[name].shape[len(experts) :]
-    return matrix.reshape(shape)[block.index[len(experts) :]].astype(dtype)
+    shape = named_specs(checkpoint.config)[name].shape[len(index) :]
+    return decode(qvalue, scale, checkpoint.formats[name].name).reshape(shape)
+
+
+def _widened(checkpoint: Checkpoint, name: str, matrix, block: Block) -> np.ndarray:
+    """A block of a quantized parameter."""
+    if names.EACH not in name:
+        return matrix(name, None)[block.index]
+    expert, *inner = block.index
+    return matrix(name, expert.start)[tuple(inner)]
 
 
 def _tensor(group: Group, stored: str, name: str, shape, dtype: np.dtype, read) -> _Tensor:

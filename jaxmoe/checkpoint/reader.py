@@ -98,8 +98,10 @@ class TensorFiles:
                         raise UserError(f"{entry.file} ends inside {name}; download it again.")
                     buffer = buffer[done:]
         except OSError as error:
-            reason = error.strerror
-            raise UserError(f"{entry.file} cannot be read at {name}: {reason}.") from None
+            raise UserError(
+                f"{entry.file} cannot be read at {name} ({error.strerror}); check its disk and run "
+                "again."
+            ) from None
         return data
 
 

@@ -78,7 +78,7 @@ def _open_hf(folder: Path, text_only: bool) -> Source:
     plain = {name.removeprefix(names.TEXT_PREFIX): name for name in files.tensors}
     rows = names.TEXT + (names.UNFUSED if _is_unfused(plain) else names.FUSED) + names.LAST
     formats, packed = _quantized(config, rows, plain, files)
-    _check_says(compressed.check(mapping, origin), formats, origin)
+    _check_says(compressed.kinds(mapping, origin), formats, origin)
     vision = None if text_only else _vision_specs(config, mapping, origin, files)
     specs = named_specs(config) | (vision or {})
     shapes = array_shapes(config, formats, specs)
@@ -150,13 +150,19 @@ def _two(files: TensorFiles, name: str) -> tuple[int, int]:
     return (shape[0], shape[1]) if len(shape) == 2 and shape[1] else (0, 1)
 
 
-def _check_says(says: bool, formats: Mapping[str, Format], origin: str) -> None:
+def _check_says(says: set[str], formats: Mapping[str, Format], origin: str) -> None:
     if says and not formats:
         raise UserError(f"{origin} says that matrices are quantized, but none is; correct it.")
     if formats and not says:
         raise UserError(
             f"{origin} has no {compressed.KEY}, but {min(formats)} is quantized; correct it."
         )
+    for name, (kind, _) in formats.items():
+        if kind not in says:
+            raise UserError(
+                f"{origin} says that matrices are in {' and '.join(sorted(says))}, but {name} is "
+                f"in {kind}; correct it."
+            )
 
 
 def _open_meta(folder: Path, text_only: bool) -> Source:

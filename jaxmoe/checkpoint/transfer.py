@@ -6,6 +6,7 @@ blocks are written by a conversion and compared by its verification.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -159,12 +160,14 @@ def _recode(source: Source, names, formats: Mapping[str, Format], weights: str |
     experts = [None] if len(spec.matrix_shape) == 2 else range(spec.matrix_shape[0])
 
     def steps():
+        parts = itertools.count(1)
         for expert in experts:
             matrices = _matrices(source, groups, names, expert)
             for name, matrix in zip(names, matrices, strict=True):
                 encoded, error = _encode(spec, matrix, formats.get(name), weights)
                 blocks = [(f"{name}{end}", *_at(expert, x)) for end, x in encoded.items()]
-                yield Step(blocks, nbytes // len(experts) // len(names), error)
+                n, total = next(parts), len(experts) * len(names)
+                yield Step(blocks, nbytes * n // total - nbytes * (n - 1) // total, error)
 
     return Job(arrays, nbytes, steps)
 

@@ -1,7 +1,9 @@
 """Where outputs are prepared: beside them, under another name, until a rename makes them whole."""
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,28 +60,57 @@ def prepared(output: Path) -> Iterator[Path]:
 class Resumable:
     """A workspace that outlives its run: what is noted there need not be done again.
 
+    A context: within it, no other run can take the same workspace.
+
     Attributes:
         path: the workspace.
         note: what was noted last; empty at first.
     """
 
     def __init__(self, output: Path):
-        """Finds what an earlier run noted.
-
-        Raises:
-            UserError: as `workspace_path`, or if the workspace is that of something else.
-        """
+        """Raises as `workspace_path`."""
         self.output = output
         self.path = workspace_path(output)
         self.note: dict[str, Any] = {}
+        self._lock = contextlib.ExitStack()
+
+    def __enter__(self) -> "Resumable":
+        """Finds what an earlier run noted.
+
+        Raises:
+            UserError: if the workspace is that of something else, or of a run that is going on.
+        """
+        if self.path.is_dir():
+            self._take()
         if not self._holds_work():
-            return
+            return self
         try:
             self.note = json.loads((self.path / NOTE).read_text())
         except (OSError, ValueError):
+            self._lock.close()
             raise UserError(
                 f"{self.path} is left from an interrupted run; delete it and run again."
             ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _take(self) -> None:
+        """Locks the folder itself; the lock ends with the process, however that ends."""
+        self._lock.close()
+        descriptor = os.open(self.path, os.O_RDONLY)
+        self._lock.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(
+                f"{self.path} is being written by another run; wait for it, or choose another "
+                "output."
+            ) from None
+        except OSError:
+            pass  # some network file systems lock no folders
 
     def _holds_work(self) -> bool:
         """Not if a run was killed before its first array, or once its result had its place."""
@@ -98,20 +129,35 @@ class Resumable:
         with writable(self.output):
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
+            self._take()
 
     def write_note(self, note: dict[str, Any]) -> None:
         """Replaces the note, at once or not at all; before it, what it tells must be on disk."""
         new = self.path / (NOTE + ".new")
         with writable(self.output):
-            new.write_text(json.dumps(note))
+            with open(new, "w") as file:
+                json.dump(note, file)
+                file.flush()
+                os.fsync(file.fileno())
             new.rename(self.path / NOTE)
+            _sync(self.path)
         self.note = note
 
     def finish(self) -> None:
         """`RESULT` becomes the output, and the workspace vanishes."""
         with writable(self.output):
             (self.path / RESULT).rename(self.output.resolve())
+            _sync(self.path.parent)
             shutil.rmtree(self.path)
+
+
+def _sync(folder: Path) -> None:
+    """Returns once what was renamed in a folder survives a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_space(folder: Path, nbytes: int) -> None:

@@ -89,29 +89,30 @@ def read_document(
     check_length(config, len(tokens))
     interval = _whole_chunks(config, interval)
     identity = _identity(config, params, kv) | _text(tokens)
-    workspace = Resumable(Path(output))
-    saved = _saved(workspace, identity)
-    with writable(workspace.output), store.Writer(workspace.path) as writer:
-        if saved:
-            document = _restore(config, identity["kv"], writer.reopen, saved, len(tokens) - saved)
-            arrays = {part.name: writer.reopen(part.name) for part in _parts(config, document)}
-        else:
-            document = new_document(config, params, len(tokens), kv)
-            workspace.begin(sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)))
-            workspace.write_note(identity | {"saved": 0})
-            arrays = _create(config, document, len(tokens), interval, writer)
-        yield saved
-        steps = read(config, params, document, tokens, segment=segment, pause=interval)
-        for document in steps:
-            if document.length % interval == 0:
-                _save_pages(config, document, saved, interval, arrays, writer)
-                saved = document.length
-                workspace.write_note(identity | {"saved": saved})
-            yield document.length
-        _save_pages(config, document, saved, interval, arrays, writer)
-        _save_rings(config, document, arrays, writer)
-        writer.finish(arrays, KEY, identity)
-    workspace.finish()
+    with Resumable(Path(output)) as workspace:
+        saved = _saved(workspace, identity)
+        with writable(workspace.output), store.Writer(workspace.path) as writer:
+            if saved:
+                room = len(tokens) - saved
+                document = _restore(config, identity["kv"], writer.reopen, saved, room)
+                arrays = {part.name: writer.reopen(part.name) for part in _parts(config, document)}
+            else:
+                document = new_document(config, params, len(tokens), kv)
+                workspace.begin(sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)))
+                workspace.write_note(identity | {"saved": 0})
+                arrays = _create(config, document, len(tokens), interval, writer)
+            yield saved
+            steps = read(config, params, document, tokens, segment=segment, pause=interval)
+            for document in steps:
+                if document.length % interval == 0:
+                    _save_pages(config, document, saved, interval, arrays, writer)
+                    saved = document.length
+                    workspace.write_note(identity | {"saved": saved})
+                yield document.length
+            _save_pages(config, document, saved, interval, arrays, writer)
+            _save_rings(config, document, arrays, writer)
+            writer.finish(arrays, KEY, identity)
+        workspace.finish()
 
 
 def document_length(path: str | Path) -> int:

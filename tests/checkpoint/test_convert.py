@@ -1,7 +1,10 @@
 """Convert and export: byte for byte there and back, and nothing half-done that looks finished."""
 
+import errno
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxmoe.checkpoint import arrays, store
+from jaxmoe.checkpoint import arrays, reader, store
 from jaxmoe.checkpoint import export as export_module
 from jaxmoe.checkpoint import tensors as stored_tensors
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.export import export
+from jaxmoe.checkpoint.reader import SafetensorsFolder
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config
 from tests import tiny
@@ -305,6 +309,23 @@ def test_killed_between_file_operations(tmp_path, monkeypatch, owner, name):
     assert nth > 0
 
 
+def test_two_runs_with_one_output(tmp_path):
+    """The second is refused while the first goes on, which it does not disturb."""
+    source = checkpoint(tmp_path / "hf")
+    refusals = []
+
+    def second(done, total):
+        if not refusals and done > 0.5 * total:
+            with pytest.raises(UserError, match=r"out\.partial is being written by another run"):
+                convert(source, tmp_path / "out")
+            refusals.append(done)
+
+    convert(source, tmp_path / "out", second)
+    assert refusals
+    convert(source, tmp_path / "once")
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
 def two():
     return tiny.random_tensors(tiny.maverick_like(num_hidden_layers=2), seed=1)
 
@@ -318,6 +339,33 @@ def test_shard_that_breaks_during_conversion(tmp_path, small_blocks):
     assert not (tmp_path / "out").exists()
     shard.write_bytes(whole)
     assert convert(tmp_path / "hf", tmp_path / "out").resumed > 0
+
+
+class BadSector(io.FileIO):
+    """A file whose disk fails in its second half."""
+
+    def readinto(self, buffer):
+        if self.tell() > os.fstat(self.fileno()).st_size // 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().readinto(buffer)
+
+
+def test_read_error_in_the_middle(tmp_path, small_blocks, monkeypatch):
+    """Names file and tensor; what was done is kept, and the repaired disk's files end the same."""
+    source = checkpoint(tmp_path / "hf", shards=3)
+    convert(source, tmp_path / "once")
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "open", lambda file, *_, **__: BadSector(file), raising=False)
+        found = SafetensorsFolder(source).tensors
+        with pytest.raises(UserError) as caught:
+            convert(source, tmp_path / "out")
+    file, name = re.fullmatch(
+        r"(\S+) cannot be read at (\S+) \(Input/output error\); .* run again\.", str(caught.value)
+    ).groups()
+    assert str(found[name].file) == file
+    assert not (tmp_path / "out").exists()
+    assert convert(source, tmp_path / "out").resumed > 0
+    assert files(tmp_path / "out") == files(tmp_path / "once")
 
 
 def test_killed_conversion_goes_on(tmp_path, small_blocks):

@@ -240,6 +240,10 @@ def test_quantized_with_other_dtype(tmp_path):
     assert params["embed"].dtype == jnp.float32
 
 
+def says(**changes):
+    return {"config_groups": {"a": {"weights": {"type": "float", "num_bits": 8} | changes}}}
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -247,6 +251,8 @@ def test_quantized_with_other_dtype(tmp_path):
         ({"format": "marlin-24"}, "format 'marlin-24'"),
         ({"config_groups": {"a": {"weights": {"symmetric": False}}}}, "zero points"),
         ({"config_groups": {"a": {"weights": {"actorder": "group"}}}}, "actorder 'group'"),
+        (says(type="int"), "matrices are in int8, but layers.1.feed_forward.experts.down is in fp8"),
+        (says(num_bits=4), "float weights of 4 bits"),
         (None, "has no quantization_config, but layers.1.feed_forward.experts.down is quantized"),
     ],
 )
