@@ -1,6 +1,7 @@
 """Arrays on disk: Zarr, one file a block, inside it chunks with a checksum each, by TensorStore."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import tensorstore as ts
 
 from jaxmoe.errors import UserError
 
-CHUNK_BYTES = 2**20  # read at once: less than any device's share of a large parameter
+# Read at once. Of 64 devices that divide a matrix of Scout or Maverick, each reads at most twice
+# its share; with 1 MiB it would be eight times.
+CHUNK_BYTES = 2**16
 
 
 def create_array(
@@ -20,30 +23,32 @@ def create_array(
     dtype: np.dtype,
     block: tuple[int, ...],
     chunk: tuple[int, ...] | None = None,
+    synced: bool = True,
 ) -> ts.TensorStore:
     """A new array in place of any that an interrupted run left.
 
     Args:
         block: the shape of what is written at once, a file each.
         chunk: of what is read at once; default: about `CHUNK_BYTES`.
+        synced: a write ends when it would survive a loss of power.
 
     Raises:
         UserError: if the file system refuses.
     """
     metadata = _zarr_metadata(shape, dtype, block, chunk)
-    spec = {**_spec(path), "create": True, "delete_existing": True, "metadata": metadata}
+    spec = {**_spec(path, synced), "create": True, "delete_existing": True, "metadata": metadata}
     with writes(path):
         return ts.open(spec).result()
 
 
-def open_array(path: Path) -> ts.TensorStore:
-    """One array, to be read in slices.
+def open_array(path: Path, synced: bool = True) -> ts.TensorStore:
+    """One array, to be read in slices, or to be written as `create_array` says.
 
     Raises:
         UserError: if it is missing or damaged.
     """
     with readable(path):
-        return ts.open(_spec(path.resolve())).result()
+        return ts.open(_spec(path.resolve(), synced)).result()
 
 
 def read_slice(
@@ -58,6 +63,18 @@ def read_slice(
         part = array[index]
         part = part if axes is None else part.transpose(axes)
         return part.read(order="C").result()
+
+
+def check_array(array: ts.TensorStore) -> None:
+    """Reads all of an array, every chunk of which has a checksum.
+
+    Raises:
+        UserError: if a part of it is missing or damaged.
+    """
+    block: Any = array.chunk_layout.write_chunk.shape
+    starts = (range(0, *x) for x in zip(array.shape, block, strict=True))
+    for start in itertools.product(*starts):
+        read_slice(array, tuple(slice(i, i + n) for i, n in zip(start, block, strict=True)))
 
 
 def path_of(array: ts.TensorStore) -> Path:
@@ -94,13 +111,14 @@ def reason(error: Exception) -> str:
     return str(error).splitlines()[0].partition(" [")[0].rstrip(".")
 
 
-def _spec(path: Path) -> dict[str, Any]:
+def _spec(path: Path, synced: bool) -> dict[str, Any]:
     """Which array; data that is missing is an error, never read as zeros."""
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path}/"},
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
+        "context": {"file_io_sync": synced},
     }
 
 

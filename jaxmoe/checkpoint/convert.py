@@ -5,29 +5,28 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint.arrays import open_array, path_of, read_slice
+from jaxmoe.checkpoint.arrays import check_array, open_array, path_of, read_slice
 from jaxmoe.checkpoint.sources import Source, open_source
 from jaxmoe.checkpoint.store import (
     KEY,
-    STATE,
     Progress,
-    Writer,
     copy_companions,
     model_metadata,
     no_progress,
     read_metadata,
 )
-from jaxmoe.checkpoint.transfer import Error, Job, plan, target_formats
-from jaxmoe.checkpoint.workspace import RESULT, Resumable, writable
+from jaxmoe.checkpoint.transfer import Error, Job, Step, plan, target_formats
+from jaxmoe.checkpoint.workspace import RESULT, Resumable, boot, writable
+from jaxmoe.checkpoint.writer import STATE, Writer
 from jaxmoe.errors import UserError
 
-SAMPLE_BYTES = 2**20
+SAMPLE, SAMPLE_BYTES = "sample_sha256", 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,42 +78,72 @@ def convert(
     formats = target_formats(found, weights)
     jobs = plan(found, formats, weights)
     identity = _identity(found, weights, text_only)
+    total = sum(job.nbytes for job in jobs)
     with Resumable(Path(output)) as workspace:
-        done = _done(workspace, identity)
+        _check_same(workspace, identity)
         if not workspace.note:
             workspace.begin(sum(_written(job) for job in jobs))
-            workspace.write_note({"identity": identity, "done": done})
-        errors = _Errors(workspace.note.get("errors", {}))
-        total = sum(job.nbytes for job in jobs)
-        resumed = sum(job.nbytes for job in jobs if job.name in done)
-        with writable(workspace.output), Writer(workspace.path) as writer:
-            _work(jobs, writer, workspace, errors, lambda done: progress(done, total))
+        with writable(workspace.output), Writer(workspace.path, synced=False) as writer:
+            done = _done(workspace, jobs, writer)
+            workspace.write_note({"identity": identity, "boot": boot(), "done": done})
+            resumed = sum(job.nbytes for job in jobs if job.name in done)
+            _work(jobs, writer, workspace, lambda done: progress(done, total))
+            errors = _sum(workspace.note["done"][job.name] for job in jobs)
             names = [name for job in jobs for name in job.arrays]
             writer.finish(names, KEY, _metadata(found, formats, identity, errors))
             copy_companions(Path(source), workspace.path / RESULT)
         workspace.finish()
-    return Report(_count(found), total, len(found.left_out), resumed, errors.by_kind)
+    return Report(_count(found), total, len(found.left_out), resumed, errors)
+
+
+def _check_same(workspace: Resumable, identity: dict[str, Any]) -> None:
+    """Raises a UserError if another conversion was interrupted."""
+    if workspace.note and workspace.note.get("identity") != identity:
+        raise UserError(
+            f"{workspace.path} is left from a conversion of another source, by another "
+            "version or with other flags; delete it and run again."
+        )
+
+
+def _done(workspace: Resumable, jobs: list[Job], writer: Writer) -> dict[str, dict[str, Error]]:
+    """Names of the jobs that an interrupted run finished, and what quantizing lost in each.
+
+    What was written in an earlier life of the system may be lost, and is read to be sure.
+    """
+    noted = workspace.note.get("done", {})
+    done = [job for job in jobs if job.name in noted]
+    if done and (workspace.note["boot"] != boot() or not boot()):
+        done = [job for job in done if _is_intact(job, writer)]
+    return {job.name: {kind: Error(*e) for kind, e in noted[job.name].items()} for job in done}
+
+
+def _is_intact(job: Job, writer: Writer) -> bool:
+    try:
+        for name in job.arrays:
+            check_array(writer.reopen(name))
+    except UserError:
+        return False
+    return True
 
 
 def _work(
-    jobs: list[Job],
-    writer: Writer,
-    workspace: Resumable,
-    errors: "_Errors",
-    progress: Callable[[int], None],
+    jobs: list[Job], writer: Writer, workspace: Resumable, progress: Callable[[int], None]
 ) -> None:
     """Does the jobs that are not noted yet, and notes each."""
-    identity, done = workspace.note["identity"], list(workspace.note["done"])
+    done = dict(workspace.note["done"])
     count = sum(job.nbytes for job in jobs if job.name in done)
     progress(count)
     for job in jobs:
         if job.name in done:
             continue
-        for nbytes in _write(job, writer, errors):
-            count += nbytes
+        lost: dict[str, Error] = {}
+        for step in _write(job, writer):
+            count += step.nbytes
             progress(count)
-        done.append(job.name)
-        workspace.write_note({"identity": identity, "done": done, "errors": errors.by_kind})
+            if step.error is not None:
+                lost = _sum([lost, {_kind(step.blocks[0][0]): step.error}])
+        done[job.name] = lost
+        workspace.write_note(workspace.note | {"done": done})
 
 
 def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_progress) -> Report:
@@ -126,10 +155,11 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
     """
     checkpoint = Path(checkpoint)
     metadata = read_metadata(checkpoint, KEY, "make one with scripts/convert.py")
-    options = metadata.get("conversion", {})
+    options = metadata.get("conversion", {"sources": []})
     weights, text_only = options.get("weights"), options.get("text_only", False)
     found = open_source(source, text_only)
-    if options.get("sources") != _sources(found):
+    made_of = [{key: file[key] for key in file if key != SAMPLE} for file in options["sources"]]
+    if made_of != found.files.files:
         raise UserError(f"{checkpoint} was made of other files than those in {source}.")
     made = model_metadata(found.config, found.dtype(found.groups[0]).name)
     if metadata["config"] != json.loads(json.dumps(made["config"])):
@@ -159,7 +189,7 @@ def _identity(found: Source, weights: str | None, text_only: bool) -> dict[str, 
 def _sources(found: Source) -> list[dict[str, Any]]:
     """What tells the files from those of other models; of their data only samples are read."""
     folder = found.files.folder
-    return [file | {"sample_sha256": _sample(folder / file["name"])} for file in found.files.files]
+    return [file | {SAMPLE: _sample(folder / file["name"])} for file in found.files.files]
 
 
 def _sample(file: Path) -> str:
@@ -172,18 +202,6 @@ def _sample(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _done(workspace: Resumable, identity: dict[str, Any]) -> list[str]:
-    """Names of the jobs that an interrupted run finished."""
-    if not workspace.note:
-        return []
-    if workspace.note.get("identity") != identity:
-        raise UserError(
-            f"{workspace.path} is left from a conversion of another source, by another "
-            "version or with other flags; delete it and run again."
-        )
-    return list(workspace.note["done"])
-
-
 def _written(job: Job) -> int:
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in job.arrays.values())
 
@@ -192,25 +210,26 @@ def _count(found: Source) -> int:
     return len(found.in_files)
 
 
-class _Errors:
-    """What quantizing loses, by kind of parameter."""
-
-    def __init__(self, earlier: Mapping[str, list]):
-        self.by_kind = {kind: Error(*values) for kind, values in earlier.items()}
-
-    def add(self, name: str, error: Error | None) -> None:
-        if error is not None:
-            kind = re.sub(r"^layers\.\d+\.|\.(qvalue|scale)$", "", name)
-            self.by_kind[kind] = self.by_kind.get(kind, Error(0, 0.0, 0.0)).plus(error)
+def _kind(array: str) -> str:
+    """What an array is, in whatever layer."""
+    return re.sub(r"^layers\.\d+\.|\.(qvalue|scale)$", "", array)
 
 
-def _write(job: Job, writer: Writer, errors: _Errors) -> Iterator[int]:
-    """Makes a job's arrays; yields the bytes of each step; at the end all is on disk."""
+def _sum(errors: Iterable[Mapping[str, Error]]) -> dict[str, Error]:
+    """Together, by kind of array."""
+    total: dict[str, Error] = {}
+    for each in errors:
+        for kind, error in each.items():
+            total[kind] = total[kind].plus(error) if kind in total else error
+    return total
+
+
+def _write(job: Job, writer: Writer) -> Iterator[Step]:
+    """Makes a job's arrays; yields each step; at the end all is in its files."""
     arrays = {name: writer.create(name, *array) for name, array in job.arrays.items()}
     for step in job.steps():
         writer.write([(arrays[name], index, data) for name, index, data in step.blocks])
-        errors.add(step.blocks[0][0], step.error)
-        yield step.nbytes
+        yield step
     writer.wait()
 
 
@@ -249,8 +268,8 @@ def _range(index: tuple[slice, ...]) -> str:
     return f"[{', '.join(parts)}]"
 
 
-def _metadata(found: Source, formats, identity: dict[str, Any], errors: _Errors) -> dict[str, Any]:
+def _metadata(found: Source, formats, identity: dict[str, Any], errors) -> dict[str, Any]:
     dtype = found.dtype(found.groups[0]).name
     conversion = {key: identity[key] for key in ("sources", "weights", "text_only")}
     made = model_metadata(found.config, dtype, formats, found.outer)
-    return made | {"conversion": conversion | {"errors": errors.by_kind}}
+    return made | {"conversion": conversion | {"errors": errors}}

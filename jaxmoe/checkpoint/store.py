@@ -5,42 +5,27 @@ parameter, with the configuration in its custom metadata and the tokenizer's fil
 `orbax.checkpoint.v1.load` reads it without this project. A quantized matrix is two arrays, `qvalue`
 and `scale`. The vision tower is a tree of its own beside the text model's.
 
-Why TensorStore writes the arrays and not Orbax: Orbax takes whole arrays, and the experts of one
-Maverick layer are 10 GB. Orbax's layout without OCDBT is a plain Zarr array in
-`state/<dotted name>`, so `Writer` fills such arrays block by block, lets Orbax write a tree of
-placeholders, and puts the arrays in their place. All of it happens beside the output under another
-name; before the last rename there is nothing that Orbax or `load` would take for a checkpoint.
-TensorStore reads them too: one device's share at a time, where Orbax holds many, and what is
-damaged is named.
+`jaxmoe.checkpoint.writer` fills them. TensorStore reads them, and not Orbax: one device's share at
+a time, where Orbax holds many, and what is damaged is named.
 """
 
 import collections
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tensorstore as ts
-from orbax.checkpoint import v1 as ocp
 
-from jaxmoe.checkpoint.arrays import (
-    create_array,
-    nbytes_of,
-    open_array,
-    path_of,
-    readable,
-    writes,
-)
+from jaxmoe.checkpoint.arrays import nbytes_of, open_array, path_of, readable
 from jaxmoe.checkpoint.tensors import Format, array_shapes
-from jaxmoe.checkpoint.workspace import ARRAYS, RESULT, workspace_of
+from jaxmoe.checkpoint.workspace import workspace_of
+from jaxmoe.checkpoint.writer import MARKER, STATE, save_tree
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import from_hf, to_hf, vision_from_hf
@@ -56,9 +41,6 @@ from pallas_kernels.quantized import QuantizedMatrix
 
 FORMAT = 2
 KEY = "jaxmoe"  # of the custom metadata
-STATE = "state"  # the folder that Orbax gives to the tree of `ocp.save`
-COMMITTED = "commit_success.txt"  # likewise; only that it exists says something
-MARKER = "_CHECKPOINT_METADATA"  # Orbax's own file in every finished checkpoint
 
 COMPANIONS = (  # files that travel with the weights
     "tokenizer.json",
@@ -87,109 +69,6 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-class Writer:
-    """Writes a checkpoint's arrays block by block, then makes it a checkpoint.
-
-    While one block is written the next may be read: memory holds two, and TensorStore's encoded
-    copy of one. A context: at its end nothing is being written any more.
-    """
-
-    def __init__(self, workspace: Path):
-        self._arrays = workspace / ARRAYS
-        self._result = workspace / RESULT
-        self._pending: list[tuple[Path, ts.WriteFutures]] = []
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for _path, done in self._pending:
-            done.exception()  # waits, raises nothing
-
-    def create(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        block: tuple[int, ...],
-        chunk: tuple[int, ...] | None = None,
-    ) -> ts.TensorStore:
-        """A new array, to be written in aligned blocks; see `create_array`."""
-        return create_array(self._arrays / name, shape, dtype, block, chunk)
-
-    def reopen(self, name: str) -> ts.TensorStore:
-        """An array that an interrupted run created, perhaps in the middle of `finish`."""
-        if not (self._arrays / name).exists() and (self._result / STATE / name).exists():
-            (self._result / STATE / name).rename(self._arrays / name)
-        return open_array(self._arrays / name)
-
-    def write(self, blocks: Iterable[tuple[ts.TensorStore, tuple[slice, ...], np.ndarray]]) -> None:
-        """Starts writing blocks of arrays, once the blocks of the last call are on disk.
-
-        Raises:
-            UserError: if the file system refuses, as when the disk is full.
-        """
-        self.wait()
-        for array, index, data in blocks:
-            done = array[index].write(data, can_reference_source_data_indefinitely=True)
-            self._pending.append((path_of(array), done))
-
-    def wait(self) -> None:
-        """Returns once all that was written is on disk."""
-        while self._pending:
-            path, done = self._pending[0]
-            with writes(path):
-                done.result()
-            del self._pending[0]
-
-    def finish(self, names: Iterable[str], key: str, metadata: dict[str, Any]) -> None:
-        """Makes the arrays of these names an Orbax checkpoint, in `RESULT` of the workspace.
-
-        Args:
-            key: of the custom metadata.
-        """
-        self.wait()
-        names = list(names)
-        for name in names:
-            self.reopen(name)
-        with writes(self._result):
-            _save(self._result, nested(names), key, metadata)
-        _forget_when_and_where(self._result)
-        for name in names:
-            shutil.rmtree(self._result / STATE / name)
-            (self._arrays / name).rename(self._result / STATE / name)
-
-
-def _forget_when_and_where(path: Path) -> None:
-    """Makes equal checkpoints equal to the byte: Orbax notes the time, and the workspace's name."""
-    marker = json.loads((path / MARKER).read_text())
-    for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
-        marker[key] = 0
-    (path / MARKER).write_text(json.dumps(marker))
-    (path / COMMITTED).write_text("Checkpoint commit was successful")
-
-
-def nested(names: Iterable[str]) -> dict[str, Any]:
-    """Placeholders in the tree that dotted names spell; numbers are places in lists."""
-    tree: dict[str, Any] = {}
-    for name in names:
-        *outer, last = name.split(".")
-        inner = tree
-        for part in outer:
-            inner = inner.setdefault(part, {})
-        inner[last] = np.zeros((), np.int8)
-    return _with_lists(tree)
-
-
-def _with_lists(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    values = {key: _with_lists(value) for key, value in tree.items()}
-    if all(key.isdigit() for key in values):
-        return [values[key] for key in sorted(values, key=int)]
-    return values
-
-
 def save(path: str | Path, config: Llama4Config, params: dict) -> None:
     """Saves parameters that lie on a mesh; each host writes what it holds.
 
@@ -208,7 +87,7 @@ def save(path: str | Path, config: Llama4Config, params: dict) -> None:
         params,
         is_leaf=lambda w: isinstance(w, QuantizedMatrix),
     )
-    _save(Path(path).resolve(), tree, KEY, metadata)
+    save_tree(Path(path).resolve(), tree, KEY, metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,13 +243,6 @@ def model_metadata(
     return metadata | ({} if outer is None else {"outer": outer})
 
 
-def _save(path: Path, tree: Any, key: str, metadata: dict[str, Any]) -> None:
-    context = ocp.Context()
-    context.array_options.saving.use_ocdbt = False  # plain arrays: see the module's docstring
-    with context, _quiet():
-        ocp.save(str(path), tree, custom_metadata={key: metadata}, overwrite=path.exists())
-
-
 def read_metadata(path: Path, key: str, remedy: str) -> dict[str, Any]:
     """What was saved with a checkpoint under `key`; Orbax would open every array to give it.
 
@@ -385,15 +257,3 @@ def read_metadata(path: Path, key: str, remedy: str) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint of this kind; {remedy}.") from None
     except ValueError as error:
         raise UserError(f"{path / MARKER} is no JSON ({error}); {remedy}.") from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax warns that a checkpoint of plain Zarr arrays is unusual."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

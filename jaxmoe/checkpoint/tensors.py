@@ -17,7 +17,7 @@ from jaxmoe.checkpoint.names import EACH, Layout, Row
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.params import named_specs
 
-BLOCK_BYTES = 96 * 2**20  # one matrix of a bfloat16 expert of Scout or Maverick fits
+BLOCK_BYTES = 2**25  # what is read at once, and one file
 
 
 class Format(NamedTuple):

@@ -144,16 +144,26 @@ class Resumable:
         self.note = note
 
     def finish(self) -> None:
-        """`RESULT` becomes the output, and the workspace vanishes."""
+        """`RESULT`, all of it on disk, becomes the output, and the workspace vanishes."""
+        result = self.path / RESULT
         with writable(self.output):
-            (self.path / RESULT).rename(self.output.resolve())
+            for path in (*result.rglob("*"), result):
+                _sync(path)
+            result.rename(self.output.resolve())
             _sync(self.path.parent)
             shutil.rmtree(self.path)
 
 
-def _sync(folder: Path) -> None:
-    """Returns once what was renamed in a folder survives a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def boot() -> str:
+    """Names the time since the system started, in which what was written is not lost."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _sync(path: Path) -> None:
+    """Returns once a file, or the names in a folder, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

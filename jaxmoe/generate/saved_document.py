@@ -27,6 +27,7 @@ from jaxmoe import mesh as meshes
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.arrays import open_array, read_slice
 from jaxmoe.checkpoint.workspace import Resumable, writable
+from jaxmoe.checkpoint.writer import STATE, Writer
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generate.document import SEGMENT, Document, check_length, new_document, read
@@ -91,7 +92,7 @@ def read_document(
     identity = _identity(config, params, kv) | _text(tokens)
     with Resumable(Path(output)) as workspace:
         saved = _saved(workspace, identity)
-        with writable(workspace.output), store.Writer(workspace.path) as writer:
+        with writable(workspace.output), Writer(workspace.path) as writer:
             if saved:
                 room = len(tokens) - saved
                 document = _restore(config, identity["kv"], writer.reopen, saved, room)
@@ -148,7 +149,7 @@ def load_document(
     return _restore(
         config,
         metadata["kv"],
-        lambda name: open_array(path / store.STATE / name),
+        lambda name: open_array(path / STATE / name),
         metadata["length"],
         room,
         rings=True,
@@ -221,7 +222,7 @@ def _saved(workspace: Resumable, identity: dict[str, Any]) -> int:
     return workspace.note["saved"]
 
 
-def _create(config, document: Document, length: int, interval: int, writer: store.Writer):
+def _create(config, document: Document, length: int, interval: int, writer: Writer):
     """An array for each part: [pages of the text or of a ring, K, t, ...]."""
     arrays = {}
     for part in _parts(config, document):
@@ -261,7 +262,7 @@ def _save_pages(config, document: Document, start: int, interval: int, arrays, w
     writer.wait()
 
 
-def _save_rings(config: Llama4Config, document: Document, arrays, writer: store.Writer) -> None:
+def _save_rings(config: Llama4Config, document: Document, arrays, writer: Writer) -> None:
     """Writes what the next token may see of local layers: the begun chunk; the rest is zeros."""
     table = document.cache.ring.table
     for part in _parts(config, document):

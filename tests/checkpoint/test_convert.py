@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmoe.checkpoint import arrays, reader, store
+from jaxmoe.checkpoint import convert as convert_module
 from jaxmoe.checkpoint import export as export_module
 from jaxmoe.checkpoint import tensors as stored_tensors
 from jaxmoe.checkpoint.convert import convert
@@ -255,6 +256,24 @@ def test_interrupted_conversion_goes_on(tmp_path, small_blocks, error):
     assert seen[0][0] == report.resumed > 0.9 * report.nbytes - largest
     assert files(tmp_path / "out") == files(tmp_path / "once")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "once", "out"]
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_power_lost_what_was_noted(tmp_path, small_blocks, monkeypatch, weights):
+    """A restarted system may lack what was in its cache: it is read, and redone where damaged."""
+    source = checkpoint(tmp_path / "hf")
+    whole = convert(source, tmp_path / "once", weights=weights)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", interrupted_at(0.8), weights=weights)
+    written = (tmp_path / "out.partial/arrays").rglob("c/**/*")
+    written = sorted(path for path in written if path.is_file())
+    damaged = written[len(written) // 3]
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    monkeypatch.setattr(convert_module, "boot", lambda: "another")
+    report = convert(source, tmp_path / "out", weights=weights)
+    assert 0.2 * whole.nbytes < report.resumed < 0.8 * whole.nbytes
+    assert report.errors == whole.errors
+    assert files(tmp_path / "out") == files(tmp_path / "once")
 
 
 @pytest.mark.parametrize("change", ["weights", "config", "numbers"])

@@ -251,7 +251,10 @@ def says(**changes):
         ({"format": "marlin-24"}, "format 'marlin-24'"),
         ({"config_groups": {"a": {"weights": {"symmetric": False}}}}, "zero points"),
         ({"config_groups": {"a": {"weights": {"actorder": "group"}}}}, "actorder 'group'"),
-        (says(type="int"), "matrices are in int8, but layers.1.feed_forward.experts.down is in fp8"),
+        (
+            says(type="int"),
+            "int8, but layers.1.feed_forward.experts.down is in fp8",
+        ),
         (says(num_bits=4), "float weights of 4 bits"),
         (None, "has no quantization_config, but layers.1.feed_forward.experts.down is quantized"),
     ],

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.writer import MARKER, STATE, Writer
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate import token_logits
 from jaxmoe.generate.document import new_document, read
@@ -130,13 +130,13 @@ def test_interruptions_leave_no_trace(params, tokens, tmp_path, monkeypatch):
     read_until(params, tokens, tmp_path / "once", segment=64)
     for stop in (64, 192, 512):
         read_until(params, tokens, tmp_path / "often", stop, segment=64)
-    finish = store.Writer.finish
+    finish = Writer.finish
 
     def killed(self, *arguments):
         finish(self, *arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store.Writer, "finish", killed)
+    monkeypatch.setattr(Writer, "finish", killed)
     with pytest.raises(KeyboardInterrupt):
         read_until(params, tokens, tmp_path / "often", segment=64)
     monkeypatch.undo()
@@ -220,7 +220,7 @@ def test_a_foreign_workspace(params, tokens, tmp_path):
 
 def test_a_damaged_array(params, tokens, tmp_path):
     read_until(params, tokens, tmp_path / "text")
-    (tmp_path / "text" / store.STATE / "layers.3.k" / "c" / "0" / "0" / "0" / "0").unlink()
+    (tmp_path / "text" / STATE / "layers.3.k" / "c" / "0" / "0" / "0" / "0").unlink()
     with pytest.raises(UserError, match="is damaged"):
         load_document(tmp_path / "text", CONFIG, params, ASKED)
 
@@ -232,7 +232,7 @@ def test_a_model_is_no_document(small):
 
 def test_metadata(params, tokens, tmp_path):
     read_until(params, tokens, tmp_path / "text", kv="int8")
-    marker = json.loads((tmp_path / "text" / store.MARKER).read_text())
+    marker = json.loads((tmp_path / "text" / MARKER).read_text())
     found = marker["custom_metadata"]["jaxmoe-document"]
     assert found["length"] == LENGTH
     assert found["kv"] == "int8"
