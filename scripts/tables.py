@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from _bench_convert import COPIES
+
 ROOT = Path(__file__).parent.parent
 ATTENTION_CONTENDERS = {"jaxmoe": "jaxmoe", "cudnn": "cuDNN", "xla": "XLA", "torch": "torch"}
 MOE_CONTENDERS = {
@@ -76,11 +78,11 @@ def _measured(benchmark: str) -> dict[str, dict]:
 
 def convert_markdown(figures: dict) -> str:
     """The figures of `benchmark.py convert`."""
-    nbytes, cp = figures["run"]["bytes"], figures["ways"]["cp"]["seconds"]
+    nbytes, cp = figures["run"]["bytes"], figures["ways"]["cp, sync"]["seconds"]
     bare = figures["bare_interpreter_bytes"]
     rows = []
     for way, found in figures["ways"].items():
-        memory = f"{(found['peak_bytes'] - bare) / 1e9:.2f} GB" if way != "cp" else ""
+        memory = f"{(found['peak_bytes'] - bare) / 1e9:.2f} GB" if way not in COPIES else ""
         rate = f"{nbytes / found['seconds'] / 1e9:.2f} | {cp / found['seconds']:.2f}"
         rows.append(f"| `{way}` | {rate} | {memory} |")
     for way, found in figures["loads"].items():
@@ -94,7 +96,7 @@ def convert_markdown(figures: dict) -> str:
         rows.append(f"| running what `{way}` made | | | {memory} |")
     run = figures["run"]
     return f"""\
-| | GB/s | times the rate of cp | peak memory |
+| | GB/s | times the rate of `cp, sync` | peak memory |
 |---|---|---|---|
 {chr(10).join(rows)}
 

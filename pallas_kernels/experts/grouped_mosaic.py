@@ -44,13 +44,14 @@ def why_not(case) -> str | None:
     if case.format is None:
         step = outputs = TileConfig().columns if case.block == BLOCK else STEP
     else:
-        rows = min(case.block, WARPGROUP) if case.scale_width == INPUTS else case.block
+        rows = min(case.block, WARPGROUP) if case.scale_width < case.width_in else case.block
         step, outputs = INPUTS, WARPGROUP * warpgroups(rows)
-        widths = (INPUTS,) if case.format == "int4" else (INPUTS, case.width_in)
-        if case.scale_width not in widths:
+        if case.format == "int4" and case.scale_width != INPUTS:
+            return f"of int4 it takes one scale for {INPUTS} inputs, not {case.scale_width}"
+        if case.scale_width % INPUTS and case.scale_width != case.width_in:
             return (
-                f"of {case.format} it takes one scale for {' or '.join(map(str, widths))} inputs, "
-                f"not {case.scale_width}"
+                f"of {case.format} it takes one scale for all inputs or a multiple of {INPUTS}, "
+                f"not for {case.scale_width}"
             )
     if case.width_in % step or case.width_out % outputs:
         return (

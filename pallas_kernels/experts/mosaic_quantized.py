@@ -76,7 +76,7 @@ def matmul_quantized(
     """As `matmul_tiles`, for blocks of 8 to 128 rows."""
     R, F = x.shape[0], weights[0].shape[2]
     parts = 2 if weights[0].format == "int4" else 1
-    widths = weights[0].width == INPUTS
+    widths = weights[0].width < x.shape[1]
     rows = R // group_of_block.shape[0]
     if widths and rows > WARPGROUP:  # sums that are scaled at every step take registers twice
         group_of_block, rows = jnp.repeat(group_of_block, rows // WARPGROUP), WARPGROUP
@@ -117,6 +117,7 @@ def _kernel(
     first = lax.axis_index("tile") * outputs
     rows = pl.ds(block * rows_a_block, rows_a_block)
     steps = x_RD.shape[1] // INPUTS
+    steps_a_scale = steps // scales_EGF[0].shape[1]
     group = group_N[jnp.minimum(block, group_N.shape[0] - 1)]
     busy = (block < group_N.shape[0]) & (group < scales_EGF[0].shape[0])
 
@@ -152,7 +153,7 @@ def _kernel(
             k = pl.ds(step * INPUTS, INPUTS)
             stored = pl.ds(step * (INPUTS // parts), INPUTS // parts)
             matrices = (q.at[group, there, stored] for q in qvalues_EFD)
-            scales = (s.at[group, step, there] for s in scales_EGF if widths)
+            scales = (s.at[group, step // steps_a_scale, there] for s in scales_EGF if widths)
             ring.fill(step, x_RD.at[rows, k], *matrices, *scales)
 
         ring.drain(steps)
@@ -170,6 +171,7 @@ def _sums(mma, parts, ring, steps, mine, rows, count) -> tuple:
             _add(mma, parts, total, w, x_mk, scale)
             for total, w, scale in zip(sums, matrices, scales or [None] * count, strict=True)
         )
+        plgpu.commit_smem()  # threads have read the slot, and TMA will fill it
         ring.release(t)
         return sums
 

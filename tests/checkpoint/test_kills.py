@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from jaxmoe.checkpoint import arrays
-from jaxmoe.checkpoint import tensors as stored_tensors
 from jaxmoe.checkpoint.convert import convert
 from tests import formats, tiny
 
@@ -31,12 +29,6 @@ from jaxmoe.checkpoint.convert import convert
 print("ready", flush=True)
 convert(sys.argv[1], sys.argv[2], weights=sys.argv[3] or None)
 """
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(stored_tensors, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(arrays, "CHUNK_BYTES", 1000)
 
 
 def files(folder):

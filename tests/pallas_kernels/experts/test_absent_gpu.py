@@ -97,7 +97,7 @@ def test_gradients(device, size):
 
 
 @pytest.mark.parametrize("function", [up, gated])
-@pytest.mark.parametrize("stored", ["int8", "fp8", "int4", "int8-128", "fp8-128"])
+@pytest.mark.parametrize("stored", ["int8", "fp8", "int4", "int8-128", "fp8-1024"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_quantized(device, size, stored, function):

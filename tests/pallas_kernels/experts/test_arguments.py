@@ -76,7 +76,7 @@ MISTAKES = {
     ),
     "scales for mosaic": (
         MOSAIC | {"w": stored("int8", 32)},
-        "of int8 it takes one scale for 128 or 64 inputs, not 32",
+        "of int8 it takes one scale for all inputs or a multiple of 128, not for 32",
     ),
     "scales of int4 for mosaic": (
         MOSAIC | {"w": stored("int4", 64)},

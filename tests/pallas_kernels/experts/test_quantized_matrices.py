@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Format, and how many inputs share a scale: all of them, or 128.
 STORED = {"int8": None, "fp8": None, "int4": 128, "int8-128": 128, "fp8-128": 128}
+LONG = [dataclasses.replace(KERNEL_CASES[i], D=512) for i in (1, 6)]
 every_format = pytest.mark.parametrize("stored", STORED)
 SMALL = [dataclasses.replace(named(name), D=6) for name in ("uneven", "some without a group")]
 FEW = [named(case.name) for case in (KERNEL_CASES[1], KERNEL_CASES[3], KERNEL_CASES[6])]
@@ -39,7 +40,11 @@ every_case = over(
 
 def quantized(stored: str, w: np.ndarray) -> QuantizedMatrix:
     width = STORED[stored] if w.shape[1] % 128 == 0 else None
-    return quantize_matrix(jnp.asarray(w, jnp.float32), stored.partition("-")[0], width)
+    return in_format(stored.partition("-")[0], width, w)
+
+
+def in_format(format: str, width: int | None, w: np.ndarray) -> QuantizedMatrix:
+    return quantize_matrix(jnp.asarray(w, jnp.float32), format, width)
 
 
 def prepared(stored, case, dtype) -> tuple[Arrays, QuantizedMatrix, QuantizedMatrix]:
@@ -56,6 +61,18 @@ def test_products(way, dtype, case, stored):
     arrays, _, up = prepared(stored, case, dtype)
     got = way.call(multiplied, planned(case), arrays.x, up)
     assert got.dtype == dtype
+    assert_close(got, judge(case, arrays).out, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("format, width", [("fp8", 256), ("int8", 128), ("int4", 128)])
+@over(runs(XLA, "bfloat16", LONG), runs(MOSAIC_GPU, "bfloat16", LONG))
+def test_more_steps_than_slots(way, dtype, case, format, width):
+    """Several may share a scale, as in Meta's fp8 `down`, of which each rank's inputs have one."""
+    arrays = draw(case, dtype)
+    arrays.up[:, 256:] *= 3  # else scales would be alike
+    up = in_format(format, width, arrays.up)
+    got = way.call(multiplied, planned(case), arrays.x, up)
+    arrays = arrays._replace(up=np.asarray(dequantize_matrix(up)))
     assert_close(got, judge(case, arrays).out, TOLERANCE[dtype])
 
 

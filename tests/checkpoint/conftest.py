@@ -1,0 +1,10 @@
+import pytest
+
+from jaxmoe.checkpoint import arrays, tensors
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """As for real sizes, every tensor is written in several blocks of several chunks."""
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 1000)
