@@ -15,6 +15,8 @@ from jaxmoe.model.params import abstract_params, init_params
 from jaxmoe.model.transformer import forward
 from tests.model.test_paged_cache import CONFIG as PAGED
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CHUNK = 64
 CONFIG = dataclasses.replace(PAGED, attention_chunk_size=CHUNK, layers=layer_kinds(3))
 LENGTH = 8 * CHUNK

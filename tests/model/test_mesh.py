@@ -12,6 +12,8 @@ from jaxmoe.generate.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.transformer import forward, positions_of, unembed
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MESHES = [
     "data=8",
     "fsdp=4",

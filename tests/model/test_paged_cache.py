@@ -17,6 +17,8 @@ from jaxmoe.model.cache import init_cache, restart_rows
 from jaxmoe.model.params import abstract_params, init_params
 from jaxmoe.model.transformer import forward
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Chunks of 96 are no multiple of a page; heads of 128 are what int4 takes.
 CONFIG = dataclasses.replace(
     SCOUT,
