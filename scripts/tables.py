@@ -101,11 +101,12 @@ def convert_markdown(figures: dict) -> str:
 {chr(10).join(rows)}
 
 A synthetic checkpoint of {nbytes / 1e9:.1f} GB: one layer of Scout with all its experts, and a
-vocabulary of 65,536. Whole processes, Python's start included; memory of converting is beyond that
-of a bare interpreter, loading goes onto eight simulated devices (`fsdp=8`). Running, on one device:
-the weights as stored, and what is beyond them, in a process that loads them, reads 16 tokens and
-writes 4; no matrix is widened but the one that is being multiplied. Medians of {run["rounds"]} runs
-taken in turn on 2 cores, {run["date"]}; all read from the page cache."""
+vocabulary of 65,536. Whole processes, Python's start included. `cp, sync` also waits until its copy
+is on disk, as converting does. Memory of converting is beyond that of a bare interpreter; loading
+goes onto eight simulated devices (`fsdp=8`); running is on one: the weights, and what is beyond
+them in a process that loads them, reads 16 tokens and writes 4. Matrices in 8 or 4 bits are not
+widened beside their stored form: that would take gigabytes more than bf16 does, not less. Medians
+of {run["rounds"]} runs taken in turn on 2 cores, {run["date"]}; all read from the page cache."""
 
 
 def quantized_markdown(figures: dict) -> str:
