@@ -57,7 +57,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(start=run_convert)
     parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
-    parser.add_argument("--folder", help="for 20 GB of files; default: the system's")
+    parser.add_argument("--folder", help="for 24 GB of files; default: the system's")
     parser.add_argument("--rounds", type=int, default=3, help="cp and each conversion, in turn")
 
 

@@ -12,8 +12,8 @@ import tensorstore as ts
 
 from jaxmoe.errors import UserError
 
-# Read at once. Of 64 devices that divide a matrix of Scout or Maverick, each reads at most twice
-# its share; with 1 MiB it would be eight times.
+# Read at once. Of 64 devices that divide the experts of Scout or Maverick along one axis, each
+# reads at most twice its share; with 1 MiB it would be eight times.
 CHUNK_BYTES = 2**16
 
 
@@ -131,7 +131,7 @@ def _zarr_metadata(
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     codecs = [little_endian, {"name": "crc32c"}]
     sharding = {
-        "chunk_shape": chunk or _chunk_shape(block, dtype.itemsize),
+        "chunk_shape": chunk or chunk_shape(block, dtype.itemsize),
         "codecs": codecs,
         "index_codecs": codecs,
     }
@@ -143,8 +143,8 @@ def _zarr_metadata(
     }
 
 
-def _chunk_shape(block: tuple[int, ...], itemsize: int) -> list[int]:
-    """Halves the largest even axis until a chunk has at most `CHUNK_BYTES`."""
+def chunk_shape(block: tuple[int, ...], itemsize: int) -> list[int]:
+    """Of what is read at once: the largest even axis is halved until it is small enough."""
     chunk = list(block)
     while math.prod(chunk) * itemsize > CHUNK_BYTES:
         even = [size for size in chunk if size % 2 == 0]

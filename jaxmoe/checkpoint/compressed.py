@@ -42,7 +42,7 @@ def _kind(group: Any, source: str) -> str:
     if weights.get("actorder") not in (None, False, "weight", "static"):
         _refuse(source, f"actorder {weights['actorder']!r}", "inputs in their own order")
     stored = weights.get("type", "int"), weights.get("num_bits", 8)
-    if stored not in KINDS:
+    if stored not in list(KINDS):  # which compares, and hashes nothing that a file may hold
         _refuse(source, f"{stored[0]} weights of {stored[1]} bits", ", ".join(KINDS.values()))
     return KINDS[stored]
 

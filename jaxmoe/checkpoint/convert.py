@@ -59,8 +59,8 @@ def convert(
     """Converts a checkpoint to one that `store.load` reads.
 
     Names, shapes, dtypes and file sizes are checked before anything is written. Killed and called
-    again with the same arguments it goes on, and repeats at most the tensor that was being read;
-    the result is the same to the byte.
+    again with the same arguments it goes on, and repeats at most the tensor that was being read, or
+    after a restart of the system what that lost; the result is the same to the byte.
 
     Args:
         source: a folder with `config.json` and safetensors, or with Meta's `consolidated.*.pth`.
@@ -84,7 +84,7 @@ def convert(
         if not workspace.note:
             workspace.begin(sum(_written(job) for job in jobs))
         with writable(workspace.output), Writer(workspace.path, synced=False) as writer:
-            done = _done(workspace, jobs, writer)
+            done = _done(workspace, jobs, writer, lambda done: progress(done, total))
             workspace.write_note({"identity": identity, "boot": boot(), "done": done})
             resumed = sum(job.nbytes for job in jobs if job.name in done)
             _work(jobs, writer, workspace, lambda done: progress(done, total))
@@ -105,16 +105,24 @@ def _check_same(workspace: Resumable, identity: dict[str, Any]) -> None:
         )
 
 
-def _done(workspace: Resumable, jobs: list[Job], writer: Writer) -> dict[str, dict[str, Error]]:
+def _done(
+    workspace: Resumable, jobs: list[Job], writer: Writer, progress: Callable[[int], None]
+) -> dict[str, dict[str, Error]]:
     """Names of the jobs that an interrupted run finished, and what quantizing lost in each.
 
     What was written in an earlier life of the system may be lost, and is read to be sure.
     """
     noted = workspace.note.get("done", {})
-    done = [job for job in jobs if job.name in noted]
-    if done and (workspace.note["boot"] != boot() or not boot()):
-        done = [job for job in done if _is_intact(job, writer)]
-    return {job.name: {kind: Error(*e) for kind, e in noted[job.name].items()} for job in done}
+    believed = bool(boot()) and workspace.note.get("boot") == boot()
+    done: dict[str, dict[str, Error]] = {}
+    count = 0
+    for job in jobs:
+        if job.name in noted and (believed or _is_intact(job, writer)):
+            done[job.name] = {kind: Error(*error) for kind, error in noted[job.name].items()}
+            count += job.nbytes
+            if not believed:  # which takes a while
+                progress(count)
+    return done
 
 
 def _is_intact(job: Job, writer: Writer) -> bool:

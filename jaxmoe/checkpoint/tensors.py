@@ -90,9 +90,7 @@ class Piece:
         shape = list(self.shape)
         for axis in stored_axes(self.layout, len(shape))[:2]:
             rest = self.layout.parts * itemsize * math.prod(shape) // shape[axis]
-            room = max(1, BLOCK_BYTES // rest)
-            sizes = range(min(room, shape[axis]), 0, -1)
-            shape[axis] = next(size for size in sizes if shape[axis] % size == 0)
+            shape[axis] = _fitting(shape[axis], max(1, BLOCK_BYTES // rest))
         return tuple(shape)
 
     def blocks(self, itemsize: int) -> Iterator[Block]:
@@ -134,6 +132,16 @@ class Group:
         """Of our parameters: what is written at once."""
         experts = (1,) if EACH in self.ours[0] else ()
         return (*experts, *self.pieces[0].block_shape(itemsize))
+
+
+def _fitting(size: int, room: int) -> int:
+    """The largest part of an axis that fits, if possible by halving it, as devices divide it."""
+    half = size
+    while half > room and half % 2 == 0:
+        half //= 2
+    if half <= room:
+        return half
+    return next(part for part in range(room, 0, -1) if size % part == 0)
 
 
 def stored_axes(layout: Layout, ndim: int) -> tuple[int, ...]:

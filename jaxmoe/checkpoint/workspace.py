@@ -80,21 +80,24 @@ class Resumable:
         Raises:
             UserError: if the workspace is that of something else, or of a run that is going on.
         """
-        if self.path.is_dir():
-            self._take()
-        if not self._holds_work():
+        with writable(self.output):
+            if self.path.exists():
+                self._take()
+            holds_work = self._holds_work()
+        if not holds_work:
             return self
         try:
             self.note = json.loads((self.path / NOTE).read_text())
         except (OSError, ValueError):
             self._lock.close()
-            raise UserError(
-                f"{self.path} is left from an interrupted run; delete it and run again."
-            ) from None
+            raise self._left() from None
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
+
+    def _left(self) -> UserError:
+        return UserError(f"{self.path} is left from an interrupted run; delete it and run again.")
 
     def _take(self) -> None:
         """Locks the folder itself; the lock ends with the process, however that ends."""
@@ -111,6 +114,8 @@ class Resumable:
             ) from None
         except OSError:
             pass  # some network file systems lock no folders
+        if not os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
+            raise UserError(f"{self.path} was written by another run a moment ago; run again.")
 
     def _holds_work(self) -> bool:
         """Not if a run was killed before its first array, or once its result had its place."""
@@ -123,16 +128,24 @@ class Resumable:
         """Makes an empty workspace.
 
         Raises:
-            UserError: if the disk has not so much left, or refuses.
+            UserError: if another run was faster, or the disk has not so much left, or refuses.
         """
         check_space(self.path, nbytes)
         with writable(self.output):
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self._take()
+            if self._holds_work():
+                self._lock.close()
+                raise self._left()
+            for path in self.path.iterdir():  # the folder itself is locked, and stays
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def write_note(self, note: dict[str, Any]) -> None:
-        """Replaces the note, at once or not at all; before it, what it tells must be on disk."""
+        """Replaces the note, at once or not at all.
+
+        Before it, what it tells must be in its files; if it is not synced, the note has to say
+        since which `boot`.
+        """
         new = self.path / (NOTE + ".new")
         with writable(self.output):
             with open(new, "w") as file:
@@ -147,8 +160,12 @@ class Resumable:
         """`RESULT`, all of it on disk, becomes the output, and the workspace vanishes."""
         result = self.path / RESULT
         with writable(self.output):
-            for path in (*result.rglob("*"), result):
-                _sync(path)
+            try:
+                for path in (*result.rglob("*"), result):
+                    _sync(path)
+            except OSError:
+                (self.path / NOTE).unlink()  # what it tells is not true
+                raise
             result.rename(self.output.resolve())
             _sync(self.path.parent)
             shutil.rmtree(self.path)
@@ -166,6 +183,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems sync no folders
+            raise
     finally:
         os.close(descriptor)
 

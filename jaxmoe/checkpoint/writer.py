@@ -1,7 +1,7 @@
 """Fills a checkpoint's arrays block by block, in bounded memory.
 
-Why TensorStore writes the arrays and not Orbax: Orbax takes whole arrays, and the experts of one
-Maverick layer are 10 GB. Orbax's layout without OCDBT is a plain Zarr array in
+Why TensorStore writes the arrays and not Orbax: Orbax takes whole arrays, and one of a Maverick
+layer's experts is 10 GB. Orbax's layout without OCDBT is a plain Zarr array in
 `state/<dotted name>`, so `Writer` fills such arrays block by block, lets Orbax write a tree of
 placeholders, and puts the arrays in their place. All of it happens beside the output under another
 name; before the last rename there is nothing that Orbax or `load` would take for a checkpoint.

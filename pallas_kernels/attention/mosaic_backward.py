@@ -226,6 +226,7 @@ def _dkv_kernel(
             dv = mma.add(dv, p.astype(do_qd.dtype), do_qd)
             ds = p * (dp - load(stats_2q.at[1], dp))
             dk = mma.add(dk, ds.astype(q_qd.dtype), q_qd)
+            plgpu.commit_smem()  # threads have read statistics, and TMA will fill their slot
             ring.release(t)
             return dk, dv
 

@@ -4,15 +4,19 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import arrays, store
+from jaxmoe.checkpoint import arrays, names, store
 from jaxmoe.checkpoint.convert import convert
+from jaxmoe.checkpoint.tensors import array_shapes, expand
+from jaxmoe.config import SCOUT
 from jaxmoe.evaluate import token_logits
+from jaxmoe.model.params import named_specs
 from tests import tiny
 from tests.conftest import one_device
 
@@ -76,12 +80,31 @@ def on_two_hosts(*arguments):
         for rank in range(2)
     ]
     try:
-        answers = [host.communicate(timeout=300)[0] for host in hosts]
+        while None in (codes := [host.poll() for host in hosts]) and not any(codes):
+            time.sleep(0.1)
+        assert not any(codes), f"exit codes {codes}"
+        answers = [host.communicate()[0] for host in hosts]
     finally:
         for host in hosts:
             host.kill()
-    assert [host.returncode for host in hosts] == [0, 0]
+            host.wait()
     return [json.loads(answer.splitlines()[-1]) for answer in answers]
+
+
+def test_shares_of_many_devices():
+    """Of experts, which are nearly all of a model, chunks fit what devices hold, or two of them."""
+    specs = named_specs(SCOUT)
+    for group in expand(names.TEXT + names.FUSED + names.LAST, array_shapes(SCOUT, {}, specs)):
+        if names.EACH not in group.ours[0]:
+            continue
+        chunk = arrays.chunk_shape(group.block_shape(2), 2)
+        sizes = zip(group.shape, chunk, strict=True)
+        split = dict(zip(specs[group.ours[0]].axes, sizes, strict=True))
+        for axis, devices in {"embed": 32, "ffn": 16}.items():
+            size, held = split[axis]
+            assert size // devices % held == 0
+        size, held = split["embed"]
+        assert held <= 2 * size // 64
 
 
 @pytest.mark.parametrize(

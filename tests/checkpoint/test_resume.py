@@ -17,6 +17,7 @@ from jaxmoe.checkpoint import convert as convert_module
 from jaxmoe.checkpoint import reader, store
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.reader import SafetensorsFolder
+from jaxmoe.checkpoint.workspace import Resumable
 from jaxmoe.errors import UserError
 from tests import tiny
 from tests.checkpoint.test_convert import CONFIG, ROOT, checkpoint, weights
@@ -70,10 +71,13 @@ def test_power_lost_what_was_noted(tmp_path, small_blocks, monkeypatch, weights)
     written = (tmp_path / "out.partial/arrays").rglob("c/**/*")
     written = sorted(path for path in written if path.is_file())
     damaged = written[len(written) // 3]
-    os.truncate(damaged, damaged.stat().st_size // 2)
+    damaged_size = damaged.stat().st_size
+    os.truncate(damaged, damaged_size // 2)
     monkeypatch.setattr(convert_module, "boot", lambda: "another")
-    report = convert(source, tmp_path / "out", weights=weights)
-    assert 0.2 * whole.nbytes < report.resumed < 0.8 * whole.nbytes
+    seen = []
+    report = convert(source, tmp_path / "out", lambda done, _: seen.append(done), weights=weights)
+    assert 0.2 * whole.nbytes < report.resumed < 0.8 * whole.nbytes - damaged_size
+    assert seen == sorted(seen) and seen[0] < report.resumed < seen[-1]
     assert report.errors == whole.errors
     assert files(tmp_path / "out") == files(tmp_path / "once")
 
@@ -127,6 +131,8 @@ def test_killed_between_file_operations(tmp_path, monkeypatch, owner, name):
         if not output.exists():
             convert(source, output)
         assert files(output) == expected, nth
+    else:
+        pytest.fail("more operations than were tried")
     assert nth > 0
 
 
@@ -145,6 +151,36 @@ def test_two_runs_with_one_output(tmp_path):
     assert refusals
     convert(source, tmp_path / "once")
     assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+def test_two_runs_that_begin_together(tmp_path):
+    """Neither found a workspace; the one that begins later is refused, and takes nothing away."""
+    with Resumable(tmp_path / "out") as one, Resumable(tmp_path / "out") as other:
+        one.begin(1)
+        (one.path / "arrays").mkdir()
+        with pytest.raises(UserError, match=r"out\.partial is being written by another run"):
+            other.begin(1)
+        one.write_note({"done": []})
+        assert sorted(path.name for path in one.path.iterdir()) == ["arrays", "progress.json"]
+
+
+def test_a_disk_that_fails_at_the_end(tmp_path, monkeypatch):
+    """What a later sync would say is no proof: nothing noted is believed again."""
+    source = checkpoint(tmp_path / "hf")
+
+    def fails(descriptor):
+        if not os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            file = os.readlink(f"/proc/self/fd/{descriptor}")
+            if "/result/" in file:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(UserError, match=r"out cannot be written: Input/output error"):
+            convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"out\.partial is left from an interrupted run; delete"):
+        convert(source, tmp_path / "out")
 
 
 def two():
