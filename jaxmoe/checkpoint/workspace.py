@@ -125,7 +125,7 @@ class Resumable:
         return left != set() and (left != {ARRAYS} or any((self.path / ARRAYS).iterdir()))
 
     def begin(self, nbytes: int) -> None:
-        """Makes an empty workspace.
+        """Makes an empty workspace, also of one whose note is known to be of no use.
 
         Raises:
             UserError: if another run was faster, or the disk has not so much left, or refuses.
@@ -134,7 +134,7 @@ class Resumable:
         with writable(self.output):
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
-            if self._holds_work():
+            if self._holds_work() and not self.note:  # it is not what was found at first
                 self._lock.close()
                 raise self._left()
             for path in self.path.iterdir():  # the folder itself is locked, and stays
