@@ -197,7 +197,7 @@ def convert_table(figures: dict) -> Table:
     nbytes, cp = figures["run"]["bytes"], figures["ways"]["cp, sync"]["seconds"]
     for way, found in figures["ways"].items():
         rate, part = nbytes / found["seconds"] / 1e9, cp / found["seconds"]
-        peak = "" if way in COPIES else f"{found['peak_bytes'] / 1e9:.2f}"
+        peak = f"{found['peak_bytes'] / 1e9:.2f}" if way in figures["loads"] else ""
         table.add_row(way, f"{rate:.2f}", f"{part:.2f}", peak)
     for way, found in figures["loads"].items():
         rate = found["bytes"] / found["seconds"] / 1e9

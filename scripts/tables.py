@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from _bench_convert import COPIES
-
 ROOT = Path(__file__).parent.parent
 ATTENTION_CONTENDERS = {"jaxmoe": "jaxmoe", "cudnn": "cuDNN", "xla": "XLA", "torch": "torch"}
 MOE_CONTENDERS = {
@@ -82,7 +80,7 @@ def convert_markdown(figures: dict) -> str:
     bare = figures["bare_interpreter_bytes"]
     rows = []
     for way, found in figures["ways"].items():
-        memory = f"{(found['peak_bytes'] - bare) / 1e9:.2f} GB" if way not in COPIES else ""
+        memory = f"{(found['peak_bytes'] - bare) / 1e9:.2f} GB" if way in figures["loads"] else ""
         rate = f"{nbytes / found['seconds'] / 1e9:.2f} | {cp / found['seconds']:.2f}"
         rows.append(f"| `{way}` | {rate} | {memory} |")
     for way, found in figures["loads"].items():

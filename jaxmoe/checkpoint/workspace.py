@@ -115,6 +115,7 @@ class Resumable:
         except OSError:
             pass  # some network file systems lock no folders
         if not os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
+            self._lock.close()
             raise UserError(f"{self.path} was written by another run a moment ago; run again.")
 
     def _holds_work(self) -> bool:
@@ -135,7 +136,6 @@ class Resumable:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
             if self._holds_work() and not self.note:  # it is not what was found at first
-                self._lock.close()
                 raise self._left()
             for path in self.path.iterdir():  # the folder itself is locked, and stays
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -15,6 +15,7 @@ import pytest
 
 from jaxmoe.checkpoint.convert import convert
 from tests import formats, tiny
+from tests.checkpoint.test_resume import files
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("JAXMOE_KILLS", "3"))
@@ -29,11 +30,6 @@ from jaxmoe.checkpoint.convert import convert
 print("ready", flush=True)
 convert(sys.argv[1], sys.argv[2], weights=sys.argv[3] or None)
 """
-
-
-def files(folder):
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def kill_after(seconds, source, output, weights):
