@@ -5,10 +5,6 @@ of each kernel's own legend.
 """
 
 import dataclasses
-import functools
-import os
-import re
-import subprocess
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import ptxas
 from pallas_kernels.platform import target
 
 WGMMA = plgpu.Layout.WGMMA  # how a warpgroup holds an accumulator
 ROWS = WGMMA.reduce(1)  # one value for each of its rows
 COLUMNS = WGMMA.reduce(0)  # one value for each of its columns
-# Older assemblers reuse registers that a wgmma still reads: wrong values, silently.
-OLDEST_PTXAS = (13, 3)
 SMEM_BYTES = 227 * 1024  # of one block, on Hopper
 WARPGROUP = 64  # rows of one wgmma
 # No kernel here reads and writes the same shared memory from one thread without a fence, and none
@@ -44,32 +39,9 @@ def why_not_hopper(interpret: Any = None) -> str | None:
     device = target()
     if not device.is_hopper:
         return f"it needs an H100 or H200, and this is {device}"
-    version = ptxas_version()
-    if version >= OLDEST_PTXAS:
-        return None
-    found = ".".join(map(str, version)) if version else "none"
-    reason = (
-        f"it needs ptxas 13.3 or newer, and JAX would use {found} of {_cuda_root()}; "
-        "pip install 'nvidia-cuda-nvcc>=13.3'"
-    )
-    warnings.warn(f"Hopper kernels are not used: {reason}.", stacklevel=2)
+    if reason := ptxas.why_not():
+        warnings.warn(f"Hopper kernels are not used: {reason}.", stacklevel=2)
     return reason
-
-
-def _cuda_root() -> str:
-    return os.environ.get("MOSAIC_GPU_CUDA_ROOT", "")  # JAX sets it when it imports Mosaic GPU
-
-
-@functools.cache
-def ptxas_version() -> tuple[int, ...]:
-    """Of the assembler that JAX hands kernels to, such as (13, 3); empty if there is none."""
-    command = [os.path.join(_cuda_root(), "bin", "ptxas"), "--version"]
-    try:
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return ()
-    release = re.search(r"release (\d+)\.(\d+)", printed)
-    return tuple(map(int, release.groups())) if release else ()
 
 
 def tile(*shape: int, dtype=jnp.bfloat16):

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.errors import UserError
-from pallas_kernels.mosaic import ptxas_version
+from pallas_kernels import ptxas
 
 KERNELS = "mosaic_gpu"
 COLD_BYTES = 256e6  # read in turn where memory bounds: five times the L2 of an H100 or H200
@@ -155,7 +155,7 @@ def header(device: jax.Device) -> dict:
         | {
             "driver": first_line_of(*driver),
             "cuda": " ".join(device.client.platform_version.split()),
-            "ptxas": ".".join(map(str, ptxas_version())) or None,
+            "ptxas": ".".join(map(str, ptxas.version(ptxas.select() or ""))) or None,
             "cudnn": package_version("nvidia-cudnn-cu13"),
             "torch": torch and torch.__version__,
             "transformers": package_version("transformers"),

@@ -16,7 +16,7 @@ from _tune_problems import Problem, all_problems
 from jaxmoe.errors import UserError
 from jaxmoe.plan.absent import absent_h100s, absent_h200s, compiler_options, lower_for
 from jaxmoe.plan.assembler import KernelReport, assembler_reports
-from pallas_kernels.mosaic import ptxas_version
+from pallas_kernels import ptxas
 from pallas_kernels.tuning import file_of
 
 DEVICES = {"h100": absent_h100s, "h200": absent_h200s}
@@ -45,7 +45,7 @@ def tuned(device: jax.Device, problems: list[Problem]) -> dict:
         "device": device.device_kind,
         "date": today(),
         "jax": jax.__version__,
-        "ptxas": ".".join(map(str, ptxas_version())),
+        "ptxas": ".".join(map(str, ptxas.version(ptxas.select() or ""))),
         "entries": entries,
     }
 

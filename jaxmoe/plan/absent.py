@@ -8,13 +8,13 @@ import importlib.util
 import os
 import string
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 
 from jaxmoe.errors import UserError
+from pallas_kernels.ptxas import packaged_toolkit
 
 # What XLA wants to know of a GPU, in the text form of its GpuTargetConfigProto.
 _HOPPER = string.Template("""
@@ -112,8 +112,6 @@ def _require(module: str, package: str, extra: str) -> None:
 def compiler_options() -> dict[str, str | int]:
     """For `.compile()` on GPUs: no trial runs of kernels, and nvidia-cuda-nvcc's assembler."""
     options: dict[str, str | int] = {"xla_gpu_autotune_level": 0}
-    found = importlib.util.find_spec("nvidia.cu13")
-    for folder in (found.submodule_search_locations or []) if found else []:
-        if (Path(folder) / "bin" / "ptxas").exists():
-            options["xla_gpu_cuda_data_dir"] = folder
+    if toolkit := packaged_toolkit():
+        options["xla_gpu_cuda_data_dir"] = toolkit
     return options

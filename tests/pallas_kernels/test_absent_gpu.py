@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.mesh import MeshConfig, activation_spec, per_device, sharding
 from jaxmoe.plan.absent import absent_h100s, absent_h200s, compiler_options, lower_for, mesh_of
 from jaxmoe.plan.assembler import assembler_reports
-from pallas_kernels import mosaic
+from pallas_kernels import ptxas
 from pallas_kernels.attention import (
     Coords,
     decode_attention,
@@ -198,7 +198,7 @@ def test_kernels_are_picked(device):
 @pytest.mark.parametrize("version", [(13, 2), (12, 9), ()])
 def test_old_assemblers_are_refused(monkeypatch, which, arguments, version):
     """They miscompile the kernels silently."""
-    monkeypatch.setattr(mosaic, "ptxas_version", lambda: version)
+    monkeypatch.setattr(ptxas, "version", lambda path: version)
     with pytest.warns(UserWarning, match="Hopper kernels are not used"):
         assert chosen("h100", which, arguments) == "xla"
         with pytest.raises(ValueError, match=r"needs ptxas 13\.3 or newer"):
