@@ -179,6 +179,12 @@ def spread_spec(mesh, *dimensions: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*places)
 
 
+def spread_axes(logical: str) -> tuple[str, ...]:
+    """The current mesh's axes of more than one device that a parameter's axis is spread over."""
+    mesh = current_mesh()
+    return () if mesh is None else tuple(axis for axis in RULES[logical] if mesh.shape[axis] > 1)
+
+
 def current_mesh():
     """The mesh set by `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()

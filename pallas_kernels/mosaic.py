@@ -21,6 +21,13 @@ from pallas_kernels.platform import target
 WGMMA = plgpu.Layout.WGMMA  # how a warpgroup holds an accumulator
 ROWS = WGMMA.reduce(1)  # one value for each of its rows
 COLUMNS = WGMMA.reduce(0)  # one value for each of its columns
+# The same columns in each thread, and all rows in each warp.
+EACH_WARP = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 8), (2,))),
+    warp_dims=(plgpu.Replicated(4),),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
 SMEM_BYTES = 227 * 1024  # of one block, on Hopper
 WARPGROUP = 64  # rows of one wgmma
 # No kernel here reads and writes the same shared memory from one thread without a fence, and none
@@ -68,6 +75,39 @@ def along_columns(x: jax.Array, like: jax.Array) -> jax.Array:
 def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
     """A float32 constant in registers."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+class ColumnReduction:
+    """Maximum or sum down the rows of an accumulator that one warpgroup holds.
+
+    Rows lie in all four warps, so values pass through shared memory, which is the warpgroup's own.
+    JAX would reduce in scratch that has one place in a kernel: two warpgroups that reduce at once
+    overwrite each other's values there, and the interpreter does not see it.
+
+    A barrier of the warpgroup must lie between one reduction's result and the next reduction.
+    """
+
+    def __init__(self, values: Any):
+        self.values = values
+
+    @staticmethod
+    def types(warpgroups: int, rows: int, columns: int) -> Any:
+        """Scratch of all warpgroups; `values` is one's part."""
+        return plgpu.SMEM((warpgroups, rows, columns), jnp.float32)
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """The largest value of each column."""
+        return self._all_rows(x).max(axis=0)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum of each column."""
+        return self._all_rows(x).sum(axis=0)
+
+    def _all_rows(self, x: jax.Array) -> jax.Array:
+        """x with all rows in each warp."""
+        self.values[...] = x
+        plgpu.commit_smem()  # a barrier of the warpgroup
+        return plgpu.load(self.values, layout=EACH_WARP, optimized=False)
 
 
 def widen(ref, part: int, parts: int) -> jax.Array:

@@ -247,8 +247,7 @@ def _attend_log(rule, axes, q, k, v, tokens, cache, where, log):
         )
     else:
         out, lse = _attend_log_in_pieces(rule, q, cache, new, log.coords, table)
-    slot_axes = meshes.RULES["slots"] if meshes.current_mesh() is not None else ()
-    return _merge_over_devices(out, lse, slot_axes, axes).astype(q.dtype), cache
+    return merge_over_devices(out, lse, axes).astype(q.dtype), cache
 
 
 def _attend_pages(rule, q, cache, coords, page_coords, table):
@@ -277,8 +276,15 @@ def _attend_log_in_pieces(rule, q, cache, coords, page_coords, table):
     return lax.fori_loop(1, -(-used // columns), add, attend(0))
 
 
-def _merge_over_devices(out, lse, slot_axes, token_axes):
-    """Sums attention over the devices' slots; each keeps its own new tokens."""
+def merge_over_devices(
+    out: Float[Array, "B H S d"], lse: Float[Array, "B H S"], token_axes: tuple[str, ...] = ()
+) -> Float[Array, "B H own d"]:
+    """Sums attention over the devices that hold a part of each row's slots.
+
+    Args:
+        token_axes: the mesh axes that new tokens are spread over; each device keeps its own.
+    """
+    slot_axes = meshes.spread_axes("slots")
     if not slot_axes:
         return out
     weight = lse_weight(lse, lax.pmax(lse, slot_axes))[..., None]

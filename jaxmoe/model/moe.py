@@ -65,10 +65,20 @@ class RouterStats(NamedTuple):
 def route(
     config: Llama4Config, router: Float[Array, "D E"], x: Float[Array, "B S D"], real: jax.Array
 ) -> Routing:
+    """The router's logits, and what they choose."""
+    return choose(config, linear("BSD,DE->BSE", x, router), real)
+
+
+def choose(
+    config: Llama4Config, logits: Float[Array, "B S E"], real: Bool[Array, "B S"]
+) -> Routing:
     """The k largest logits and their sigmoids (no softmax, no renormalization)."""
-    logits = linear("BSD,DE->BSE", x, router)
-    chosen, expert = lax.top_k(logits, config.num_experts_per_tok)
-    score = jax.nn.sigmoid(chosen.astype(jnp.float32)).astype(x.dtype)
+    if config.num_experts_per_tok == 1:  # top_k would sort all
+        expert = jnp.argmax(logits, axis=-1, keepdims=True)
+        chosen = jnp.max(logits, axis=-1, keepdims=True)
+    else:
+        chosen, expert = lax.top_k(logits, config.num_experts_per_tok)
+    score = jax.nn.sigmoid(chosen.astype(jnp.float32)).astype(logits.dtype)
     return Routing(logits, jnp.where(real[..., None], expert, config.num_local_experts), score)
 
 

@@ -7,7 +7,8 @@ Pure functions of arrays; `Llama4` owns the parameters as an NNX module. Shape l
 S tokens a row, D embed, V vocabulary.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import constrain, constrain_param
 from jaxmoe.model.attention import Step, attention, start_step
 from jaxmoe.model.cache import Cache, LayerCache
+from jaxmoe.model.decode_step import Residual, decode_layer, final_norm, why_not_fused
 from jaxmoe.model.embedding import embed, unembed
 from jaxmoe.model.layers import rms_norm, swiglu
 from jaxmoe.model.moe import RouterStats, moe
@@ -42,6 +44,8 @@ def forward(
     cache: Cache | None = None,
     *,
     remat: bool = False,
+    fused: bool = True,
+    interpret: Any = None,
 ) -> Output:
     """Runs the decoder on new tokens, after those that `cache` holds.
 
@@ -52,19 +56,29 @@ def forward(
             see only their own segment. A segment is contiguous and may continue in the next call.
         cache: None for a whole forward pass; otherwise a cache with room for the new tokens.
         remat: recompute each layer in the backward pass instead of keeping its activations.
+        fused: run a step of one new token a row by the kernels of `decode_step` where they serve.
+        interpret: `plgpu.InterpretGPUParams()` runs those without their hardware.
     """
     step, cache = start_step(config, Coords(positions, segment_ids), cache)
     entries = cache.layers if cache is not None else [None] * len(config.layers)
-    run_layer = _remat_layer if remat else _jit_layer
     x = constrain(embed(params["embed"], tokens), "batch", "length", None)
+    run_layer = _remat_layer if remat else _jit_layer
+    fused = fused and why_not_fused(config, params, x, cache, interpret) is None
+    if fused:
+        x, run_layer = Residual(x, None), functools.partial(_jit_decode_layer, interpret)
     new_entries, router_stats = [], []
-    for kind, p, entry in zip(config.layers, params["layers"], entries, strict=True):
-        x, entry, stats = run_layer(config, kind, p, x, step, entry)
+    for i, (kind, p, entry) in enumerate(zip(config.layers, params["layers"], entries, strict=True)):
+        with jax.named_scope(f"layer_{i}"):
+            x, entry, stats = run_layer(config, kind, p, x, step, entry)
         new_entries.append(entry)
         router_stats += [stats] if stats is not None else []
     if cache is not None:
         cache = cache._replace(layers=tuple(new_entries))
-    return Output(rms_norm(x, params["norm"], config.rms_norm_eps), cache, tuple(router_stats))
+    if fused:
+        hidden = final_norm(config, interpret, params["norm"], x)
+    else:
+        hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
+    return Output(hidden, cache, tuple(router_stats))
 
 
 def decoder_layer(
@@ -91,6 +105,7 @@ def decoder_layer(
 
 # Layers of one kind are traced once and called many times.
 _jit_layer = jax.jit(decoder_layer, static_argnums=(0, 1))
+_jit_decode_layer = jax.jit(decode_layer, static_argnums=(0, 1, 2))
 _remat_layer = jax.checkpoint(decoder_layer, static_argnums=(0, 1))
 
 

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
-from pallas_kernels.mosaic import SMEM_BYTES, Ring, tile
+from pallas_kernels.mosaic import SMEM_BYTES, ColumnReduction, Ring, tile
 from pallas_kernels.quantized import STORED
 
 WARPGROUPS = 2  # that compute
 COLUMN_UNIT = 8
 MAX_COLUMNS = 24  # with 32, ptxas spills registers
-COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +26,7 @@ class DecodeConfig:
     Attributes:
         block_k: keys a step.
         slots: steps in flight for each warpgroup.
-        tasks_per_core: tasks and key heads to make for each multiprocessor.
+        tasks_per_core: tasks and key heads to make for each multiprocessor, of many rows.
         least_blocks: a task has at least so many blocks, but for the last of a row.
     """
 
@@ -61,7 +60,7 @@ def columns_of(case) -> int:
 
 def smem_bytes(case, config: DecodeConfig) -> int:
     """Shared memory of the kernel: each buffer starts at a multiple of 1024 bytes."""
-    total = COMPILER_PARAMS.reduction_scratch_bytes
+    total = 0
     for each in jax.tree.leaves(scratch_types(case, config)):
         if isinstance(each, plgpu.Barrier):
             total += 8 * math.prod(jax.tree.leaves(each.num_barriers))
@@ -86,6 +85,8 @@ def scratch_types(case, config: DecodeConfig) -> tuple:
         Ring.types((*keys, *keys), users=1),
         tile(WARPGROUPS, R, block),
         wide,
-        plgpu.SMEM((WARPGROUPS, d, R), jnp.float32),
-        plgpu.SMEM((WARPGROUPS, R), jnp.float32),
+        ColumnReduction.types(WARPGROUPS, block, R),
+        plgpu.SMEM((d, R), jnp.float32),
+        plgpu.SMEM((R,), jnp.float32),
+        plgpu.Barrier(),
     )

@@ -2,8 +2,9 @@
 
 The queries of all heads that share keys are the columns of one small tile, and keys are the rows of
 the tensor cores' products: scores^T = k q^T, out^T = v^T p^T. Each row's keys are cut into tasks of
-about equal size over all rows; each of a task's warpgroups takes every second block of keys with a
-running softmax of its own, and all of these are joined by their log-sum-exp.
+about equal size over all rows (flash-decoding); each of a task's warpgroups takes every second block
+of keys with a running softmax of its own. They are joined by their log-sum-exp: a task's warpgroups
+here, a row's tasks in `decode_join`.
 
 Scales of a quantized cache multiply scores and probabilities, one value a key, never keys or
 values. int4 comes as two halves of the head size, each a product of its own.
@@ -21,15 +22,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int
 
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.decode_config import (
     COLUMN_UNIT,
-    COMPILER_PARAMS,
     WARPGROUPS,
     DecodeConfig,
     scratch_types,
 )
+from pallas_kernels.attention.decode_join import decode_join
 from pallas_kernels.attention.masks import (
     Coords,
     Ranges,
@@ -39,14 +41,15 @@ from pallas_kernels.attention.masks import (
     ranges,
     reach,
 )
-from pallas_kernels.attention.merge import lse_weight
 from pallas_kernels.attention.mosaic_forward import FIRST_TOP, LOG2E, MASKED
 from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy, load_tokens
 from pallas_kernels.attention.pages import extents_of_rows
 from pallas_kernels.mosaic import (
     COLUMNS,
+    COMPILER_PARAMS,
     ROWS,
     WGMMA,
+    ColumnReduction,
     Ring,
     Wgmma,
     along_columns,
@@ -58,27 +61,54 @@ from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized
 
 DEFAULT_CORES = 2  # multiprocessors to plan for where the device has none: the interpreter
+FEW_ROWS = 8  # a row and key head for so many multiprocessors: tasks of one row are alike
 
 
 class Tasks(NamedTuple):
     """Steps `begin` to `end` of a row's blocks, for each task; none for those to spare."""
 
-    row: jax.Array
-    begin: jax.Array
-    end: jax.Array
+    row: Int[Array, "N"]
+    begin: Int[Array, "N"]
+    end: Int[Array, "N"]
 
 
-def plan_tasks(blocks: jax.Array, budget: int, least: int) -> Tasks:
-    """Cuts rows of so many blocks [B] into at most `budget` + B tasks of nearly equal size."""
-    size = jnp.maximum(-(-jnp.sum(blocks) // budget), least)
+class RowTasks(NamedTuple):
+    """Of each row, its first task and how many it has."""
+
+    first: Int[Array, "B"]
+    count: Int[Array, "B"]
+
+
+def plan_tasks(blocks: Int[Array, "B"], budget: int, least: int) -> tuple[Tasks, RowTasks]:
+    """Cuts rows of so many blocks into tasks of nearly equal size.
+
+    Args:
+        budget: how many tasks to make, at most; or as many as rows, if those are more.
+        least: blocks of a task, but for the last of a row.
+    """
+    B = blocks.shape[0]
+    # A row's last task may be short. Of so many less, all rows together have no more than `budget`.
+    whole = max(budget - B, -(-budget // 2))
+    size = jnp.maximum(-(-jnp.sum(blocks) // whole), least)
     pieces = -(-blocks // size)
     ends = jnp.cumsum(pieces)
-    index = jnp.arange(budget + blocks.shape[0], dtype=jnp.int32)
-    row = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
-    spare = row == blocks.shape[0]
+    index = jnp.arange(whole + B, dtype=jnp.int32)
+    row = jnp.sum(index[:, None] >= ends, axis=1, dtype=jnp.int32)  # no search: that is a loop
+    spare = row == B
     row = jnp.where(spare, 0, row)
     begin = jnp.where(spare, 0, (index - (ends - pieces)[row]) * size)
-    return Tasks(row, begin, jnp.where(spare, 0, jnp.minimum(begin + size, blocks[row])))
+    end = jnp.where(spare, 0, jnp.minimum(begin + size, blocks[row]))
+    return Tasks(row, begin, end), RowTasks(ends - pieces, pieces)
+
+
+def task_budget(config: DecodeConfig, rows: int, kv_heads: int) -> int:
+    """Tasks a key head: one for each multiprocessor where rows are few, otherwise several.
+
+    One is cheapest to join. The tasks of many rows differ in size, and several even that out.
+    """
+    cores = target().num_cores or DEFAULT_CORES
+    few = FEW_ROWS * rows * kv_heads <= cores
+    return max(1, cores * (1 if few else config.tasks_per_core) // kv_heads)
 
 
 def decode_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, table, case, config: DecodeConfig):
@@ -89,23 +119,25 @@ def decode_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, table, case, conf
         )
     B, H, S, d = q.shape
     K, group = case.kv_heads, H // case.kv_heads
-    q_BKRd = pad_axis(q.reshape(B, K, group * S, d), 2, COLUMN_UNIT)
     q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
     q_reach = jax.tree.map(lambda x: jnp.tile(x, (1, group)), q_reach)
     q_reach = pad_tokens(q_reach, COLUMN_UNIT)
+    R = q_reach.segment.shape[1]
     k_coords = pad_tokens(k_coords, config.block_k)
     extent = extents(k_coords, config.block_k)
     if table is not None:
         extent = extents_of_rows(extent, table)
-    blocks = ranges(*meets(q_reach, extent, q_BKRd.shape[2]))
+    blocks = ranges(*meets(q_reach, extent, R))
     blocks = Ranges(*(x[:, 0] for x in blocks))
-    budget = -(-config.tasks_per_core * (target().num_cores or DEFAULT_CORES) // K)
-    tasks = plan_tasks(blocks.stop - blocks.start, budget, config.least_blocks)
-    run = _kernel_call(case, config, q_BKRd, tasks.row.shape[0])
-    outs, lses = run(q_BKRd, _arrays(k), _arrays(v), apart(q_reach), k_coords, blocks, tasks, table)
-    out_BKRd, lse_BKR = _join(outs, lses, tasks.row, B)
-    out = out_BKRd[:, :, : group * S].reshape(q.shape).astype(q.dtype)
-    return out, lse_BKR[:, :, : group * S].reshape(B, H, S)
+    budget = task_budget(config, B, K)
+    tasks, of_row = plan_tasks(blocks.stop - blocks.start, budget, config.least_blocks)
+    q_BKGd = q.reshape(B, K, group * S, d)
+    if group * S > COLUMN_UNIT:  # TMA makes zeros of what a lone unit lacks, not of parts of several
+        q_BKGd = pad_axis(q_BKGd, 2, COLUMN_UNIT)
+    run = _kernel_call(case, config, (tasks.row.shape[0], K, d, R))
+    outs, lses = run(q_BKGd, _arrays(k), _arrays(v), apart(q_reach), k_coords, blocks, tasks, table)
+    out, lse = decode_join(outs, lses, *of_row, columns=group * S, interpret=case.interpret)
+    return out.reshape(q.shape), lse[:, :, : group * S].reshape(B, H, S)
 
 
 def _arrays(x) -> tuple:
@@ -114,33 +146,18 @@ def _arrays(x) -> tuple:
     return tuple(pad_axis(array, 2, 8) for array in arrays)
 
 
-def _join(out_NWKdR, lse_NWKR, row_N, B: int):
-    """Joins the tasks of each row: output [B, K, R, d] and log-sum-exp [B, K, R]."""
-    of_row = jnp.arange(B)[:, None] == row_N
-    spread = jnp.where(of_row[:, :, None, None, None], lse_NWKR, -jnp.inf)
-    top_BKR = jnp.max(spread, (1, 2))
-    weight = lse_weight(lse_NWKR, top_BKR[row_N][:, None])
-    total = jnp.einsum("bn,nwkr->bkr", of_row.astype(jnp.float32), weight, precision="highest")
-    out = jnp.einsum(
-        "bn,nwkr,nwkdr->bkrd", of_row.astype(jnp.float32), weight, out_NWKdR, precision="highest"
-    )
-    found = total > 0
-    lse = jnp.where(found, top_BKR + jnp.log(jnp.where(found, total, 1.0)), -jnp.inf)
-    return out / jnp.where(found, total, 1.0)[..., None], lse
-
-
-def _kernel_call(case, config: DecodeConfig, q_BKRd, num_tasks: int):
-    """The kernel with its shapes: a function of the operands of `_kernel`."""
-    _, K, R, d = q_BKRd.shape
+def _kernel_call(case, config: DecodeConfig, shape: tuple[int, int, int, int]):
+    """The kernel for [N, K, d, R]: a function of the operands of `_kernel`."""
+    N, K, d, R = shape
     return plgpu.kernel(
         functools.partial(_kernel, Wgmma(case.interpret is not None), case.scale * LOG2E),
         out_type=(
-            jax.ShapeDtypeStruct((num_tasks, WARPGROUPS, K, d, R), jnp.float32),
-            jax.ShapeDtypeStruct((num_tasks, WARPGROUPS, K, R), jnp.float32),
+            jax.ShapeDtypeStruct((N, K, d, R), jnp.float32),
+            jax.ShapeDtypeStruct((N, K, R), jnp.float32),
         ),
         scratch_types=scratch_types(case, config),
-        grid=(num_tasks, K),
-        grid_names=("task", "head"),
+        grid=(K, N),
+        grid_names=("head", "task"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,
@@ -150,8 +167,8 @@ def _kernel_call(case, config: DecodeConfig, q_BKRd, num_tasks: int):
 
 
 def _kernel(
-    mma, scale, q_BKRd, k_arrays, v_arrays, reach_BR, coords_BT, ranges_B, tasks_N, table_BP,
-    out_NWKdR, lse_NWKR, q_PRh, q_filled, ring, p_WRt, wide_PWth, out_WdR, lse_WR,
+    mma, scale, q_BKGd, k_arrays, v_arrays, reach_BR, coords_BT, ranges_B, tasks_N, table_BP,
+    out_NKdR, lse_NKR, q_PRh, q_filled, ring, p_WRt, wide_PWth, values_WtR, out_dR, lse_R, joined,
 ):  # fmt: skip
     n, h = lax.axis_index("task"), lax.axis_index("head")
     warpgroup = lax.axis_index("warpgroup")
@@ -159,8 +176,9 @@ def _kernel(
     b, begin, end = (x[n] for x in tasks_N)
     order = BlockOrder.load(ranges_B, b)
     block = p_WRt.shape[2]
+    busy = end > begin  # nobody reads what a spare task would write
 
-    @pl.when(warpgroup < WARPGROUPS)
+    @pl.when(busy & (warpgroup < WARPGROUPS))
     def _compute():
         ring.open(warpgroup, WARPGROUPS)
         reach = jax.tree.map(lambda x: eager(x.at[b], COLUMNS), reach_BR)
@@ -170,27 +188,28 @@ def _kernel(
             coords = jax.tree.map(lambda x: lazy(x.at[row, keys], ROWS), coords_BT)
             return hide(scores, MASKED, reach, coords, q_axis=1)
 
-        real = reach.segment() >= 0
+        padding = reach.segment() < 0
         steps = end - begin, jnp.clip(order.masked - begin, 0, end - begin)
         wide = [half.at[warpgroup] for half in wide_PWth]
         plgpu.barrier_wait(q_filled)
-        outs, log_sum = _attend(
-            mma, scale, q_PRh, ring, p_WRt.at[warpgroup], wide, warpgroup, steps, mask, real
-        )
-        width = outs[0].shape[0]
-        for part, out in enumerate(outs):
-            out_WdR[warpgroup, pl.ds(part * width, width)] = out
-        lse_WR[warpgroup] = log_sum
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_WdR.at[warpgroup], out_NWKdR.at[n, warpgroup, h])
-        plgpu.copy_smem_to_gmem(lse_WR.at[warpgroup], lse_NWKR.at[n, warpgroup, h])
-        plgpu.wait_smem_to_gmem(0)
+        parts = _attend(
+            mma, scale, q_PRh, ring, p_WRt.at[warpgroup], wide,
+            ColumnReduction(values_WtR.at[warpgroup]), warpgroup, steps, mask, padding,
+        )  # fmt: skip
+        _join_warpgroups(warpgroup, parts, out_dR, lse_R, joined)
 
-    @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(warpgroup == 0)
+        def _():
+            plgpu.copy_smem_to_gmem(out_dR, out_NKdR.at[n, h])
+            plgpu.copy_smem_to_gmem(lse_R, lse_NKR.at[n, h])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(busy & (warpgroup == WARPGROUPS))
     def _move():
+        columns = pl.ds(lax.mul(h, 0), q_PRh[0].shape[0])  # more than there are queries, so no constant
         for part, q in enumerate(q_PRh):
-            columns = pl.ds(part * q.shape[1], q.shape[1])
-            plgpu.copy_gmem_to_smem(q_BKRd.at[b, h, :, columns], q, q_filled)
+            half = pl.ds(part * q.shape[1], q.shape[1])
+            plgpu.copy_gmem_to_smem(q_BKGd.at[b, h, columns, half], q, q_filled)
         plgpu.barrier_wait(q_filled)
 
         @pl.loop(0, end - begin)
@@ -199,6 +218,43 @@ def _kernel(
             ring.fill(step, *(x.at[row, h, keys] for x in (*k_arrays, *v_arrays)))
 
         ring.drain(end - begin)
+
+
+def _join_warpgroups(warpgroup, parts, out_dR, lse_R, joined) -> None:
+    """The first of the two warpgroups puts both of their results together, in shared memory."""
+    outs, lse = parts
+    width = outs[0].shape[0]
+
+    def write(outs, lse):
+        for part, out in enumerate(outs):
+            out_dR[pl.ds(part * width, width)] = out
+        lse_R[...] = lse
+        plgpu.commit_smem()
+
+    @pl.when(warpgroup == 1)
+    def _():
+        write(outs, lse)
+        plgpu.barrier_arrive(joined)
+
+    @pl.when(warpgroup == 0)
+    def _():
+        plgpu.barrier_wait(joined)
+        other = load_tokens(lse_R, COLUMNS)
+        top = jnp.maximum(lse, other)
+        mine, others = (jnp.where(x == -jnp.inf, 0.0, jnp.exp(x - top)) for x in (lse, other))
+        total = mine + others
+        scale = jnp.where(total == 0, 0.0, 1 / total)
+        merged = []
+        for part, out in enumerate(outs):
+            theirs = plgpu.load(
+                out_dR.at[pl.ds(part * width, width)], layout=WGMMA, optimized=False
+            )
+            merged.append(
+                out * along_columns(mine * scale, out)
+                + theirs * along_columns(others * scale, out)
+            )
+        plgpu.commit_smem()  # all have read what is written now
+        write(merged, jnp.where(total == 0, -jnp.inf, top + jnp.log(total)))
 
 
 def _place(table_BP, k_BKTd, row, index, block: int):
@@ -210,7 +266,9 @@ def _place(table_BP, k_BKTd, row, index, block: int):
     return page, pl.ds(lax.rem(index, blocks_a_page) * block, block)
 
 
-def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask, real):
+def _attend(
+    mma, scale, q_PRh, ring, p_Rt, wide_Pth, reduction, warpgroup, steps, mask, padding
+):  # fmt: skip
     """Weighted values, a [h, R] each part, and log-sum-exp [R] of every second step."""
     parts, (R, width) = len(q_PRh), q_PRh[0].shape
     block = p_Rt.shape[1]
@@ -230,7 +288,7 @@ def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask, rea
             scores = scores * along_rows(load_tokens(keys[1], ROWS), scores)
         if masked:
             scores = mask(t, scores)
-        new_top = jnp.maximum(top, scores.max(axis=0))
+        new_top = jnp.maximum(top, reduction.max(scores))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(scores - along_columns(new_top, scores))
         total = total * along_columns(shrink, total) + p
@@ -255,6 +313,6 @@ def _attend(mma, scale, q_PRh, ring, p_Rt, wide_Pth, warpgroup, steps, mask, rea
     )
     state = lax.fori_loop(0, masked, functools.partial(step, True), state)
     outs, top, total = lax.fori_loop(masked, every, functools.partial(step, False), state)
-    found, total = (top > FIRST_TOP) & real, total.sum(axis=0)
-    outs = [out * along_columns(jnp.where(found, 1 / total, 0.0), out) for out in outs]
-    return outs, jnp.where(found, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
+    unseen, total = (top <= FIRST_TOP) | padding, reduction.sum(total)  # NaN stays
+    outs = [out * along_columns(jnp.where(unseen, 0.0, 1 / total), out) for out in outs]
+    return outs, jnp.where(unseen, -jnp.inf, (top + jnp.log2(total)) / LOG2E)

@@ -1,13 +1,20 @@
 """How rows are cut into tasks of nearly equal size, and how the tasks' results are joined."""
 
+import functools
+import itertools
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.decode_mosaic import _join, plan_tasks
-from pallas_kernels.attention.merge import merge
-from tests.pallas_kernels.attention.cases import assert_close
+from pallas_kernels.attention import decode_mosaic
+from pallas_kernels.attention.decode_config import DecodeConfig
+from pallas_kernels.attention.decode_join import decode_join
+from pallas_kernels.attention.decode_mosaic import plan_tasks, task_budget
+from tests.pallas_kernels.attention.cases import assert_close, no_races
 
 plan = jax.jit(plan_tasks, static_argnums=(1, 2))
 
@@ -35,7 +42,7 @@ every_plan = pytest.mark.parametrize(("blocks", "budget", "least"), PLANS.values
 
 def planned(blocks, budget, least):
     """(row, begin, end) of each task."""
-    tasks = plan(np.array(blocks, np.int32), int(budget), int(least))
+    tasks, _ = plan(np.array(blocks, np.int32), int(budget), int(least))
     return list(zip(*(x.tolist() for x in tasks), strict=True))
 
 
@@ -48,8 +55,8 @@ def test_every_block_is_in_one_task(blocks, budget, least):
 
 @every_plan
 def test_tasks_are_of_one_size_but_for_the_last_of_a_row(blocks, budget, least):
-    """The size that shares all blocks out over the budget, or the least."""
-    size = max(least, -(-sum(blocks) // budget))
+    """The size that shares all blocks out over the budget less a task a row, or the least."""
+    size = max(least, -(-sum(blocks) // max(budget - len(blocks), -(-budget // 2))))
     for row, begin, end in planned(blocks, budget, least):
         assert end - begin == size or end == blocks[row] or begin == end
         assert end - begin <= size
@@ -57,17 +64,30 @@ def test_tasks_are_of_one_size_but_for_the_last_of_a_row(blocks, budget, least):
 
 @every_plan
 def test_number_of_tasks(blocks, budget, least):
-    """Known at trace time; those to spare are of a row that there is, and have no blocks."""
+    """Those with blocks keep to the budget; those to spare are of a row that there is."""
     tasks = planned(blocks, budget, least)
-    assert len(tasks) == budget + len(blocks)
+    busy = sum(begin < end for _, begin, end in tasks)
+    if budget >= 2 * len(blocks):
+        assert busy <= budget
     assert all((row, begin) == (0, 0) for row, begin, end in tasks if begin == end)
 
 
-def parts_of(scores, values, tasks):
-    """Output [N, W, K, d, R] and log-sum-exp [N, W, K, R] of `tasks`, (row, keys of each part)."""
-    parts = [[softmax(scores[row][..., t], values[row][:, t]) for t in keys] for row, keys in tasks]
-    outs, sums = ([[part[i] for part in task] for task in parts] for i in (0, 1))
-    return np.array(outs, np.float32).swapaxes(-1, -2), np.array(sums, np.float32)
+@every_plan
+def test_each_row_knows_its_tasks(blocks, budget, least):
+    tasks = planned(blocks, budget, least)
+    _, of_row = plan(np.array(blocks, np.int32), int(budget), int(least))
+    for row, (first, count) in enumerate(zip(*(x.tolist() for x in of_row), strict=True)):
+        mine = tasks[first : first + count]
+        assert sum(end - begin for _, begin, end in mine) == blocks[row]
+        assert all(of == row for of, _, _ in mine)
+
+
+def test_few_rows_have_a_task_a_multiprocessor():
+    """More cost joining and gain nothing; the tasks of many rows even out."""
+    config, cores = DecodeConfig(tasks_per_core=4), 132
+    with mock.patch.object(decode_mosaic, "target", lambda: mock.Mock(num_cores=cores)):
+        budgets = {rows: task_budget(config, rows, 1) for rows in (1, 16, 17, 64)}
+    assert budgets == {1: cores, 16: cores, 17: 4 * cores, 64: 4 * cores}
 
 
 def softmax(scores, values):
@@ -80,47 +100,54 @@ def softmax(scores, values):
     return weight / total @ values, (top + np.log(total))[..., 0]
 
 
-B, K, R, T, D = 4, 2, 3, 24, 5
-NOTHING = slice(0, 0)
-TASKS = [
-    (0, [slice(0, 5), slice(5, 6)]),
-    (0, [slice(6, 24), NOTHING]),
-    (2, [NOTHING, slice(0, 24)]),
-    (3, [slice(0, 8), slice(8, 16)]),
-    (3, [slice(16, 20), slice(20, 24)]),
-    (0, [NOTHING, NOTHING]),  # to spare
-]
+B, K, R, T, D, QUERIES = 4, 2, 8, 24, 128, 5
+CUTS = {0: [2 * i for i in range(13)], 1: [], 2: [0, 24], 3: [0, 8, 8, 24]}  # of keys, into tasks
+TASKS = [(row, slice(*cut)) for row, cuts in CUTS.items() for cut in itertools.pairwise(cuts)]
+COUNT = [max(0, len(cuts) - 1) for cuts in CUTS.values()]
+FIRST = np.cumsum(COUNT) - COUNT
 
 
-def draw(spread):
+def join(outs, lses):
+    """Output [B, K, queries, d] and log-sum-exp [B, K, R], by the interpreter."""
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    options = {"columns": QUERIES, "dtype": jnp.float32, "interpret": interpret}
+    first, count = (np.array(x, np.int32) for x in (FIRST, COUNT))
+    with no_races():
+        return jax.block_until_ready(
+            jax.jit(functools.partial(decode_join, **options))(outs, lses, first, count)
+        )
+
+
+def parts_of(scores, values):
+    """Output [N, K, d, R] and log-sum-exp [N, K, R] of `TASKS`, and a spare one of garbage."""
+    parts = [softmax(scores[row][..., keys], values[row][:, keys]) for row, keys in TASKS]
+    outs, sums = (np.array([part[i] for part in parts], np.float32) for i in (0, 1))
+    spare = np.full((1, *outs.shape[1:]), np.nan, np.float32)
+    outs, sums = np.concatenate([outs, spare]), np.concatenate([sums, spare[..., 0]])
+    return outs.swapaxes(-1, -2), sums
+
+
+@pytest.mark.parametrize("spread", [1, 100])
+def test_joined_tasks_are_the_softmax_of_the_whole(spread):
+    """Catches parts of other rows, sums that overflow, and the use of what a spare task holds."""
     rng = np.random.default_rng(0)
     scores = rng.standard_normal((B, K, R, T)) - 10 * np.arange(B)[:, None, None, None]
-    return spread * scores, rng.standard_normal((B, K, T, D))
-
-
-@pytest.fixture(params=[1, 100])
-def joined(request):
-    """Scores, values, parts and what they join to; row 1 has no task."""
-    scores, values = draw(request.param)
-    parts = parts_of(scores, values, TASKS)
-    rows = np.array([row for row, _ in TASKS], np.int32)
-    return scores, values, parts, jax.jit(_join, static_argnums=3)(*parts, rows, B)
-
-
-def test_joined_tasks_are_the_softmax_of_the_whole(joined):
-    """Catches parts of other rows, and sums that overflow or that leave float32."""
-    scores, values, _, (out, lse) = joined
+    scores, values = spread * scores, rng.standard_normal((B, K, T, D))
+    out, lse = join(*parts_of(scores, values))
     for row in (0, 2, 3):
         want_out, want_lse = softmax(scores[row], values[row])
-        assert_close(out[row], want_out, 1e-5)
+        assert_close(out[row], want_out[:, :QUERIES], 1e-5)
         assert_close(lse[row], want_lse, 1e-6)
     assert not np.asarray(out[1]).any()
     assert (np.asarray(lse[1]) == -np.inf).all()
 
 
-def test_joined_tasks_are_merged(joined):
-    *_, (outs, sums), (out, _) = joined
-    for row in (0, 2, 3):
-        mine = [n for n, (of, _) in enumerate(TASKS) if of == row]
-        parts = [(outs[n, w].swapaxes(1, 2)[None], sums[n, w][None]) for n in mine for w in (0, 1)]
-        assert_close(out[row], merge(jax.tree.map(jnp.asarray, parts))[0], 1e-6)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_row_leaves_the_others_bit_equal(bad):
+    rng = np.random.default_rng(0)
+    outs, lses = parts_of(rng.standard_normal((B, K, R, T)), rng.standard_normal((B, K, T, D)))
+    want = join(outs, lses)
+    outs[FIRST[2]], lses[FIRST[2]] = bad, bad
+    for got, expected in zip(join(outs, lses), want, strict=True):
+        np.testing.assert_array_equal(np.delete(got, 2, 0), np.delete(expected, 2, 0))
+        assert np.isnan(np.asarray(got[2])).any()

@@ -1,0 +1,254 @@
+"""A decoder layer for one new token a row on H100 and H200: few launches, two all-reduces.
+
+It computes what `transformer.decoder_layer` computes. There, each line is an operation or several,
+and launching them takes longer than reading the weights; here each line is a kernel. Whoever changes
+the model in `decoder_layer` changes it here, or turns this off: `forward(..., fused=False)`.
+
+A residual sum is taken together with the norm that follows it, so a layer hands over what is still
+to be added. Shape letters: B rows of a device, C of these rounded up to 8, D embed, H query heads, K
+key/value heads, d head size, E experts.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxmoe import mesh as meshes
+from jaxmoe.config import LayerKind, Llama4Config
+from jaxmoe.model.attention import Step, merge_over_devices
+from jaxmoe.model.cache import (
+    PAGE,
+    Cache,
+    LayerCache,
+    keeps_ring,
+    keys_spec,
+    pool_spec,
+    ring_page,
+    row_groups,
+)
+from jaxmoe.model.moe import Routing, RouterStats, choose, exchange_way, router_stats
+from jaxmoe.model.params import layer_specs, map_arrays
+from pallas_kernels.arrays import pad_axis
+from pallas_kernels.attention import Coords, decode_attention
+from pallas_kernels.mosaic import why_not_hopper
+from pallas_kernels.quantized import QuantizedMatrix
+from pallas_kernels.step import (
+    MAX_TOKENS,
+    HeadPlan,
+    add_rms_norm,
+    experts_down,
+    experts_gate_up,
+    matmul_few,
+    slots_of,
+    why_not_few,
+    why_not_norm,
+    write_heads,
+)
+
+HEAD_DIM = 128
+MOST_COLUMNS = 24  # query heads that share a key head
+
+
+class Residual(NamedTuple):
+    """Activations between layers, and what is still to be added to them."""
+
+    x: Float[Array, "B 1 D"]
+    more: Float[Array, "C D"] | None  # float32; of each device's rows
+
+
+def final_norm(
+    config: Llama4Config, interpret: Any, weight: Float[Array, "D"], residual: Residual
+) -> Float[Array, "B 1 D"]:
+    """What follows the last layer."""
+
+    def body(weight, residual):
+        x = residual.x[:, 0]
+        normed = add_rms_norm(x, residual.more, weight, config.rms_norm_eps, interpret=interpret)[1]
+        return normed[:, None]
+
+    mesh = meshes.current_mesh()
+    if mesh is None:
+        return body(weight, residual)
+    of_rows = _of_rows(mesh, residual)
+    specs = PartitionSpec(), jax.tree.map(lambda _: of_rows, residual)
+    return meshes.per_device(body, specs, of_rows)(weight, residual)
+
+
+def why_not_fused(
+    config: Llama4Config, params: dict, x, cache: Cache | None, interpret: Any = None
+) -> str | None:
+    """Why a step does not run as kernels here, or None. Known when a step is traced.
+
+    Args:
+        x: the embedded tokens [B, S, D], or a ShapeDtypeStruct.
+        interpret: `plgpu.InterpretGPUParams()`, where kernels are to run without their hardware.
+    """
+    (rows, tokens, _), dtype = x.shape, x.dtype
+    if cache is None or tokens != 1:
+        return "it is a step of one new token a row with a cache"
+    if any(isinstance(w, QuantizedMatrix) for w in jax.tree.leaves(params, is_leaf=_is_matrix)):
+        return "it takes matrices that are not quantized"
+    mesh = meshes.current_mesh()
+    tensor = 1 if mesh is None else meshes.axis_size(mesh, "ffn")
+    rows //= row_groups(rows)
+    widths = {config.intermediate_size, config.intermediate_size_mlp}
+    group = config.num_attention_heads // config.num_key_value_heads
+    if config.head_dim != HEAD_DIM or group > MOST_COLUMNS or config.num_experts_per_tok != 1:
+        return f"it takes heads of {HEAD_DIM}, up to {MOST_COLUMNS} a key head, and one expert"
+    if not config.has_local_ring or ring_page(config) != PAGE:
+        return f"it takes chunks that are multiples of {PAGE} tokens"
+    if mesh is not None and exchange_way(mesh, x.shape) != "stay":
+        return "it takes meshes on which tokens need not travel to their experts"
+    widths = [width // tensor for width in widths]
+    return (
+        why_not_few(rows, jnp.dtype(dtype).name, config.hidden_size, widths)
+        or why_not_norm(config.hidden_size)
+        or why_not_hopper(interpret)
+    )
+
+
+def _is_matrix(x) -> bool:
+    return isinstance(x, QuantizedMatrix)
+
+
+def decode_layer(
+    interpret: Any,
+    config: Llama4Config,
+    kind: LayerKind,
+    p: dict,
+    residual: Residual,
+    step: Step,
+    cache: LayerCache,
+) -> tuple[Residual, LayerCache, RouterStats | None]:
+    """One layer, on each device's part of the rows, heads and widths."""
+    mesh = meshes.current_mesh()
+    if mesh is not None and meshes.axis_size(mesh, "embed") > 1:
+        p, _ = lax.optimization_barrier((p, residual))  # or all layers' weights are gathered at once
+    spread = not keeps_ring(config, kind)
+    pool = step.cache.log if spread else step.cache.ring
+    places = step.cache.writes.log if spread else step.cache.writes.ring
+    real = step.tokens.own.segment != 0
+    body = functools.partial(_layer, config, kind, interpret)
+    arguments = (p, residual, step.tokens.own, step.rope, step.temperature, pool, places, cache)
+    if mesh is None:
+        residual, cache, routing = body(*arguments)
+    else:
+        run = meshes.per_device(body, *_specs(config, kind, mesh, arguments))
+        residual, cache, routing = run(*arguments)
+    if routing is None:
+        return residual, cache, None
+    reached = jnp.sum(routing.expert < config.num_local_experts)
+    return residual, cache, router_stats(routing, real, reached)
+
+
+def _specs(config: Llama4Config, kind: LayerKind, mesh, arguments) -> tuple:
+    """Where the arguments and results of `_layer` lie."""
+    p, residual, own, rope, temperature, pool, places, cache = arguments
+    rows, spread = residual.x.shape[0], not keeps_ring(config, kind)
+    of_rows = _of_rows(mesh, residual)
+    pool_specs = pool_spec(mesh, rows, spread)
+    cache_spec = jax.tree.map(functools.partial(keys_spec, mesh, rows, spread), cache)
+    p_spec = map_arrays(
+        lambda w, axes: meshes.param_spec_at_use(axes), layer_specs(config, kind), p
+    )
+    routing = Routing(*(of_rows,) * 3) if kind.feed_forward == "moe" else None
+    in_specs = (
+        p_spec,
+        jax.tree.map(lambda _: of_rows, residual),
+        Coords(of_rows, of_rows),
+        (of_rows, of_rows),
+        of_rows,
+        pool_specs,
+        pool_specs.table,
+        cache_spec,
+    )
+    return in_specs, (Residual(of_rows, of_rows), cache_spec, routing)
+
+
+def _of_rows(mesh, residual: Residual) -> PartitionSpec:
+    return meshes.spread_spec(mesh, meshes.activation_axes(mesh, "batch", residual.x.shape[0]))
+
+
+def _layer(
+    config, kind, interpret, p, residual, own: Coords, rope, temperature, pool, places, cache
+):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), but for the last sum."""
+    eps, run = config.rms_norm_eps, {"interpret": interpret}
+    rows = residual.x.shape[0]
+    x = residual.x.reshape(rows, -1)
+    x, normed = add_rms_norm(x, residual.more, p["attention_norm"], eps, **run)
+    plan = _head_plan(kind, rope, temperature, places)
+    out, cache = _attention(config, kind, run, p["attention"], normed, own, plan, pool, cache)
+    x, normed = add_rms_norm(x, out, p["feed_forward_norm"], eps, **run)
+    if kind.feed_forward == "moe":
+        out, routing = _moe(config, run, p["feed_forward"], normed, own.segment != 0)
+    else:
+        out, routing = _dense(run, p["feed_forward"], normed), None
+    return Residual(x[:, None], out), cache, routing
+
+
+def _head_plan(kind: LayerKind, rope, temperature, places) -> HeadPlan:
+    """Rotation on local layers, temperature on global ones, and where the tokens go."""
+    place = places[0, :, 0]
+    if kind.attention == "local":
+        cos, sin = (pad_axis(jnp.repeat(x[:, 0], 2, axis=-1), 0, MAX_TOKENS) for x in rope)
+        return HeadPlan(cos, sin, None, place)
+    return HeadPlan(None, None, pad_axis(temperature[:, 0], 0, MAX_TOKENS), place)
+
+
+def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pool, cache):
+    """The output projection's sum over devices, float32, and the cache with the new tokens."""
+    local = kind.attention == "local"
+    D, heads, d = p["q"].shape
+    qkv = matmul_few(x, tuple(p[name].reshape(D, -1) for name in "qkv"), parts=None, **run)
+    norm_eps = config.rms_norm_eps if local and config.use_qk_norm else None
+    q, *cache = write_heads(qkv, plan, *cache, heads=heads, norm_eps=norm_eps, **run)
+    cache = LayerCache(*cache)
+    out, lse = decode_attention(
+        q[:, :, None],
+        *cache,
+        own,
+        pool.coords,
+        table=pool.table[0],
+        scale=d**-0.5,
+        chunk=config.attention_chunk_size if local else None,
+        return_lse=True,
+        **run,
+    )
+    if not local:
+        out = merge_over_devices(out, lse)
+    out = matmul_few(out.reshape(len(x), -1), (p["o"].reshape(-1, D),), **run)[0]
+    return _sum_over(out, "heads"), cache
+
+
+def _moe(config: Llama4Config, run, p, x, real):
+    """The experts' and the shared expert's sum over devices, float32, and the routing."""
+    E, here = config.num_local_experts, p["experts"]["down"].shape[0]
+    logits = jnp.sum(matmul_few(x, (p["router"],), parts=None, **run), axis=0)[: len(x)]
+    routing = choose(config, logits.astype(x.dtype)[:, None], real)
+    first = lax.axis_index(meshes.RULES["expert"]) * here if here < E else 0
+    expert = routing.expert[:, 0, 0] - first
+    slots = slots_of(expert, here, first == 0)
+    gate_up = [tuple(p[kind][name] for name in ("gate", "up")) for kind in ("experts", "shared")]
+    hidden = experts_gate_up(x, *gate_up, expert, routing.score[:, 0, 0], slots, **run)
+    down = (p[kind]["down"] for kind in ("experts", "shared"))
+    return _sum_over(experts_down(hidden, *down, expert, slots, **run), "expert", "ffn"), routing
+
+
+def _dense(run, p, x):
+    """A dense layer is a shared expert alone."""
+    nobody = jnp.full(len(x), -1, jnp.int32)
+    slots, score = jnp.zeros(1, jnp.int32), jnp.ones(len(x))
+    hidden = experts_gate_up(x, None, (p["gate"], p["up"]), nobody, score, slots, **run)
+    return _sum_over(experts_down(hidden, None, p["down"], nobody, slots, **run), "ffn")
+
+
+def _sum_over(x: jax.Array, *logical: str) -> jax.Array:
+    """One all-reduce over the devices that the logical axes are spread over."""
+    axes = tuple(axis for name in logical for axis in meshes.spread_axes(name))
+    return lax.psum(x, axes) if axes else x

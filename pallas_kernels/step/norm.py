@@ -1,0 +1,82 @@
+"""A residual sum and the RMSNorm of it, in one kernel.
+
+Shape letters: T tokens, D width; a token's vector is cut into 64 rows of n elements.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.mosaic import COLUMNS, COMPILER_PARAMS, WARPGROUP, WGMMA, along_rows
+
+UNIT = 8 * WARPGROUP  # elements: a row of each thread group has a multiple of 8
+
+
+def why_not_norm(width: int) -> str | None:
+    """Why vectors of such a width cannot be normalized here, or None."""
+    return f"it takes multiples of {UNIT} elements, not {width}" if width % UNIT else None
+
+
+def add_rms_norm(
+    x: Float[Array, "T D"],
+    more: Float[Array, "T_or_more D"] | None,
+    weight: Float[Array, "D"],
+    eps: float,
+    *,
+    interpret=None,
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+    """x + more, and its RMSNorm times `weight`; all in float32, rounded to x's dtype at each step.
+
+    Args:
+        more: is rounded first, as a layer's output would be; None adds nothing.
+    """
+    T, D = x.shape
+    cut = WARPGROUP, D // WARPGROUP
+    outputs = (jax.ShapeDtypeStruct((T, *cut), x.dtype),) * (1 if more is None else 2)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, eps, more is not None),
+        out_type=outputs,
+        scratch_types=(plgpu.SMEM((WARPGROUP,), jnp.float32),),
+        grid=(T,),
+        grid_names=("token",),
+        compiler_params=COMPILER_PARAMS,
+        interpret=interpret,
+        kernel_name="add_rms_norm",
+    )
+    arrays = (x,) if more is None else (x, more)
+    outs = kernel([array.reshape(-1, *cut) for array in arrays], weight.reshape(cut))
+    normed, *total = (out.reshape(T, D) for out in outs)
+    return (total[0] if total else x), normed
+
+
+def _kernel(eps: float, adds: bool, arrays, weight_mn, normed_Tmn, *rest):
+    *total_Tmn, sums_m = rest
+    token = lax.axis_index("token")
+    dtype = normed_Tmn.dtype
+
+    def load(ref) -> jax.Array:
+        return plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32)
+
+    def rounded(value) -> jax.Array:
+        return value.astype(dtype).astype(jnp.float32)
+
+    x = load(arrays[0].at[token])
+    if adds:
+        x = rounded(x + rounded(load(arrays[1].at[token])))
+        total_Tmn[0].at[token][...] = x.astype(dtype)
+    square = total_of_rows((x * x).sum(axis=1), sums_m)
+    scale = lax.rsqrt(square / (x.shape[0] * x.shape[1]) + eps)
+    normed = rounded(x * along_rows(scale, x)) * load(weight_mn)
+    normed_Tmn.at[token][...] = normed.astype(dtype)
+
+
+def total_of_rows(values: jax.Array, staging) -> jax.Array:
+    """The sum of one value a row, for every row: each warp has all rows after a pass through memory."""
+    staging[...] = values
+    plgpu.commit_smem()  # a barrier of the warpgroup
+    everywhere = plgpu.load(staging, layout=COLUMNS, optimized=False)
+    return lax.broadcast_in_dim(everywhere, (WARPGROUP, WARPGROUP), [1]).sum(axis=1)
