@@ -75,7 +75,7 @@ def choose(
     """The k largest logits and their sigmoids (no softmax, no renormalization)."""
     if config.num_experts_per_tok == 1:  # top_k would sort all
         expert = jnp.argmax(logits, axis=-1, keepdims=True)
-        chosen = jnp.max(logits, axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(logits, expert, axis=-1)
     else:
         chosen, expert = lax.top_k(logits, config.num_experts_per_tok)
     score = jax.nn.sigmoid(chosen.astype(jnp.float32)).astype(logits.dtype)

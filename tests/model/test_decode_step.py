@@ -1,0 +1,147 @@
+"""A decode step in few launches: the numbers of `decoder_layer`, in the interpreter."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxmoe.config import LayerKind, Llama4Config
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.cache import init_cache
+from jaxmoe.model.decode_step import why_not_fused
+from jaxmoe.model.params import init_params, quantize_params
+from jaxmoe.model.transformer import forward, unembed
+from tests.pallas_kernels.attention.cases import assert_close, no_races
+
+LAYERS = (LayerKind("local", "moe"), LayerKind("local", "dense"), LayerKind("global", "moe"))
+SMALL = Llama4Config(
+    vocab_size=64, hidden_size=512, intermediate_size=128, intermediate_size_mlp=256,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=128, num_local_experts=4,
+    layers=LAYERS, attention_chunk_size=64, floor_scale=16, rms_norm_eps=1e-5,
+)  # fmt: skip
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+PREFIX = 70  # tokens: the newest are a chunk behind the first
+
+
+@functools.cache
+def parameters(config):
+    return init_params(config, nnx.Rngs(0).params(), jnp.bfloat16)
+
+
+def filled(config, rows, kv):
+    """A cache after a prefix of each row's own length, and the next token with its coordinates."""
+    rng = np.random.default_rng(rows)
+    tokens = rng.integers(0, config.vocab_size, (rows, PREFIX), np.int32)
+    lengths = PREFIX - 3 * np.arange(rows, dtype=np.int32)
+    positions = np.broadcast_to(np.arange(PREFIX, dtype=np.int32), tokens.shape)
+    segments = (positions < lengths[:, None]).astype(np.int32)
+    cache = init_cache(config, rows, 128, kv)
+    run = jax.jit(functools.partial(forward, config))
+    cache = run(parameters(config), tokens, positions, segments, cache).cache
+    return cache, (tokens[:, :1], lengths[:, None], np.ones((rows, 1), np.int32))
+
+
+def step(config, cache, new, **options):
+    params = parameters(config)
+
+    def run(cache, *new):
+        out = forward(config, params, *new, cache, **options)
+        return unembed(config, params, out.hidden[:, -1]), out
+
+    return jax.block_until_ready(jax.jit(run)(cache, *new))
+
+
+def fused(config, cache, new):
+    with no_races():
+        return step(config, cache, new, interpret=INTERPRET)
+
+
+def as_float(x):
+    return np.asarray(x).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kv", "changes"),
+    [
+        (1, "bf16", {}),
+        (3, "int8", {}),
+        (9, "int4", {"use_qk_norm": False}),
+        (2, "fp8", {"attn_temperature_tuning": False}),
+    ],
+)
+def test_logits_and_cache_are_those_of_the_layers(rows, kv, changes):
+    """Catches any part left out: rotation, norm, temperature, score, shared expert, a place."""
+    config = dataclasses.replace(SMALL, **changes)
+    cache, new = filled(config, rows, kv)
+    want, plain = step(config, cache, new, fused=False)
+    got, kernels = fused(config, cache, new)
+    assert_close(as_float(got), as_float(want), 0.02)
+    written = jax.tree.leaves(kernels.cache), jax.tree.leaves(plain.cache), jax.tree.leaves(cache)
+    for mine, theirs, before in zip(*written, strict=True):
+        changed = np.asarray(theirs) != np.asarray(before)
+        assert not (np.asarray(mine) != np.asarray(before))[~changed].any()
+    first = kernels.cache.layers[0], plain.cache.layers[0]
+    for mine, theirs in zip(*map(jax.tree.leaves, first), strict=True):
+        np.testing.assert_array_equal(as_float(mine), as_float(theirs))
+    stats = zip(kernels.router_stats, plain.router_stats, strict=True)
+    assert all((a.assignments == b.assignments).all() and a.dropped == 0 for a, b in stats)
+
+
+def test_padding_writes_nothing_and_rows_stay_apart():
+    """One row is padding, one is NaN; the third is bit-equal to a step in which both are sound."""
+    cache, (tokens, positions, segments) = filled(SMALL, 3, "int8")
+    segments = np.array([[1], [0], [1]], np.int32)
+    want, _ = fused(SMALL, cache, (tokens, positions, segments))
+    params = parameters(SMALL)
+    params = {**params, "embed": params["embed"].at[tokens[0, 0]].set(jnp.nan)}
+    tokens[1], tokens[2] = tokens[0], (tokens[0] + 1) % SMALL.vocab_size
+    cache, _ = filled(SMALL, 3, "int8")
+    logits = []
+    for embed in (parameters(SMALL)["embed"], params["embed"]):
+        run = functools.partial(forward, SMALL, params | {"embed": embed}, interpret=INTERPRET)
+        out = jax.jit(lambda cache, *new, run=run: run(*new, cache))(
+            cache, tokens, positions, segments
+        )
+        logits.append(as_float(out.hidden))
+    assert np.isnan(logits[1][0]).all()
+    np.testing.assert_array_equal(logits[0][2], logits[1][2])
+    assert np.isfinite(as_float(want)[[0, 2]]).all()
+
+
+def why_not(config=SMALL, rows=1, tokens=1, dtype=jnp.bfloat16, params=None, mesh=None):
+    x = jax.ShapeDtypeStruct((rows, tokens, config.hidden_size), dtype)
+    params = parameters(SMALL) if params is None else params
+    with jax.set_mesh(mesh) if mesh is not None else jax.set_mesh(None):
+        return why_not_fused(config, params, x, init_cache(config, 1, 512), INTERPRET)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"tokens": 2}, "one new token a row"),
+        ({"rows": 65}, "up to 64 tokens, not 65"),
+        ({"dtype": jnp.float32}, "bfloat16, not float32"),
+        ({"config": dataclasses.replace(SMALL, attention_chunk_size=48)}, "multiples of 64 tokens"),
+        ({"config": dataclasses.replace(SMALL, num_experts_per_tok=2)}, "and one expert"),
+        ({"config": dataclasses.replace(SMALL, intermediate_size=96)}, "multiples of 64"),
+        ({"config": dataclasses.replace(SMALL, hidden_size=576)}, "multiples of 512"),
+    ],
+)
+def test_what_it_does_not_serve(options, why):
+    assert why in why_not(**options)
+    assert why_not() is None
+
+
+def test_quantized_matrices_are_not_served():
+    assert "not quantized" in why_not(params=quantize_params(SMALL, parameters(SMALL), "int8"))
+
+
+def test_tokens_that_travel_to_their_experts_are_not_served():
+    mesh = MeshConfig.parse("expert=2").make(jax.devices()[:2])
+    assert "need not travel" in why_not(rows=2, mesh=mesh)
+    assert why_not(rows=1, mesh=mesh) is None
