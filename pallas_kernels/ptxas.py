@@ -1,7 +1,7 @@
 """Which ptxas, NVIDIA's assembler, Mosaic GPU hands kernels to; the package's comes first.
 
-Mosaic GPU takes the first of ./cuda_sdk_lib/bin, the folders of PATH and /usr/local/cuda/bin. Neither
-MOSAIC_GPU_CUDA_ROOT nor --xla_gpu_cuda_data_dir, which steer what XLA itself compiles, changes that.
+Mosaic GPU takes the first of ./cuda_sdk_lib/bin, the folders of PATH and /usr/local/cuda/bin.
+MOSAIC_GPU_CUDA_ROOT and --xla_gpu_cuda_data_dir steer what XLA itself compiles, and not that.
 """
 
 import functools

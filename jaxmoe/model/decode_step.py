@@ -1,12 +1,12 @@
 """A decoder layer for one new token a row on H100 and H200: few launches, two all-reduces.
 
 It computes what `transformer.decoder_layer` computes. There, each line is an operation or several,
-and launching them takes longer than reading the weights; here each line is a kernel. Whoever changes
-the model in `decoder_layer` changes it here, or turns this off: `forward(..., fused=False)`.
+and launching them takes longer than reading the weights; here each line is a kernel. A fork that
+changes `decoder_layer` changes this too, or turns it off: `forward(..., fused=False)`.
 
 A residual sum is taken together with the norm that follows it, so a layer hands over what is still
-to be added. Shape letters: B rows of a device, C of these rounded up to 8, D embed, H query heads, K
-key/value heads, d head size, E experts.
+to be added. Shape letters: B rows of a device, C of these rounded up to 8, D embed, H query heads,
+K key/value heads, d head size, E experts.
 """
 
 import functools
@@ -31,7 +31,7 @@ from jaxmoe.model.cache import (
     ring_page,
     row_groups,
 )
-from jaxmoe.model.moe import Routing, RouterStats, choose, exchange_way, router_stats
+from jaxmoe.model.moe import RouterStats, Routing, choose, exchange_way, router_stats
 from jaxmoe.model.params import layer_specs, map_arrays
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention import Coords, decode_attention
@@ -128,7 +128,9 @@ def decode_layer(
     """One layer, on each device's part of the rows, heads and widths."""
     mesh = meshes.current_mesh()
     if mesh is not None and meshes.axis_size(mesh, "embed") > 1:
-        p, _ = lax.optimization_barrier((p, residual))  # or all layers' weights are gathered at once
+        p, _ = lax.optimization_barrier(
+            (p, residual)
+        )  # or all layers' weights are gathered at once
     spread = not keeps_ring(config, kind)
     pool = step.cache.log if spread else step.cache.ring
     places = step.cache.writes.log if spread else step.cache.writes.ring
@@ -148,7 +150,7 @@ def decode_layer(
 
 def _specs(config: Llama4Config, kind: LayerKind, mesh, arguments) -> tuple:
     """Where the arguments and results of `_layer` lie."""
-    p, residual, own, rope, temperature, pool, places, cache = arguments
+    p, residual, *_, cache = arguments
     rows, spread = residual.x.shape[0], not keeps_ring(config, kind)
     of_rows = _of_rows(mesh, residual)
     pool_specs = pool_spec(mesh, rows, spread)

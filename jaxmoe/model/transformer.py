@@ -67,7 +67,9 @@ def forward(
     if fused:
         x, run_layer = Residual(x, None), functools.partial(_jit_decode_layer, interpret)
     new_entries, router_stats = [], []
-    for i, (kind, p, entry) in enumerate(zip(config.layers, params["layers"], entries, strict=True)):
+    for i, (kind, p, entry) in enumerate(
+        zip(config.layers, params["layers"], entries, strict=True)
+    ):
         with jax.named_scope(f"layer_{i}"):
             x, entry, stats = run_layer(config, kind, p, x, step, entry)
         new_entries.append(entry)

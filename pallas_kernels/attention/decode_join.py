@@ -124,7 +124,11 @@ def _join(ring: Ring, steps, count, R: int) -> tuple[jax.Array, jax.Array]:
         ring.release(t)
         return out, new_top, total
 
-    state = (full((WARPGROUP, R), 0.0, WGMMA), full((R,), UNSEEN, COLUMNS), full((R,), 0.0, COLUMNS))
+    state = (
+        full((WARPGROUP, R), 0.0, WGMMA),
+        full((R,), UNSEEN, COLUMNS),
+        full((R,), 0.0, COLUMNS),
+    )
     out, top, total = lax.fori_loop(0, steps, step, state)
     unseen = top <= UNSEEN  # NaN is not, and stays
     out = out * along_columns(jnp.where(unseen, 0.0, 1 / total), out)

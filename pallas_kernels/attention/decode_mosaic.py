@@ -2,9 +2,9 @@
 
 The queries of all heads that share keys are the columns of one small tile, and keys are the rows of
 the tensor cores' products: scores^T = k q^T, out^T = v^T p^T. Each row's keys are cut into tasks of
-about equal size over all rows (flash-decoding); each of a task's warpgroups takes every second block
-of keys with a running softmax of its own. They are joined by their log-sum-exp: a task's warpgroups
-here, a row's tasks in `decode_join`.
+about equal size over all rows (flash-decoding); each of a task's warpgroups takes every second
+block of keys with a running softmax of its own. They are joined by their log-sum-exp: a task's
+warpgroups here, a row's tasks in `decode_join`.
 
 Scales of a quantized cache multiply scores and probabilities, one value a key, never keys or
 values. int4 comes as two halves of the head size, each a product of its own.
@@ -132,7 +132,9 @@ def decode_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, table, case, conf
     budget = task_budget(config, B, K)
     tasks, of_row = plan_tasks(blocks.stop - blocks.start, budget, config.least_blocks)
     q_BKGd = q.reshape(B, K, group * S, d)
-    if group * S > COLUMN_UNIT:  # TMA makes zeros of what a lone unit lacks, not of parts of several
+    if (
+        group * S > COLUMN_UNIT
+    ):  # TMA makes zeros of what a lone unit lacks, not of parts of several
         q_BKGd = pad_axis(q_BKGd, 2, COLUMN_UNIT)
     run = _kernel_call(case, config, (tasks.row.shape[0], K, d, R))
     outs, lses = run(q_BKGd, _arrays(k), _arrays(v), apart(q_reach), k_coords, blocks, tasks, table)
@@ -206,7 +208,9 @@ def _kernel(
 
     @pl.when(busy & (warpgroup == WARPGROUPS))
     def _move():
-        columns = pl.ds(lax.mul(h, 0), q_PRh[0].shape[0])  # more than there are queries, so no constant
+        columns = pl.ds(
+            lax.mul(h, 0), q_PRh[0].shape[0]
+        )  # more than there are queries, so no constant
         for part, q in enumerate(q_PRh):
             half = pl.ds(part * q.shape[1], q.shape[1])
             plgpu.copy_gmem_to_smem(q_BKGd.at[b, h, columns, half], q, q_filled)
@@ -250,8 +254,7 @@ def _join_warpgroups(warpgroup, parts, out_dR, lse_R, joined) -> None:
                 out_dR.at[pl.ds(part * width, width)], layout=WGMMA, optimized=False
             )
             merged.append(
-                out * along_columns(mine * scale, out)
-                + theirs * along_columns(others * scale, out)
+                out * along_columns(mine * scale, out) + theirs * along_columns(others * scale, out)
             )
         plgpu.commit_smem()  # all have read what is written now
         write(merged, jnp.where(total == 0, -jnp.inf, top + jnp.log(total)))

@@ -3,8 +3,8 @@
 Multiplying by a matrix takes as long for 64 tokens as for one, so tokens are neither sorted nor
 moved: a slot is one busy expert, and what it makes of tokens that did not choose it is left out.
 
-Shape letters: T tokens, C of these rounded up to 8, D embed, F feed-forward width, E experts here, N
-slots, the last of which is the shared expert's; m the 64 rows of a tile, n a tile of 64 outputs.
+Shape letters: T tokens, C of these rounded up to 8, D embed, F feed-forward width, E experts here,
+N slots, the last of which is the shared expert's; m the 64 rows of a tile, n a tile of 64 outputs.
 """
 
 import functools
@@ -17,7 +17,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.mosaic import COMPILER_PARAMS, ROWS, WARPGROUP, WGMMA, Ring, along_rows, full, tile
+from pallas_kernels.mosaic import (
+    COMPILER_PARAMS,
+    ROWS,
+    WARPGROUP,
+    WGMMA,
+    Ring,
+    along_rows,
+    full,
+    tile,
+)
 from pallas_kernels.step.matmul import SLOTS, STEP, UNIT, accumulate, pad_tokens, tokens_tile
 
 GATED_SLOTS = 6  # steps in flight of two matrices
@@ -125,7 +134,7 @@ def experts_down(
     *,
     interpret=None,
 ) -> Float[Array, "C D"]:
-    """The sum over slots of hidden @ down, float32; of each token, its expert and the shared one."""
+    """The sum over slots of hidden @ down, in float32: of each token's expert and the shared one."""
     (N, C, _), D = hidden.shape, shared.shape[1]
     kernel = plgpu.kernel(
         functools.partial(_down_kernel, N),
@@ -207,7 +216,7 @@ def _of_rows(ref) -> jax.Array:
 
 def _chose(expert_m, expert, is_shared, like) -> jax.Array:
     """Which rows a slot's expert serves."""
-    # Of the shared expert, every number is at most this; of another, that of its own tokens is both.
+    # Masks come from vectors: every number is in the shared expert's range, its own in another's.
     most = lax.broadcast_in_dim(jnp.where(is_shared, 2**30, expert), (WARPGROUP,), [])
     least = lax.broadcast_in_dim(jnp.where(is_shared, -(2**30), expert), (WARPGROUP,), [])
     mine = along_rows(_of_rows(expert_m), like)
@@ -217,7 +226,5 @@ def _chose(expert_m, expert, is_shared, like) -> jax.Array:
 def _of_slot(fill, routed, shared, expert, is_shared) -> None:
     """Calls `fill` with the matrices of a slot, each a function of its two slices."""
     if routed:
-        pl.when(~is_shared)(
-            lambda: fill([lambda k, n, w=w: w.at[expert, k, n] for w in routed])
-        )
+        pl.when(~is_shared)(lambda: fill([lambda k, n, w=w: w.at[expert, k, n] for w in routed]))
     pl.when(is_shared)(lambda: fill([lambda k, n, w=w: w.at[k, n] for w in shared]))

@@ -94,7 +94,7 @@ def write_heads(
 
 
 def swap_pairs(d: int) -> jax.Array:
-    """A matrix that turns pairs (even, odd) into (-odd, even): exact, its entries are 0, 1 and -1."""
+    """A matrix that turns pairs (even, odd) into (-odd, even), exactly: its entries are 0 and +-1."""
     swap = np.zeros((d, d), np.float32)
     even = np.arange(0, d, 2)
     swap[even + 1, even], swap[even, even + 1] = -1, 1

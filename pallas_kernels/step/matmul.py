@@ -3,8 +3,8 @@
 Tokens are the 64 rows of wgmma, however few: a tile of the matrix takes longer to arrive than to
 multiply.
 
-Shape letters: T tokens, rounded up to 8; D in, F out of all matrices together, S parts of D; m the 64
-rows, n a tile of 64 outputs, k a step along D.
+Shape letters: T tokens, rounded up to 8; D in, F out of all matrices together, S parts of D; m the
+64 rows, n a tile of 64 outputs, k a step along D.
 """
 
 import functools
@@ -129,8 +129,8 @@ def _kernel(tiles, steps, x_TD, weights_DF, out_STF, ring, out_mn):
 def accumulate(ring: Ring, begin, steps, count: int) -> list[jax.Array]:
     """x times each of `count` matrices [64, 64], summed over steps of a ring from `begin` on.
 
-    The buffers of a step are x and the matrices. A step is released when the next one's products are
-    under way, so that products never pause.
+    The buffers of a step are x and the matrices. A step is released when the next one's products
+    are under way, so that products never pause.
     """
 
     def run(*accumulators):

@@ -75,7 +75,10 @@ def _kernel(eps: float, adds: bool, arrays, weight_mn, normed_Tmn, *rest):
 
 
 def total_of_rows(values: jax.Array, staging) -> jax.Array:
-    """The sum of one value a row, for every row: each warp has all rows after a pass through memory."""
+    """The sum of one value a row, for every row.
+
+    Rows lie in all four warps; shared memory gives each warp all of them.
+    """
     staging[...] = values
     plgpu.commit_smem()  # a barrier of the warpgroup
     everywhere = plgpu.load(staging, layout=COLUMNS, optimized=False)

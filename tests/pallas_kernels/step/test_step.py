@@ -1,0 +1,212 @@
+"""The kernels of a decode step against float64 or the layers' own functions, in the interpreter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxmoe.model.cache import write
+from jaxmoe.model.layers import rms_norm, rms_normalize, rotate
+from pallas_kernels.quantized import quantize
+from pallas_kernels.step import (
+    HeadPlan,
+    add_rms_norm,
+    experts_down,
+    experts_gate_up,
+    matmul_few,
+    slots_of,
+    write_heads,
+)
+from pallas_kernels.step.heads import swap_pairs
+from tests.pallas_kernels.attention.cases import assert_close, no_races
+
+RUN = {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
+PAGES, PAGE, d = 6, 64, 128
+
+
+def draw(seed, *shape, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def interpreted(function, *arguments):
+    with no_races():
+        return jax.block_until_ready(jax.jit(functools.partial(function, **RUN))(*arguments))
+
+
+def exact(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def bad_first_row(x, bad):
+    return x.at[0].set(bad)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8, 20, 64])
+def test_matmul(tokens):
+    """Three matrices, one narrower than a tile; catches tokens and parts that are left out."""
+    x, weights = draw(0, tokens, 256), [draw(i, 256, n) for i, n in ((1, 128), (2, 64), (3, 16))]
+    out = interpreted(lambda x, *w, **run: matmul_few(x, w, parts=2, **run), x, *weights)
+    assert out.shape == (2, -(-tokens // 8) * 8, 208)
+    want = np.concatenate([exact(x) @ exact(w) for w in weights], 1)
+    assert_close(exact(out).sum(0)[:tokens], want, 1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_token_reaches_no_other_in_products(bad):
+    x, w = draw(0, 3, 128), draw(1, 128, 64)
+    run = functools.partial(interpreted, lambda x, w, **run: matmul_few(x, (w,), **run)[0])
+    np.testing.assert_array_equal(run(bad_first_row(x, bad), w)[1:3], run(x, w)[1:3])
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_norm(tokens, adds):
+    """Bit-equal to the layers', which round in the same places; one token is NaN."""
+    x, weight = draw(0, tokens, 512), draw(1, 512)
+    more = draw(2, 8, 512, dtype=jnp.float32) if adds else None
+    x = x if tokens == 1 else bad_first_row(x, np.nan)
+    function = functools.partial(add_rms_norm, eps=1e-5)
+    total, normed = interpreted(
+        lambda x, more, w, **run: function(x, more, w, **run), x, more, weight
+    )
+    want = x + more[:tokens].astype(x.dtype) if adds else x
+    np.testing.assert_array_equal(exact(total), exact(want))
+    np.testing.assert_array_equal(exact(normed), exact(rms_norm(want, weight, 1e-5)))
+    assert np.isnan(exact(normed)).any() == (tokens > 1)
+
+
+def empty(format, kv_heads):
+    zeros = jnp.zeros((PAGES, kv_heads, PAGE, d), jnp.bfloat16)
+    return quantize(zeros, format) if format else zeros
+
+
+def head_plan(tokens, local, place):
+    """Angles or temperatures of random sizes, padded, and where tokens go."""
+    pad = functools.partial(np.pad, pad_width=((0, 64 - tokens), (0, 0)))
+    angle = np.asarray(draw(5, tokens, d // 2, dtype=jnp.float32)) * 3
+    cos, sin = (np.repeat(f(angle), 2, -1) for f in (np.cos, np.sin))
+    temperature = 1 + np.arange(tokens, dtype=np.float32) / 7
+    padded = np.pad(temperature, (0, 64 - tokens))
+    plan = (
+        HeadPlan(pad(cos), pad(sin), None, place) if local else HeadPlan(None, None, padded, place)
+    )
+    return plan, angle, temperature
+
+
+@pytest.mark.parametrize(
+    ("format", "local", "norm_eps"),
+    [(None, True, 1e-5), (None, False, None), ("int8", True, None), ("int8", False, None),
+     ("fp8", True, 1e-5), ("int4", False, None)],
+)  # fmt: skip
+def test_heads(format, local, norm_eps):
+    """Bit-equal to the layers' own functions, and to what `write` puts into the cache."""
+    T, H, K = 3, 4, 2
+    place = np.array([70, PAGES * PAGE, 3], np.int32)  # the second token goes nowhere
+    plan, angle, temperature = head_plan(T, local, place)
+    qkv, cache = draw(0, 2, 8, (H + 2 * K) * d, dtype=jnp.float32), empty(format, K)
+    function = functools.partial(write_heads, heads=H, norm_eps=norm_eps)
+    q, k, v = interpreted(lambda *a, **run: function(*a, **run), qkv, plan, cache, cache)
+
+    x = (qkv[0] + qkv[1])[:T].astype(jnp.bfloat16).reshape(1, T, -1, d)
+    want_q, want_k, want_v = x[:, :, :H], x[:, :, H : H + K], x[:, :, H + K :]
+    if local:
+        turned = (rotate(z, np.cos(angle)[None], np.sin(angle)[None]) for z in (want_q, want_k))
+        want_q, want_k = (z if norm_eps is None else rms_normalize(z, norm_eps) for z in turned)
+    else:
+        want_q = (want_q.astype(jnp.float32) * temperature[None, :, None, None]).astype(x.dtype)
+    want = [write(cache, z.swapaxes(1, 2), place[None]) for z in (want_k, want_v)]
+    for got, expected in zip(
+        jax.tree.leaves((q, k, v)), jax.tree.leaves((want_q[0], *want)), strict=True
+    ):
+        np.testing.assert_array_equal(exact(got), exact(expected))
+
+
+def test_swapped_pairs_are_exact():
+    x = draw(0, 2, 8)
+    want = jnp.stack([-x[:, 1::2], x[:, ::2]], -1).reshape(x.shape)
+    np.testing.assert_array_equal(exact(x @ swap_pairs(8)), exact(want))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def feed_forward(x, routed, shared, expert, score, shared_here=True, **run):
+    """routed, shared: gate, up and down."""
+    slots = jnp.zeros(1, jnp.int32)
+    gate_up, down = None, None
+    if routed:
+        slots = slots_of(expert, len(routed[2]), shared_here)
+        gate_up, down = routed[:2], routed[2]
+    hidden = experts_gate_up(x, gate_up, shared[:2], expert, score, slots, **run)
+    return experts_down(hidden, down, shared[2], expert, slots, **run)
+
+
+def matrices(seed, *outer):
+    D, F = 256, 128
+    shapes = (D, F), (D, F), (F, D)
+    return tuple(draw(seed + i, *outer, *s) * s[0] ** -0.5 for i, s in enumerate(shapes))
+
+
+def gated(x, weights, score=1.0):
+    gate, up, down = map(exact, weights)
+    hidden = silu(score * (x @ gate)) * (score * (x @ up))
+    return exact(jnp.asarray(hidden, jnp.bfloat16)) @ down
+
+
+@pytest.mark.parametrize(
+    ("experts", "expert", "shared_here"),
+    [
+        (4, [2], True),  # fewer tokens than experts
+        (4, [3, 4, 3], True),  # one goes nowhere
+        (4, [2, 1, -1, 0, 0, 2, 0, 2, 3], True),  # as many and more
+        (4, [1, 1], False),  # the shared expert is another device's
+        (0, [0, 0, 0], True),  # a dense layer
+    ],
+)
+def test_experts(experts, expert, shared_here):
+    """Of each token its own expert and the shared one, and nothing of the others."""
+    T = len(expert)
+    x, score = draw(0, T, 256), np.linspace(0.2, 0.9, T, dtype=np.float32)
+    routed, shared = matrices(10, experts) if experts else None, matrices(20)
+    function = functools.partial(feed_forward, shared_here=shared_here)
+    expert = np.array(expert, np.int32)
+    got = interpreted(lambda *a, **run: function(*a, **run), x, routed, shared, expert, score)
+    want = gated(exact(x), shared) if shared_here else np.zeros((T, 256))
+    for t, e in enumerate(expert):
+        if 0 <= e < experts:
+            want[t] += gated(exact(x[t]), [w[e] for w in routed], score[t])
+    assert_close(exact(got)[:T], want, 1e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["token", "expert"])
+def test_what_is_bad_in_the_experts_stays_there(where, bad):
+    """A token, or an expert's matrices: tokens of other experts are bit-equal."""
+    x, score, expert = draw(0, 3, 256), np.ones(3, np.float32), np.array([1, 0, 2], np.int32)
+    routed, shared = matrices(10, 4), matrices(20)
+    want = interpreted(feed_forward, x, routed, shared, expert, score)
+    if where == "token":
+        x = bad_first_row(x, bad)
+    else:
+        routed = tuple(w.at[1].set(bad) for w in routed)
+    got = interpreted(feed_forward, x, routed, shared, expert, score)
+    np.testing.assert_array_equal(got[1:3], want[1:3])
+    assert not np.isfinite(got[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("expert", "num_experts", "slots"),
+    [
+        ([3], 4, [3, 0]),
+        ([3, 3, 1], 4, [3, 4, 1, 0]),
+        ([4, -1], 4, [4, 4, 0]),
+        ([2, 2, 0, 2, 9], 4, [0, 4, 2, 4, 0]),
+    ],
+)
+def test_slots(expert, num_experts, slots):
+    assert slots_of(jnp.array(expert), num_experts).tolist() == slots
+    assert slots_of(jnp.array(expert), num_experts, False).tolist() == [*slots[:-1], num_experts]
