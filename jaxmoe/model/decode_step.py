@@ -236,10 +236,11 @@ def _moe(config: Llama4Config, run, p, x, real):
     first = lax.axis_index(meshes.RULES["expert"]) * here if here < E else 0
     expert = routing.expert[:, 0, 0] - first
     slots = slots_of(expert, here, first == 0)
-    gate_up = [tuple(p[kind][name] for name in ("gate", "up")) for kind in ("experts", "shared")]
-    hidden = experts_gate_up(x, *gate_up, expert, routing.score[:, 0, 0], slots, **run)
-    down = (p[kind]["down"] for kind in ("experts", "shared"))
-    return _sum_over(experts_down(hidden, *down, expert, slots, **run), "expert", "ffn"), routing
+    routed, shared = p["experts"], p["shared"]
+    of_routed, of_shared = ((kind["gate"], kind["up"]) for kind in (routed, shared))
+    hidden = experts_gate_up(x, of_routed, of_shared, expert, routing.score[:, 0, 0], slots, **run)
+    out = experts_down(hidden, routed["down"], shared["down"], expert, slots, **run)
+    return _sum_over(out, "expert", "ffn"), routing
 
 
 def _dense(run, p, x):

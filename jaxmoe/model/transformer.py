@@ -64,22 +64,23 @@ def forward(
     x = constrain(embed(params["embed"], tokens), "batch", "length", None)
     run_layer = _remat_layer if remat else _jit_layer
     fused = fused and why_not_fused(config, params, x, cache, interpret) is None
+    carried: Any = x
     if fused:
-        x, run_layer = Residual(x, None), functools.partial(_jit_decode_layer, interpret)
+        carried, run_layer = Residual(x, None), functools.partial(_jit_decode_layer, interpret)
     new_entries, router_stats = [], []
     for i, (kind, p, entry) in enumerate(
         zip(config.layers, params["layers"], entries, strict=True)
     ):
         with jax.named_scope(f"layer_{i}"):
-            x, entry, stats = run_layer(config, kind, p, x, step, entry)
+            carried, entry, stats = run_layer(config, kind, p, carried, step, entry)
         new_entries.append(entry)
         router_stats += [stats] if stats is not None else []
     if cache is not None:
         cache = cache._replace(layers=tuple(new_entries))
     if fused:
-        hidden = final_norm(config, interpret, params["norm"], x)
+        hidden = final_norm(config, interpret, params["norm"], carried)
     else:
-        hidden = rms_norm(x, params["norm"], config.rms_norm_eps)
+        hidden = rms_norm(carried, params["norm"], config.rms_norm_eps)
     return Output(hidden, cache, tuple(router_stats))
 
 

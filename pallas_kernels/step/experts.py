@@ -134,7 +134,7 @@ def experts_down(
     *,
     interpret=None,
 ) -> Float[Array, "C D"]:
-    """The sum over slots of hidden @ down, in float32: of each token's expert and the shared one."""
+    """The sum over slots of hidden @ down, float32: each token's expert and the shared one."""
     (N, C, _), D = hidden.shape, shared.shape[1]
     kernel = plgpu.kernel(
         functools.partial(_down_kernel, N),

@@ -79,7 +79,7 @@ def write_heads(
             plgpu.SMEM((qkv.shape[0], *wide), jnp.float32),
             tile(*wide),
             tile(d, d),
-            _rows_tile(k.qvalue if format else k),
+            _rows_tile(jax.tree.leaves(k)[0]),
             plgpu.SMEM((WARPGROUP,), jnp.float32),
             plgpu.Barrier(num_arrivals=qkv.shape[0] + (plan.cos is not None)),
         ),
@@ -94,7 +94,7 @@ def write_heads(
 
 
 def swap_pairs(d: int) -> jax.Array:
-    """A matrix that turns pairs (even, odd) into (-odd, even), exactly: its entries are 0 and +-1."""
+    """A matrix that turns pairs (even, odd) into (-odd, even), exactly: entries are 0, 1, -1."""
     swap = np.zeros((d, d), np.float32)
     even = np.arange(0, d, 2)
     swap[even + 1, even], swap[even, even + 1] = -1, 1
@@ -110,7 +110,7 @@ def _rows_tile(stored):
 
 
 def _kernel(
-    mma, heads, kv_heads, norm_eps, format, qkv_STF, swap_dd, plan: HeadPlan, k_refs, v_refs, q_THd,
+    mma, heads, kv_heads, norm_eps, format, qkv_STF, swap_dd, plan, k_refs, v_refs, q_THd,
     parts_Smd, x_md, swap, stored_md, scale_m, filled,
 ):  # fmt: skip
     h, tokens = lax.axis_index("head"), tokens_tile("head")
@@ -149,7 +149,7 @@ def load(ref) -> jax.Array:
     return plgpu.load(ref, layout=WGMMA, optimized=False)
 
 
-def _turned(mma, norm_eps, plan: HeadPlan, x, x_md, swap) -> jax.Array:
+def _turned(mma, norm_eps, plan, x, x_md, swap) -> jax.Array:
     """Rotated and normalized, each rounded; x itself on layers without rotation."""
     if plan.cos is None:
         return x
