@@ -31,7 +31,7 @@ from jaxmoe.model.cache import (
     ring_page,
     row_groups,
 )
-from jaxmoe.model.moe import RouterStats, Routing, choose, exchange_way, router_stats
+from jaxmoe.model.moe import RouterStats, choose, exchange_way, router_stats
 from jaxmoe.model.params import layer_specs, map_arrays
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention import Coords, decode_attention
@@ -75,8 +75,7 @@ def final_norm(
     if mesh is None:
         return body(weight, residual)
     of_rows = _of_rows(mesh, residual)
-    specs = PartitionSpec(), jax.tree.map(lambda _: of_rows, residual)
-    return meshes.per_device(body, specs, of_rows)(weight, residual)
+    return meshes.per_device(body, (PartitionSpec(), of_rows), of_rows)(weight, residual)
 
 
 def why_not_fused(
@@ -132,8 +131,8 @@ def decode_layer(
             (p, residual)
         )  # or all layers' weights are gathered at once
     spread = not keeps_ring(config, kind)
-    pool = step.cache.log if spread else step.cache.ring
-    places = step.cache.writes.log if spread else step.cache.writes.ring
+    held: Any = step.cache  # `why_not_fused` wants a cache
+    pool, places = (held.log, held.writes.log) if spread else (held.ring, held.writes.ring)
     real = step.tokens.own.segment != 0
     body = functools.partial(_layer, config, kind, interpret)
     arguments = (p, residual, step.tokens.own, step.rope, step.temperature, pool, places, cache)
@@ -153,23 +152,12 @@ def _specs(config: Llama4Config, kind: LayerKind, mesh, arguments) -> tuple:
     p, residual, *_, cache = arguments
     rows, spread = residual.x.shape[0], not keeps_ring(config, kind)
     of_rows = _of_rows(mesh, residual)
-    pool_specs = pool_spec(mesh, rows, spread)
+    pool = pool_spec(mesh, rows, spread)
     cache_spec = jax.tree.map(functools.partial(keys_spec, mesh, rows, spread), cache)
-    p_spec = map_arrays(
-        lambda w, axes: meshes.param_spec_at_use(axes), layer_specs(config, kind), p
-    )
-    routing = Routing(*(of_rows,) * 3) if kind.feed_forward == "moe" else None
-    in_specs = (
-        p_spec,
-        jax.tree.map(lambda _: of_rows, residual),
-        Coords(of_rows, of_rows),
-        (of_rows, of_rows),
-        of_rows,
-        pool_specs,
-        pool_specs.table,
-        cache_spec,
-    )
-    return in_specs, (Residual(of_rows, of_rows), cache_spec, routing)
+    specs = layer_specs(config, kind)
+    p_spec = map_arrays(lambda w, axes: meshes.param_spec_at_use(axes), specs, p)
+    in_specs = (p_spec, *(of_rows,) * 4, pool, pool.table, cache_spec)
+    return in_specs, (of_rows, cache_spec, of_rows)
 
 
 def _of_rows(mesh, residual: Residual) -> PartitionSpec:
