@@ -58,8 +58,9 @@ def forward(
     run_layer = _remat_layer if remat else _jit_layer
     x = constrain(embed(params["embed"], tokens), "batch", "length", None)
     new_entries, router_stats = [], []
-    for kind, p, entry in zip(config.layers, params["layers"], entries, strict=True):
-        x, entry, stats = run_layer(config, kind, p, x, step, entry)
+    for i, (kind, p) in enumerate(zip(config.layers, params["layers"], strict=True)):
+        with jax.named_scope(f"layer_{i}"):  # in the compiled program; jaxmoe.plan.operations reads
+            x, entry, stats = run_layer(config, kind, p, x, step, entries[i])
         new_entries.append(entry)
         router_stats += [stats] if stats is not None else []
     if cache is not None:
