@@ -5,6 +5,7 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
 import tables
 from _bench import git_commit, one_line, package_version, today, versions, write_json
 from _bench_gpu import matching
@@ -38,6 +39,7 @@ def add_parser(commands) -> None:
 
 def run_schedule(args: argparse.Namespace) -> None:
     """Compiles, writes the figures after every case and prints them."""
+    jax.config.update("jax_platforms", "cpu")
     cases = matching([*all_cases(), *all_steps()], args.cases)
     if args.list:
         print("\n".join(case.name for case in cases))

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +14,6 @@ import jax
 from jax.extend.mlir import ir
 
 from jaxmoe.errors import UserError
-from pallas_kernels import ptxas
 
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for .*?"
@@ -74,6 +73,8 @@ def assembler_reports(
             f"the assembler reported on {len(reports)} of {kernels} kernels: report on a program "
             "before it is compiled, and without MOSAIC_GPU_DUMP_TO."
         )
+    if disassemble and not all(report.sass for report in reports):
+        raise UserError("nvdisasm gave no machine code: install nvidia-cuda-nvdisasm anew.")
     return reports
 
 
@@ -101,15 +102,17 @@ def parse_reports(text: str) -> list[KernelReport]:
 
 
 def require_disassembler() -> None:
-    """Sees that Mosaic GPU will find it, as it finds ptxas: on PATH, the package's folder first.
+    """Looks for it where Mosaic GPU does: unlike ptxas, not on PATH.
 
     Raises:
-        UserError: if it is not installed.
+        UserError: if it is not there.
     """
-    ptxas.select()
-    if shutil.which("nvdisasm") is None:
+    importlib.import_module("jax.experimental.mosaic.gpu")  # sets the variable
+    root = os.environ["MOSAIC_GPU_CUDA_ROOT"]
+    if not os.path.exists(os.path.join(root, "bin", "nvdisasm")):
         raise UserError(
-            "nvidia-cuda-nvdisasm is not installed; run pip install 'jaxmoe[absent-gpu]'."
+            f"nvidia-cuda-nvdisasm is not installed in {root}; run pip install "
+            "'jaxmoe[absent-gpu]', and unset CUDA_ROOT if that names another toolkit."
         )
 
 
