@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Benchmarks: `cpu` beside transformers, `convert` beside cp, others beside kernels on a GPU."""
+"""Benchmarks: `cpu` beside transformers, `convert` beside cp, others beside kernels on a GPU.
+
+`schedule` times nothing: it reads what the compiler for an absent GPU made of the kernels.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -8,6 +11,7 @@ from _bench_attention import run_attention
 from _bench_convert import add_parser as add_convert
 from _bench_cpu import run_cpu
 from _bench_moe import run_moe
+from _bench_schedule import add_parser as add_schedule
 from _cli import run
 
 
@@ -22,6 +26,7 @@ def main() -> None:
     cpu.add_argument("--rounds", type=int, default=3, help="both sides, in turn")
     cpu.add_argument("--repeats", type=int, default=3, help="of each side in a round")
     add_convert(commands)
+    add_schedule(commands)
     for name, start, of in (
         ("attention", run_attention, "attention"),
         ("moe", run_moe, "the mixture of experts"),

@@ -26,8 +26,8 @@ class Grid(NamedTuple):
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for document in (ROOT / "README.md", ROOT / "docs" / "schedule.md"):
+        document.write_text(filled(document.read_text()))
 
 
 def filled(text: str) -> str:
@@ -38,6 +38,7 @@ def filled(text: str) -> str:
         "attention": _attention,
         "moe": _moe,
         "quantized": _quantized,
+        "schedule": _schedule,
     }
     for name, made in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -65,6 +66,10 @@ def _moe() -> str:
 
 def _quantized() -> str:
     return quantized_markdown(json.loads((ROOT / "demo" / "quantized.json").read_text()))
+
+
+def _schedule() -> str:
+    return schedule_markdown(json.loads((ROOT / "benchmarks" / "schedule-h100.json").read_text()))
 
 
 def _measured(benchmark: str) -> dict[str, dict]:
@@ -202,6 +207,59 @@ over that of jaxmoe. {_source(name, figures)}
 The same kernels by how tokens choose experts, in ms; in brackets, times what the longest group
 costs alone. Skewed: the nth most popular expert gets 1/n as many tokens as the first; worst: all
 tokens choose one."""
+
+
+def schedule_markdown(figures: dict) -> str:
+    """The figures of `benchmark.py schedule`."""
+    versions, processor = _versions(figures), figures["processor"]
+    return f"""\
+{_markdown(schedule_grid(figures))}
+
+{_markdown(steps_grid(figures))}
+
+Static: {figures["static"]}. {figures["target"].upper()}:
+{processor["cores"]} multiprocessors at {processor["clock"] / 1e9:.2f} GHz and \
+{processor["bandwidth"] / 1e12:.2f} TB/s. jax {versions["jax"]}, ptxas {versions["ptxas"]},
+{figures["date"]}. `scripts/tables.py` makes these tables from `benchmarks/schedule-h100.json`."""
+
+
+def schedule_grid(figures: dict) -> Grid:
+    """A row for each hot loop: the cycles of a turn by resource, and what they say."""
+    resources = ("issue", "tensor", "mufu", "alu", "memory")
+    rows = []
+    for kernel in figures["kernels"]:
+        registers = f"{kernel.get('registers')}{' (spills)' if kernel.get('spill_stores') else ''}"
+        for loop in kernel.get("loops", []):
+            name = f"{kernel['kernel']}{', masked' if loop['name'] else ''}"
+            cycles = [
+                f"{loop['cycles'][x]:.0f}" if loop["cycles"].get(x) else "" for x in resources
+            ]
+            rows.append([name, kernel["by"], registers, *cycles, *_findings(loop)])
+    return Grid(
+        ("kernel", "by", "registers", *resources, "bound by", "MUFU overlapped", "TB/s"), rows
+    )
+
+
+def _findings(loop: dict) -> list[str]:
+    mufu, rate = loop["counts"]["mufu"], loop["read_rate"]
+    overlapped = f"{loop['mufu_under_products']} of {mufu}" if mufu else ""
+    return [loop["bound_by"], overlapped, "" if rate is None else f"{rate / 1e12:.1f}"]
+
+
+def steps_grid(figures: dict) -> Grid:
+    """A row for each step: the device operations that a further layer adds."""
+    found = {kind for step in figures["steps"] for kind in step["a_layer"]}
+    kinds = sorted(found, key=lambda kind: (-figures["steps"][0]["a_layer"].get(kind, 0), kind))
+    rows = [
+        [
+            f"{step['model']}, {step['rows']} row{'s' if step['rows'] > 1 else ''}",
+            f"{sum(step['a_layer'].values()):g}",
+            *(f"{step['a_layer'].get(kind, 0):g}" for kind in kinds),
+            "; ".join(f"{kind}: {count}" for kind, count in step["by_layer"].items()),
+        ]
+        for step in figures["steps"]
+    ]
+    return Grid(("decoding", "operations a layer", *kinds, "by kind of layer"), rows)
 
 
 def _markdown(grid: Grid) -> str:

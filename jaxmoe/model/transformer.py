@@ -68,11 +68,9 @@ def forward(
     if fused:
         carried, run_layer = Residual(x, None), functools.partial(_jit_decode_layer, interpret)
     new_entries, router_stats = [], []
-    for i, (kind, p, entry) in enumerate(
-        zip(config.layers, params["layers"], entries, strict=True)
-    ):
-        with jax.named_scope(f"layer_{i}"):
-            carried, entry, stats = run_layer(config, kind, p, carried, step, entry)
+    for i, (kind, p) in enumerate(zip(config.layers, params["layers"], strict=True)):
+        with jax.named_scope(f"layer_{i}"):  # in the compiled program; jaxmoe.plan.operations reads
+            carried, entry, stats = run_layer(config, kind, p, carried, step, entries[i])
         new_entries.append(entry)
         router_stats += [stats] if stats is not None else []
     if cache is not None:

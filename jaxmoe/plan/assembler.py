@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import re
 import sys
@@ -21,7 +22,9 @@ _KERNEL = re.compile(
     re.DOTALL,
 )
 _WARNING = re.compile(r"^ptxas (?:warning\b|.*(?:Performance Loss|wgmma)).*", re.MULTILINE)
+_CODE = re.compile(r"^//-+ \.text\.(\S+) -+\n(.*?)(?=^//-+ |\Z)", re.MULTILINE | re.DOTALL)
 _DUMPS = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_PTX")
+_DUMP_CODE = "MOSAIC_GPU_DUMP_SASS_CTRL"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ class KernelReport:
         spill_stores, spill_loads: bytes of registers that are kept in memory.
         wgmma: tensor-core instructions.
         warnings: of ptxas, such as that registers are spilled or that products wait for each other.
+        sass: its machine code as text, if it was asked for; `jaxmoe.plan.sass` reads it.
     """
 
     name: str
@@ -41,21 +45,27 @@ class KernelReport:
     spill_loads: int
     wgmma: int
     warnings: tuple[str, ...]
+    sass: str = dataclasses.field(default="", repr=False)
 
 
-def assembler_reports(lowered: jax.stages.Lowered, options: dict) -> list[KernelReport]:
+def assembler_reports(
+    lowered: jax.stages.Lowered, options: dict, *, disassemble: bool = False
+) -> list[KernelReport]:
     """Compiles a program and reports on its Mosaic GPU kernels.
 
     What else the process writes to its standard output meanwhile is lost.
 
     Args:
         options: as for `lowered.compile`, which afterwards costs nothing with the same.
+        disassemble: whether the reports have the machine code.
 
     Raises:
-        UserError: if the assembler was not run for each of the kernels.
+        UserError: if the assembler was not run for each of the kernels, or a tool is missing.
     """
+    if disassemble:
+        require_disassembler()
     kernels = _make_unique(lowered)
-    with _dumping(), _captured() as output:
+    with _dumping(*_DUMPS, *([_DUMP_CODE] if disassemble else [])), _captured() as output:
         lowered.compile(options)
     reports = parse_reports(output[0])
     if len(reports) != kernels:
@@ -63,12 +73,14 @@ def assembler_reports(lowered: jax.stages.Lowered, options: dict) -> list[Kernel
             f"the assembler reported on {len(reports)} of {kernels} kernels: report on a program "
             "before it is compiled, and without MOSAIC_GPU_DUMP_TO."
         )
+    if disassemble and not all(report.sass for report in reports):
+        raise UserError("nvdisasm gave no machine code: install nvidia-cuda-nvdisasm anew.")
     return reports
 
 
 def parse_reports(text: str) -> list[KernelReport]:
-    """Reads what Mosaic GPU prints: of each kernel the PTX, then the output of ptxas."""
-    warnings = _WARNING.findall(text)
+    """Reads what Mosaic GPU prints: of each kernel the PTX, the output of ptxas, and the code."""
+    warnings, codes = _WARNING.findall(text), _CODE.findall(text)
     reports, begin = [], 0
     for found in _KERNEL.finditer(text):
         name = found["name"]
@@ -83,7 +95,25 @@ def parse_reports(text: str) -> list[KernelReport]:
             )
         )
         begin = found.end()
+    if [name for name, _ in codes] == [report.name for report in reports]:
+        pairs = zip(reports, codes, strict=True)
+        return [dataclasses.replace(report, sass=code) for report, (_, code) in pairs]
     return reports
+
+
+def require_disassembler() -> None:
+    """Looks for it where Mosaic GPU does: unlike ptxas, not on PATH.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    importlib.import_module("jax.experimental.mosaic.gpu")  # sets the variable
+    root = os.environ["MOSAIC_GPU_CUDA_ROOT"]
+    if not os.path.exists(os.path.join(root, "bin", "nvdisasm")):
+        raise UserError(
+            f"nvidia-cuda-nvdisasm is not installed in {root}; run pip install "
+            "'jaxmoe[absent-gpu]', and unset CUDA_ROOT if that names another toolkit."
+        )
 
 
 def _make_unique(lowered: jax.stages.Lowered) -> int:
@@ -110,10 +140,10 @@ def _make_unique(lowered: jax.stages.Lowered) -> int:
 
 
 @contextlib.contextmanager
-def _dumping() -> Iterator[None]:
-    """Mosaic GPU prints PTX and the assembler's output; it reads these at each compilation."""
-    before = {name: os.environ.get(name) for name in _DUMPS}
-    os.environ.update(dict.fromkeys(_DUMPS, "1"))
+def _dumping(*names: str) -> Iterator[None]:
+    """Mosaic GPU prints what these variables stand for; it reads them at each compilation."""
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
     try:
         yield
     finally:

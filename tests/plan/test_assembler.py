@@ -8,7 +8,12 @@ import pytest
 
 from jaxmoe.errors import UserError
 from jaxmoe.plan.absent import absent_h100s, compiler_options, lower_for
-from jaxmoe.plan.assembler import KernelReport, assembler_reports, parse_reports
+from jaxmoe.plan.assembler import (
+    KernelReport,
+    assembler_reports,
+    parse_reports,
+    require_disassembler,
+)
 from pallas_kernels.attention import flash_attention
 
 GOOD = """\
@@ -76,6 +81,18 @@ def test_a_warning_that_names_no_kernel_is_everyones():
     ]
 
 
+def test_code_is_that_of_its_kernel():
+    """Catches the code of one of two kernels with one name that is given to both, or to neither."""
+
+    def code(line):
+        head = "\t.target\tsm_90a\n\n\n//--------------------- .text.good_kernel -----------\n"
+        return f"{head}{line}\n\n//--------------------- SYMBOLS ----------------\n\t.type x\n"
+
+    reports = parse_reports(GOOD + code("FADD") + GOOD + code("FMUL"))
+    assert [report.sass.strip() for report in reports] == ["FADD", "FMUL"]
+    assert [report.sass for report in parse_reports(GOOD + GOOD + code("FMUL"))] == ["", ""]
+
+
 @pytest.mark.parametrize("line", ["", "E0000 gpu.cc:1] ptxas exited with non-zero error code 255"])
 def test_nothing_to_report(line):
     assert parse_reports(line) == []
@@ -116,6 +133,24 @@ def test_no_report_is_an_error():
     lowered.compile(compiler_options())
     with pytest.raises(UserError, match="on 0 of 1 kernels: report on a program before"):
         assembler_reports(lowered, compiler_options())
+
+
+@pytest.mark.absent_gpu
+def test_no_code_is_an_error(monkeypatch, tmp_path):
+    """Catches a disassembler that fails silently."""
+    broken = tmp_path / "bin" / "nvdisasm"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 0\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("MOSAIC_GPU_CUDA_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match="nvdisasm gave no machine code"):
+        assembler_reports(lower(), compiler_options(), disassemble=True)
+
+
+def test_a_missing_disassembler_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOSAIC_GPU_CUDA_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match=f"nvdisasm is not installed in {tmp_path}; run pip"):
+        require_disassembler()
 
 
 @pytest.mark.absent_gpu

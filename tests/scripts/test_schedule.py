@@ -1,0 +1,130 @@
+"""benchmark.py schedule: its cases, figures, tables and mistakes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import _bench_schedule
+import jax
+import pytest
+import tables
+from _schedule_cases import OURS, Case, all_cases
+from _schedule_steps import Step, all_steps
+
+from jaxmoe.errors import UserError
+from jaxmoe.plan.targets import parse_target
+from pallas_kernels.attention import flash_attention
+from tests.scripts import refuses, succeeds
+
+ROOT = Path(__file__).parents[2]
+FIGURES = json.loads((ROOT / "benchmarks" / "schedule-h100.json").read_text())
+H100 = parse_target("h100x1")
+
+
+def test_list_names_the_cases():
+    stdout, _ = succeeds("benchmark.py", "schedule", "--list", "--cases", "*-d[qk]*")
+    names = "flash-dq", "flash-dq-attention_mgpu", "flash-dkv", "flash-dkv-attention_mgpu"
+    assert stdout.split() == [*names]
+
+
+def test_names_are_one_to_one():
+    names = [case.name for case in (*all_cases(), *all_steps())]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("target", ["v5p", "b200", "h100x8"])
+def test_other_targets_are_refused(target):
+    with pytest.raises(UserError, match=f"--target {target} is not served: .* h100 and h200"):
+        _bench_schedule._target(target)
+
+
+def test_mistakes_are_one_line():
+    refuses("benchmark.py", "schedule", "--target", "v5p", words=["--target v5p", "h100"])
+    refuses("benchmark.py", "schedule", "--cases", "nothing", words=["'nothing'", "--list"])
+
+
+def test_a_missing_tool_is_named(monkeypatch):
+    def missing():
+        raise UserError("nvidia-cuda-nvdisasm is not installed")
+
+    monkeypatch.setattr(_bench_schedule, "require_disassembler", missing)
+    with pytest.raises(UserError, match="nvdisasm"):
+        _bench_schedule.schedule(H100, [], None)
+
+
+def small(by=OURS, **changes):
+    """Attention of attention: the last of two kernels is meant."""
+    shape = jax.ShapeDtypeStruct((1, 1, 128, 64), "bfloat16")
+
+    def function(x):
+        inner = flash_attention(x, x, x, scale=1.0, implementation="mosaic_gpu")
+        return flash_attention(inner, x, x, scale=1.0, implementation="mosaic_gpu")
+
+    return dataclasses.replace(Case("small", by, function, (shape,)), **changes)
+
+
+@pytest.mark.absent_gpu
+def test_figures_are_written_after_every_case(tmp_path, monkeypatch):
+    """Also of one that fails, which does not end the run."""
+    output = tmp_path / "figures.json"
+    counted = []
+    write = _bench_schedule.write_json
+
+    def counting(path, figures):
+        write(path, figures)
+        counted.append(len(json.loads(output.read_text())["kernels"]))
+
+    def fails(x):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(_bench_schedule, "write_json", counting)
+    cases = [small(), small("other", function=fails)]
+    figures = _bench_schedule.schedule(H100, cases, str(output))
+    assert counted == [1, 2] and json.loads(output.read_text()) == figures
+    assert "not a measurement" in figures["static"]
+    done, failed = figures["kernels"]
+    assert [loop["name"] for loop in done["loops"]] == ["", "masked"]
+    assert failed["error"] == "RuntimeError: no such kernel"
+    assert [row[:2] for row in tables.schedule_grid(figures).rows] == [
+        ["small", OURS],
+        ["small, masked", OURS],
+    ]
+
+
+@pytest.mark.absent_gpu
+def test_the_last_kernel_is_meant():
+    """Catches JAX's kernels without names that are taken for one another."""
+    (dq,) = [case for case in all_cases() if case.name == "flash-dq-attention_mgpu"]
+    kernel = _bench_schedule.schedule(H100, [dq], None)["kernels"][0]
+    (loop,) = kernel["loops"]
+    assert loop["counts"]["products"] == 20  # of dkv, 24
+
+
+def test_operations_of_a_step(monkeypatch):
+    """What a further layer adds, and that by kind of layer."""
+
+    def compiled(self, gpu, layers):
+        assert gpu == "h100"
+        lines = ["ENTRY %main (x: f32[]) -> f32[] {", "  %x = f32[] parameter(0)"]
+        for i in range(layers):
+            meta = f'metadata={{op_name="jit(step)/layer_{i}/add"}}'
+            lines += [f"  %sum.{i} = f32[] fusion(%x), {meta}"] * (1 + i % 2)
+        return "\n".join([*lines, "  %last = f32[] copy(%x)", "}"])
+
+    monkeypatch.setattr(Step, "_compiled", compiled)
+    figures = Step("maverick", 1).figures(H100)
+    assert figures["a_layer"] == {"fusion": 1.5}
+    assert figures["by_layer"] == {"local, dense": 1, "local, moe": 2, "global, moe": 2}
+
+
+def test_the_document_is_made_from_the_figures():
+    text = (ROOT / "docs" / "schedule.md").read_text()
+    assert tables.filled(text) == text
+    assert tables.schedule_markdown(FIGURES) in text
+
+
+def test_all_cases_have_figures():
+    """Catches a case that was added, and figures that were not made anew."""
+    names = [each["name"] for each in (*FIGURES["kernels"], *FIGURES["steps"])]
+    assert names == [case.name for case in (*all_cases(), *all_steps())]
+    assert not [kernel for kernel in FIGURES["kernels"] if "error" in kernel]
