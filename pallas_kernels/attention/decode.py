@@ -99,7 +99,7 @@ def decode_attention(
             queries.
         scale, causal, chunk, return_lse, config, interpret: as for `flash_attention`.
         table: the pages of each row, in order. Entries past a row's end must be pages of
-            padding (segment 0), of finite numbers.
+            padding (segment 0).
         implementation: "mosaic_gpu" or "xla"; None for the fastest that serves the call, which
             `decode_implementation` names.
 

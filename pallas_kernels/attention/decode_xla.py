@@ -7,7 +7,7 @@ from jax import lax
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.flash_xla import Config, attend_block
 from pallas_kernels.attention.masks import Coords, extents, meets, pad_tokens, reach
-from pallas_kernels.attention.pages import extents_of_rows, rows_of_pages
+from pallas_kernels.attention.pages import extents_of_rows, rows_of_pages, without_padding
 from pallas_kernels.quantized import Quantized, dequantize
 
 
@@ -37,7 +37,11 @@ def _in_rows(k, v, k_coords: Coords, table, block: int):
     def cut(x, j, axis: int):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, j * block, block, axis), x)
 
-    return lambda j: (cut(k, j, 2), cut(v, j, 2), cut(coords, j, 1)), extents(coords, block)
+    def keys_of(j):
+        there = cut(coords, j, 1)
+        return cut(k, j, 2), without_padding(cut(v, j, 2), there), there
+
+    return keys_of, extents(coords, block)
 
 
 def _in_pages(k, v, k_coords: Coords, table, block: int):

@@ -31,6 +31,8 @@ def rows_of_pages(
 ):
     """Keys and values [B, K, n * t, ...] and their Coords [B, n * t], copied out of a pool.
 
+    Values of padding are zeros.
+
     Args:
         k, v: arrays [P, K, t, d] or `Quantized`.
         coords: of the pool, [P, t].
@@ -45,4 +47,18 @@ def rows_of_pages(
     if real is not None:
         segment = jnp.where(real[:, None], segment, 0)
     flat = Coords(*(x.reshape(len(table), -1) for x in (position, segment)))
-    return jax.tree.map(gather, k), jax.tree.map(gather, v), flat
+
+    return jax.tree.map(gather, k), without_padding(jax.tree.map(gather, v), flat), flat
+
+
+def without_padding(v, coords: Coords):
+    """Values [B, K, T, d], an array or `Quantized`, with zeros for padding.
+
+    A probability of 0 does not hide NaN, such as another row may have left in a page.
+    """
+
+    def hide(leaf):
+        real = (coords.segment != 0).reshape(len(leaf), 1, -1, *[1] * (leaf.ndim - 3))
+        return jnp.where(real, leaf, jnp.zeros((), leaf.dtype))
+
+    return jax.tree.map(hide, v)

@@ -26,6 +26,8 @@ from pallas_kernels.mosaic import (
     Ring,
     along_columns,
     along_rows,
+    flat_grid,
+    place_in,
     tile,
 )
 
@@ -70,12 +72,12 @@ def matmul_tiles(
     columns = config.columns // count
     w_tile = (columns, STEP) if transposed else (STEP, columns)
     buffers = (tile(config.slots, BLOCK, STEP), *[tile(config.slots, *w_tile)] * count)
+    grid = (-(-R // (BLOCK * config.together)), F // columns, config.together)
     kernel = plgpu.kernel(
-        functools.partial(_tiles_kernel, transposed, config.together, columns),
+        functools.partial(_tiles_kernel, transposed, grid, columns),
         out_type=jax.ShapeDtypeStruct((R, F), x.dtype),
         scratch_types=(Ring.types(buffers, COMPUTE), tile(COMPUTE, WARPGROUP, STEP)),
-        grid=(-(-R // (BLOCK * config.together)), F // columns, config.together),
-        grid_names=("band", "tile", "block"),
+        **flat_grid(grid),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,
@@ -86,12 +88,12 @@ def matmul_tiles(
 
 
 def _tiles_kernel(
-    transposed, together, columns, x_RD, weights_EDF, group_N, scale_R, out_RF, ring, out_mk
+    transposed, grid, columns, x_RD, weights_EDF, group_N, scale_R, out_RF, ring, out_mk
 ):
     ring = Ring(*ring)
-    block = lax.axis_index("band") * together + lax.axis_index("block")
+    band, column, side = place_in(grid)
+    block, there = band * grid[-1] + side, pl.ds(column * columns, columns)
     warpgroup = lax.axis_index("warpgroup")
-    there = pl.ds(lax.axis_index("tile") * columns, columns)
     steps = x_RD.shape[1] // STEP
     group = group_N[jnp.minimum(block, group_N.shape[0] - 1)]
     busy = (block < group_N.shape[0]) & (group < weights_EDF[0].shape[0])
@@ -183,12 +185,12 @@ def matmul_stream(
     F = weights[0].shape[1 if transposed else 2]
     rows = R // group_of_block.shape[0]
     buffers = (tile(config.slots, rows, STEP), *[tile(config.slots, STEP, STEP)] * count)
+    grid = (group_of_block.shape[0], F // STEP)
     kernel = plgpu.kernel(
-        functools.partial(_stream_kernel, transposed),
+        functools.partial(_stream_kernel, transposed, grid),
         out_type=jax.ShapeDtypeStruct((R, F), x.dtype),
         scratch_types=(Ring.types(buffers, 1), tile(rows, STEP)),
-        grid=(group_of_block.shape[0], F // STEP),
-        grid_names=("block", "tile"),
+        **flat_grid(grid),
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,
@@ -198,10 +200,10 @@ def matmul_stream(
     return kernel(x, weights, group_of_block, row_scale)
 
 
-def _stream_kernel(transposed, x_RD, weights_EDF, group_N, scale_R, out_RF, ring, out_mk):
+def _stream_kernel(transposed, grid, x_RD, weights_EDF, group_N, scale_R, out_RF, ring, out_mk):
     ring = Ring(*ring)
-    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    there = pl.ds(lax.axis_index("tile") * STEP, STEP)
+    block, column = place_in(grid)
+    there, warpgroup = pl.ds(column * STEP, STEP), lax.axis_index("warpgroup")
     rows = pl.ds(block * out_mk.shape[0], out_mk.shape[0])
     steps, group = x_RD.shape[1] // STEP, group_N[block]
     busy = group < weights_EDF[0].shape[0]

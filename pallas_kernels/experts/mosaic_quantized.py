@@ -28,7 +28,9 @@ from pallas_kernels.mosaic import (
     Wgmma,
     along_columns,
     along_rows,
+    flat_grid,
     full,
+    place_in,
     tile,
     widen,
 )
@@ -91,12 +93,12 @@ def matmul_quantized(
         *[matrix] * len(weights),
         *[scale] * len(weights) * widths,
     )
+    grid = (-(-R // (rows * together)), F // (compute * WARPGROUP), together)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, Wgmma(interpret is not None), parts, widths, together),
+        functools.partial(_kernel, Wgmma(interpret is not None), parts, widths, grid),
         out_type=jax.ShapeDtypeStruct((R, F), x.dtype),
         scratch_types=(Ring.types(buffers, compute), tile(compute, rows, WARPGROUP)),
-        grid=(-(-R // (rows * together)), F // (compute * WARPGROUP), together),
-        grid_names=("band", "tile", "block"),
+        **flat_grid(grid),
         num_threads=compute + 1,
         thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,
@@ -107,14 +109,14 @@ def matmul_quantized(
 
 
 def _kernel(
-    mma, parts, widths, together, x_RD, qvalues_EFD, scales_EGF, group_N, scale_R, out_RF,
+    mma, parts, widths, grid, x_RD, qvalues_EFD, scales_EGF, group_N, scale_R, out_RF,
     ring, out_wmn,
 ):  # fmt: skip
     ring = Ring(*ring)
     compute, rows_a_block, _ = out_wmn.shape
-    block = lax.axis_index("band") * together + lax.axis_index("block")
+    band, column, side = place_in(grid)
     warpgroup, outputs = lax.axis_index("warpgroup"), compute * WARPGROUP
-    first = lax.axis_index("tile") * outputs
+    block, first = band * grid[-1] + side, column * outputs
     rows = pl.ds(block * rows_a_block, rows_a_block)
     steps = x_RD.shape[1] // INPUTS
     steps_a_scale = steps // scales_EGF[0].shape[1]
