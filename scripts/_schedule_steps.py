@@ -34,7 +34,7 @@ class Step:
 
     def figures(self, target: Target) -> dict[str, Any]:
         """Device operations of a further layer, by kind of operation and by kind of layer."""
-        compile_layers = functools.cache(functools.partial(self._compiled, str(target.compiler)))
+        compile_layers = functools.cache(functools.partial(self.compiled, str(target.compiler)))
         last = entry_operations(compile_layers(2 * PERIOD))
         kinds = enumerate(self.config.layers[PERIOD : 2 * PERIOD], PERIOD)
         return {
@@ -47,7 +47,7 @@ class Step:
             },
         }
 
-    def _compiled(self, gpu: str, layers: int) -> str:
+    def compiled(self, gpu: str, layers: int) -> str:
         """The program of a model with so many layers, as text."""
         mesh = MeshConfig.parse(MESH).make(absent_devices(parse_target(f"{gpu}x8")))
         config = dataclasses.replace(self.config, layers=self.config.layers[:layers])

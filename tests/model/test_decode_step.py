@@ -83,8 +83,10 @@ def test_logits_and_cache_are_those_of_the_layers(rows, kv, changes):
     assert_close(as_float(got), as_float(want), 0.02)
     written = jax.tree.leaves(kernels.cache), jax.tree.leaves(plain.cache), jax.tree.leaves(cache)
     for mine, theirs, before in zip(*written, strict=True):
-        changed = np.asarray(theirs) != np.asarray(before)
-        assert not (np.asarray(mine) != np.asarray(before))[~changed].any()
+        same = np.asarray(theirs) == np.asarray(before)
+        if same.ndim == 4:  # a token's vector may have an element that stays
+            same &= same.all(-1, keepdims=True)
+        assert (np.asarray(mine) == np.asarray(before))[same].all()
     first = kernels.cache.layers[0], plain.cache.layers[0]
     for mine, theirs in zip(*map(jax.tree.leaves, first), strict=True):
         np.testing.assert_array_equal(as_float(mine), as_float(theirs))

@@ -111,7 +111,7 @@ def test_operations_of_a_step(monkeypatch):
             lines += [f"  %sum.{i} = f32[] fusion(%x), {meta}"] * (1 + i % 2)
         return "\n".join([*lines, "  %last = f32[] copy(%x)", "}"])
 
-    monkeypatch.setattr(Step, "_compiled", compiled)
+    monkeypatch.setattr(Step, "compiled", compiled)
     figures = Step("maverick", 1).figures(H100)
     assert figures["a_layer"] == {"fusion": 1.5}
     assert figures["by_layer"] == {"local, dense": 1, "local, moe": 2, "global, moe": 2}
