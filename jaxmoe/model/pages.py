@@ -62,7 +62,7 @@ def take_pages(pool: Pool, slots: Int[Array, "B S"]) -> Pool:
     )  # fmt: skip
     table = jnp.where(new, in_turn[jnp.minimum(rank, count - 1)], table)
     taken_by = jnp.cumsum(jnp.sum(new, axis=1))  # how many the rows up to each take
-    row = jnp.searchsorted(taken_by, turn, side="right").astype(jnp.int32)
+    row = jnp.sum(turn[:, None] >= taken_by, axis=1, dtype=jnp.int32)  # a search would be a loop
     owner = jnp.where(free & (turn < taken_by[-1]), row, pool.owner)
     return pool._replace(owner=owner, table=table[None])
 

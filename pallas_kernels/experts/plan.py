@@ -51,5 +51,6 @@ def plan_groups(group: Int[Array, "N"], num_groups: int, block: int) -> GroupPla
     first_row = jnp.append((last_block - (sizes + block - 1) // block) * block, num_blocks * block)
     row = jnp.where(group < E, first_row[jnp.minimum(group, E)] + rank, num_blocks * block)
     item_of_row = jnp.full(num_blocks * block, N).at[row].set(jnp.arange(N), mode="drop")
-    group_of_block = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")
+    block_index = jnp.arange(num_blocks)[:, None]
+    group_of_block = jnp.sum(block_index >= last_block, axis=1)  # a search would be a loop
     return GroupPlan(row, item_of_row, group_of_block, sizes)
