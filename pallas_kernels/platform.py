@@ -7,6 +7,8 @@ import jax
 
 # Compute capability 9.0, by the names that NVIDIA's driver gives.
 _HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
+# Those of data centers from 8.0 on, but for Hopper.
+_AMPERE_ADA_BLACKWELL = re.compile(r"\b(A100|A800|A30|A10G?|A40|L4|L40S?|B200|GB200)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,12 @@ class Target:
     def is_hopper(self) -> bool:
         """Whether it has wgmma."""
         return self.platform == "gpu" and _HOPPER.search(self.device_kind) is not None
+
+    @property
+    def has_cudnn_attention(self) -> bool:
+        """Whether it is known to be a GPU that cuDNN has flash attention for."""
+        other = _AMPERE_ADA_BLACKWELL.search(self.device_kind)
+        return self.is_hopper or (self.platform == "gpu" and other is not None)
 
     def __str__(self) -> str:
         return self.device_kind

@@ -147,7 +147,7 @@ def notes(plan: Plan) -> list[str]:
         f"{reserve / GIB:.1f} GiB a device are kept {target.reserve_reason}.",
         "Times are bounds at published rates, with everything overlapped; nothing was measured.",
     ]
-    if target.is_tpu or target.name.startswith("b200"):
+    if target.is_tpu or target.compiler in ("a100", "l40s", "b200"):
         lines.append(
             "The kernels for Hopper do not run there, XLA's and JAX's own do; temporaries by "
             "formula are those of Hopper."

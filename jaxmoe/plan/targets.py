@@ -13,7 +13,7 @@ import yaml
 from jaxmoe.errors import UserError
 
 RESERVE = 0.05  # of a device's memory; see `Target.reserve_reason`
-HOST = 8  # GPUs that NVLink joins
+HOST = 8  # GPUs of one machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class Target:
         bandwidth: bytes of its memory it reads a second.
         flops: bfloat16 operations a second, dense.
         interconnect: bytes it sends to the other devices a second.
-        compiler: which compiler of absent devices serves it: `h100`, `h200` or a TPU topology such
-            as `v5p:2x2x2`; None for none.
+        compiler: which compiler of absent devices serves it: that of a GPU, such as `h100`, or a
+            TPU topology such as `v5p:2x2x2`; None for none.
         reserve: the part of the memory that a program cannot have.
     """
 
@@ -62,8 +62,11 @@ class Target:
         )
 
 
-# Vendors' figures. NVLink and ICI: half of the two-way figure, since a device that sends receives.
+# Vendors' figures. NVLink, PCIe and ICI: half of the two-way figure, since a device that sends
+# receives. The A100 is that of 80 GB with SXM; the L40S has PCIe only.
 _GPUS: dict[str, dict[str, Any]] = {
+    "a100": {"memory": 85100068864, "bandwidth": 2.039e12, "flops": 312e12, "interconnect": 300e9},
+    "l40s": {"memory": 48305799168, "bandwidth": 0.864e12, "flops": 362e12, "interconnect": 32e9},
     "h100": {"memory": 84978434048, "bandwidth": 3.35e12, "flops": 989e12, "interconnect": 450e9},
     "h200": {"memory": 151397597184, "bandwidth": 4.8e12, "flops": 989e12, "interconnect": 450e9},
     "b200": {"memory": 192000000000, "bandwidth": 8.0e12, "flops": 2250e12, "interconnect": 900e9},
@@ -72,7 +75,6 @@ _TPUS: dict[str, dict[str, Any]] = {
     "v5p": {"memory": 95 * 2**30, "bandwidth": 2.765e12, "flops": 459e12, "interconnect": 600e9},
     "v6e": {"memory": 32 * 2**30, "bandwidth": 1.64e12, "flops": 918e12, "interconnect": 400e9},
 }
-_COMPILED_GPUS = ("h100", "h200")  # others' compilers are not described in absent.py
 
 # Names as Google's: v5p counts TensorCores, two a chip; v6e counts chips.
 _SLICES = {
@@ -97,8 +99,7 @@ def parse_target(text: str) -> Target:
         return _read(Path(text))
     gpu = re.fullmatch(r"(\w+)x(\d+)", text)
     if gpu and gpu[1] in _GPUS and 1 <= int(gpu[2]) <= HOST:
-        compiler = gpu[1] if gpu[1] in _COMPILED_GPUS else None
-        return Target(name=text, devices=int(gpu[2]), compiler=compiler, **_GPUS[gpu[1]])
+        return Target(name=text, devices=int(gpu[2]), compiler=gpu[1], **_GPUS[gpu[1]])
     tpu, _, size = text.partition("-")
     if size.isdecimal() and int(size) in _SLICES.get(tpu, {}):
         shape = _SLICES[tpu][int(size)]
@@ -157,10 +158,9 @@ def absent_devices(target: Target) -> list:
 
     if target.is_tpu:
         return absent.absent_tpus(str(target.compiler))
-    makers = {"h100": absent.absent_h100s, "h200": absent.absent_h200s}
-    if target.compiler not in makers:
+    if target.compiler not in absent.GPUS:
         raise UserError(
-            f"--compile knows no compiler for {target.name}: it serves H100, H200 and TPUs; leave "
-            "it out to plan by formula."
+            f"--compile knows no compiler for {target.name}: it serves "
+            f"{', '.join(absent.GPUS)} and TPUs; leave it out to plan by formula."
         )
-    return makers[target.compiler](target.devices)
+    return absent.absent_gpus(target.compiler, target.devices)

@@ -64,7 +64,7 @@ IMPLEMENTATIONS = (
         lambda case: None,
         decode_xla.decode_xla,
         flash_xla.Config,
-        lambda case: flash_xla.Config(),
+        decode_xla.config_for,
     ),
 )
 

@@ -5,10 +5,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.attention.flash_xla import Config, attend_block
+from pallas_kernels.attention.block_pairs import chosen, every_block
+from pallas_kernels.attention.flash_xla import (
+    GPU_BYTES,
+    Config,
+    Keys,
+    Queries,
+    attend_pairs,
+    power_of_two,
+)
 from pallas_kernels.attention.masks import Coords, extents, meets, pad_tokens, reach
 from pallas_kernels.attention.pages import extents_of_rows, rows_of_pages, without_padding
+from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized, dequantize
+
+
+def config_for(case) -> Config:
+    """On GPUs large blocks, all of which are read: each is several launches, and none waits."""
+    if target().platform != "gpu":
+        return Config()
+    keys = GPU_BYTES // (8 * case.rows * case.kv_heads * case.head_dim)
+    return Config(block_k=power_of_two(keys, most=2**16), data_decides=False)
 
 
 def decode_xla(q, k, v, q_coords: Coords, k_coords: Coords, table, case, config: Config):
@@ -18,13 +35,17 @@ def decode_xla(q, k, v, q_coords: Coords, k_coords: Coords, table, case, config:
     q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
     read = _in_rows if table is None else _in_pages
     keys_of, extent = read(k, v, k_coords, table, config.block_k)
-    some, _ = meets(q_reach, extent, S)
+    pairs = every_block(extent.first.shape[1])
+    if config.data_decides:
+        some, _ = meets(q_reach, extent, S)
+        pairs = chosen(pairs, jnp.any(some, (0, 1)))
 
     def widened(j):
-        *stored, coords = keys_of(j)
-        return (*(_widened(x, q.dtype) for x in stored), coords)
+        k_j, v_j, coords = keys_of(j)
+        return Keys(_widened(k_j, q.dtype), _widened(v_j, q.dtype), coords)
 
-    out, lse = attend_block(case.scale, q_BKGSd, q_reach, widened, jnp.any(some, (0, 1)))
+    queries = Queries(q_BKGSd, q_reach)
+    out, lse = attend_pairs(case.scale, q_BKGSd, lambda i: queries, widened, pairs)
     return out.reshape(q.shape), lse.reshape(B, H, S)
 
 

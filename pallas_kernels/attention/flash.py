@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention import flash_mosaic, flash_splash, flash_xla
+from pallas_kernels.attention import flash_cudnn, flash_mosaic, flash_splash, flash_xla
 from pallas_kernels.attention.checks import check_coords, check_ranks, check_rule, is_floating
 from pallas_kernels.attention.masks import Coords, coords_of
 from pallas_kernels.choice import choose, resolve_config
@@ -35,6 +35,7 @@ class FlashCase:
 # Fastest first.
 IMPLEMENTATIONS = (
     flash_mosaic.IMPLEMENTATION,
+    flash_cudnn.IMPLEMENTATION,
     flash_splash.IMPLEMENTATION,
     flash_xla.IMPLEMENTATION,
 )
@@ -74,11 +75,11 @@ def flash_attention(
         in_order: promises that q_coords and k_coords are the same tokens, every segment contiguous
             and its positions strictly ascending.
         return_lse: also give the natural log-sum-exp of the scaled scores.
-        implementation: "mosaic_gpu", "splash" or "xla"; None for the fastest that serves the call,
-            which `flash_implementation` names.
+        implementation: "mosaic_gpu", "cudnn", "splash" or "xla"; None for the fastest that serves
+            the call, which `flash_implementation` names.
         config: sizes, a `Config` of that implementation; default: those tuned for the device.
         interpret: runs a kernel without its hardware: `plgpu.InterpretGPUParams()` for
-            "mosaic_gpu", True for "splash".
+            "mosaic_gpu", True for "cudnn" and "splash".
 
     Raises:
         ValueError: if the arguments do not fit together, or the named implementation does not

@@ -1,7 +1,9 @@
 """Flash attention in plain JAX: the reference, and the path of CPUs and of other GPUs.
 
-No score matrix of length x length, and blocks of keys that no query of a block can see are skipped
-at run time, so causal, chunked and packed attention cost what they should.
+No score matrix of length x length: one loop goes over pairs of a block of queries and a block of
+keys. Where data may decide how long a loop is, it leaves out pairs of which no query sees a key, so
+causal, chunked and packed attention cost what they should. The host of a GPU would have to wait for
+that data at every step: there the call's promises decide which pairs are visited.
 
 Shape letters: B rows, H query heads, K key/value heads, G = H / K, S queries, T keys, d head size;
 q and t are the sizes of one block of queries and of keys.
@@ -10,52 +12,75 @@ q and t are the sizes of one block of queries and of keys.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.attention.masks import Coords, Reach, extents, meets, pad_tokens, reach, visible
+from pallas_kernels.attention.block_pairs import (
+    Pairs,
+    Rule,
+    chosen,
+    every_block,
+    met_pairs,
+    over_pairs,
+)
+from pallas_kernels.attention.masks import Coords, Reach, pad_tokens, reach, visible
 from pallas_kernels.choice import Implementation
+from pallas_kernels.platform import target
 
 HIGHEST = lax.Precision.HIGHEST
 MASKED = -1e30  # finite, so that exp(score - running_max) never meets inf - inf
+GPU_BLOCK = 1024
+GPU_BYTES = 2**27  # of what one step of a loop on a GPU writes: scores, or widened keys and values
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile sizes; results do not depend on them beyond rounding."""
+    """Tile sizes and the kind of loop; results do not depend on them beyond rounding.
+
+    Attributes:
+        data_decides: whether data says, while the loop runs, which blocks it visits.
+    """
 
     block_q: int = 256
     block_k: int = 512
+    data_decides: bool = True
+
+
+def config_for(case) -> Config:
+    """Large blocks and loops of a fixed length on GPUs, where each step is several launches."""
+    if target().platform != "gpu":
+        return Config()
+    rows = GPU_BYTES // (4 * case.rows * case.heads * GPU_BLOCK)
+    return Config(power_of_two(rows, most=GPU_BLOCK), GPU_BLOCK, data_decides=False)
+
+
+def power_of_two(size: int, most: int) -> int:
+    """The largest up to a size, between 64 and `most`."""
+    return max(64, min(most, 2 ** max(0, size.bit_length() - 1)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
     scale: float
-    block_q: int
-    block_k: int
+    rule: Rule
 
 
 def flash_xla(q, k, v, q_coords: Coords, k_coords: Coords, case, config: Config):
     """Output [B, H, S, d] and log-sum-exp [B, H, S], both differentiable."""
     B, H, S, d = q.shape
     K = k.shape[1]
-    static = _Static(case.scale, min(config.block_q, S), min(config.block_k, k.shape[2]))
+    block_q, block_k = min(config.block_q, S), min(config.block_k, k.shape[2])
+    static = _Static(case.scale, Rule.of(case, block_q, block_k, config.data_decides))
     q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
-    q_reach = pad_tokens(q_reach, static.block_q)
-    k_coords = pad_tokens(k_coords, static.block_k)
-    q_BKGSd = pad_axis(q, 2, static.block_q).reshape(B, K, H // K, -1, d)
-    k, v = (pad_axis(x, 2, static.block_k) for x in (k, v))
+    q_reach, k_coords = pad_tokens(q_reach, block_q), pad_tokens(k_coords, block_k)
+    q_BKGSd = pad_axis(q, 2, block_q).reshape(B, K, H // K, -1, d)
+    k, v = (pad_axis(x, 2, block_k) for x in (k, v))
     out, lse = _flash(static, q_BKGSd, k, v, q_reach, k_coords)
     return out.reshape(B, H, -1, d)[:, :, :S], lse.reshape(B, H, -1)[:, :, :S]
-
-
-def _block_pairs(static: _Static, q: Reach, k: Coords) -> jax.Array:
-    """[query blocks, key blocks]: whether some query of some row may see some key."""
-    some, _ = meets(q, extents(k, static.block_k), static.block_q)
-    return jnp.any(some, axis=0)
 
 
 def _block(x: jax.Array, index: jax.Array, size: int, axis: int) -> jax.Array:
@@ -66,31 +91,79 @@ def _tokens_block(tokens, index: jax.Array, size: int):
     return jax.tree.map(lambda x: _block(x, index, size, 1), tokens)
 
 
+def _put(x: jax.Array, block: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    start = index * block.shape[axis]
+    return lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, axis)
+
+
+def _add(x: jax.Array, block: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    return _put(x, _block(x, index, block.shape[axis], axis) + block, index, axis)
+
+
 def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, x, y, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
-def _scores(scale: float, q_BKGqd, k_BKtd, q: Reach, k: Coords):
+class Queries(NamedTuple):
+    """A block of them, and what they see."""
+
+    q: jax.Array  # [B, K, G, q, d]
+    reach: Reach
+
+
+class Keys(NamedTuple):
+    """A block of them."""
+
+    k: jax.Array  # [B, K, t, d]
+    v: jax.Array
+    coords: Coords
+
+
+def _scores(scale: float, queries: Queries, keys: Keys):
     """Scaled scores [B, K, G, q, t] with MASKED where the rule forbids, and the rule itself."""
-    allowed = visible(q, k)[:, None, None]
-    scores = _dot("BKGqd,BKtd->BKGqt", q_BKGqd, k_BKtd) * scale
+    allowed = visible(queries.reach, keys.coords)[:, None, None]
+    scores = _dot("BKGqd,BKtd->BKGqt", queries.q, keys.k) * scale
     return jnp.where(allowed, scores, MASKED), allowed
+
+
+def _seen(allowed: jax.Array, x_BKtd: jax.Array) -> jax.Array:
+    """Zeros for keys that no query sees: their NaN would survive a product with 0."""
+    return jnp.where(allowed.any((2, 3))[..., None], x_BKtd, 0)
+
+
+def _seeing(allowed: jax.Array, x_BKGqd: jax.Array) -> jax.Array:
+    """Zeros for queries that see no key."""
+    return jnp.where(allowed.any(4)[..., None], x_BKGqd, 0)
+
+
+def _cut(static: _Static, q, k, v, q_reach: Reach, k_coords: Coords):
+    """Functions of an index that give a block of queries, and one of keys."""
+    block_q, block_k = static.rule.block_q, static.rule.block_k
+
+    def queries_of(i):
+        return Queries(_block(q, i, block_q, 3), _tokens_block(q_reach, i, block_q))
+
+    def keys_of(j):
+        k_j, v_j = (_block(x, j, block_k, 2) for x in (k, v))
+        return Keys(k_j, v_j, _tokens_block(k_coords, j, block_k))
+
+    return queries_of, keys_of
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(static: _Static, q, k, v, q_reach: Reach, k_coords: Coords):
-    pairs = _block_pairs(static, q_reach, k_coords)
+    queries_of, keys_of = _cut(static, q, k, v, q_reach, k_coords)
+    if not static.rule.data_decides:
+        attend = functools.partial(attend_pairs, static.scale, q, queries_of, keys_of)
+        return over_pairs(static.rule, q_reach, k_coords, attend)
 
-    def keys_of(j):
-        k_j, v_j = (_block(x, j, static.block_k, 2) for x in (k, v))
-        return k_j, v_j, _tokens_block(k_coords, j, static.block_k)
+    def attend_block(_, block):
+        i, met = block
+        queries, pairs = queries_of(i), chosen(every_block(len(met)), met)
+        return None, attend_pairs(static.scale, queries.q, lambda _: queries, keys_of, pairs)
 
-    def query_block(_, i):
-        q_i = _block(q, i, static.block_q, 3)
-        c_i = _tokens_block(q_reach, i, static.block_q)
-        return None, attend_block(static.scale, q_i, c_i, keys_of, pairs[i])
-
-    _, (out, lse) = lax.scan(query_block, None, jnp.arange(pairs.shape[0]))
+    met = met_pairs(static.rule, q_reach, k_coords)
+    _, (out, lse) = lax.scan(attend_block, None, (jnp.arange(len(met)), met))
     return _join(out), _join(lse)
 
 
@@ -100,36 +173,42 @@ def _join(blocks: jax.Array) -> jax.Array:
     return blocks.reshape(*blocks.shape[:3], -1, *blocks.shape[5:])
 
 
-def attend_block(
-    scale: float, q_BKGqd, q_reach: Reach, keys_of: Callable, met: jax.Array
+def attend_pairs(
+    scale: float, q_BKGSd, queries_of: Callable, keys_of: Callable, pairs: Pairs
 ) -> tuple[jax.Array, jax.Array]:
-    """One block of queries against all keys, with a running maximum and sum (online softmax).
+    """Output [B, K, G, S, d] and log-sum-exp, by a running maximum and sum (online softmax).
 
     Args:
-        keys_of: keys and values [B, K, t, d] and Coords [B, t] of the block of a given index.
-        met: of each block of keys, whether some query may see some of it.
+        queries_of: a block of queries and what they see, by its index.
+        keys_of: a block of keys, by its index.
     """
 
-    def step(state, j):
-        k_j, v_j, coords = keys_of(j)
-        top, total, acc = state
-        scores, allowed = _scores(scale, q_BKGqd, k_j, q_reach, coords)
-        new_top = jnp.maximum(top, scores.max(-1))
-        p = jnp.where(allowed, jnp.exp(scores - new_top[..., None]), 0.0)
-        shrink = jnp.exp(top - new_top)
-        acc = acc * shrink[..., None] + _dot("BKGqt,BKtd->BKGqd", p.astype(v_j.dtype), v_j)
-        return new_top, total * shrink + p.sum(-1), acc
+    def visit(n, state):
+        i, j = pairs.q[n], pairs.k[n]
+        queries = queries_of(i)
+        size = queries.q.shape[3]
+        old = [_block(x, i, size, 3) for x in state]
+        new = _online_softmax(scale, old, queries, keys_of(j))
+        return [_put(x, x_i, i, 3) for x, x_i in zip(state, new, strict=True)]
 
-    def visit(state, j):
-        return lax.cond(met[j], step, lambda state, _: state, state, j), None
-
-    rows = q_BKGqd.shape[:-1]
-    start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_BKGqd.shape, jnp.float32))
-    (top, total, acc), _ = lax.scan(visit, start, jnp.arange(met.shape[0]))
+    rows = q_BKGSd.shape[:-1]
+    state = [jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_BKGSd.shape, jnp.float32)]
+    top, total, acc = lax.fori_loop(0, pairs.count, visit, state)
     seen = total > 0
-    out = acc / jnp.where(seen, total, 1.0)[..., None]
-    lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
-    return out.astype(q_BKGqd.dtype), lse
+    total = jnp.where(seen, total, 1.0)
+    lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
+    return (acc / total[..., None]).astype(q_BKGSd.dtype), lse
+
+
+def _online_softmax(scale: float, state, queries: Queries, keys: Keys) -> list[jax.Array]:
+    top, total, acc = state
+    scores, allowed = _scores(scale, queries, keys)
+    new_top = jnp.maximum(top, scores.max(-1))
+    p = jnp.where(allowed, jnp.exp(scores - new_top[..., None]), 0.0)
+    shrink = jnp.exp(top - new_top)
+    v = _seen(allowed, keys.v)
+    acc = acc * shrink[..., None] + _dot("BKGqt,BKtd->BKGqd", p.astype(v.dtype), v)
+    return [new_top, total * shrink + p.sum(-1), acc]
 
 
 def _flash_forward(static, q, k, v, q_reach, k_coords):
@@ -138,47 +217,45 @@ def _flash_forward(static, q, k, v, q_reach, k_coords):
 
 
 def _flash_backward(static, saved, cotangents):
-    """Recomputes each block's probabilities from the log-sum-exp; keys outside, queries inside."""
+    """Recomputes the probabilities of each pair of blocks from the log-sum-exp."""
     q, k, v, q_reach, k_coords, out, lse = saved
     d_out, d_lse = cotangents
     # dS = P * (dP - sum(dO * O) + dLSE); the last two are constant along the keys.
     constant = d_lse - jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-    pairs = _block_pairs(static, q_reach, k_coords)
+    queries_of, keys_of = _cut(static, q, k, v, q_reach, k_coords)
+    block_q = static.rule.block_q
 
-    def key_block(dq, j):
-        k_j, v_j = (_block(x, j, static.block_k, 2) for x in (k, v))
-        c_j = _tokens_block(k_coords, j, static.block_k)
+    def visit(pairs, n, gradients):
+        dq, dk, dv = gradients
+        i, j = pairs.q[n], pairs.k[n]
+        of_queries = [_block(x, i, block_q, 3) for x in (d_out, lse, constant)]
+        dq_i, dk_j, dv_j = _gradients(static.scale, queries_of(i), keys_of(j), *of_queries)
+        return _add(dq, dq_i, i, 3), _add(dk, dk_j, j, 2), _add(dv, dv_j, j, 2)
 
-        def step(state, i):
-            dq, dk_j, dv_j = state
-            q_i, o_i = (_block(x, i, static.block_q, 3) for x in (q, d_out))
-            lse_i, constant_i = (
-                _block(x, i, static.block_q, 3)[..., None] for x in (lse, constant)
-            )
-            scores, allowed = _scores(
-                static.scale, q_i, k_j, _tokens_block(q_reach, i, static.block_q), c_j
-            )
-            p = jnp.where(allowed, jnp.exp(scores - jnp.where(lse_i == -jnp.inf, 0.0, lse_i)), 0.0)
-            ds = p * (_dot("BKGqd,BKtd->BKGqt", o_i, v_j) + constant_i) * static.scale
-            ds = ds.astype(q.dtype)
-            dq_i = _block(dq, i, static.block_q, 3) + _dot("BKGqt,BKtd->BKGqd", ds, k_j)
-            dq = lax.dynamic_update_slice_in_dim(dq, dq_i, i * static.block_q, 3)
-            dk_j += _dot("BKGqt,BKGqd->BKtd", ds, q_i)
-            dv_j += _dot("BKGqt,BKGqd->BKtd", p.astype(q.dtype), o_i)
-            return dq, dk_j, dv_j
+    def differentiate(pairs):
+        zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
+        sums = lax.fori_loop(0, pairs.count, functools.partial(visit, pairs), tuple(zeros))
+        return [x.astype(like.dtype) for x, like in zip(sums, (q, k, v), strict=True)]
 
-        def visit(state, i):
-            return lax.cond(pairs[i, j], step, lambda state, _: state, state, i), None
+    return *over_pairs(static.rule, q_reach, k_coords, differentiate), None, None
 
-        zeros = jnp.zeros(k_j.shape, jnp.float32)
-        (dq, dk_j, dv_j), _ = lax.scan(visit, (dq, zeros, zeros), jnp.arange(pairs.shape[0]))
-        return dq, (dk_j.astype(k.dtype), dv_j.astype(v.dtype))
 
-    dq, d_kv = lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(pairs.shape[1]))
-    dk, dv = (jnp.moveaxis(x, 0, 2).reshape(k.shape) for x in d_kv)
-    return dq.astype(q.dtype), dk, dv, None, None
+def _gradients(scale: float, queries: Queries, keys: Keys, d_out, lse, constant):
+    """What one pair of blocks adds to dq, dk and dv."""
+    scores, allowed = _scores(scale, queries, keys)
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)
+    p = jnp.where(allowed, jnp.exp(scores - lse[..., None]), 0.0)
+    d_out, q = _seeing(allowed, d_out), _seeing(allowed, queries.q)
+    k, v = (_seen(allowed, x) for x in (keys.k, keys.v))
+    dp = _dot("BKGqd,BKtd->BKGqt", d_out, v) + constant[..., None]
+    ds = jnp.where(allowed, p * dp * scale, 0.0).astype(q.dtype)
+    return (
+        _dot("BKGqt,BKtd->BKGqd", ds, k),
+        _dot("BKGqt,BKGqd->BKtd", ds, q),
+        _dot("BKGqt,BKGqd->BKtd", p.astype(q.dtype), d_out),
+    )
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
-IMPLEMENTATION = Implementation("xla", lambda case: None, flash_xla, Config, lambda case: Config())
+IMPLEMENTATION = Implementation("xla", lambda case: None, flash_xla, Config, config_for)

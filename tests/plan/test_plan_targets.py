@@ -36,7 +36,8 @@ def test_every_known_name(name):
     "name, devices, compiler",
     [
         ("h100x3", 3, "h100"),
-        ("b200x8", 8, None),
+        ("b200x8", 8, "b200"),
+        ("l40sx2", 2, "l40s"),
         ("v5p-16", 8, "v5p:2x2x2"),  # Google counts TensorCores, two a chip
         ("v6e-64", 64, "v6e:8x8"),
     ],
@@ -91,6 +92,15 @@ def test_an_unknown_target(name):
         assert all(known in str(caught.value) for known in ("h200x8", "v5p-16", "v6e-64"))
 
 
-def test_no_compiler():
-    with pytest.raises(UserError, match="no compiler for b200x1"):
-        absent_devices(parse_target("b200x1"))
+def test_no_compiler(file):
+    with pytest.raises(UserError, match="no compiler for pair: it serves a100, l40s, h100"):
+        absent_devices(parse_target(file(FIELDS)))
+
+
+@pytest.mark.absent_gpu
+@pytest.mark.parametrize("name", [name for name in known_names() if name.endswith("x2")])
+def test_gpus_that_are_not_there(name):
+    target = parse_target(name)
+    devices = absent_devices(target)
+    assert len(devices) == target.devices
+    assert all(name[:-2].upper() in device.device_kind for device in devices)

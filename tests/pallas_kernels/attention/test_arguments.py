@@ -74,8 +74,16 @@ MISTAKES = {
         r"q_coords has shape \(2, 7\); it must be \(2, 8\)",
     ),
     "unknown implementation": (
+        {"implementation": "flash"},
+        "implementation 'flash' is unknown; there are mosaic_gpu, cudnn, splash, xla",
+    ),
+    "log-sum-exp of cuDNN": (
+        {"implementation": "cudnn", "return_lse": True, "interpret": True},
+        "'cudnn' does not serve this call: JAX rounds its log-sum-exp to the type of the queries",
+    ),
+    "cuDNN without its hardware": (
         {"implementation": "cudnn"},
-        "implementation 'cudnn' is unknown; there are mosaic_gpu, splash, xla",
+        "needs an NVIDIA GPU of compute capability 8.0 or newer, and this is cpu",
     ),
     "implementation without its hardware": (
         {"implementation": "mosaic_gpu"},

@@ -45,9 +45,10 @@ class Way:
     config: Any
     interpret: Any = None
     checked: Callable = contextlib.nullcontext
+    kind: str = ""  # of those with one implementation
 
     def __str__(self):
-        return f"{self.implementation}-{self.dtype}"
+        return f"{self.implementation}{self.kind}-{self.dtype}"
 
     def call(self, case, q, cache: Cache, **changes):
         options = {
@@ -69,6 +70,10 @@ def decode(options, q, k, v, q_coords, k_coords, table):
 
 XLA = Way("xla", "float32", flash_xla.Config(block_k=BLOCK))
 XLA_BFLOAT16 = dataclasses.replace(XLA, dtype="bfloat16")
+# As on GPUs, whose host does not wait for data.
+XLA_OF_FIXED_LENGTH = dataclasses.replace(
+    XLA, config=flash_xla.Config(block_k=BLOCK, data_decides=False), kind="-fixed"
+)
 MOSAIC_GPU = Way(
     "mosaic_gpu",
     "bfloat16",
@@ -76,7 +81,7 @@ MOSAIC_GPU = Way(
     interpret=plgpu.InterpretGPUParams(detect_races=True),
     checked=no_races,
 )
-WAYS = XLA, XLA_BFLOAT16, MOSAIC_GPU
+WAYS = XLA, XLA_BFLOAT16, XLA_OF_FIXED_LENGTH, MOSAIC_GPU
 every_way = pytest.mark.parametrize("way", WAYS, ids=str)
 
 
@@ -115,6 +120,8 @@ def check(way, case, cache, q=None, **changes):
     runs(XLA, ["float32"], CASES)
     + runs(XLA, ["bfloat16", *FORMATS], FEW + LENGTHS)
     + runs(XLA_BFLOAT16, ["bfloat16", *FORMATS], FEW)
+    + runs(XLA_OF_FIXED_LENGTH, ["float32"], CASES)
+    + runs(XLA_OF_FIXED_LENGTH, ["int8"], FEW)
     + runs(MOSAIC_GPU, ["bfloat16"], CASES)
     + runs(MOSAIC_GPU, FORMATS, FEW)
     + runs(MOSAIC_GPU, ["int8", "fp8"], LENGTHS),

@@ -19,14 +19,17 @@ from tests.pallas_kernels.attention.cases import (
     assert_same_zeros,
     draw,
     each,
+    itself,
     judge,
     named,
     place,
 )
 from tests.pallas_kernels.attention.ways import (
+    CUDNN,
     MOSAIC_GPU,
     SPLASH,
     XLA,
+    XLA_OF_FIXED_LENGTH,
     differentiated,
     differentiated_alone,
     forward,
@@ -40,6 +43,7 @@ ONE = named("long, packed")
 DIFFERENTIATED = over(
     runs(XLA, "float32", CASES + MORE_CASES),
     runs(XLA, "bfloat16", FEW),
+    runs(XLA_OF_FIXED_LENGTH, "float32", CASES + MORE_CASES),
     runs(MOSAIC_GPU, "bfloat16"),
     runs(SPLASH, "float32", FEW),
 )
@@ -85,6 +89,7 @@ def check_output(got, dtype, case):
 @over(
     runs(XLA, "float32", ONE),
     runs(MOSAIC_GPU, "bfloat16", ONE),
+    runs(CUDNN, "bfloat16", CASES[1:] + MORE_CASES),
     runs(SPLASH, "float32", CASES[1:]),  # one token alone has the gradient 0, but for rounding
     runs(SPLASH, "bfloat16", FEW),
 )
@@ -97,7 +102,12 @@ def test_call_without_the_log_sum_exp(way, dtype, case):
         assert_close(x, y, TOLERANCE[dtype])
 
 
-@over(runs(MOSAIC_GPU, "float32", FEW, served=False), runs(SPLASH, "float32", served=False))
+@over(
+    runs(MOSAIC_GPU, "float32", FEW, served=False),
+    runs(CUDNN, "bfloat16", served=False),
+    runs(CUDNN, "float32", ONE, served=False),
+    runs(SPLASH, "float32", served=False),
+)
 def test_says_why_it_does_not_serve(way, dtype, case):
     with pytest.raises(ValueError, match=re.escape(way.why_not(case, dtype))):
         way.call(forward, case, *draw(case, dtype)[:3])
@@ -133,7 +143,9 @@ def test_large_scores_do_not_overflow(way, dtype, case):
     ids=["earlier chunks", "unused slots"],
 )
 @pytest.mark.parametrize(
-    ("way", "dtype"), [(XLA, "float32"), (MOSAIC_GPU, "bfloat16")], ids=["xla", "mosaic_gpu"]
+    ("way", "dtype"),
+    [(XLA, "float32"), (XLA_OF_FIXED_LENGTH, "float32"), (MOSAIC_GPU, "bfloat16")],
+    ids=["xla", "xla-fixed", "mosaic_gpu"],
 )
 def test_blocks_that_nobody_sees_are_skipped(way, dtype, q, k, unseen):
     """NaN in a block shows up as soon as the block is computed, forward or backward."""
@@ -143,6 +155,20 @@ def test_blocks_that_nobody_sees_are_skipped(way, dtype, q, k, unseen):
     got = way.call(differentiated, case, q, k, v, *cotangents)
     assert not any(np.isnan(x).any() for x in got)
     assert not got.dk[:, :, unseen].any() and not got.dv[:, :, unseen].any()
+
+
+@pytest.mark.parametrize("way", [XLA, XLA_OF_FIXED_LENGTH, CUDNN], ids=str)
+def test_padding_that_is_no_number(way):
+    """Catches its values times a probability of 0; tokens lie in the same blocks."""
+    case = itself("", place([(1, 20), (0, 12)]), chunk=32)
+    q, k, v, d_out, _ = draw(case, "bfloat16")
+    want = way.call(differentiated_alone, case, q, k, v, d_out)
+    padding = (slice(None), slice(None), slice(20, None))
+    for x in (q, k, v):
+        x[padding] = np.nan
+    got = way.call(differentiated_alone, case, q, k, v, d_out)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 @pytest.mark.absent_gpu

@@ -11,7 +11,13 @@ import jax
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import flash_attention, flash_mosaic, flash_splash, flash_xla
+from pallas_kernels.attention import (
+    flash_attention,
+    flash_cudnn,
+    flash_mosaic,
+    flash_splash,
+    flash_xla,
+)
 from pallas_kernels.attention.flash import FlashCase
 from pallas_kernels.attention.mosaic_backward import BackwardConfig
 from pallas_kernels.attention.mosaic_forward import ForwardConfig
@@ -27,6 +33,11 @@ class Way:
     config: Callable[[Case], Any]
     interpret: Any = None
     checked: Callable = contextlib.nullcontext
+    kind: str = ""  # of those with one implementation
+    return_lse: bool = True  # where a call does not say
+
+    def __str__(self):
+        return self.implementation.name + self.kind
 
     def why_not(self, case, dtype) -> str | None:
         """Why it does not serve a case, or None."""
@@ -38,7 +49,7 @@ class Way:
     def _options(self, case) -> dict:
         return {
             "scale": SCALE, "causal": case.causal, "chunk": case.chunk, "in_order": case.in_order,
-            "return_lse": True, "interpret": self.interpret,
+            "return_lse": self.return_lse, "interpret": self.interpret,
         }  # fmt: skip
 
     def call(self, function, case, *arrays, **changes):
@@ -51,6 +62,14 @@ class Way:
 
 
 XLA = Way(flash_xla.IMPLEMENTATION, lambda case: flash_xla.Config(*case.blocks))
+# As on GPUs, whose host does not wait for data.
+XLA_OF_FIXED_LENGTH = Way(
+    flash_xla.IMPLEMENTATION,
+    lambda case: flash_xla.Config(*case.blocks, data_decides=False),
+    kind="-fixed",
+)
+# The function of JAX's that calls cuDNN, on XLA.
+CUDNN = Way(flash_cudnn.IMPLEMENTATION, lambda case: None, True, return_lse=False)
 MOSAIC_GPU = Way(
     flash_mosaic.IMPLEMENTATION,
     lambda case: flash_mosaic.Config(ForwardConfig(block_k=64), BackwardConfig(block_k=64)),
@@ -63,7 +82,7 @@ SPLASH = Way(flash_splash.IMPLEMENTATION, lambda case: flash_splash.Config(128, 
 def runs(way, dtype, cases=CASES, served=True):
     """Those of the cases that an implementation serves, or does not, for `over`."""
     return [
-        pytest.param(way, dtype, case, id=f"{way.implementation.name}-{dtype}-{case.name}")
+        pytest.param(way, dtype, case, id=f"{way}-{dtype}-{case.name}")
         for case in cases
         if served == (way.why_not(case, dtype) is None)
     ]

@@ -1,0 +1,109 @@
+"""Which blocks of queries meet which blocks of keys, as a list for one loop over pairs."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.attention.masks import Coords, Reach, extents, meets, ranges
+
+
+class Pairs(NamedTuple):
+    """Indices of blocks, of which the first `count` pairs count."""
+
+    q: jax.Array
+    k: jax.Array
+    count: int | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What is known of a call's pairs of blocks before it runs.
+
+    Attributes:
+        ahead: by how many slots queries lie behind the keys of the same positions, in one sequence
+            or several, all in order; None if the order of tokens is not known.
+        aligned: slots of keys are positions.
+        data_decides: as in `flash_xla.Config`.
+    """
+
+    block_q: int
+    block_k: int
+    causal: bool
+    chunk: int | None
+    ahead: int | None
+    aligned: bool
+    data_decides: bool
+
+    @classmethod
+    def of(cls, case, block_q: int, block_k: int, data_decides: bool) -> "Rule":
+        """That of a `FlashCase`."""
+        ahead = case.keys - case.queries if case.in_order or case.plain else None
+        rest = case.causal, case.chunk, ahead, case.plain, data_decides
+        return cls(block_q, block_k, *rest)
+
+
+def over_pairs(rule: Rule, q: Reach, k: Coords, loop: Callable[[Pairs], Any]) -> Any:
+    """`loop` of a list of pairs that holds all of which some query sees some key.
+
+    Its length is a number while tracing, unless data decides. Then the list has no other pairs.
+    """
+    sizes = q.segment.shape[1] // rule.block_q, k.segment.shape[1] // rule.block_k
+    listed = _possible(rule, *sizes)
+    if rule.data_decides:
+        return loop(chosen(listed, met_pairs(rule, q, k)[listed.q, listed.k]))
+    band = _widest(rule)
+    if rule.ahead is not None or band is None or band >= sizes[1]:
+        return loop(listed)
+    # Nothing is promised, and tokens may be in order all the same, as on one of several devices.
+    met = met_pairs(rule, q, k)
+    start, *_, stop = (x[0] for x in ranges(met[None], met[None]))
+    in_band = jnp.all(stop - start <= band)
+    start = jnp.minimum(start, sizes[1] - band)
+    narrow = _listed(np.repeat(np.arange(sizes[0]), band), start[:, None] + np.arange(band))
+    return lax.cond(in_band, lambda: loop(narrow), lambda: loop(listed))
+
+
+def chosen(pairs: Pairs, met: jax.Array) -> Pairs:
+    """Only those pairs that meet, in the same order."""
+    order = jnp.argsort(~met, stable=True)
+    return Pairs(pairs.q[order], pairs.k[order], jnp.sum(met))
+
+
+def every_block(count: int) -> Pairs:
+    """One block of queries and all of `count` blocks of keys."""
+    return _listed(np.zeros(count), np.arange(count))
+
+
+def _listed(q, k) -> Pairs:
+    return Pairs(jnp.asarray(q, jnp.int32), jnp.asarray(k, jnp.int32).reshape(-1), len(q))
+
+
+def met_pairs(rule: Rule, q: Reach, k: Coords) -> jax.Array:
+    """[query blocks, key blocks]: whether some query of some row may see some key."""
+    some, _ = meets(q, extents(k, rule.block_k), rule.block_q)
+    return jnp.any(some, axis=0)
+
+
+def _possible(rule: Rule, q_blocks: int, k_blocks: int) -> Pairs:
+    """Those that the rule allows for tokens in order, or all, by block of queries."""
+    i, j = (x.reshape(-1) for x in np.indices((q_blocks, k_blocks)))
+    if rule.ahead is None or not rule.causal:
+        return _listed(i, j)
+    first, last = i * rule.block_q + rule.ahead, (i + 1) * rule.block_q + rule.ahead - 1
+    allowed = j * rule.block_k <= last
+    if rule.chunk is not None:
+        oldest = first // rule.chunk * rule.chunk if rule.aligned else first - rule.chunk + 1
+        allowed &= (j + 1) * rule.block_k > oldest
+    return _listed(i[allowed], j[allowed])
+
+
+def _widest(rule: Rule) -> int | None:
+    """How many blocks of keys a block of queries meets at most if all are in order."""
+    if rule.chunk is None:
+        return None
+    return (rule.chunk + rule.block_q - 3) // rule.block_k + 2
