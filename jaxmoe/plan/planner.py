@@ -7,6 +7,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import num_params
 from jaxmoe.plan import search
+from jaxmoe.plan.launches import launch_seconds
 from jaxmoe.plan.memory import largest_context
 from jaxmoe.plan.search import Candidate
 from jaxmoe.plan.targets import Target
@@ -51,6 +52,16 @@ class Plan:
         if not self.compiled:
             return None
         return 100 * (self.chosen.memory.peak / self.compiled.peak - 1)
+
+    @property
+    def launches(self) -> float:
+        """Seconds of a step in which its operations wait for one another."""
+        return launch_seconds(self.work, self.chosen.mesh, self.target)
+
+    @property
+    def estimate(self) -> float:
+        """Seconds of a step: the bound and the launches, which nothing hides."""
+        return self.chosen.bounds.seconds + self.launches
 
     @property
     def tokens(self) -> int:
@@ -147,6 +158,11 @@ def notes(plan: Plan) -> list[str]:
         f"{reserve / GIB:.1f} GiB a device are kept {target.reserve_reason}.",
         "Times are bounds at published rates, with everything overlapped; nothing was measured.",
     ]
+    if plan.launches:
+        lines.append(
+            f"A launch is assumed to take {1e6 * target.launch:.1f} us, a small sum over devices "
+            f"{1e6 * target.latency:.0f} us; how many there are is the compiler's count."
+        )
     if target.is_tpu or target.compiler in ("a100", "l40s", "b200"):
         lines.append(
             "The kernels for Hopper do not run there, XLA's and JAX's own do; temporaries by "
@@ -188,6 +204,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "binds": bounds.binds,
             "step": bounds.seconds,
             "token": bounds.seconds / plan.tokens,
+            "launches": plan.launches,
+            "estimate": plan.estimate,
         },
         "notes": notes(plan),
     }

@@ -30,6 +30,8 @@ class Target:
         compiler: which compiler of absent devices serves it: that of a GPU, such as `h100`, or a
             TPU topology such as `v5p:2x2x2`; None for none.
         reserve: the part of the memory that a program cannot have.
+        launch: seconds from the end of one operation of a CUDA graph to the start of the next.
+        latency: seconds that a sum of few bytes over the devices takes.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Target:
     interconnect: float
     compiler: str | None = None
     reserve: float = RESERVE
+    launch: float = 0.0
+    latency: float = 0.0
 
     @property
     def limit(self) -> int:
@@ -71,6 +75,8 @@ _GPUS: dict[str, dict[str, Any]] = {
     "h200": {"memory": 151397597184, "bandwidth": 4.8e12, "flops": 989e12, "interconnect": 450e9},
     "b200": {"memory": 192000000000, "bandwidth": 8.0e12, "flops": 2250e12, "interconnect": 900e9},
 }
+# Assumed, from what is published of CUDA graphs and of NCCL over NVLink; not measured here.
+_LAUNCHES = {"launch": 1.5e-6, "latency": 10e-6}
 _TPUS: dict[str, dict[str, Any]] = {
     "v5p": {"memory": 95 * 2**30, "bandwidth": 2.765e12, "flops": 459e12, "interconnect": 600e9},
     "v6e": {"memory": 32 * 2**30, "bandwidth": 1.64e12, "flops": 918e12, "interconnect": 400e9},
@@ -99,7 +105,8 @@ def parse_target(text: str) -> Target:
         return _read(Path(text))
     gpu = re.fullmatch(r"(\w+)x(\d+)", text)
     if gpu and gpu[1] in _GPUS and 1 <= int(gpu[2]) <= HOST:
-        return Target(name=text, devices=int(gpu[2]), compiler=gpu[1], **_GPUS[gpu[1]])
+        figures = {**_LAUNCHES, **_GPUS[gpu[1]]}
+        return Target(name=text, devices=int(gpu[2]), compiler=gpu[1], **figures)
     tpu, _, size = text.partition("-")
     if size.isdecimal() and int(size) in _SLICES.get(tpu, {}):
         shape = _SLICES[tpu][int(size)]
