@@ -121,22 +121,6 @@ class Wgmma:
 
         return pl.run_state(run)(plgpu.ACC.init(acc))
 
-    def two_dots(self, first: tuple, second: tuple, use: Callable) -> tuple[Any, jax.Array]:
-        """use(a @ b) of the first pair, computed while the second is under way; and the second."""
-        if self.interpret:
-            return use(self._plain(*first)), self._plain(*second)
-
-        def run(first_acc, second_acc):
-            plgpu.wgmma(first_acc, *first)
-            plgpu.wgmma(second_acc, *second)
-            used = use(plgpu.wgmma_accumulator_load(first_acc, wait_n=1))
-            return used, second_acc[...]
-
-        accumulators = (
-            plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in (first, second)
-        )
-        return pl.run_scoped(run, *accumulators)
-
     def _plain(self, a, b) -> jax.Array:
         product = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()  # the interpreter would take a later TMA write for a race

@@ -1,9 +1,10 @@
 """Flash attention backward on Hopper, deterministic: one kernel for dq, one for dk and dv.
 
-Both recompute the probabilities from the log-sum-exp. With scores s = scale * q k^T:
+Both recompute the probabilities from the log-sum-exp, and the compiler lays their exponentials
+between the tensor-core instructions of do v^T. With scores s = scale * q k^T:
 
-    p = exp(s - lse)    dv = p^T do    ds = p * (do v^T - delta)    dq = scale * ds k
-    delta = rowsum(do * out) - d_lse                                dk = scale * ds^T q
+    p = exp(s - lse)    dv = p^T do    ds = p * (do v^T + shift)    dq = scale * ds k
+    shift = d_lse - rowsum(do * out)                                dk = scale * ds^T q
 
 Shape letters: B rows, H query heads, K key/value heads, S queries, T keys, d head size, N tiles; q
 and t are the queries and keys that a warpgroup has at once.
@@ -57,13 +58,14 @@ def flash_backward(
     """dq, dk and dv. `saved` is what the forward pass had: q, k, v, out and lse."""
     q, k, v, out, lse = saved
     S, T = q.shape[2], k.shape[2]
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
-    lse = jnp.where(lse == -jnp.inf, UNSEEN, lse * LOG2E)
+    shift = d_lse - jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    saw = lse != -jnp.inf
+    lse, shift = jnp.where(saw, lse * LOG2E, UNSEEN), jnp.where(saw, shift, 0.0)
     padded = -S % TILE
     stats = jnp.stack(
         [
             jnp.pad(x, ((0, 0), (0, 0), (0, padded)), constant_values=fill)
-            for x, fill in ((lse, UNSEEN), (delta, 0.0))
+            for x, fill in ((lse, UNSEEN), (shift, 0.0))
         ],
         axis=2,
     )
@@ -125,7 +127,7 @@ def _dq_kernel(
         plgpu.copy_gmem_to_smem(do_BHSd.at[b, h, mine], do_qd, filled.at[warpgroup])
         ring.open()
         reach = jax.tree.map(lambda x: eager(x.at[b, mine], ROWS), reach_BS)
-        lse, delta = (load_tokens(stats_BH2S.at[b, h, i, mine], ROWS) for i in range(2))
+        lse, shift = (load_tokens(stats_BH2S.at[b, h, i, mine], ROWS) for i in range(2))
         plgpu.barrier_wait(filled.at[warpgroup])
 
         def step(masked, t, dq):
@@ -138,8 +140,8 @@ def _dq_kernel(
                 coords = jax.tree.map(lambda x: lazy(x.at[b, keys_of(t)], COLUMNS), coords_BT)
                 return hide(p, 0.0, reach, coords, q_axis=0)
 
-            p, dp = mma.two_dots((q_qd, k_td.T), (do_qd, v_td.T), probabilities)
-            ds = p * (dp - along_rows(delta, dp))
+            p = probabilities(mma.dot(q_qd, k_td.T))
+            ds = p * mma.add(along_rows(shift, p), do_qd, v_td.T)
             dq = mma.add(dq, ds.astype(k_td.dtype), k_td)
             ring.release(t)
             return dq
@@ -210,6 +212,8 @@ def _dkv_kernel(
 
         def step(masked, t, state):
             dk, dv = state
+            # Addresses that are found anew at each step: with those of both tiles kept, it spills.
+            v_td = k_and_v[1].at[lax.optimization_barrier(warpgroup)]
             q_qd, do_qd, stats_2q, reach_3q = ring.take(t)
 
             def load(ref, like):
@@ -222,11 +226,12 @@ def _dkv_kernel(
                 reach = Reach(*(lazy(reach_3q.at[i], COLUMNS) for i in range(3)))
                 return hide(p, 0.0, reach, coords, q_axis=1)
 
-            p, dp = mma.two_dots((k_td, q_qd.T), (v_td, do_qd.T), probabilities)
+            p = probabilities(mma.dot(k_td, q_qd.T))
+            ds = p * mma.add(load(stats_2q.at[1], p), v_td, do_qd.T)
             dv = mma.add(dv, p.astype(do_qd.dtype), do_qd)
-            ds = p * (dp - load(stats_2q.at[1], dp))
             dk = mma.add(dk, ds.astype(q_qd.dtype), q_qd)
-            plgpu.commit_smem()  # threads have read statistics, and TMA will fill their slot
+            # Each thread that has read statistics arrives itself, and the copy that refills their
+            # slot waits for all: a load that is done needs no fence, only a store would.
             ring.release(t)
             return dk, dv
 

@@ -110,7 +110,7 @@ def _kernel(
             block = scores.shape[1]
             keys = pl.ds(order.block(step) * block, block)
             coords = jax.tree.map(lambda x: lazy(x.at[b, keys], COLUMNS), coords_BT)
-            return hide(scores, MASKED, reach, coords, q_axis=0)
+            return hide(scores, MASKED / scale, reach, coords, q_axis=0)
 
         real = reach.segment() >= 0
         out, log_sum = _attend(mma, scale, q, k_ring, v_ring, turns, warpgroup, order, mask, real)
@@ -148,12 +148,11 @@ def _attend(mma, scale, q_qd, k_ring, v_ring, turns, warpgroup, order, mask, rea
         k_td = k_ring.at(t)
         scores = mma.dot(q_qd, k_td.T, then=lambda: plgpu.barrier_arrive(other))
         k_ring.release(t)
-        factor = scale
         if masked:
-            scores, factor = mask(t, scores * scale), 1.0
-        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
+            scores = mask(t, scores)
+        new_top = jnp.maximum(top, scores.max(axis=1) * scale)
         shrink = jnp.exp2(top - new_top)
-        p = jnp.exp2(scores * factor - along_rows(new_top, scores))
+        p = jnp.exp2(scores * scale - along_rows(new_top, scores))
         total = total * shrink + p.sum(axis=1)
         out = out * along_rows(shrink, out)
         # Everything up to here before the wait: the other warpgroup has the tensor cores.

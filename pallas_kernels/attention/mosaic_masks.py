@@ -66,10 +66,14 @@ def hide(x: jax.Array, fill: float, q: Reach, k: Coords, q_axis: int) -> jax.Arr
     def along(value, axis):
         return lax.broadcast_in_dim(value(), x.shape, [axis])
 
-    for key, holds, query in (
-        (k.position, jnp.greater_equal, q.first),
-        (k.position, jnp.less_equal, q.last),
-        (k.segment, jnp.equal, q.segment),
-    ):
-        x = jnp.where(holds(along(key, 1 - q_axis), along(query, q_axis)), x, fill)
-    return x
+    def key(value):
+        return along(value, 1 - q_axis)
+
+    def query(value):
+        return along(value, q_axis)
+
+    # A query's first position is not after its last, so `within` is one of the two, not both: an
+    # `and` would become a second select for each score, an `xor` is part of the comparison.
+    after = key(k.position) > query(q.last)
+    within = (key(k.position) >= query(q.first)) ^ after
+    return jnp.where(within & (key(k.segment) == query(q.segment)), x, fill)
