@@ -121,6 +121,29 @@ class Wgmma:
 
         return pl.run_state(run)(plgpu.ACC.init(acc))
 
+    def dot_and_add(
+        self, pair: tuple, use: Callable, acc: Callable, other: tuple, then: Callable[[], None]
+    ) -> tuple[Any, jax.Array]:
+        """use(a @ b) of one pair, computed while acc() + a @ b of the other is under way; and that.
+
+        acc is computed under the first product; `then` runs once both are under way.
+        """
+        if self.interpret:
+            first = self._plain(*pair)
+            total = acc() + self._plain(*other)
+            then()
+            return use(first), total
+
+        def run(product, total):
+            plgpu.wgmma(product, *pair)
+            total[...] = acc()
+            plgpu.wgmma(total, *other)
+            then()
+            return use(plgpu.wgmma_accumulator_load(product, wait_n=1)), total[...]
+
+        shapes = ((a.shape[0], b.shape[1]) for a, b in (pair, other))
+        return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
     def _plain(self, a, b) -> jax.Array:
         product = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()  # the interpreter would take a later TMA write for a race

@@ -66,6 +66,7 @@ def flash_forward(
         ),
         scratch_types=(
             tile(COMPUTE, WARPGROUP, d),
+            tile(COMPUTE, 2, WARPGROUP, config.block_k),
             plgpu.SMEM((COMPUTE, WARPGROUP), jnp.float32),
             plgpu.Barrier(num_barriers=COMPUTE),
             Ring.types(keys, COMPUTE),
@@ -86,7 +87,7 @@ def flash_forward(
 
 def _kernel(
     group, scale, mma, q_BHSd, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN, out_BHSd, lse_BHS,
-    q_qd, lse_q, q_filled, k_ring, v_ring, turns,
+    q_qd, p_2qt, lse_q, q_filled, k_ring, v_ring, turns,
 ):  # fmt: skip
     b, h = lax.axis_index("row"), lax.axis_index("head")
     # The longest tiles of a causal mask first.
@@ -99,7 +100,7 @@ def _kernel(
     def _compute():
         plgpu.set_max_registers(232, action="increase")
         mine = pl.ds(n * TILE_Q + warpgroup * WARPGROUP, WARPGROUP)
-        q, lse, filled = (x.at[warpgroup] for x in (q_qd, lse_q, q_filled))
+        q, p, lse, filled = (x.at[warpgroup] for x in (q_qd, p_2qt, lse_q, q_filled))
         plgpu.copy_gmem_to_smem(q_BHSd.at[b, h, mine], q, filled)
         k_ring.open()
         v_ring.open()
@@ -113,7 +114,7 @@ def _kernel(
             return hide(scores, MASKED / scale, reach, coords, q_axis=0)
 
         real = reach.segment() >= 0
-        out, log_sum = _attend(mma, scale, q, k_ring, v_ring, turns, warpgroup, order, mask, real)
+        out, log_sum = _attend(mma, scale, q, p, k_ring, v_ring, turns, warpgroup, order, mask, real)
         q[...] = out.astype(q.dtype)
         lse[...] = log_sum
         plgpu.commit_smem()
@@ -126,56 +127,70 @@ def _kernel(
         plgpu.set_max_registers(40, action="decrease")
         block = k_ring.buffers[0].shape[1]
 
-        @pl.loop(0, order.steps)
+        steps = jnp.maximum(order.steps, 1)
+
+        @pl.loop(0, steps)
         def _(step):
             keys = pl.ds(order.block(step) * block, block)
             k_ring.fill(step, k_BKTd.at[b, lax.div(h, group), keys])
             v_ring.fill(step, v_BKTd.at[b, lax.div(h, group), keys])
 
-        k_ring.drain(order.steps)
-        v_ring.drain(order.steps)
+        k_ring.drain(steps)
+        v_ring.drain(steps)
 
 
-def _attend(mma, scale, q_qd, k_ring, v_ring, turns, warpgroup, order, mask, real):
-    """Softmax-weighted values [q, d] and log-sum-exp [q] of one warpgroup's queries."""
+def _attend(mma, scale, q_qd, p_2qt, k_ring, v_ring, turns, warpgroup, order, mask, real):
+    """Softmax-weighted values [q, d] and log-sum-exp [q] of one warpgroup's queries.
+
+    A step multiplies by its keys and, behind that, by the values of the step before it.
+    """
     mine, other = turns.at[warpgroup], turns.at[1 - warpgroup]
+    steps = jnp.maximum(order.steps, 1)  # the mask hides all of a block that nobody sees
 
-    def wait_for_keys(t):
-        pl.when(t < order.steps)(lambda: k_ring.wait(t))
+    def p_at(t):
+        return p_2qt.at[lax.rem(t, 2)]
 
-    def step(masked, t, state):
-        out, top, total = state
-        k_td = k_ring.at(t)
-        scores = mma.dot(q_qd, k_td.T, then=lambda: plgpu.barrier_arrive(other))
+    def softmax(masked, t, top, total, scores):
+        """The probabilities go to shared memory: in registers, ptxas makes products wait."""
         k_ring.release(t)
         if masked:
             scores = mask(t, scores)
         new_top = jnp.maximum(top, scores.max(axis=1) * scale)
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(scores * scale - along_rows(new_top, scores))
-        total = total * shrink + p.sum(axis=1)
-        out = out * along_rows(shrink, out)
-        # Everything up to here before the wait: the other warpgroup has the tensor cores.
-        out, p, total, new_top = lax.optimization_barrier(
-            (out, p.astype(q_qd.dtype), total, new_top)
-        )
-        v_td = v_ring.take(t)
-        plgpu.barrier_wait(mine)
-        out = mma.add(out, p, v_td, then=lambda: wait_for_keys(t + 1))
-        v_ring.release(t)
-        return out, new_top, total
+        p_at(t)[...] = p.astype(q_qd.dtype)
+        plgpu.commit_smem()  # also keeps all of the above before the wait for the second product
+        return new_top, total * shrink + p.sum(axis=1), shrink
 
-    wait_for_keys(0)
-    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(mine))
-    state = (
-        full(q_qd.shape, 0.0, WGMMA),
-        full(q_qd.shape[:1], FIRST_TOP, ROWS),
-        full(q_qd.shape[:1], 0.0, ROWS),
-    )
-    state = lax.fori_loop(0, order.masked, functools.partial(step, True), state)
-    state = lax.fori_loop(order.masked, order.steps, functools.partial(step, False), state)
+    def step(masked, t, state):
+        out, top, total, shrink = state
+        k_td, v_td = k_ring.take(t), v_ring.take(t - 1)
+        plgpu.barrier_wait(mine)
+        state, out = mma.dot_and_add(
+            (q_qd, k_td.T),
+            functools.partial(softmax, masked, t, top, total),
+            lambda: out * along_rows(shrink, out),
+            (p_at(t - 1), v_td),
+            then=lambda: plgpu.barrier_arrive(other),
+        )
+        v_ring.release(t - 1)
+        return out, *state
+
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(other))
+    k_td = k_ring.take(0)
+    plgpu.barrier_wait(mine)
+    scores = mma.dot(q_qd, k_td.T, then=lambda: plgpu.barrier_arrive(other))
+    nothing = full(q_qd.shape[:1], FIRST_TOP, ROWS), full(q_qd.shape[:1], 0.0, ROWS)
+    state = full(q_qd.shape, 0.0, WGMMA), *softmax(True, 0, *nothing, scores)
+    state = lax.fori_loop(1, order.masked, functools.partial(step, True), state)
+    first = jnp.maximum(order.masked, 1)
+    state = lax.fori_loop(first, steps, functools.partial(step, False), state)
+    out, top, total, shrink = state
+    v_td = v_ring.take(steps - 1)
+    plgpu.barrier_wait(mine)
+    out = mma.add(out * along_rows(shrink, out), p_at(steps - 1), v_td)
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(other))
-    out, top, total = state
+    v_ring.release(steps - 1)
     found = (top > FIRST_TOP) & real  # padding met blocks without a mask
-    out = out * along_rows(jnp.where(found, 1 / total, 0.0), out)
+    out = jnp.where(along_rows(found, out), out * along_rows(1 / total, out), 0.0)
     return out, jnp.where(found, (top + jnp.log2(total)) / LOG2E, -jnp.inf)

@@ -27,7 +27,7 @@ class BlockOrder:
         """That of one tile, from arrays of all tiles."""
         return cls(Ranges(*(ref[index] for ref in refs)))
 
-    def block(self, step: jax.Array) -> jax.Array:
+    def block(self, step: jax.Array | int) -> jax.Array:
         """Which block a step meets."""
         before, after = self.ranges.start + step, self.ranges.full_stop + step - self.before
         unmasked = self.ranges.full_start + step - self.masked
