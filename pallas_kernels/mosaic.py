@@ -5,6 +5,7 @@ of each kernel's own legend.
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,24 @@ def why_not_hopper(interpret: Any = None) -> str | None:
     if reason := ptxas.why_not():
         warnings.warn(f"Hopper kernels are not used: {reason}.", stacklevel=2)
     return reason
+
+
+def flat_grid(sizes: tuple[int, ...]) -> dict[str, Any]:
+    """A grid of such sizes, as `plgpu.kernel` takes it, with all blocks along CUDA's x.
+
+    Of a grid with several axes, Mosaic GPU maps the last to x, which has room for 2^31 - 1 blocks,
+    and the others to y and z, which have 65,535 each.
+    """
+    return {"grid": (math.prod(sizes),), "grid_names": ("place",)}
+
+
+def place_in(sizes: tuple[int, ...]) -> list[jax.Array]:
+    """Where a block is in its `flat_grid`; blocks start in order, along the last axis first."""
+    rest, indices = lax.axis_index("place"), []
+    for size in reversed(sizes):
+        indices.append(lax.rem(rest, size))
+        rest = lax.div(rest, size)
+    return indices[::-1]
 
 
 def tile(*shape: int, dtype=jnp.bfloat16):

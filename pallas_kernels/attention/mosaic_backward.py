@@ -33,7 +33,9 @@ from pallas_kernels.mosaic import (
     Wgmma,
     along_columns,
     along_rows,
+    flat_grid,
     full,
+    place_in,
     tile,
 )
 
@@ -89,27 +91,27 @@ def _dq(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coord
     k_coords = pad_tokens(k_coords, config.block_k)
     blocks = ranges(*meets(q_reach, extents(k_coords, config.block_k), TILE))
     key_block = tile(config.dq_slots, config.block_k, d)
+    sizes = B, S // TILE, H
     kernel = run(
-        functools.partial(_dq_kernel, H // K, scale, mma),
+        functools.partial(_dq_kernel, sizes, H // K, scale, mma),
         out_type=jax.ShapeDtypeStruct(queries[0].shape, k.dtype),
         scratch_types=(
             (tile(COMPUTE, WARPGROUP, d), tile(COMPUTE, WARPGROUP, d)),
             plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=2),
             Ring.types((key_block, key_block), COMPUTE),
         ),
-        grid=(B, S // TILE, H),
-        grid_names=("row", "tile", "head"),
+        **flat_grid(sizes),
         kernel_name="flash_attention_dq",
     )
     return kernel(*queries, k, v, apart(q_reach), k_coords, blocks)
 
 
 def _dq_kernel(
-    group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN,
-    dq_BHSd, q_and_do, filled, ring,
+    sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_BS, coords_BT,
+    ranges_BN, dq_BHSd, q_and_do, filled, ring,
 ):  # fmt: skip
-    b, h = lax.axis_index("row"), lax.axis_index("head")
-    n = lax.axis_size("tile") - 1 - lax.axis_index("tile")
+    b, n, h = place_in(sizes)
+    n = sizes[1] - 1 - n
     warpgroup = lax.axis_index("warpgroup")
     ring = Ring(*ring)
     order = BlockOrder.load(ranges_BN, b, n)
@@ -171,31 +173,29 @@ def _dkv(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coor
     k_coords = pad_tokens(k_coords, TILE)
     some, every = meets(q_reach, extents(k_coords, TILE), config.block_q)
     blocks = ranges(jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2))
-    tiles = -(-T // TILE)
+    sizes = B, -(-T // TILE), K
     query_block = tile(config.dkv_slots, config.block_q, d)
     stats = plgpu.SMEM((config.dkv_slots, 2, config.block_q), jnp.float32)
     reach = plgpu.SMEM((config.dkv_slots, 3, config.block_q), jnp.int32)
     kernel = run(
-        functools.partial(_dkv_kernel, H // K, scale, mma),
-        out_type=(jax.ShapeDtypeStruct((B, K, tiles * TILE, d), k.dtype),) * 2,
+        functools.partial(_dkv_kernel, sizes, H // K, scale, mma),
+        out_type=(jax.ShapeDtypeStruct((B, K, sizes[1] * TILE, d), k.dtype),) * 2,
         scratch_types=(
             (tile(COMPUTE, WARPGROUP, d), tile(COMPUTE, WARPGROUP, d)),
             plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=2),
             Ring.types((query_block, query_block, stats, reach), COMPUTE),
         ),
-        grid=(B, tiles, K),
-        grid_names=("row", "tile", "head"),
+        **flat_grid(sizes),
         kernel_name="flash_attention_dkv",
     )
     return kernel(*queries, k, v, jnp.stack(apart(q_reach), axis=1), k_coords, blocks)
 
 
 def _dkv_kernel(
-    group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_B3S, coords_BT, ranges_BN,
-    dk_BKTd, dv_BKTd, k_and_v, filled, ring,
+    sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_B3S, coords_BT,
+    ranges_BN, dk_BKTd, dv_BKTd, k_and_v, filled, ring,
 ):  # fmt: skip
-    b, h = lax.axis_index("row"), lax.axis_index("head")
-    n = lax.axis_index("tile")  # the keys that most queries see first
+    b, n, h = place_in(sizes)  # the keys that most queries see first
     warpgroup = lax.axis_index("warpgroup")
     ring = Ring(*ring)
 

@@ -1,7 +1,7 @@
 """Flash attention forward on Hopper: two warpgroups compute, a third moves keys and values.
 
-While one compute warpgroup takes the softmax of its scores, the other has the tensor cores: they
-hand the turn to each other.
+The compute warpgroups hand each other the turn at the tensor cores. Each takes the softmax of a block
+while its own probabilities of the block before are multiplied by values.
 
 Shape letters: B rows, H query heads, K key/value heads, S queries, T keys, d head size, N tiles of
 queries; q is the 64 queries of one warpgroup, t a block of keys.
@@ -29,7 +29,9 @@ from pallas_kernels.mosaic import (
     Ring,
     Wgmma,
     along_rows,
+    flat_grid,
     full,
+    place_in,
     tile,
 )
 
@@ -58,8 +60,9 @@ def flash_forward(
     k, v, k_coords = pad_axis(k, 2, 8), pad_axis(v, 2, 8), pad_tokens(k_coords, config.block_k)
     blocks = ranges(*meets(q_reach, extents(k_coords, config.block_k), TILE_Q))
     keys = (tile(config.slots, config.block_k, d),)
+    sizes = B, q.shape[2] // TILE_Q, H
     kernel = plgpu.kernel(
-        functools.partial(_kernel, H // K, scale * LOG2E, Wgmma(interpret is not None)),
+        functools.partial(_kernel, sizes, H // K, scale * LOG2E, Wgmma(interpret is not None)),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
@@ -73,8 +76,7 @@ def flash_forward(
             Ring.types(keys, COMPUTE),
             plgpu.Barrier(num_barriers=COMPUTE),
         ),
-        grid=(B, q.shape[2] // TILE_Q, H),
-        grid_names=("row", "tile", "head"),
+        **flat_grid(sizes),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,
@@ -86,12 +88,11 @@ def flash_forward(
 
 
 def _kernel(
-    group, scale, mma, q_BHSd, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN, out_BHSd, lse_BHS,
-    q_qd, p_2qt, lse_q, q_filled, k_ring, v_ring, turns,
+    sizes, group, scale, mma, q_BHSd, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN, out_BHSd,
+    lse_BHS, q_qd, p_2qt, lse_q, q_filled, k_ring, v_ring, turns,
 ):  # fmt: skip
-    b, h = lax.axis_index("row"), lax.axis_index("head")
-    # The longest tiles of a causal mask first.
-    n = lax.axis_size("tile") - 1 - lax.axis_index("tile")
+    b, n, h = place_in(sizes)  # heads that share keys run side by side
+    n = sizes[1] - 1 - n  # the longest tiles of a causal mask first
     warpgroup = lax.axis_index("warpgroup")
     k_ring, v_ring = Ring(*k_ring), Ring(*v_ring)
     order = BlockOrder.load(ranges_BN, b, n)
