@@ -66,8 +66,18 @@ def _tokens_block(tokens, index: jax.Array, size: int):
     return jax.tree.map(lambda x: _block(x, index, size, 1), tokens)
 
 
+def _keep(x: jax.Array, kept: jax.Array) -> jax.Array:
+    """x with zeros where tokens are not kept: a probability of 0 times NaN would be NaN."""
+    return jnp.where(kept, x, jnp.zeros((), x.dtype))
+
+
 def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, x, y, precision=HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _real(k: Coords) -> jax.Array:
+    """Of keys [B, K, t, d], which are no padding."""
+    return (k.segment != 0)[:, None, :, None]
 
 
 def _scores(scale: float, q_BKGqd, k_BKtd, q: Reach, k: Coords):
@@ -83,7 +93,8 @@ def _flash(static: _Static, q, k, v, q_reach: Reach, k_coords: Coords):
 
     def keys_of(j):
         k_j, v_j = (_block(x, j, static.block_k, 2) for x in (k, v))
-        return k_j, v_j, _tokens_block(k_coords, j, static.block_k)
+        c_j = _tokens_block(k_coords, j, static.block_k)
+        return k_j, _keep(v_j, _real(c_j)), c_j
 
     def query_block(_, i):
         q_i = _block(q, i, static.block_q, 3)
@@ -126,7 +137,7 @@ def attend_block(
     rows = q_BKGqd.shape[:-1]
     start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_BKGqd.shape, jnp.float32))
     (top, total, acc), _ = lax.scan(visit, start, jnp.arange(met.shape[0]))
-    seen = total > 0
+    seen = total != 0  # also of NaN
     out = acc / jnp.where(seen, total, 1.0)[..., None]
     lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
     return out.astype(q_BKGqd.dtype), lse
@@ -143,18 +154,21 @@ def _flash_backward(static, saved, cotangents):
     d_out, d_lse = cotangents
     # dS = P * (dP - sum(dO * O) + dLSE); the last two are constant along the keys.
     constant = d_lse - jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    constant = _keep(constant, lse != -jnp.inf)
     pairs = _block_pairs(static, q_reach, k_coords)
 
     def key_block(dq, j):
         k_j, v_j = (_block(x, j, static.block_k, 2) for x in (k, v))
         c_j = _tokens_block(k_coords, j, static.block_k)
+        k_j, v_j = (_keep(x, _real(c_j)) for x in (k_j, v_j))
 
         def step(state, i):
             dq, dk_j, dv_j = state
-            q_i, o_i = (_block(x, i, static.block_q, 3) for x in (q, d_out))
             lse_i, constant_i = (
                 _block(x, i, static.block_q, 3)[..., None] for x in (lse, constant)
             )
+            blocks = (_block(x, i, static.block_q, 3) for x in (q, d_out))
+            q_i, o_i = (_keep(x, lse_i != -jnp.inf) for x in blocks)
             scores, allowed = _scores(
                 static.scale, q_i, k_j, _tokens_block(q_reach, i, static.block_q), c_j
             )

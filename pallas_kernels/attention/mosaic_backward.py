@@ -22,7 +22,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import Coords, Reach, extents, meets, pad_tokens, ranges
 from pallas_kernels.attention.mosaic_forward import COMPUTE, LOG2E
-from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy, load_tokens
+from pallas_kernels.attention.mosaic_masks import (
+    BlockOrder,
+    CleanFill,
+    apart,
+    eager,
+    hide,
+    lazy,
+    load_tokens,
+    real_keys,
+)
 from pallas_kernels.mosaic import (
     COLUMNS,
     COMPILER_PARAMS,
@@ -89,8 +98,9 @@ def flash_backward(
 def _dq(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coords):
     (B, H, S, d), K = queries[0].shape, k.shape[1]
     k_coords = pad_tokens(k_coords, config.block_k)
-    blocks = ranges(*meets(q_reach, extents(k_coords, config.block_k), TILE))
-    key_block = tile(config.dq_slots, config.block_k, d)
+    k_extents = extents(k_coords, config.block_k)
+    blocks = ranges(*meets(q_reach, k_extents, TILE))
+    keys = (tile(config.dq_slots, config.block_k, d),) * 2
     sizes = B, S // TILE, H
     kernel = run(
         functools.partial(_dq_kernel, sizes, H // K, scale, mma),
@@ -98,17 +108,19 @@ def _dq(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coord
         scratch_types=(
             (tile(COMPUTE, WARPGROUP, d), tile(COMPUTE, WARPGROUP, d)),
             plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=2),
-            Ring.types((key_block, key_block), COMPUTE),
+            Ring.types(keys, COMPUTE),
+            CleanFill.types(keys),
         ),
         **flat_grid(sizes),
         kernel_name="flash_attention_dq",
     )
-    return kernel(*queries, k, v, apart(q_reach), k_coords, blocks)
+    whole = k_extents.whole.astype(jnp.int32)
+    return kernel(*queries, k, v, apart(q_reach), k_coords, blocks, whole)
 
 
 def _dq_kernel(
     sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_BS, coords_BT,
-    ranges_BN, dq_BHSd, q_and_do, filled, ring,
+    ranges_BN, whole_BN, dq_BHSd, q_and_do, filled, ring, landed,
 ):  # fmt: skip
     b, n, h = place_in(sizes)
     n = sizes[1] - 1 - n
@@ -122,7 +134,7 @@ def _dq_kernel(
 
     @pl.when(warpgroup < COMPUTE)
     def _compute():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(232, action="increase")
         mine = pl.ds(n * TILE + warpgroup * WARPGROUP, WARPGROUP)
         q_qd, do_qd = (x.at[warpgroup] for x in q_and_do)
         plgpu.copy_gmem_to_smem(q_BHSd.at[b, h, mine], q_qd, filled.at[warpgroup])
@@ -154,16 +166,21 @@ def _dq_kernel(
         q_qd[...] = (dq * scale).astype(q_qd.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_qd, dq_BHSd.at[b, h, mine])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == COMPUTE)
     def _move():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(40, action="decrease")
+
+        clean = CleanFill(ring, landed, 2)
 
         @pl.loop(0, order.steps)
         def _(step):
-            keys = b, lax.div(h, group), keys_of(step)
-            ring.fill(step, k_BKTd.at[keys], v_BKTd.at[keys])
+            number = order.block(step)
+            keys = b, lax.div(h, group), pl.ds(number * block, block)
+            real = real_keys(coords_BT.segment.at[b], number * block)
+            whole = whole_BN[b, number] != 0
+            clean.fill(step, (k_BKTd.at[keys], v_BKTd.at[keys]), whole, real)
 
         ring.drain(order.steps)
 
@@ -175,25 +192,29 @@ def _dkv(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coor
     blocks = ranges(jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2))
     sizes = B, -(-T // TILE), K
     query_block = tile(config.dkv_slots, config.block_q, d)
+    saw = (queries[2][:, :, 0] < UNSEEN).reshape(B, H, -1, config.block_q).all(-1)
     stats = plgpu.SMEM((config.dkv_slots, 2, config.block_q), jnp.float32)
     reach = plgpu.SMEM((config.dkv_slots, 3, config.block_q), jnp.int32)
+    queries_at_once = query_block, query_block, stats, reach
     kernel = run(
         functools.partial(_dkv_kernel, sizes, H // K, scale, mma),
         out_type=(jax.ShapeDtypeStruct((B, K, sizes[1] * TILE, d), k.dtype),) * 2,
         scratch_types=(
             (tile(COMPUTE, WARPGROUP, d), tile(COMPUTE, WARPGROUP, d)),
             plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=2),
-            Ring.types((query_block, query_block, stats, reach), COMPUTE),
+            Ring.types(queries_at_once, COMPUTE),
+            CleanFill.types(queries_at_once),
         ),
         **flat_grid(sizes),
         kernel_name="flash_attention_dkv",
     )
-    return kernel(*queries, k, v, jnp.stack(apart(q_reach), axis=1), k_coords, blocks)
+    reach = jnp.stack(apart(q_reach), axis=1)
+    return kernel(*queries, k, v, reach, k_coords, blocks, saw.astype(jnp.int32))
 
 
 def _dkv_kernel(
     sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_B3S, coords_BT,
-    ranges_BN, dk_BKTd, dv_BKTd, k_and_v, filled, ring,
+    ranges_BN, saw_BHN, dk_BKTd, dv_BKTd, k_and_v, filled, ring, landed,
 ):  # fmt: skip
     b, n, h = place_in(sizes)  # the keys that most queries see first
     warpgroup = lax.axis_index("warpgroup")
@@ -201,7 +222,7 @@ def _dkv_kernel(
 
     @pl.when(warpgroup < COMPUTE)
     def _compute():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(232, action="increase")
         mine = pl.ds(n * TILE + warpgroup * WARPGROUP, WARPGROUP)
         k_td, v_td = (x.at[warpgroup] for x in k_and_v)
         plgpu.copy_gmem_to_smem(k_BKTd.at[b, h, mine], k_td, filled.at[warpgroup])
@@ -244,25 +265,32 @@ def _dkv_kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_td, dk_BKTd.at[b, h, mine])
         plgpu.copy_smem_to_gmem(v_td, dv_BKTd.at[b, h, mine])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == COMPUTE)
     def _move():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(40, action="decrease")
 
         order = BlockOrder.load(ranges_BN, b, n)
         steps, block = order.steps * group, ring.buffers[0].shape[1]
 
+        clean = CleanFill(ring, landed, 2)
+
         @pl.loop(0, steps)
         def _(step):  # the query heads that share the keys, one after the other
-            head = h * group + lax.rem(step, group)
-            queries = pl.ds(order.block(lax.div(step, group)) * block, block)
-            ring.fill(
-                step,
+            head, number = h * group + lax.rem(step, group), order.block(lax.div(step, group))
+            queries = pl.ds(number * block, block)
+            sources = (
                 q_BHSd.at[b, head, queries],
                 do_BHSd.at[b, head, queries],
                 stats_BH2S.at[b, head, :, queries],
                 reach_B3S.at[b, :, queries],
             )
+
+            def saw(start):
+                lse = stats_BH2S.at[b, head, 0, pl.ds(number * block + start, WARPGROUP)]
+                return load_tokens(lse, ROWS) < UNSEEN
+
+            clean.fill(step, sources, saw_BHN[b, head, number] != 0, saw)
 
         ring.drain(steps)

@@ -1,7 +1,7 @@
 """Flash attention forward on Hopper: two warpgroups compute, a third moves keys and values.
 
-The compute warpgroups hand each other the turn at the tensor cores. Each takes the softmax of a block
-while its own probabilities of the block before are multiplied by values.
+The compute warpgroups hand each other the turn at the tensor cores. Each takes the softmax of a
+block while its own probabilities of the block before are multiplied by values.
 
 Shape letters: B rows, H query heads, K key/value heads, S queries, T keys, d head size, N tiles of
 queries; q is the 64 queries of one warpgroup, t a block of keys.
@@ -19,7 +19,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import Coords, Reach, extents, meets, pad_tokens, ranges
-from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy
+from pallas_kernels.attention.mosaic_masks import (
+    BlockOrder,
+    CleanFill,
+    apart,
+    eager,
+    hide,
+    lazy,
+    real_keys,
+)
 from pallas_kernels.mosaic import (
     COLUMNS,
     COMPILER_PARAMS,
@@ -58,7 +66,8 @@ def flash_forward(
     (B, H, S, d), K = q.shape, k.shape[1]
     q, q_reach = pad_axis(q, 2, TILE_Q), pad_tokens(q_reach, TILE_Q)
     k, v, k_coords = pad_axis(k, 2, 8), pad_axis(v, 2, 8), pad_tokens(k_coords, config.block_k)
-    blocks = ranges(*meets(q_reach, extents(k_coords, config.block_k), TILE_Q))
+    k_extents = extents(k_coords, config.block_k)
+    blocks = ranges(*meets(q_reach, k_extents, TILE_Q))
     keys = (tile(config.slots, config.block_k, d),)
     sizes = B, q.shape[2] // TILE_Q, H
     kernel = plgpu.kernel(
@@ -74,6 +83,7 @@ def flash_forward(
             plgpu.Barrier(num_barriers=COMPUTE),
             Ring.types(keys, COMPUTE),
             Ring.types(keys, COMPUTE),
+            CleanFill.types(keys),
             plgpu.Barrier(num_barriers=COMPUTE),
         ),
         **flat_grid(sizes),
@@ -83,13 +93,13 @@ def flash_forward(
         interpret=interpret,
         kernel_name="flash_attention_forward",
     )
-    out, lse = kernel(q, k, v, apart(q_reach), k_coords, blocks)
+    out, lse = kernel(q, k, v, apart(q_reach), k_coords, blocks, k_extents.whole.astype(jnp.int32))
     return out[:, :, :S], lse[:, :, :S]
 
 
 def _kernel(
-    sizes, group, scale, mma, q_BHSd, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN, out_BHSd,
-    lse_BHS, q_qd, p_2qt, lse_q, q_filled, k_ring, v_ring, turns,
+    sizes, group, scale, mma, q_BHSd, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN, whole_BN,
+    out_BHSd, lse_BHS, q_qd, p_2qt, lse_q, q_filled, k_ring, v_ring, v_landed, turns,
 ):  # fmt: skip
     b, n, h = place_in(sizes)  # heads that share keys run side by side
     n = sizes[1] - 1 - n  # the longest tiles of a causal mask first
@@ -114,33 +124,37 @@ def _kernel(
             coords = jax.tree.map(lambda x: lazy(x.at[b, keys], COLUMNS), coords_BT)
             return hide(scores, MASKED / scale, reach, coords, q_axis=0)
 
-        real = reach.segment() >= 0
-        out, log_sum = _attend(mma, scale, q, p, k_ring, v_ring, turns, warpgroup, order, mask, real)
+        padding = reach.segment() < 0
+        out, log_sum = _attend(
+            mma, scale, q, p, k_ring, v_ring, turns, warpgroup, order, mask, padding
+        )
         q[...] = out.astype(q.dtype)
         lse[...] = log_sum
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q, out_BHSd.at[b, h, mine])
         plgpu.copy_smem_to_gmem(lse, lse_BHS.at[b, h, mine])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == COMPUTE)
     def _move():
         plgpu.set_max_registers(40, action="decrease")
         block = k_ring.buffers[0].shape[1]
-
         steps = jnp.maximum(order.steps, 1)
+        values = CleanFill(v_ring, v_landed, 1)
 
         @pl.loop(0, steps)
         def _(step):
-            keys = pl.ds(order.block(step) * block, block)
-            k_ring.fill(step, k_BKTd.at[b, lax.div(h, group), keys])
-            v_ring.fill(step, v_BKTd.at[b, lax.div(h, group), keys])
+            number = order.block(step)
+            keys = b, lax.div(h, group), pl.ds(number * block, block)
+            real = real_keys(coords_BT.segment.at[b], number * block)
+            k_ring.fill(step, k_BKTd.at[keys])
+            values.fill(step, (v_BKTd.at[keys],), whole_BN[b, number] != 0, real)
 
         k_ring.drain(steps)
         v_ring.drain(steps)
 
 
-def _attend(mma, scale, q_qd, p_2qt, k_ring, v_ring, turns, warpgroup, order, mask, real):
+def _attend(mma, scale, q_qd, p_2qt, k_ring, v_ring, turns, warpgroup, order, mask, padding):
     """Softmax-weighted values [q, d] and log-sum-exp [q] of one warpgroup's queries.
 
     A step multiplies by its keys and, behind that, by the values of the step before it.
@@ -181,17 +195,18 @@ def _attend(mma, scale, q_qd, p_2qt, k_ring, v_ring, turns, warpgroup, order, ma
     k_td = k_ring.take(0)
     plgpu.barrier_wait(mine)
     scores = mma.dot(q_qd, k_td.T, then=lambda: plgpu.barrier_arrive(other))
-    nothing = full(q_qd.shape[:1], FIRST_TOP, ROWS), full(q_qd.shape[:1], 0.0, ROWS)
-    state = full(q_qd.shape, 0.0, WGMMA), *softmax(True, 0, *nothing, scores)
+    begin = full(q_qd.shape[:1], FIRST_TOP, ROWS), full(q_qd.shape[:1], 0.0, ROWS)
+    state = full(q_qd.shape, 0.0, WGMMA), *softmax(True, 0, *begin, scores)
     state = lax.fori_loop(1, order.masked, functools.partial(step, True), state)
     first = jnp.maximum(order.masked, 1)
     state = lax.fori_loop(first, steps, functools.partial(step, False), state)
     out, top, total, shrink = state
     v_td = v_ring.take(steps - 1)
     plgpu.barrier_wait(mine)
-    out = mma.add(out * along_rows(shrink, out), p_at(steps - 1), v_td)
-    pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(other))
+    # Nobody waits for a turn after the second warpgroup's last one.
+    hand_on = functools.partial(pl.when(warpgroup == 0), lambda: plgpu.barrier_arrive(other))
+    out = mma.add(out * along_rows(shrink, out), p_at(steps - 1), v_td, then=hand_on)
     v_ring.release(steps - 1)
-    found = (top > FIRST_TOP) & real  # padding met blocks without a mask
-    out = jnp.where(along_rows(found, out), out * along_rows(1 / total, out), 0.0)
-    return out, jnp.where(found, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
+    nothing = (total == 0) | padding  # padding met blocks without a mask
+    out = jnp.where(along_rows(nothing, out), 0.0, out * along_rows(1 / total, out))
+    return out, jnp.where(nothing, -jnp.inf, (top + jnp.log2(total)) / LOG2E)

@@ -1,13 +1,16 @@
 """Inside a Hopper kernel: in which order blocks are met, and the mask of those that need one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.masks import Coords, Ranges, Reach
+from pallas_kernels.mosaic import ROWS, WARPGROUP, Ring, along_rows
 
 
 class BlockOrder:
@@ -77,3 +80,61 @@ def hide(x: jax.Array, fill: float, q: Reach, k: Coords, q_axis: int) -> jax.Arr
     after = key(k.position) > query(q.last)
     within = (key(k.position) >= query(q.first)) ^ after
     return jnp.where(within & (key(k.segment) == query(q.segment)), x, fill)
+
+
+def real_keys(segments: Any, begin: jax.Array) -> Callable:
+    """Which keys are no padding, for `CleanFill`: of a row's segments, from slot `begin` on."""
+
+    def real(start):
+        return load_tokens(segments.at[pl.ds(begin + start, WARPGROUP)], ROWS) != 0
+
+    return real
+
+
+class CleanFill:
+    """Fills steps of a ring with tokens of which some hold anything, also NaN.
+
+    What they hold is multiplied by a probability of 0, and 0 times NaN is NaN. So the thread that
+    copies a step puts zeros in their place before it hands the step on.
+    """
+
+    def __init__(self, ring: Ring, landed: Any, tiles: int):
+        self.ring, self.landed, self.tiles = ring, landed, tiles
+
+    @staticmethod
+    def types(buffers: tuple) -> Any:
+        """Scratch type of `landed`, a barrier for the copies of one step."""
+        return plgpu.Barrier(num_arrivals=len(buffers))
+
+    def fill(self, step: jax.Array, sources: tuple, clean: jax.Array, real: Callable) -> None:
+        """As `ring.fill`.
+
+        Args:
+            clean: whether nothing has to be replaced, which costs nothing.
+            real: whether each of the WARPGROUP tokens from a given one on of the step is to be
+                kept; called once they are there.
+        """
+        pl.when(clean)(lambda: self.ring.fill(step, *sources))
+        pl.when(~clean)(lambda: self._fill(step, sources, real))
+
+    def _fill(self, step: jax.Array, sources: tuple, real: Callable) -> None:
+        slot = lax.rem(step, self.ring.slots)
+        buffers = [buffer.at[slot] for buffer in self.ring.buffers]
+        plgpu.barrier_wait(self.ring.released.at[slot])
+        for source, buffer in zip(sources, buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer, self.landed)
+        plgpu.barrier_wait(self.landed)
+        for buffer in buffers[: self.tiles]:
+            self._clean(buffer, real)
+        plgpu.commit_smem()
+        for _ in buffers:
+            plgpu.barrier_arrive(self.ring.filled.at[slot])
+
+    def _clean(self, tile: Any, real: Callable) -> None:
+        tokens, d = tile.shape
+        for start in range(0, tokens, WARPGROUP):
+            kept = real(start)
+            for column in range(0, d, WARPGROUP):
+                part = tile.at[pl.ds(start, WARPGROUP), pl.ds(column, WARPGROUP)]
+                values = part[...]
+                part[...] = jnp.where(along_rows(kept, values), values, jnp.bfloat16(0))
