@@ -180,21 +180,28 @@ class Wgmma:
 
         return pl.run_state(run)(plgpu.ACC.init(acc))
 
-    def two_dots(self, first: tuple, second: tuple, use: Callable) -> tuple[Any, jax.Array]:
-        """use(a @ b) of the first pair, computed while the second is under way; and the second."""
+    def dot_and_add(
+        self, pair: tuple, use: Callable, acc: Callable, other: tuple, then: Callable[[], None]
+    ) -> tuple[Any, jax.Array]:
+        """use(a @ b) of one pair, computed while acc() + a @ b of the other is under way; and that.
+
+        acc is computed under the first product; `then` runs once both are under way.
+        """
         if self.interpret:
-            return use(self._plain(*first)), self._plain(*second)
+            first = self._plain(*pair)
+            total = acc() + self._plain(*other)
+            then()
+            return use(first), total
 
-        def run(first_acc, second_acc):
-            plgpu.wgmma(first_acc, *first)
-            plgpu.wgmma(second_acc, *second)
-            used = use(plgpu.wgmma_accumulator_load(first_acc, wait_n=1))
-            return used, second_acc[...]
+        def run(product, total):
+            plgpu.wgmma(product, *pair)
+            total[...] = acc()
+            plgpu.wgmma(total, *other)
+            then()
+            return use(plgpu.wgmma_accumulator_load(product, wait_n=1)), total[...]
 
-        accumulators = (
-            plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in (first, second)
-        )
-        return pl.run_scoped(run, *accumulators)
+        shapes = ((a.shape[0], b.shape[1]) for a, b in (pair, other))
+        return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
     def _plain(self, a, b) -> jax.Array:
         product = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)

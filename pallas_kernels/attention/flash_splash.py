@@ -99,10 +99,12 @@ def _splash(case, config, coords, q, k, v):
     blocks = [_even_block(S, size) for size in (config.block_q, config.block_k)]
     extra = -S % math.lcm(*blocks)
     q = (q.astype(jnp.float32) * case.scale).astype(q.dtype)
+    real = (coords.segment != 0)[:, None]
+    # What padding holds may be NaN, which a probability of 0 does not undo.
+    q, k, v = (jnp.where(real[..., None], x, 0) for x in (q, k, v))
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (q, k, v))
     attend = jax.vmap(_kernel(case, S + extra, *blocks))
     out, *lse = jax.tree.leaves(attend(q, k, v, _segments(case, coords, extra)))
-    real = (coords.segment != 0)[:, None]
     # Padding sees itself in the kernel, which may not meet a query that sees nothing.
     out = jnp.where(real[..., None], out[:, :, :S], 0)
     return out, jnp.where(real, lse[0][:, :, :S], -jnp.inf) if lse else None

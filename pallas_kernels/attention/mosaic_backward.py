@@ -1,9 +1,10 @@
 """Flash attention backward on Hopper, deterministic: one kernel for dq, one for dk and dv.
 
-Both recompute the probabilities from the log-sum-exp. With scores s = scale * q k^T:
+Both recompute the probabilities from the log-sum-exp, and the compiler lays their exponentials
+between the tensor-core instructions of do v^T. With scores s = scale * q k^T:
 
-    p = exp(s - lse)    dv = p^T do    ds = p * (do v^T - delta)    dq = scale * ds k
-    delta = rowsum(do * out) - d_lse                                dk = scale * ds^T q
+    p = exp(s - lse)    dv = p^T do    ds = p * (do v^T + shift)    dq = scale * ds k
+    shift = d_lse - rowsum(do * out)                                dk = scale * ds^T q
 
 Shape letters: B rows, H query heads, K key/value heads, S queries, T keys, d head size, N tiles; q
 and t are the queries and keys that a warpgroup has at once.
@@ -21,7 +22,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import Coords, Reach, extents, meets, pad_tokens, ranges
 from pallas_kernels.attention.mosaic_forward import COMPUTE, LOG2E
-from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy, load_tokens
+from pallas_kernels.attention.mosaic_masks import (
+    BlockOrder,
+    CleanFill,
+    apart,
+    eager,
+    hide,
+    lazy,
+    load_tokens,
+    real_keys,
+)
 from pallas_kernels.mosaic import (
     COLUMNS,
     COMPILER_PARAMS,
@@ -32,7 +42,9 @@ from pallas_kernels.mosaic import (
     Wgmma,
     along_columns,
     along_rows,
+    flat_grid,
     full,
+    place_in,
     tile,
 )
 
@@ -57,13 +69,14 @@ def flash_backward(
     """dq, dk and dv. `saved` is what the forward pass had: q, k, v, out and lse."""
     q, k, v, out, lse = saved
     S, T = q.shape[2], k.shape[2]
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
-    lse = jnp.where(lse == -jnp.inf, UNSEEN, lse * LOG2E)
+    shift = d_lse - jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    saw = lse != -jnp.inf
+    lse, shift = jnp.where(saw, lse * LOG2E, UNSEEN), jnp.where(saw, shift, 0.0)
     padded = -S % TILE
     stats = jnp.stack(
         [
             jnp.pad(x, ((0, 0), (0, 0), (0, padded)), constant_values=fill)
-            for x, fill in ((lse, UNSEEN), (delta, 0.0))
+            for x, fill in ((lse, UNSEEN), (shift, 0.0))
         ],
         axis=2,
     )
@@ -85,29 +98,32 @@ def flash_backward(
 def _dq(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coords):
     (B, H, S, d), K = queries[0].shape, k.shape[1]
     k_coords = pad_tokens(k_coords, config.block_k)
-    blocks = ranges(*meets(q_reach, extents(k_coords, config.block_k), TILE))
-    key_block = tile(config.dq_slots, config.block_k, d)
+    k_extents = extents(k_coords, config.block_k)
+    blocks = ranges(*meets(q_reach, k_extents, TILE))
+    keys = (tile(config.dq_slots, config.block_k, d),) * 2
+    sizes = B, S // TILE, H
     kernel = run(
-        functools.partial(_dq_kernel, H // K, scale, mma),
+        functools.partial(_dq_kernel, sizes, H // K, scale, mma),
         out_type=jax.ShapeDtypeStruct(queries[0].shape, k.dtype),
         scratch_types=(
             (tile(COMPUTE, WARPGROUP, d), tile(COMPUTE, WARPGROUP, d)),
             plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=2),
-            Ring.types((key_block, key_block), COMPUTE),
+            Ring.types(keys, COMPUTE),
+            CleanFill.types(keys),
         ),
-        grid=(B, S // TILE, H),
-        grid_names=("row", "tile", "head"),
+        **flat_grid(sizes),
         kernel_name="flash_attention_dq",
     )
-    return kernel(*queries, k, v, apart(q_reach), k_coords, blocks)
+    whole = k_extents.whole.astype(jnp.int32)
+    return kernel(*queries, k, v, apart(q_reach), k_coords, blocks, whole)
 
 
 def _dq_kernel(
-    group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN,
-    dq_BHSd, q_and_do, filled, ring,
+    sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_BS, coords_BT,
+    ranges_BN, whole_BN, dq_BHSd, q_and_do, filled, ring, landed,
 ):  # fmt: skip
-    b, h = lax.axis_index("row"), lax.axis_index("head")
-    n = lax.axis_size("tile") - 1 - lax.axis_index("tile")
+    b, n, h = place_in(sizes)
+    n = sizes[1] - 1 - n
     warpgroup = lax.axis_index("warpgroup")
     ring = Ring(*ring)
     order = BlockOrder.load(ranges_BN, b, n)
@@ -118,14 +134,14 @@ def _dq_kernel(
 
     @pl.when(warpgroup < COMPUTE)
     def _compute():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(232, action="increase")
         mine = pl.ds(n * TILE + warpgroup * WARPGROUP, WARPGROUP)
         q_qd, do_qd = (x.at[warpgroup] for x in q_and_do)
         plgpu.copy_gmem_to_smem(q_BHSd.at[b, h, mine], q_qd, filled.at[warpgroup])
         plgpu.copy_gmem_to_smem(do_BHSd.at[b, h, mine], do_qd, filled.at[warpgroup])
         ring.open()
         reach = jax.tree.map(lambda x: eager(x.at[b, mine], ROWS), reach_BS)
-        lse, delta = (load_tokens(stats_BH2S.at[b, h, i, mine], ROWS) for i in range(2))
+        lse, shift = (load_tokens(stats_BH2S.at[b, h, i, mine], ROWS) for i in range(2))
         plgpu.barrier_wait(filled.at[warpgroup])
 
         def step(masked, t, dq):
@@ -138,8 +154,8 @@ def _dq_kernel(
                 coords = jax.tree.map(lambda x: lazy(x.at[b, keys_of(t)], COLUMNS), coords_BT)
                 return hide(p, 0.0, reach, coords, q_axis=0)
 
-            p, dp = mma.two_dots((q_qd, k_td.T), (do_qd, v_td.T), probabilities)
-            ds = p * (dp - along_rows(delta, dp))
+            p = probabilities(mma.dot(q_qd, k_td.T))
+            ds = p * mma.add(along_rows(shift, p), do_qd, v_td.T)
             dq = mma.add(dq, ds.astype(k_td.dtype), k_td)
             ring.release(t)
             return dq
@@ -150,16 +166,21 @@ def _dq_kernel(
         q_qd[...] = (dq * scale).astype(q_qd.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_qd, dq_BHSd.at[b, h, mine])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == COMPUTE)
     def _move():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(40, action="decrease")
+
+        clean = CleanFill(ring, landed, 2)
 
         @pl.loop(0, order.steps)
         def _(step):
-            keys = b, lax.div(h, group), keys_of(step)
-            ring.fill(step, k_BKTd.at[keys], v_BKTd.at[keys])
+            number = order.block(step)
+            keys = b, lax.div(h, group), pl.ds(number * block, block)
+            real = real_keys(coords_BT.segment.at[b], number * block)
+            whole = whole_BN[b, number] != 0
+            clean.fill(step, (k_BKTd.at[keys], v_BKTd.at[keys]), whole, real)
 
         ring.drain(order.steps)
 
@@ -169,37 +190,39 @@ def _dkv(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coor
     k_coords = pad_tokens(k_coords, TILE)
     some, every = meets(q_reach, extents(k_coords, TILE), config.block_q)
     blocks = ranges(jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2))
-    tiles = -(-T // TILE)
+    sizes = B, -(-T // TILE), K
     query_block = tile(config.dkv_slots, config.block_q, d)
+    saw = (queries[2][:, :, 0] < UNSEEN).reshape(B, H, -1, config.block_q).all(-1)
     stats = plgpu.SMEM((config.dkv_slots, 2, config.block_q), jnp.float32)
     reach = plgpu.SMEM((config.dkv_slots, 3, config.block_q), jnp.int32)
+    queries_at_once = query_block, query_block, stats, reach
     kernel = run(
-        functools.partial(_dkv_kernel, H // K, scale, mma),
-        out_type=(jax.ShapeDtypeStruct((B, K, tiles * TILE, d), k.dtype),) * 2,
+        functools.partial(_dkv_kernel, sizes, H // K, scale, mma),
+        out_type=(jax.ShapeDtypeStruct((B, K, sizes[1] * TILE, d), k.dtype),) * 2,
         scratch_types=(
             (tile(COMPUTE, WARPGROUP, d), tile(COMPUTE, WARPGROUP, d)),
             plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=2),
-            Ring.types((query_block, query_block, stats, reach), COMPUTE),
+            Ring.types(queries_at_once, COMPUTE),
+            CleanFill.types(queries_at_once),
         ),
-        grid=(B, tiles, K),
-        grid_names=("row", "tile", "head"),
+        **flat_grid(sizes),
         kernel_name="flash_attention_dkv",
     )
-    return kernel(*queries, k, v, jnp.stack(apart(q_reach), axis=1), k_coords, blocks)
+    reach = jnp.stack(apart(q_reach), axis=1)
+    return kernel(*queries, k, v, reach, k_coords, blocks, saw.astype(jnp.int32))
 
 
 def _dkv_kernel(
-    group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_B3S, coords_BT, ranges_BN,
-    dk_BKTd, dv_BKTd, k_and_v, filled, ring,
+    sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_B3S, coords_BT,
+    ranges_BN, saw_BHN, dk_BKTd, dv_BKTd, k_and_v, filled, ring, landed,
 ):  # fmt: skip
-    b, h = lax.axis_index("row"), lax.axis_index("head")
-    n = lax.axis_index("tile")  # the keys that most queries see first
+    b, n, h = place_in(sizes)  # the keys that most queries see first
     warpgroup = lax.axis_index("warpgroup")
     ring = Ring(*ring)
 
     @pl.when(warpgroup < COMPUTE)
     def _compute():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(232, action="increase")
         mine = pl.ds(n * TILE + warpgroup * WARPGROUP, WARPGROUP)
         k_td, v_td = (x.at[warpgroup] for x in k_and_v)
         plgpu.copy_gmem_to_smem(k_BKTd.at[b, h, mine], k_td, filled.at[warpgroup])
@@ -210,6 +233,8 @@ def _dkv_kernel(
 
         def step(masked, t, state):
             dk, dv = state
+            # Addresses that are found anew at each step: with those of both tiles kept, it spills.
+            v_td = k_and_v[1].at[lax.optimization_barrier(warpgroup)]
             q_qd, do_qd, stats_2q, reach_3q = ring.take(t)
 
             def load(ref, like):
@@ -222,11 +247,12 @@ def _dkv_kernel(
                 reach = Reach(*(lazy(reach_3q.at[i], COLUMNS) for i in range(3)))
                 return hide(p, 0.0, reach, coords, q_axis=1)
 
-            p, dp = mma.two_dots((k_td, q_qd.T), (v_td, do_qd.T), probabilities)
+            p = probabilities(mma.dot(k_td, q_qd.T))
+            ds = p * mma.add(load(stats_2q.at[1], p), v_td, do_qd.T)
             dv = mma.add(dv, p.astype(do_qd.dtype), do_qd)
-            ds = p * (dp - load(stats_2q.at[1], dp))
             dk = mma.add(dk, ds.astype(q_qd.dtype), q_qd)
-            plgpu.commit_smem()  # threads have read statistics, and TMA will fill their slot
+            # Each thread that has read statistics arrives itself, and the copy that refills their
+            # slot waits for all: a load that is done needs no fence, only a store would.
             ring.release(t)
             return dk, dv
 
@@ -239,25 +265,32 @@ def _dkv_kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_td, dk_BKTd.at[b, h, mine])
         plgpu.copy_smem_to_gmem(v_td, dv_BKTd.at[b, h, mine])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == COMPUTE)
     def _move():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(40, action="decrease")
 
         order = BlockOrder.load(ranges_BN, b, n)
         steps, block = order.steps * group, ring.buffers[0].shape[1]
 
+        clean = CleanFill(ring, landed, 2)
+
         @pl.loop(0, steps)
         def _(step):  # the query heads that share the keys, one after the other
-            head = h * group + lax.rem(step, group)
-            queries = pl.ds(order.block(lax.div(step, group)) * block, block)
-            ring.fill(
-                step,
+            head, number = h * group + lax.rem(step, group), order.block(lax.div(step, group))
+            queries = pl.ds(number * block, block)
+            sources = (
                 q_BHSd.at[b, head, queries],
                 do_BHSd.at[b, head, queries],
                 stats_BH2S.at[b, head, :, queries],
                 reach_B3S.at[b, :, queries],
             )
+
+            def saw(start):
+                lse = stats_BH2S.at[b, head, 0, pl.ds(number * block + start, WARPGROUP)]
+                return load_tokens(lse, ROWS) < UNSEEN
+
+            clean.fill(step, sources, saw_BHN[b, head, number] != 0, saw)
 
         ring.drain(steps)

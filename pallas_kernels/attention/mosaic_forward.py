@@ -1,7 +1,7 @@
 """Flash attention forward on Hopper: two warpgroups compute, a third moves keys and values.
 
-While one compute warpgroup takes the softmax of its scores, the other has the tensor cores: they
-hand the turn to each other.
+The compute warpgroups hand each other the turn at the tensor cores. Each takes the softmax of a
+block while its own probabilities of the block before are multiplied by values.
 
 Shape letters: B rows, H query heads, K key/value heads, S queries, T keys, d head size, N tiles of
 queries; q is the 64 queries of one warpgroup, t a block of keys.
@@ -19,7 +19,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import Coords, Reach, extents, meets, pad_tokens, ranges
-from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy
+from pallas_kernels.attention.mosaic_masks import (
+    BlockOrder,
+    CleanFill,
+    apart,
+    eager,
+    hide,
+    lazy,
+    real_keys,
+)
 from pallas_kernels.mosaic import (
     COLUMNS,
     COMPILER_PARAMS,
@@ -29,7 +37,9 @@ from pallas_kernels.mosaic import (
     Ring,
     Wgmma,
     along_rows,
+    flat_grid,
     full,
+    place_in,
     tile,
 )
 
@@ -56,41 +66,43 @@ def flash_forward(
     (B, H, S, d), K = q.shape, k.shape[1]
     q, q_reach = pad_axis(q, 2, TILE_Q), pad_tokens(q_reach, TILE_Q)
     k, v, k_coords = pad_axis(k, 2, 8), pad_axis(v, 2, 8), pad_tokens(k_coords, config.block_k)
-    blocks = ranges(*meets(q_reach, extents(k_coords, config.block_k), TILE_Q))
+    k_extents = extents(k_coords, config.block_k)
+    blocks = ranges(*meets(q_reach, k_extents, TILE_Q))
     keys = (tile(config.slots, config.block_k, d),)
+    sizes = B, q.shape[2] // TILE_Q, H
     kernel = plgpu.kernel(
-        functools.partial(_kernel, H // K, scale * LOG2E, Wgmma(interpret is not None)),
+        functools.partial(_kernel, sizes, H // K, scale * LOG2E, Wgmma(interpret is not None)),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
         ),
         scratch_types=(
             tile(COMPUTE, WARPGROUP, d),
+            tile(COMPUTE, 2, WARPGROUP, config.block_k),
             plgpu.SMEM((COMPUTE, WARPGROUP), jnp.float32),
             plgpu.Barrier(num_barriers=COMPUTE),
             Ring.types(keys, COMPUTE),
             Ring.types(keys, COMPUTE),
+            CleanFill.types(keys),
             plgpu.Barrier(num_barriers=COMPUTE),
         ),
-        grid=(B, q.shape[2] // TILE_Q, H),
-        grid_names=("row", "tile", "head"),
+        **flat_grid(sizes),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="flash_attention_forward",
     )
-    out, lse = kernel(q, k, v, apart(q_reach), k_coords, blocks)
+    out, lse = kernel(q, k, v, apart(q_reach), k_coords, blocks, k_extents.whole.astype(jnp.int32))
     return out[:, :, :S], lse[:, :, :S]
 
 
 def _kernel(
-    group, scale, mma, q_BHSd, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN, out_BHSd, lse_BHS,
-    q_qd, lse_q, q_filled, k_ring, v_ring, turns,
+    sizes, group, scale, mma, q_BHSd, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN, whole_BN,
+    out_BHSd, lse_BHS, q_qd, p_2qt, lse_q, q_filled, k_ring, v_ring, v_landed, turns,
 ):  # fmt: skip
-    b, h = lax.axis_index("row"), lax.axis_index("head")
-    # The longest tiles of a causal mask first.
-    n = lax.axis_size("tile") - 1 - lax.axis_index("tile")
+    b, n, h = place_in(sizes)  # heads that share keys run side by side
+    n = sizes[1] - 1 - n  # the longest tiles of a causal mask first
     warpgroup = lax.axis_index("warpgroup")
     k_ring, v_ring = Ring(*k_ring), Ring(*v_ring)
     order = BlockOrder.load(ranges_BN, b, n)
@@ -99,7 +111,7 @@ def _kernel(
     def _compute():
         plgpu.set_max_registers(232, action="increase")
         mine = pl.ds(n * TILE_Q + warpgroup * WARPGROUP, WARPGROUP)
-        q, lse, filled = (x.at[warpgroup] for x in (q_qd, lse_q, q_filled))
+        q, p, lse, filled = (x.at[warpgroup] for x in (q_qd, p_2qt, lse_q, q_filled))
         plgpu.copy_gmem_to_smem(q_BHSd.at[b, h, mine], q, filled)
         k_ring.open()
         v_ring.open()
@@ -110,73 +122,91 @@ def _kernel(
             block = scores.shape[1]
             keys = pl.ds(order.block(step) * block, block)
             coords = jax.tree.map(lambda x: lazy(x.at[b, keys], COLUMNS), coords_BT)
-            return hide(scores, MASKED, reach, coords, q_axis=0)
+            return hide(scores, MASKED / scale, reach, coords, q_axis=0)
 
-        real = reach.segment() >= 0
-        out, log_sum = _attend(mma, scale, q, k_ring, v_ring, turns, warpgroup, order, mask, real)
+        padding = reach.segment() < 0
+        out, log_sum = _attend(
+            mma, scale, q, p, k_ring, v_ring, turns, warpgroup, order, mask, padding
+        )
         q[...] = out.astype(q.dtype)
         lse[...] = log_sum
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q, out_BHSd.at[b, h, mine])
         plgpu.copy_smem_to_gmem(lse, lse_BHS.at[b, h, mine])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(warpgroup == COMPUTE)
     def _move():
         plgpu.set_max_registers(40, action="decrease")
         block = k_ring.buffers[0].shape[1]
+        steps = jnp.maximum(order.steps, 1)
+        values = CleanFill(v_ring, v_landed, 1)
 
-        @pl.loop(0, order.steps)
+        @pl.loop(0, steps)
         def _(step):
-            keys = pl.ds(order.block(step) * block, block)
-            k_ring.fill(step, k_BKTd.at[b, lax.div(h, group), keys])
-            v_ring.fill(step, v_BKTd.at[b, lax.div(h, group), keys])
+            number = order.block(step)
+            keys = b, lax.div(h, group), pl.ds(number * block, block)
+            real = real_keys(coords_BT.segment.at[b], number * block)
+            k_ring.fill(step, k_BKTd.at[keys])
+            values.fill(step, (v_BKTd.at[keys],), whole_BN[b, number] != 0, real)
 
-        k_ring.drain(order.steps)
-        v_ring.drain(order.steps)
+        k_ring.drain(steps)
+        v_ring.drain(steps)
 
 
-def _attend(mma, scale, q_qd, k_ring, v_ring, turns, warpgroup, order, mask, real):
-    """Softmax-weighted values [q, d] and log-sum-exp [q] of one warpgroup's queries."""
+def _attend(mma, scale, q_qd, p_2qt, k_ring, v_ring, turns, warpgroup, order, mask, padding):
+    """Softmax-weighted values [q, d] and log-sum-exp [q] of one warpgroup's queries.
+
+    A step multiplies by its keys and, behind that, by the values of the step before it.
+    """
     mine, other = turns.at[warpgroup], turns.at[1 - warpgroup]
+    steps = jnp.maximum(order.steps, 1)  # the mask hides all of a block that nobody sees
 
-    def wait_for_keys(t):
-        pl.when(t < order.steps)(lambda: k_ring.wait(t))
+    def p_at(t):
+        return p_2qt.at[lax.rem(t, 2)]
+
+    def softmax(masked, t, top, total, scores):
+        """The probabilities go to shared memory: in registers, ptxas makes products wait."""
+        k_ring.release(t)
+        if masked:
+            scores = mask(t, scores)
+        new_top = jnp.maximum(top, scores.max(axis=1) * scale)
+        shrink = jnp.exp2(top - new_top)
+        p = jnp.exp2(scores * scale - along_rows(new_top, scores))
+        p_at(t)[...] = p.astype(q_qd.dtype)
+        plgpu.commit_smem()  # also keeps all of the above before the wait for the second product
+        return new_top, total * shrink + p.sum(axis=1), shrink
 
     def step(masked, t, state):
-        out, top, total = state
-        k_td = k_ring.at(t)
-        scores = mma.dot(q_qd, k_td.T, then=lambda: plgpu.barrier_arrive(other))
-        k_ring.release(t)
-        factor = scale
-        if masked:
-            scores, factor = mask(t, scores * scale), 1.0
-        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
-        shrink = jnp.exp2(top - new_top)
-        p = jnp.exp2(scores * factor - along_rows(new_top, scores))
-        total = total * shrink + p.sum(axis=1)
-        out = out * along_rows(shrink, out)
-        # Everything up to here before the wait: the other warpgroup has the tensor cores.
-        out, p, total, new_top = lax.optimization_barrier(
-            (out, p.astype(q_qd.dtype), total, new_top)
-        )
-        v_td = v_ring.take(t)
+        out, top, total, shrink = state
+        k_td, v_td = k_ring.take(t), v_ring.take(t - 1)
         plgpu.barrier_wait(mine)
-        out = mma.add(out, p, v_td, then=lambda: wait_for_keys(t + 1))
-        v_ring.release(t)
-        return out, new_top, total
+        state, out = mma.dot_and_add(
+            (q_qd, k_td.T),
+            functools.partial(softmax, masked, t, top, total),
+            lambda: out * along_rows(shrink, out),
+            (p_at(t - 1), v_td),
+            then=lambda: plgpu.barrier_arrive(other),
+        )
+        v_ring.release(t - 1)
+        return out, *state
 
-    wait_for_keys(0)
-    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(mine))
-    state = (
-        full(q_qd.shape, 0.0, WGMMA),
-        full(q_qd.shape[:1], FIRST_TOP, ROWS),
-        full(q_qd.shape[:1], 0.0, ROWS),
-    )
-    state = lax.fori_loop(0, order.masked, functools.partial(step, True), state)
-    state = lax.fori_loop(order.masked, order.steps, functools.partial(step, False), state)
-    pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(other))
-    out, top, total = state
-    found = (top > FIRST_TOP) & real  # padding met blocks without a mask
-    out = out * along_rows(jnp.where(found, 1 / total, 0.0), out)
-    return out, jnp.where(found, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(other))
+    k_td = k_ring.take(0)
+    plgpu.barrier_wait(mine)
+    scores = mma.dot(q_qd, k_td.T, then=lambda: plgpu.barrier_arrive(other))
+    begin = full(q_qd.shape[:1], FIRST_TOP, ROWS), full(q_qd.shape[:1], 0.0, ROWS)
+    state = full(q_qd.shape, 0.0, WGMMA), *softmax(True, 0, *begin, scores)
+    state = lax.fori_loop(1, order.masked, functools.partial(step, True), state)
+    first = jnp.maximum(order.masked, 1)
+    state = lax.fori_loop(first, steps, functools.partial(step, False), state)
+    out, top, total, shrink = state
+    v_td = v_ring.take(steps - 1)
+    plgpu.barrier_wait(mine)
+    # Nobody waits for a turn after the second warpgroup's last one.
+    hand_on = functools.partial(pl.when(warpgroup == 0), lambda: plgpu.barrier_arrive(other))
+    out = mma.add(out * along_rows(shrink, out), p_at(steps - 1), v_td, then=hand_on)
+    v_ring.release(steps - 1)
+    nothing = (total == 0) | padding  # padding met blocks without a mask
+    out = jnp.where(along_rows(nothing, out), 0.0, out * along_rows(1 / total, out))
+    return out, jnp.where(nothing, -jnp.inf, (top + jnp.log2(total)) / LOG2E)

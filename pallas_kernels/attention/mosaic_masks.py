@@ -1,13 +1,16 @@
 """Inside a Hopper kernel: in which order blocks are met, and the mask of those that need one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.masks import Coords, Ranges, Reach
+from pallas_kernels.mosaic import ROWS, WARPGROUP, Ring, along_rows
 
 
 class BlockOrder:
@@ -27,7 +30,7 @@ class BlockOrder:
         """That of one tile, from arrays of all tiles."""
         return cls(Ranges(*(ref[index] for ref in refs)))
 
-    def block(self, step: jax.Array) -> jax.Array:
+    def block(self, step: jax.Array | int) -> jax.Array:
         """Which block a step meets."""
         before, after = self.ranges.start + step, self.ranges.full_stop + step - self.before
         unmasked = self.ranges.full_start + step - self.masked
@@ -66,10 +69,72 @@ def hide(x: jax.Array, fill: float, q: Reach, k: Coords, q_axis: int) -> jax.Arr
     def along(value, axis):
         return lax.broadcast_in_dim(value(), x.shape, [axis])
 
-    for key, holds, query in (
-        (k.position, jnp.greater_equal, q.first),
-        (k.position, jnp.less_equal, q.last),
-        (k.segment, jnp.equal, q.segment),
-    ):
-        x = jnp.where(holds(along(key, 1 - q_axis), along(query, q_axis)), x, fill)
-    return x
+    def key(value):
+        return along(value, 1 - q_axis)
+
+    def query(value):
+        return along(value, q_axis)
+
+    # A query's first position is not after its last, so `within` is one of the two, not both: an
+    # `and` would become a second select for each score, an `xor` is part of the comparison.
+    after = key(k.position) > query(q.last)
+    within = (key(k.position) >= query(q.first)) ^ after
+    return jnp.where(within & (key(k.segment) == query(q.segment)), x, fill)
+
+
+def real_keys(segments: Any, begin: jax.Array) -> Callable:
+    """Which keys are no padding, for `CleanFill`: of a row's segments, from slot `begin` on."""
+
+    def real(start):
+        return load_tokens(segments.at[pl.ds(begin + start, WARPGROUP)], ROWS) != 0
+
+    return real
+
+
+class CleanFill:
+    """Fills steps of a ring with tokens of which some hold anything, also NaN.
+
+    What they hold is multiplied by a probability of 0, and 0 times NaN is NaN. So the thread that
+    copies a step puts zeros in their place before it hands the step on.
+    """
+
+    def __init__(self, ring: Ring, landed: Any, tiles: int):
+        self.ring, self.landed, self.tiles = ring, landed, tiles
+
+    @staticmethod
+    def types(buffers: tuple) -> Any:
+        """Scratch type of `landed`, a barrier for the copies of one step."""
+        return plgpu.Barrier(num_arrivals=len(buffers))
+
+    def fill(self, step: jax.Array, sources: tuple, clean: jax.Array, real: Callable) -> None:
+        """As `ring.fill`.
+
+        Args:
+            clean: whether nothing has to be replaced, which costs nothing.
+            real: whether each of the WARPGROUP tokens from a given one on of the step is to be
+                kept; called once they are there.
+        """
+        pl.when(clean)(lambda: self.ring.fill(step, *sources))
+        pl.when(~clean)(lambda: self._fill(step, sources, real))
+
+    def _fill(self, step: jax.Array, sources: tuple, real: Callable) -> None:
+        slot = lax.rem(step, self.ring.slots)
+        buffers = [buffer.at[slot] for buffer in self.ring.buffers]
+        plgpu.barrier_wait(self.ring.released.at[slot])
+        for source, buffer in zip(sources, buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer, self.landed)
+        plgpu.barrier_wait(self.landed)
+        for buffer in buffers[: self.tiles]:
+            self._clean(buffer, real)
+        plgpu.commit_smem()
+        for _ in buffers:
+            plgpu.barrier_arrive(self.ring.filled.at[slot])
+
+    def _clean(self, tile: Any, real: Callable) -> None:
+        tokens, d = tile.shape
+        for start in range(0, tokens, WARPGROUP):
+            kept = real(start)
+            for column in range(0, d, WARPGROUP):
+                part = tile.at[pl.ds(start, WARPGROUP), pl.ds(column, WARPGROUP)]
+                values = part[...]
+                part[...] = jnp.where(along_rows(kept, values), values, jnp.bfloat16(0))

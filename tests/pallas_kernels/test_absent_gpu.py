@@ -19,7 +19,7 @@ from pallas_kernels.attention import (
     flash_implementation,
 )
 from pallas_kernels.attention.flash_mosaic import Config
-from pallas_kernels.attention.mosaic_forward import ForwardConfig
+from pallas_kernels.attention.mosaic_backward import BackwardConfig
 from pallas_kernels.quantized import LARGEST, quantize
 
 pytestmark = pytest.mark.absent_gpu
@@ -207,8 +207,8 @@ def test_old_assemblers_are_refused(monkeypatch, which, arguments, version):
 
 def test_spills_are_seen():
     """Catches a check that nothing fails."""
-    config = Config(ForwardConfig(block_k=256, slots=1))
-    function = functools.partial(attend, config=config)
+    config = Config(backward=BackwardConfig(block_q=128))
+    function = functools.partial(gradients, config=config)
     lowered = lower_for(*absent_h100s(1), function, *prefill(128, CHUNK, CHUNK))
     with pytest.raises(AssertionError):
-        check(lowered, [FORWARD])
+        check(lowered, [FORWARD, DQ, DKV])
