@@ -129,18 +129,38 @@ class ColumnReduction:
         return plgpu.load(self.values, layout=EACH_WARP, optimized=False)
 
 
-def widen(ref, part: int, parts: int) -> jax.Array:
-    """Stored values, or one half of them, as bfloat16 in registers."""
+def half_masks(index: jax.Array) -> tuple[jax.Array, ...]:
+    """Masks of a byte's bits for `widen`: its low half; of its high half the value, and the sign.
+
+    They are computed from an index so that ptxas keeps each in a register: it writes a constant
+    anew at every use, but does not know that an index is never negative.
+    """
+    zero = jnp.minimum(index, 0)
+    return tuple((zero + bits).astype(jnp.uint16) for bits in (0x0F, 0x70, 0x80))
+
+
+def widen(ref, masks: tuple[jax.Array, ...] = ()) -> tuple[jax.Array, ...]:
+    """Stored values as bfloat16 in registers; with `half_masks`, the low and high halves of bytes.
+
+    A half becomes part of the bits of a bfloat16 number, and subtracting the rest of that number
+    leaves its value: cheaper than converting an integer. Bit 0 is worth 1 in numbers from 128 to
+    256, as is bit 4 in numbers from 8 to 16.
+    """
     values = ref[...]
     if jnp.issubdtype(values.dtype, jnp.floating):  # Hopper has no direct conversion
-        return values.astype(jnp.float32).astype(jnp.bfloat16)
-    if parts == 1:
-        return values.astype(jnp.bfloat16)
-    # Bytes know bitwise operations only. The low half, offset by 8, is 0 to 15; the high half with
-    # the low one cleared is 16 times its value.
-    if part == 0:
-        return ((values & 15) ^ 8).astype(jnp.bfloat16) - 8
-    return (values & -16).astype(jnp.bfloat16) * 0.0625
+        return (values.astype(jnp.float32).astype(jnp.bfloat16),)
+    if not masks:
+        return (values.astype(jnp.bfloat16),)
+    bits = lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.uint16)
+    low, high, sign = (bits & mask for mask in masks)
+    return (
+        _bfloat16((low ^ 8) | 0x4300) - 136,  # the half plus 8 is unsigned
+        _bfloat16(high | 0x4100) - _bfloat16(sign | 0x4100),  # the sign bit turns 8 into 16
+    )
+
+
+def _bfloat16(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)

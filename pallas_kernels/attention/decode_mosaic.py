@@ -55,6 +55,7 @@ from pallas_kernels.mosaic import (
     along_columns,
     along_rows,
     full,
+    half_masks,
     widen,
 )
 from pallas_kernels.platform import target
@@ -197,6 +198,7 @@ def _kernel(
         parts = _attend(
             mma, scale, q_PRh, ring, p_WRt.at[warpgroup], wide,
             ColumnReduction(values_WtR.at[warpgroup]), warpgroup, steps, mask, padding,
+            half_masks(b) if len(wide) > 1 else (),
         )  # fmt: skip
         _join_warpgroups(warpgroup, parts, out_dR, lse_R, joined)
 
@@ -270,7 +272,7 @@ def _place(table_BP, k_BKTd, row, index, block: int):
 
 
 def _attend(
-    mma, scale, q_PRh, ring, p_Rt, wide_Pth, reduction, warpgroup, steps, mask, padding
+    mma, scale, q_PRh, ring, p_Rt, wide_Pth, reduction, warpgroup, steps, mask, padding, halves
 ):  # fmt: skip
     """Weighted values, a [h, R] each part, and log-sum-exp [R] of every second step."""
     parts, (R, width) = len(q_PRh), q_PRh[0].shape
@@ -282,9 +284,8 @@ def _attend(
         keys = ring.take(t)
         k_th, v_th = keys[0], keys[len(keys) // 2]
         scores = None
-        for part in range(parts):
-            k = widen(k_th, part, parts) if wide_Pth else k_th
-            q = q_PRh[part].T
+        for k, q_Rh in zip(widen(k_th, halves) if wide_Pth else [k_th], q_PRh, strict=True):
+            q = q_Rh.T
             scores = mma.dot(k, q) if scores is None else mma.add(scores, k, q)
         scores = scores * scale
         if wide_Pth:
@@ -297,8 +298,8 @@ def _attend(
         total = total * along_columns(shrink, total) + p
         if wide_Pth:
             p = p * along_rows(load_tokens(keys[3], ROWS), p)
-            for part, wide in enumerate(wide_Pth):
-                wide[...] = widen(v_th, part, parts)
+            for wide, v in zip(wide_Pth, widen(v_th, halves), strict=True):
+                wide[...] = v
         p_Rt.T[...] = p.astype(p_Rt.dtype)
         plgpu.commit_smem()
         outs = tuple(

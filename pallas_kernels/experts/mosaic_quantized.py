@@ -30,6 +30,7 @@ from pallas_kernels.mosaic import (
     along_rows,
     flat_grid,
     full,
+    half_masks,
     place_in,
     tile,
     widen,
@@ -130,7 +131,8 @@ def _kernel(
         ring.open()
         mine = pl.ds(warpgroup * WARPGROUP, WARPGROUP)
         there = pl.ds(first + warpgroup * WARPGROUP, WARPGROUP)
-        products = _sums(mma, parts, ring, steps, mine, rows_a_block, len(qvalues_EFD))
+        masks = half_masks(group) if parts > 1 else ()
+        products = _sums(mma, masks, ring, steps, mine, rows_a_block, len(qvalues_EFD))
         if not widths:
             scales = (load(scale.at[group, 0, there], ROWS) for scale in scales_EGF)
             products = [y * along_rows(s, y) for y, s in zip(products, scales, strict=True)]
@@ -161,7 +163,7 @@ def _kernel(
         ring.drain(steps)
 
 
-def _sums(mma, parts, ring, steps, mine, rows, count) -> tuple:
+def _sums(mma, masks, ring, steps, mine, rows, count) -> tuple:
     """Of each matrix, [64, rows] in float32."""
 
     def step(t, sums):
@@ -170,7 +172,7 @@ def _sums(mma, parts, ring, steps, mine, rows, count) -> tuple:
             [x.at[mine] for x in part] for part in (buffers[:count], buffers[count:])
         )
         sums = tuple(
-            _add(mma, parts, total, w, x_mk, scale)
+            _add(mma, masks, total, w, x_mk, scale)
             for total, w, scale in zip(sums, matrices, scales or [None] * count, strict=True)
         )
         plgpu.commit_smem()  # threads have read the slot, and TMA will fill it
@@ -181,16 +183,13 @@ def _sums(mma, parts, ring, steps, mine, rows, count) -> tuple:
     return lax.fori_loop(0, steps, step, (zeros,) * count)
 
 
-def _add(mma, parts, total, w_nk, x_mk, scale_n):
+def _add(mma, masks, total, w_nk, x_mk, scale_n):
     """total + w x^T, of which w x^T is scaled where there is a scale."""
-
-    def operands(part):
-        x = x_mk if parts == 1 else x_mk.at[:, pl.ds(part * HALF, HALF)]
-        return widen(w_nk, part, parts), x.T
-
-    sums = mma.dot(*operands(0)) if scale_n is not None else mma.add(total, *operands(0))
-    for part in range(1, parts):
-        sums = mma.add(sums, *operands(part))
+    parts = widen(w_nk, masks)
+    sums = total if scale_n is None else None
+    for part, w in enumerate(parts):
+        x = (x_mk if len(parts) == 1 else x_mk.at[:, pl.ds(part * HALF, HALF)]).T
+        sums = mma.dot(w, x) if sums is None else mma.add(sums, w, x)
     if scale_n is None:
         return sums
     return total + sums * along_rows(load(scale_n, ROWS), sums)
