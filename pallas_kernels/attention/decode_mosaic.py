@@ -15,6 +15,7 @@ of d.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -78,6 +79,20 @@ class RowTasks(NamedTuple):
 
     first: Int[Array, "B"]
     count: Int[Array, "B"]
+
+
+class BlockMask(NamedTuple):
+    """What a block of keys that needs a mask does with its scores and values.
+
+    Attributes:
+        scores: (step, scores) -> the same, hidden where the rule forbids.
+        values: (step, x) -> the same with zeros for padding: NaN survives a probability of 0.
+        padding: which queries are padding.
+    """
+
+    scores: Callable
+    values: Callable
+    padding: jax.Array
 
 
 def plan_tasks(blocks: Int[Array, "B"], budget: int, least: int) -> tuple[Tasks, RowTasks]:
@@ -186,18 +201,24 @@ def _kernel(
         ring.open(warpgroup, WARPGROUPS)
         reach = jax.tree.map(lambda x: eager(x.at[b], COLUMNS), reach_BR)
 
-        def mask(step, scores):
+        def coords_of(step):
             row, keys = _place(table_BP, k_arrays[0], b, order.block(begin + step), block)
-            coords = jax.tree.map(lambda x: lazy(x.at[row, keys], ROWS), coords_BT)
-            return hide(scores, MASKED, reach, coords, q_axis=1)
+            return jax.tree.map(lambda x: lazy(x.at[row, keys], ROWS), coords_BT)
 
-        padding = reach.segment() < 0
+        def hide_scores(step, scores):
+            return hide(scores, MASKED, reach, coords_of(step), q_axis=1)
+
+        def drop_padding(step, x):
+            segment = coords_of(step).segment()
+            return jnp.where(along_rows(segment, x) != 0, x, jnp.zeros((), x.dtype))
+
+        mask = BlockMask(hide_scores, drop_padding, reach.segment() < 0)
         steps = end - begin, jnp.clip(order.masked - begin, 0, end - begin)
         wide = [half.at[warpgroup] for half in wide_PWth]
         plgpu.barrier_wait(q_filled)
         parts = _attend(
             mma, scale, q_PRh, ring, p_WRt.at[warpgroup], wide,
-            ColumnReduction(values_WtR.at[warpgroup]), warpgroup, steps, mask, padding,
+            ColumnReduction(values_WtR.at[warpgroup]), warpgroup, steps, mask,
             half_masks(b) if len(wide) > 1 else (),
         )  # fmt: skip
         _join_warpgroups(warpgroup, parts, out_dR, lse_R, joined)
@@ -210,9 +231,8 @@ def _kernel(
 
     @pl.when(busy & (warpgroup == WARPGROUPS))
     def _move():
-        columns = pl.ds(
-            lax.mul(h, 0), q_PRh[0].shape[0]
-        )  # more than there are queries, so no constant
+        # More than there are queries, so the start is no constant.
+        columns = pl.ds(lax.mul(h, 0), q_PRh[0].shape[0])
         for part, q in enumerate(q_PRh):
             half = pl.ds(part * q.shape[1], q.shape[1])
             plgpu.copy_gmem_to_smem(q_BKGd.at[b, h, columns, half], q, q_filled)
@@ -272,7 +292,7 @@ def _place(table_BP, k_BKTd, row, index, block: int):
 
 
 def _attend(
-    mma, scale, q_PRh, ring, p_Rt, wide_Pth, reduction, warpgroup, steps, mask, padding, halves
+    mma, scale, q_PRh, ring, p_Rt, wide_Pth, reduction, warpgroup, steps, mask, halves
 ):  # fmt: skip
     """Weighted values, a [h, R] each part, and log-sum-exp [R] of every second step."""
     parts, (R, width) = len(q_PRh), q_PRh[0].shape
@@ -291,15 +311,18 @@ def _attend(
         if wide_Pth:
             scores = scores * along_rows(load_tokens(keys[1], ROWS), scores)
         if masked:
-            scores = mask(t, scores)
+            scores = mask.scores(t, scores)
         new_top = jnp.maximum(top, reduction.max(scores))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(scores - along_columns(new_top, scores))
         total = total * along_columns(shrink, total) + p
+        kept = functools.partial(mask.values, t) if masked else lambda x: x
         if wide_Pth:
-            p = p * along_rows(load_tokens(keys[3], ROWS), p)
+            p = kept(p * along_rows(load_tokens(keys[3], ROWS), p))
             for wide, v in zip(wide_Pth, widen(v_th, halves), strict=True):
-                wide[...] = v
+                wide[...] = kept(v)
+        elif masked:
+            v_th[...] = kept(plgpu.load(v_th, layout=WGMMA))
         p_Rt.T[...] = p.astype(p_Rt.dtype)
         plgpu.commit_smem()
         outs = tuple(
@@ -317,6 +340,6 @@ def _attend(
     )
     state = lax.fori_loop(0, masked, functools.partial(step, True), state)
     outs, top, total = lax.fori_loop(masked, every, functools.partial(step, False), state)
-    unseen, total = (top <= FIRST_TOP) | padding, reduction.sum(total)  # NaN stays
+    unseen, total = (top <= FIRST_TOP) | mask.padding, reduction.sum(total)  # NaN stays
     outs = [out * along_columns(jnp.where(unseen, 0.0, 1 / total), out) for out in outs]
     return outs, jnp.where(unseen, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
