@@ -21,6 +21,16 @@ from jaxmoe.plan.absent import absent_h100s, lower_for, mesh_of
 from pallas_kernels.attention import Coords, decode_attention, flash_attention
 from pallas_kernels.experts import GroupPlan, combine, dispatch, gated_matmul, grouped_matmul
 from pallas_kernels.quantized import quantize, quantize_matrix
+from pallas_kernels.step import (
+    MAX_TOKENS,
+    HeadPlan,
+    add_rms_norm,
+    experts_down,
+    experts_gate_up,
+    matmul_few,
+    slots_of,
+    write_heads,
+)
 
 pytestmark = pytest.mark.absent_gpu
 
@@ -124,6 +134,24 @@ def grouped(tokens, block, groups, into, out, format=None):
     return products if format else gradients, x, w, group
 
 
+def decode_step(tokens):
+    """What a step of few tokens does between its attention kernels, one after the other."""
+    pages = shaped(TOKENS // 64, KV_HEADS, 64, HEAD_DIM)
+    plan = HeadPlan(*[shaped(MAX_TOKENS, HEAD_DIM, dtype=jnp.float32)] * 2, None, integers(tokens))
+    matrix, wide = shaped(EXPERTS, D, F), shaped(D, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    down, expert = shaped(EXPERTS, F, D), integers(tokens)
+
+    def run(x, weight, wide, plan, pages, matrix, down, expert):
+        normed = add_rms_norm(x, x.astype(jnp.float32), weight, 1e-5)[1]
+        qkv = matmul_few(normed, (wide,), parts=None)
+        heads = write_heads(qkv, plan, pages, pages, heads=HEADS, norm_eps=1e-5)
+        slots, shared = slots_of(expert, EXPERTS), (matrix[0], matrix[0])
+        hidden = experts_gate_up(x, (matrix, matrix), shared, expert, x[:, 0], slots)
+        return heads, experts_down(hidden, down, down[0], expert, slots)
+
+    return run, shaped(tokens, D), shaped(D), wide, plan, pages, matrix, down, expert
+
+
 SIZES = {"all": TOKENS, "shard": TOKENS // 8}
 CALLS = {f"flash {name}": flash(1, tokens) for name, tokens in SIZES.items()}
 CALLS |= {f"flash {ROWS} rows": flash(ROWS, TOKENS // ROWS)}
@@ -132,6 +160,7 @@ CALLS |= {
     for rows in (1, ROWS)
     for format in ("bfloat16", "int8", "fp8", "int4")
 }
+CALLS |= {f"step of {tokens}": decode_step(tokens) for tokens in (1, MAX_TOKENS)}
 CALLS |= {f"moves {name}": moves(tokens) for name, tokens in SIZES.items()}
 CALLS |= {
     f"grouped {name} {block} {groups} {into} {format}": grouped(
