@@ -175,30 +175,45 @@ class Wgmma:
 
     def dot(self, a, b, then: Callable[[], None] = lambda: None) -> jax.Array:
         """a @ b in float32; `then` runs once the product is under way."""
-        if self.interpret:
-            product = self._plain(a, b)
-            then()
-            return product
-
-        def run(acc):
-            plgpu.wgmma(acc, a, b)
-            then()
-            return acc[...]
-
-        return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+        return self.sum([(a, b)], then=then)
 
     def add(self, acc: jax.Array, a, b, then: Callable[[], None] = lambda: None) -> Any:
         """acc + a @ b; `then` runs while it is under way."""
+        return self.sum([(a, b)], acc, then)
+
+    def sum(
+        self, products: list, acc: jax.Array | None = None, then: Callable[[], None] = lambda: None
+    ) -> Any:
+        """a @ b of each pair, and `acc`, in one sum; `then` runs while they are under way."""
         if self.interpret:
-            total = acc + self._plain(a, b)
+            total = sum((self._plain(*pair) for pair in products), 0.0 if acc is None else acc)
             then()
             return total
 
         def run(ref):
-            plgpu.wgmma(ref, a, b)
+            for pair in products:
+                plgpu.wgmma(ref, *pair)
             then()
 
-        return pl.run_state(run)(plgpu.ACC.init(acc))
+        def run_from_zero(ref):
+            run(ref)
+            return ref[...]
+
+        if acc is not None:
+            return pl.run_state(run)(plgpu.ACC.init(acc))
+        a, b = products[0]
+        return pl.run_scoped(run_from_zero, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+    def add_each(self, accs: tuple, products: list) -> Any:
+        """acc + a @ b of each accumulator and its pair; all are under way at once."""
+        if self.interpret:
+            return tuple(acc + self._plain(*pair) for acc, pair in zip(accs, products, strict=True))
+
+        def run(refs):
+            for ref, pair in zip(refs, products, strict=True):
+                plgpu.wgmma(ref, *pair)
+
+        return pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc in accs))
 
     def dot_and_add(
         self, pair: tuple, use: Callable, acc: Callable, other: tuple, then: Callable[[], None]

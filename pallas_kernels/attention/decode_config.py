@@ -17,6 +17,7 @@ from pallas_kernels.quantized import STORED
 WARPGROUPS = 2  # that compute
 COLUMN_UNIT = 8
 MAX_COLUMNS = 24  # with 32, ptxas spills registers
+EARLY_COLUMNS = 16  # with 24, it spills where values are widened while keys are multiplied
 
 
 @dataclasses.dataclass(frozen=True)

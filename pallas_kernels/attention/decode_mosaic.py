@@ -28,6 +28,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.decode_config import (
     COLUMN_UNIT,
+    EARLY_COLUMNS,
     WARPGROUPS,
     DecodeConfig,
     scratch_types,
@@ -297,17 +298,24 @@ def _attend(
     """Weighted values, a [h, R] each part, and log-sum-exp [R] of every second step."""
     parts, (R, width) = len(q_PRh), q_PRh[0].shape
     block = p_Rt.shape[1]
+    early = wide_Pth and R <= EARLY_COLUMNS
+    is_float = jnp.issubdtype(ring.buffers[0].dtype, jnp.floating)
 
     def step(masked, i, state):
         outs, top, total = state
         t = WARPGROUPS * i + warpgroup
         keys = ring.take(t)
         k_th, v_th = keys[0], keys[len(keys) // 2]
-        scores = None
-        for k, q_Rh in zip(widen(k_th, halves) if wide_Pth else [k_th], q_PRh, strict=True):
-            q = q_Rh.T
-            scores = mma.dot(k, q) if scores is None else mma.add(scores, k, q)
-        scores = scores * scale
+        kept = functools.partial(mask.values, t) if masked else lambda x: x
+
+        def widen_values():
+            plgpu.commit_smem()  # a barrier: other warps' products of the last step are done
+            for wide, v in zip(wide_Pth, widen(v_th, halves), strict=True):
+                wide[...] = kept(v) if is_float else v  # integers are finite, their scales are not
+
+        k_Pth = widen(k_th, halves) if wide_Pth else [k_th]
+        products = [(k, q.T) for k, q in zip(k_Pth, q_PRh, strict=True)]
+        scores = mma.sum(products, then=widen_values if early else lambda: None) * scale
         if wide_Pth:
             scores = scores * along_rows(load_tokens(keys[1], ROWS), scores)
         if masked:
@@ -316,19 +324,16 @@ def _attend(
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(scores - along_columns(new_top, scores))
         total = total * along_columns(shrink, total) + p
-        kept = functools.partial(mask.values, t) if masked else lambda x: x
         if wide_Pth:
             p = kept(p * along_rows(load_tokens(keys[3], ROWS), p))
-            for wide, v in zip(wide_Pth, widen(v_th, halves), strict=True):
-                wide[...] = kept(v)
+            if not early:
+                widen_values()
         elif masked:
             v_th[...] = kept(plgpu.load(v_th, layout=WGMMA))
         p_Rt.T[...] = p.astype(p_Rt.dtype)
         plgpu.commit_smem()
-        outs = tuple(
-            mma.add(out * along_columns(shrink, out), v.T, p_Rt.T)
-            for out, v in zip(outs, wide_Pth or [v_th], strict=True)
-        )
+        outs = tuple(out * along_columns(shrink, out) for out in outs)
+        outs = mma.add_each(outs, [(v.T, p_Rt.T) for v in wide_Pth or [v_th]])
         ring.release(t)
         return outs, new_top, total
 

@@ -185,13 +185,11 @@ def _sums(mma, masks, ring, steps, mine, rows, count) -> tuple:
 
 def _add(mma, masks, total, w_nk, x_mk, scale_n):
     """total + w x^T, of which w x^T is scaled where there is a scale."""
-    parts = widen(w_nk, masks)
-    sums = total if scale_n is None else None
-    for part, w in enumerate(parts):
-        x = (x_mk if len(parts) == 1 else x_mk.at[:, pl.ds(part * HALF, HALF)]).T
-        sums = mma.dot(w, x) if sums is None else mma.add(sums, w, x)
+    columns = [pl.ds(part * HALF, HALF) for part in range(2)] if masks else [slice(None)]
+    products = [(w, x_mk.at[:, k].T) for w, k in zip(widen(w_nk, masks), columns, strict=True)]
     if scale_n is None:
-        return sums
+        return mma.sum(products, total)
+    sums = mma.sum(products)
     return total + sums * along_rows(load(scale_n, ROWS), sums)
 
 
