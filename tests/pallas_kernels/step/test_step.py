@@ -113,11 +113,11 @@ def test_heads(format, local, norm_eps):
     x = (qkv[0] + qkv[1])[:T].astype(jnp.bfloat16).reshape(1, T, -1, d)
     want_q, want_k, want_v = x[:, :, :H], x[:, :, H : H + K], x[:, :, H + K :]
     if local:
-        turned = (rotate(z, np.cos(angle)[None], np.sin(angle)[None]) for z in (want_q, want_k))
+        turned = (rotate(z, jnp.cos(angle)[None], jnp.sin(angle)[None]) for z in (want_q, want_k))
         want_q, want_k = (z if norm_eps is None else rms_normalize(z, norm_eps) for z in turned)
     else:
         want_q = (want_q.astype(jnp.float32) * temperature[None, :, None, None]).astype(x.dtype)
-    want = [write(cache, z.swapaxes(1, 2), place[None]) for z in (want_k, want_v)]
+    want = [write(cache, z.swapaxes(1, 2), jnp.asarray(place)[None]) for z in (want_k, want_v)]
     for got, expected in zip(
         jax.tree.leaves((q, k, v)), jax.tree.leaves((want_q[0], *want)), strict=True
     ):
