@@ -50,7 +50,7 @@ class QuantizedConfig:
         together: blocks of rows whose tiles run side by side and share the matrix in cache.
     """
 
-    slots: int = 6
+    slots: int = 4  # a power of two: remainders are cheap
     together: int = 8
 
 
