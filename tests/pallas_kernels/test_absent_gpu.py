@@ -28,13 +28,14 @@ DEVICES = {"h100": absent_h100s, "h200": absent_h200s}
 HEADS, KV_HEADS, CHUNK, LONG = 40, 8, 8192, 131072
 SHARD = 10_027_008 // 8  # of keys: ten million over eight devices
 TEMPORARY = 64 * 2**20  # bytes; the scores of 8192 tokens alone are 10 GiB
-FORWARD, DQ, DKV, DECODE = (
+FORWARD, DQ, DKV, DECODE, JOIN = (
     f"{name}_mosaic_gpu_kernel"
     for name in (
         "flash_attention_forward",
         "flash_attention_dq",
         "flash_attention_dkv",
         "decode_attention",
+        "decode_join",
     )
 )
 COLLECTIVE = re.compile("all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute")
@@ -74,7 +75,7 @@ def check(lowered, kernels):
     assert sorted(report.name for report in reports) == sorted(kernels)
     for report in reports:
         assert (report.spill_stores, report.spill_loads, report.warnings) == (0, 0, ())
-        assert report.registers <= 255 and report.wgmma > 0
+        assert report.registers <= 255 and (report.wgmma > 0) == (report.name != JOIN)
     compiled = lowered.compile(compiler_options())
     assert compiled.memory_analysis().temp_size_in_bytes < TEMPORARY
     return compiled
@@ -137,7 +138,7 @@ def test_decode(device, format, head_dim):
     """Each device takes half of what can be combined: only their configs differ."""
     arguments = decode_arguments(format, head_dim, crossed=device == "h200")
     lowered = lower_for(*DEVICES[device](1), decode, *arguments)
-    check(lowered, [DECODE] * 2)
+    check(lowered, [DECODE, JOIN] * 2)
 
 
 def per_head(mesh, arguments):
