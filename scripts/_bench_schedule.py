@@ -103,11 +103,16 @@ def _kernel(device, processor: Processor, case: Case) -> dict[str, Any]:
     facts = {"name": case.name, "kernel": case.kernel, "by": case.by}
     try:
         lowered = lower_for(device, case.function, *case.shapes)
-        report = assembler_reports(lowered, compiler_options(), disassemble=True)[-1]
+        report = _meant(assembler_reports(lowered, compiler_options(), disassemble=True))
         loops = hot_loops(report, case.element)
     except Exception as error:  # whatever another library raises is a finding, not an end
         return facts | {"error": one_line(error)}
     return facts | _assembled(report) | {"loops": [_loop(each, processor) for each in loops]}
+
+
+def _meant(reports: list[KernelReport]) -> KernelReport:
+    """The last kernel of a program that multiplies: after it, results may be put together."""
+    return [report for report in reports if report.wgmma][-1]
 
 
 def _assembled(report: KernelReport) -> dict[str, Any]:

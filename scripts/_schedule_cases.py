@@ -22,7 +22,7 @@ TOKENS = 16384
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A program; its last kernel is the one that is meant.
+    """A program; its last kernel with products is the one that is meant.
 
     Attributes:
         by: who wrote the kernel: jaxmoe, or the module in `jax.experimental.pallas.ops.gpu`.

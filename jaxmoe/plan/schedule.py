@@ -153,15 +153,16 @@ class HotLoop:
 
     @property
     def mufu_under_products(self) -> int:
-        """How many MUFU are issued while a group of products runs."""
-        running = under = 0
+        """How many MUFU are issued while products run, of groups that are complete or begun."""
+        running, begun, under = 0, False, 0
         for number, each in enumerate(self.turn * 2):  # the first turn finds what runs at the start
             if each.name in KINDS["products"]:
-                running += "gsb0" in each.operands  # the last of a group
+                begun = "gsb0" not in each.operands  # the last of a group
+                running += not begun
             elif each.opcode.startswith(_WAIT):
                 running = min(running, _running(each))
             elif each.name in KINDS["mufu"] and number >= len(self.turn):
-                under += running > 0
+                under += begun or running > 0
         return under
 
 
