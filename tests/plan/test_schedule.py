@@ -82,7 +82,7 @@ def test_what_lies_between_waits():
         ([f"{PRODUCT}, gsb0", EX2, WAIT_0], 1),
         ([f"{PRODUCT}, gsb0", WAIT_0, EX2], 0),
         ([EX2, WAIT_0, EX2, f"{PRODUCT}, gsb0"], 1),  # begun in the turn before
-        ([PRODUCT, EX2, f"{PRODUCT}, gsb0", WAIT_0], 0),  # not yet committed
+        ([PRODUCT, EX2, f"{PRODUCT}, gsb0", WAIT_0], 1),  # a product runs before its group is whole
         ([f"{PRODUCT}, gsb0", WAIT_1, EX2], 1),
         ([EX2], 0),
     ],
