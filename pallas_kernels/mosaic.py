@@ -297,3 +297,29 @@ class Ring:
         """The filler: waits until all steps are released."""
         for ahead in range(self.slots):
             plgpu.barrier_wait(self.released.at[lax.rem(steps + ahead, self.slots)])
+
+
+def accumulate(
+    ring: Ring, steps, multiply: Callable, shape: tuple[int, int], count: int, begin=0
+) -> list[jax.Array]:
+    """Sums of `multiply(buffers, accumulators)` over steps of a ring, float32 of `shape`.
+
+    A step is released when the next one's products are under way, so that they never pause.
+
+    Args:
+        count: of accumulators, each of which `multiply` gives one product.
+        begin: the ring's step that the first one is.
+    """
+
+    def run(*accumulators):
+        @pl.loop(0, steps)
+        def _(step):
+            multiply(ring.take(begin + step), accumulators)
+            plgpu.wgmma_wait(count)
+            pl.when(step > 0)(lambda: ring.release(begin + step - 1))
+
+        sums = [acc[...] for acc in accumulators]
+        pl.when(steps > 0)(lambda: ring.release(begin + steps - 1))
+        return sums
+
+    return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * count)

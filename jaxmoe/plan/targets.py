@@ -105,7 +105,7 @@ def parse_target(text: str) -> Target:
         return _read(Path(text))
     gpu = re.fullmatch(r"(\w+)x(\d+)", text)
     if gpu and gpu[1] in _GPUS and 1 <= int(gpu[2]) <= HOST:
-        figures = {**_LAUNCHES, **_GPUS[gpu[1]]}
+        figures: dict[str, Any] = {**_LAUNCHES, **_GPUS[gpu[1]]}
         return Target(name=text, devices=int(gpu[2]), compiler=gpu[1], **figures)
     tpu, _, size = text.partition("-")
     if size.isdecimal() and int(size) in _SLICES.get(tpu, {}):

@@ -24,6 +24,7 @@ from pallas_kernels.mosaic import (
     ROWS,
     WARPGROUP,
     Ring,
+    accumulate,
     along_columns,
     along_rows,
     flat_grid,
@@ -129,26 +130,6 @@ def _tiles_kernel(
             ring.fill(step, x, *(w.at[place] for w in weights_EDF))
 
         ring.drain(steps)
-
-
-def accumulate(ring: Ring, steps, multiply, shape: tuple[int, int], count: int) -> list:
-    """Sums of `multiply(buffers, accumulators)` over all steps of a ring, float32 of `shape`.
-
-    A step is released when the next one's products are under way, so that they never pause.
-    """
-
-    def run(*accumulators):
-        @pl.loop(0, steps)
-        def _(step):
-            multiply(ring.take(step), accumulators)
-            plgpu.wgmma_wait(count)
-            pl.when(step > 0)(lambda: ring.release(step - 1))
-
-        sums = [acc[...] for acc in accumulators]
-        pl.when(steps > 0)(lambda: ring.release(steps - 1))
-        return sums
-
-    return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * count)
 
 
 def store(values: jax.Array, staging, destination) -> None:

@@ -27,7 +27,7 @@ from pallas_kernels.mosaic import (
     full,
     tile,
 )
-from pallas_kernels.step.matmul import SLOTS, STEP, UNIT, accumulate, pad_tokens, tokens_tile
+from pallas_kernels.step.matmul import SLOTS, STEP, UNIT, pad_tokens, products, tokens_tile
 
 GATED_SLOTS = 6  # steps in flight of two matrices
 
@@ -103,11 +103,11 @@ def _gate_up_kernel(x_TD, routed, shared, expert_m, score_m, slots_N, out_NCF, r
     @pl.when(busy & (warpgroup == 0))
     def _compute():
         ring.open()
-        products = accumulate(ring, 0, steps, 2)
-        chosen = _chose(expert_m, expert, is_shared, products[0])
+        both = products(ring, steps, 2)
+        chosen = _chose(expert_m, expert, is_shared, both[0])
         one = lax.broadcast_in_dim(jnp.where(is_shared, 1.0, 0.0), (WARPGROUP,), [])
         score = jnp.where(one > 0, 1.0, _of_rows(score_m))
-        gate, up = (y * along_rows(score, y) for y in products)
+        gate, up = (y * along_rows(score, y) for y in both)
         out_mn[...] = jnp.where(chosen, jax.nn.silu(gate) * up, 0.0).astype(out_mn.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_mn, out_NCF.at[slot, tokens, there])
@@ -168,7 +168,7 @@ def _down_kernel(num_slots, hidden_NCF, routed, shared, expert_m, slots_N, out_C
             begin, total = state
             expert, busy, is_shared = _slot(slots_N, slot, routed)
             steps = jnp.where(busy, steps_a_slot, 0)
-            (part,) = accumulate(ring, begin, steps, 1)
+            (part,) = products(ring, steps, 1, begin)
             chosen = _chose(expert_m, expert, is_shared, part)
             return begin + steps, total + jnp.where(chosen, part, 0.0)
 

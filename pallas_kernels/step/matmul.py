@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.mosaic import COMPILER_PARAMS, WARPGROUP, Ring, tile
+from pallas_kernels.mosaic import COMPILER_PARAMS, WARPGROUP, Ring, accumulate, tile
 from pallas_kernels.platform import target
 
 MAX_TOKENS = WARPGROUP
@@ -104,7 +104,7 @@ def _kernel(tiles, steps, x_TD, weights_DF, out_STF, ring, out_mn):
     @pl.when(warpgroup == 0)
     def _compute():
         ring.open()
-        (out_mn[...],) = accumulate(ring, 0, steps, 1)
+        (out_mn[...],) = products(ring, steps, 1)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_mn, out_STF.at[part, tokens, pl.ds(index * STEP, STEP)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -126,24 +126,15 @@ def _kernel(tiles, steps, x_TD, weights_DF, out_STF, ring, out_mn):
         first += count
 
 
-def accumulate(ring: Ring, begin, steps, count: int) -> list[jax.Array]:
+def products(ring: Ring, steps, count: int, begin=0) -> list[jax.Array]:
     """x times each of `count` matrices [64, 64], summed over steps of a ring from `begin` on.
 
-    The buffers of a step are x and the matrices. A step is released when the next one's products
-    are under way, so that products never pause.
+    The buffers of a step are x and the matrices.
     """
 
-    def run(*accumulators):
-        @pl.loop(0, steps)
-        def _(step):
-            x_mk, *weights = ring.take(begin + step)
-            for acc, w_kn in zip(accumulators, weights, strict=True):
-                plgpu.wgmma(acc, x_mk, w_kn)
-            plgpu.wgmma_wait(count)
-            pl.when(step > 0)(lambda: ring.release(begin + step - 1))
+    def multiply(buffers, accumulators):
+        x_mk, *weights = buffers
+        for acc, w_kn in zip(accumulators, weights, strict=True):
+            plgpu.wgmma(acc, x_mk, w_kn)
 
-        sums = [acc[...] for acc in accumulators]
-        pl.when(steps > 0)(lambda: ring.release(begin + steps - 1))
-        return sums
-
-    return pl.run_scoped(run, *[plgpu.ACC((WARPGROUP, STEP), jnp.float32)] * count)
+    return accumulate(ring, steps, multiply, (WARPGROUP, STEP), count, begin)
