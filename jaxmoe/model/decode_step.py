@@ -93,22 +93,33 @@ def why_not_fused(
     if any(isinstance(w, QuantizedMatrix) for w in jax.tree.leaves(params, is_leaf=_is_matrix)):
         return "it takes matrices that are not quantized"
     mesh = meshes.current_mesh()
+    if mesh is not None and exchange_way(mesh, x.shape) != "stay":
+        return "it takes meshes on which tokens need not travel to their experts"
     tensor = 1 if mesh is None else meshes.axis_size(mesh, "ffn")
     rows //= row_groups(rows)
-    widths = {config.intermediate_size, config.intermediate_size_mlp}
+    return why_not_sizes(config, tensor, rows, jnp.dtype(dtype).name) or why_not_hopper(interpret)
+
+
+def why_not_sizes(
+    config: Llama4Config, tensor: int, rows: int, dtype: str = "bfloat16"
+) -> str | None:
+    """Why the kernels do not take a model, or None.
+
+    Args:
+        tensor: devices that heads and feed-forward widths are spread over.
+        rows: of a device.
+        dtype: of activations.
+    """
     group = config.num_attention_heads // config.num_key_value_heads
     if config.head_dim != HEAD_DIM or group > MOST_COLUMNS or config.num_experts_per_tok != 1:
         return f"it takes heads of {HEAD_DIM}, up to {MOST_COLUMNS} a key head, and one expert"
     if not config.has_local_ring or ring_page(config) != PAGE:
         return f"it takes chunks that are multiples of {PAGE} tokens"
-    if mesh is not None and exchange_way(mesh, x.shape) != "stay":
-        return "it takes meshes on which tokens need not travel to their experts"
-    widths = [width // tensor for width in widths]
-    return (
-        why_not_few(rows, jnp.dtype(dtype).name, config.hidden_size, widths)
-        or why_not_norm(config.hidden_size)
-        or why_not_hopper(interpret)
-    )
+    experts = config.num_local_experts
+    if experts % 8 or (experts > 32 and experts % 64):  # what TMA cuts the router into
+        return f"it takes 8, 16, 24, 32 or a multiple of 64 experts, not {experts}"
+    widths = [x // tensor for x in (config.intermediate_size, config.intermediate_size_mlp)]
+    return why_not_few(rows, dtype, config.hidden_size, widths) or why_not_norm(config.hidden_size)
 
 
 def _is_matrix(x) -> bool:
@@ -143,8 +154,8 @@ def decode_layer(
         residual, cache, routing = run(*arguments)
     if routing is None:
         return residual, cache, None
-    reached = jnp.sum(routing.expert < config.num_local_experts)
-    return residual, cache, router_stats(routing, real, reached)
+    routing, reached = routing
+    return residual, cache, router_stats(routing, real, jnp.sum(reached))
 
 
 def _specs(config: Llama4Config, kind: LayerKind, mesh, arguments) -> tuple:
@@ -217,7 +228,7 @@ def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pool, cache
 
 
 def _moe(config: Llama4Config, run, p, x, real):
-    """The experts' and the shared expert's sum over devices, float32, and the routing."""
+    """The experts' and the shared expert's sum over devices, float32; routing and what came."""
     E, here = config.num_local_experts, p["experts"]["down"].shape[0]
     logits = jnp.sum(matmul_few(x, (p["router"],), parts=None, **run), axis=0)[: len(x)]
     routing = choose(config, logits.astype(x.dtype)[:, None], real)
@@ -228,7 +239,8 @@ def _moe(config: Llama4Config, run, p, x, real):
     of_routed, of_shared = ((kind["gate"], kind["up"]) for kind in (routed, shared))
     hidden = experts_gate_up(x, of_routed, of_shared, expert, routing.score[:, 0, 0], slots, **run)
     out = experts_down(hidden, routed["down"], shared["down"], expert, slots, **run)
-    return _sum_over(out, "expert", "ffn"), routing
+    reached = ((expert >= 0) & (expert < here)).astype(jnp.int32)[:, None]
+    return _sum_over(out, "expert", "ffn"), (routing, _sum_over(reached, "expert"))
 
 
 def _dense(run, p, x):

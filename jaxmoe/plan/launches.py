@@ -4,15 +4,16 @@ Counted in programs compiled for eight H100s (`benchmark.py schedule`); a test h
 """
 
 from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.decode_step import why_not_sizes
 from jaxmoe.plan.spread import spread
 from jaxmoe.plan.targets import Target
 from jaxmoe.plan.work import Work
-from pallas_kernels.step import MAX_TOKENS
 
 # Of a layer without its sums: by the kernels of `jaxmoe/model/decode_step.py`, and otherwise.
 FEW = {"moe": 14, "dense": 9}
 MANY = {"moe": 50, "dense": 33}
 SUMS_OF_FEW, SUMS_OF_MANY = {"moe": 2, "dense": 2}, {"moe": 3, "dense": 2}
+SUMS_OF_SEQUENCE = 3  # that put a global layer's attention together
 HOPPER = ("h100", "h200")
 
 
@@ -29,6 +30,9 @@ def launch_seconds(work: Work, mesh: MeshConfig, target: Target) -> float:
     seconds = target.launch * sum(operations[kind] for kind in kinds)
     if mesh.tensor * mesh.expert * mesh.fsdp > 1:
         seconds += target.latency * sum(sums[kind] for kind in kinds)
+    if mesh.sequence > 1:
+        logs = sum(kind.attention == "global" for kind in work.config.layers)
+        seconds += target.latency * SUMS_OF_SEQUENCE * logs
     return seconds
 
 
@@ -38,6 +42,6 @@ def is_few_launches(work: Work, mesh: MeshConfig, target: Target) -> bool:
     return (
         target.compiler in HOPPER
         and work.format is None
-        and share.tokens <= MAX_TOKENS
         and share.way == "stay"
+        and why_not_sizes(work.config, mesh.tensor, share.tokens) is None
     )

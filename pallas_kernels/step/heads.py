@@ -27,6 +27,7 @@ from pallas_kernels.mosaic import (
 from pallas_kernels.quantized import LARGEST, Quantized
 from pallas_kernels.step.matmul import UNIT, tokens_tile
 
+ROW_UNIT = 128  # bytes
 Keys = Float[Array, "P K t d"] | Quantized
 
 
@@ -102,11 +103,15 @@ def swap_pairs(d: int) -> jax.Array:
 
 
 def _rows_tile(stored):
-    """Shared memory of 64 tokens' keys as stored, of which each can be copied alone."""
+    """Shared memory of 64 tokens' keys as stored, of which each can be copied alone.
+
+    TMA copies from multiples of 128 bytes: narrower rows are followed by room.
+    """
     width, size = stored.shape[3], jnp.dtype(stored.dtype).itemsize
-    swizzle = min(128, width * size)
+    swizzle = min(ROW_UNIT, width * size)
     transforms = (plgpu.TilingTransform((1, swizzle // size)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM((WARPGROUP, width), stored.dtype, transforms=transforms)
+    shape = WARPGROUP, max(width, ROW_UNIT // size)
+    return plgpu.SMEM(shape, stored.dtype, transforms=transforms)
 
 
 def _kernel(
@@ -169,7 +174,8 @@ def _write(x, format, refs, head, place_T, stored_md, scale_m) -> None:
     """Each token's keys or values to its place, with their scale if they have one."""
     if format is not None:
         x, scale_m[...] = _quantized(x, format)
-    stored_md[...] = x.astype(stored_md.dtype)
+    width = pl.ds(0, x.shape[1])
+    stored_md.at[:, width][...] = x.astype(stored_md.dtype)
     plgpu.commit_smem()
     stored_ref, *scale_ref = refs
     pages, _, page_size, _ = stored_ref.shape
@@ -182,7 +188,7 @@ def _write(x, format, refs, head, place_T, stored_md, scale_m) -> None:
         @pl.when(page < pages)
         def _():
             to = stored_ref.at[page, head, pl.ds(slot, 1)]
-            plgpu.copy_smem_to_gmem(stored_md.at[pl.ds(token, 1)], to)
+            plgpu.copy_smem_to_gmem(stored_md.at[pl.ds(token, 1), width], to)
             for ref in scale_ref:
                 ref[page, head, slot] = scale_m[token]
 

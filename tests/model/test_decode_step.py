@@ -21,7 +21,7 @@ from tests.pallas_kernels.attention.cases import assert_close, no_races
 LAYERS = (LayerKind("local", "moe"), LayerKind("local", "dense"), LayerKind("global", "moe"))
 SMALL = Llama4Config(
     vocab_size=64, hidden_size=512, intermediate_size=64, intermediate_size_mlp=128,
-    num_attention_heads=2, num_key_value_heads=1, head_dim=128, num_local_experts=3,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=128, num_local_experts=8,
     layers=LAYERS, attention_chunk_size=64, floor_scale=16, rms_norm_eps=1e-5,
 )  # fmt: skip
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -143,6 +143,8 @@ def why_not(config=SMALL, rows=1, tokens=1, dtype=jnp.bfloat16, params=None, mes
         ({"dtype": jnp.float32}, "bfloat16, not float32"),
         ({"config": dataclasses.replace(SMALL, attention_chunk_size=48)}, "multiples of 64 tokens"),
         ({"config": dataclasses.replace(SMALL, num_experts_per_tok=2)}, "and one expert"),
+        ({"config": dataclasses.replace(SMALL, num_local_experts=48)}, "64 experts, not 48"),
+        ({"config": dataclasses.replace(SMALL, num_local_experts=4)}, "64 experts, not 4"),
         ({"config": dataclasses.replace(SMALL, intermediate_size=96)}, "multiples of 64"),
         ({"config": dataclasses.replace(SMALL, hidden_size=576)}, "multiples of 512"),
     ],

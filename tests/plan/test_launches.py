@@ -41,6 +41,8 @@ def test_a_plan_knows_launches_and_sums():
     one = launch_seconds(work, MeshConfig(), parse_target("h100x1"))
     assert one == pytest.approx(48 * 14 * H100X8.launch)
     assert launch_seconds(work, MeshConfig(tensor=8), parse_target("v5p-16")) == 0
+    logs = launch_seconds(work, MeshConfig(sequence=8), H100X8) - one
+    assert logs == pytest.approx(12 * 3 * H100X8.latency)
     assert launch_seconds(Work(config=SCOUT, task="prefill"), TENSOR, H100X8) == 0
 
 

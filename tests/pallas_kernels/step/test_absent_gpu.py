@@ -18,6 +18,7 @@ from pallas_kernels.step import (
     slots_of,
     write_heads,
 )
+from pallas_kernels.step.heads import _rows_tile
 
 pytestmark = pytest.mark.absent_gpu
 
@@ -55,6 +56,26 @@ def test_norms_and_products(tokens):
     arguments = shaped(tokens, D), floats(64, D), shaped(D)
     weights = [shaped(D, heads * d) for heads in (HEADS, 1, 1)]
     check(run, *arguments, *weights, kernels=["add_rms_norm", "matmul_few"])
+
+
+@pytest.mark.parametrize("experts", [8, 16, 24, 32, 64, 128])
+def test_routers(experts):
+    """TMA takes no other numbers; `decode_step` refuses them."""
+
+    def run(x, router):
+        return matmul_few(x, (router,), parts=None)
+
+    check(run, shaped(8, D), shaped(D, experts), kernels=["matmul_few"])
+
+
+@pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
+def test_a_tokens_keys_begin_where_tma_copies_from(format):
+    """At a multiple of 128 bytes of shared memory; no compiler says so, hardware fails."""
+    pages = shaped(2, 1, 64, d)
+    stored = jax.eval_shape(lambda x: quantize(x, format).qvalue, pages) if format else pages
+    rows = _rows_tile(stored)
+    assert rows.shape[1] * rows.dtype.itemsize % 128 == 0
+    assert rows.shape[1] >= stored.shape[3]
 
 
 @pytest.mark.parametrize("local", [True, False])
