@@ -13,6 +13,7 @@ from _tune_problems import Problem, all_problems
 from jaxmoe.errors import UserError
 from jaxmoe.plan.absent import absent_h100s
 from pallas_kernels.attention import coords_of
+from pallas_kernels.attention.mosaic_backward import BackwardConfig
 from pallas_kernels.attention.mosaic_forward import ForwardConfig
 from pallas_kernels.quantized import Quantized
 
@@ -113,8 +114,11 @@ def test_each_config_is_tried_once():
 
 @pytest.mark.absent_gpu
 def test_what_the_compiler_refuses_is_dropped(monkeypatch, tmp_path):
-    problem = next(p for p in all_problems() if p.key == {"head_dim": 128})
-    good, spilling, too_large = ForwardConfig(), ForwardConfig(256, 1), ForwardConfig(256, 2)
+    problem = next(
+        p for p in all_problems() if (p.op, p.key) == ("flash_backward", {"head_dim": 128})
+    )
+    good, spilling = BackwardConfig(), BackwardConfig(block_q=128)
+    too_large = BackwardConfig(dkv_slots=16)
     problem = dataclasses.replace(problem, candidates=[too_large, spilling, good])
     monkeypatch.setattr(tune, "all_problems", lambda: [problem])
     monkeypatch.setattr(sys, "argv", ["tune.py", "--output", str(tmp_path / "file.json")])
@@ -125,4 +129,4 @@ def test_what_the_compiler_refuses_is_dropped(monkeypatch, tmp_path):
     assert figures["device"] == absent_h100s(1)[0].device_kind
     assert found["config"] == dataclasses.asdict(good)
     assert "exceeds available shared memory" in reasons[0]
-    assert "flash_attention_forward_mosaic_gpu_kernel spills" in reasons[1]
+    assert "flash_attention_dkv_mosaic_gpu_kernel spills" in reasons[1]
