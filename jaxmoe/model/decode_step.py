@@ -245,10 +245,10 @@ def _moe(config: Llama4Config, run, p, x, real):
 
 def _dense(run, p, x):
     """A dense layer is a shared expert alone."""
-    nobody = jnp.full(len(x), -1, jnp.int32)
+    no_expert = jnp.full(len(x), -1, jnp.int32)
     slots, score = jnp.zeros(1, jnp.int32), jnp.ones(len(x))
-    hidden = experts_gate_up(x, None, (p["gate"], p["up"]), nobody, score, slots, **run)
-    return _sum_over(experts_down(hidden, None, p["down"], nobody, slots, **run), "ffn")
+    hidden = experts_gate_up(x, None, (p["gate"], p["up"]), no_expert, score, slots, **run)
+    return _sum_over(experts_down(hidden, None, p["down"], no_expert, slots, **run), "ffn")
 
 
 def _sum_over(x: jax.Array, *logical: str) -> jax.Array:

@@ -96,7 +96,7 @@ def entry_operations(compiled: jax.stages.Compiled | str) -> list[Operation]:
 
 
 def of_layer(operations: Iterable[Operation], layer: int | None) -> list[Operation]:
-    """Those of one layer, or with None those of none."""
+    """The operations of one layer; with None, those outside layers."""
     return [each for each in operations if each.layer == layer]
 
 
@@ -143,7 +143,7 @@ class _Program:
                 table = line
 
     def operations(self, computation: str) -> list[Operation]:
-        """Those of one computation; a plain call counts as what it calls."""
+        """The operations of one computation; a plain call counts as what it calls."""
         instructions = self.computations[computation]
         users = _users(instructions)
         result = []

@@ -123,7 +123,7 @@ class Code:
 
     @functools.cached_property
     def _dominator(self) -> dict[int, int]:
-        """Of each instruction the last one before it that every way to it passes."""
+        """The immediate dominator of each instruction."""
         place = {index: at for at, index in enumerate(self._order)}
         dominator = {0: 0}
 

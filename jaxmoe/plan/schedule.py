@@ -67,7 +67,7 @@ class Processor:
         return cls(cores, flops / cores / TENSOR_FLOPS, bandwidth)
 
     def per_second(self, per_cycle: float | int) -> float:
-        """Of all multiprocessors, what one does so much of a cycle."""
+        """The rate of all multiprocessors, where one does `per_cycle` a cycle."""
         return per_cycle * self.clock * self.cores
 
 
@@ -94,7 +94,7 @@ class HotLoop:
         return {"slots": len(names), **kinds}
 
     def _count(self, kind: str) -> int:
-        """Of a kind, or of one opcode."""
+        """How many instructions are of a kind, or have an opcode."""
         return self.counts.get(kind, _count(self.turn, kind))
 
     @property

@@ -90,7 +90,7 @@ def met_pairs(rule: Rule, q: Reach, k: Coords) -> jax.Array:
 
 
 def _possible(rule: Rule, q_blocks: int, k_blocks: int) -> Pairs:
-    """Those that the rule allows for tokens in order, or all, by block of queries."""
+    """The pairs that the rule allows for tokens in order, or all pairs, by block of queries."""
     i, j = (x.reshape(-1) for x in np.indices((q_blocks, k_blocks)))
     if rule.ahead is None or not rule.causal:
         return _listed(i, j)

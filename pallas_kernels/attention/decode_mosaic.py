@@ -76,7 +76,7 @@ class Tasks(NamedTuple):
 
 
 class RowTasks(NamedTuple):
-    """Of each row, its first task and how many it has."""
+    """The first task of each row, and how many tasks it has."""
 
     first: Int[Array, "B"]
     count: Int[Array, "B"]
@@ -195,7 +195,7 @@ def _kernel(
     b, begin, end = (x[n] for x in tasks_N)
     order = BlockOrder.load(ranges_B, b)
     block = p_WRt.shape[2]
-    busy = end > begin  # nobody reads what a spare task would write
+    busy = end > begin  # the results of a spare task are not read
 
     @pl.when(busy & (warpgroup < WARPGROUPS))
     def _compute():

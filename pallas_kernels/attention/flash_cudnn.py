@@ -70,7 +70,7 @@ def _xla(case, coords, q, k, v):
 
 
 def _length(case) -> int:
-    """Of the rows that cuDNN gets: one chunk each, if there are several."""
+    """The length of the rows that cuDNN gets: one chunk each, if there are several."""
     return min(case.queries, case.chunk or case.queries)
 
 
