@@ -1,7 +1,9 @@
 """Which ptxas, NVIDIA's assembler, Mosaic GPU hands kernels to; the package's comes first.
 
 Mosaic GPU takes the first of ./cuda_sdk_lib/bin, the folders of PATH and /usr/local/cuda/bin.
-MOSAIC_GPU_CUDA_ROOT and --xla_gpu_cuda_data_dir steer what XLA itself compiles, and not that.
+MOSAIC_GPU_CUDA_ROOT and --xla_gpu_cuda_data_dir steer what XLA itself compiles, and not that. It
+looks once a process, at its first kernel: importing this module decides, unless another library's
+kernel was compiled before.
 """
 
 import functools
@@ -57,3 +59,6 @@ def why_not() -> str | None:
     found = f"{'.'.join(map(str, release)) or 'an unknown release'} at {ptxas}" if ptxas else "none"
     mend = f"remove {_LOCAL}" if ptxas == _LOCAL else "pip install 'nvidia-cuda-nvcc>=13.3'"
     return f"it needs ptxas 13.3 or newer, and JAX would use {found}; {mend}"
+
+
+select()

@@ -1,12 +1,16 @@
 """Which assembler makes the kernels: the one that was checked, whatever else is on PATH."""
 
+import functools
 import os
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmoe.plan.absent import absent_h100s, compiler_options, lower_for
 from jaxmoe.plan.assembler import assembler_reports
@@ -46,12 +50,9 @@ def old(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def pinned(tmp_path, monkeypatch):
+def pinned(tmp_path):
     """The package's ptxas, logged."""
-    real = f"{ptxas.packaged_toolkit()}/bin/ptxas"
-    folder = logging_toolkit(tmp_path / "pinned", real)
-    monkeypatch.setattr(ptxas, "packaged_toolkit", lambda: str(folder))
-    return folder
+    return logging_toolkit(tmp_path / "pinned", f"{ptxas.packaged_toolkit()}/bin/ptxas")
 
 
 def lower(**options):
@@ -60,14 +61,46 @@ def lower(**options):
     return lower_for(device, lambda x: flash_attention(x, x, x, scale=1.0, **options), x)
 
 
-def test_kernels_are_assembled_by_the_one_that_was_checked(old, pinned):
-    """Catches a check of one assembler and the use of another."""
+def in_a_new_process(function, *arguments: str) -> None:
+    """Mosaic GPU looks for ptxas once a process, and other tests may have assembled in this one."""
+    call = f"from {__name__} import {function.__name__} as f; f(*{arguments!r})"
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", f"import tests.conftest; {call}"], check=True, cwd=root)
+
+
+def assemble_with(toolkit: str) -> None:
+    """Assembles a kernel where the package is `toolkit`."""
+    ptxas.packaged_toolkit = lambda: toolkit
     (report,) = assembler_reports(lower(implementation="mosaic_gpu"), compiler_options())
     assert report.name == KERNEL
     checked = ptxas.select()
-    assert checked == str(pinned / "bin" / "ptxas")
+    assert checked == f"{toolkit}/bin/ptxas"
     assert ptxas.version(checked) >= ptxas.OLDEST
+
+
+def test_kernels_are_assembled_by_the_one_that_was_checked(old, pinned):
+    """Catches a check of one assembler and the use of another."""
+    in_a_new_process(assemble_with, str(pinned))
     assert (assembled(pinned), assembled(old)) == (1, 0)
+
+
+def assemble_another_kernel_first() -> None:
+    """Assembles a kernel that is not this project's, and then one that is."""
+    (device,) = absent_h100s(1)
+    x = jax.ShapeDtypeStruct((128,), "float32")
+
+    @functools.partial(plgpu.kernel, out_type=x)
+    def copy(source, target):
+        target[...] = source[...]
+
+    lower_for(device, copy, x).compile(compiler_options())
+    assert len(assembler_reports(lower(implementation="mosaic_gpu"), compiler_options())) == 1
+
+
+def test_importing_the_kernels_chooses(old):
+    """Catches a choice at our first kernel: the process may have assembled another's by then."""
+    in_a_new_process(assemble_another_kernel_first)
+    assert assembled(old) == 0
 
 
 def test_without_the_package_an_older_one_is_refused(old, monkeypatch):
