@@ -1,0 +1,162 @@
+"""The readers of JSON and YAML: of bounded size, depth and numbers, whatever a file holds.
+
+A file is a stranger's: what a parser of a library raises, or would swallow, is one sentence here.
+"""
+
+import json
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxmoe.errors import UserError
+
+MAX_BYTES = 256 * 2**20  # a tokenizer.json of 200,000 words has 30
+MAX_YAML_BYTES = 2**20  # written by hand, and parsed slowly
+MAX_DEPTH = 64
+MAX_DIGITS = 40  # a number of 128 bits has 39
+MAX_YAML_VALUES = 100_000  # with aliases written out
+
+
+class _Refused(ValueError):
+    """What a file holds that no reader here accepts."""
+
+
+def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        UserError: if it cannot be read, is no UTF-8 or has more than `max_bytes`.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL or half a surrogate pair
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{str(path)!r} cannot be read: {reason}; check its name.") from None
+    if len(content) > max_bytes:
+        raise UserError(f"{path} has more than {max_bytes} bytes; is it the right file?")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 at byte {error.start}; write it anew.") from None
+
+
+def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: as `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path, max_bytes), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """What a JSON text holds.
+
+    Args:
+        where: the file, or the line of it, for messages.
+
+    Raises:
+        UserError: if it is no JSON, names a key twice, is nested more than `MAX_DEPTH` deep, or has
+            NaN, Infinity or a whole number of more than `MAX_DIGITS` digits.
+    """
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_int=_whole, parse_constant=_constant
+        )
+        _weigh(value)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise UserError(f"{where} is not JSON: {error.msg} at {place}.") from None
+    except RecursionError:
+        raise UserError(f"{where} is nested more than {MAX_DEPTH} deep.") from None
+    except ValueError as error:
+        raise UserError(f"{where} cannot be used: {error}.") from None
+    return value
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds; `3e-4` is a number, as in YAML 1.2.
+
+    Raises:
+        UserError: if it cannot be read, is no YAML, names a key twice, is nested more than
+            `MAX_DEPTH` deep, has more than `MAX_YAML_VALUES` values or too long a number.
+    """
+    text = read_text(path, MAX_YAML_BYTES)
+    try:
+        value = yaml.load(text, _Loader)
+        if _weigh(value) > MAX_YAML_VALUES:
+            raise _Refused(f"it has more than {MAX_YAML_VALUES} values")
+    except RecursionError:
+        raise UserError(f"{path} is nested more than {MAX_DEPTH} deep.") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no YAML that can be used: {reason}; correct it.") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise _Refused(f"it names {twice!r:.80} twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise _Refused(f"it has a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _constant(name: str) -> Any:
+    raise _Refused(f"{name} is no number in JSON")
+
+
+def _weigh(value: Any) -> int:
+    """How many values there are, each counted wherever it is; iterative where depth is refused.
+
+    Raises:
+        RecursionError: if it is nested more than `MAX_DEPTH` deep, or in itself.
+    """
+    known: dict[int, int] = {}
+
+    def weigh(value: Any, depth: int) -> int:
+        if not isinstance(value, dict | list | set | tuple):
+            return 1
+        if depth == MAX_DEPTH:
+            raise RecursionError
+        if id(value) not in known:
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            known[id(value)] = 1 + sum(weigh(part, depth + 1) for part in parts)
+        return known[id(value)]
+
+    return weigh(value, 0)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types, with YAML 1.2's numbers and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = {key for key in keys if keys.count(key) > 1 and key != "<<"}
+        if twice:
+            raise _Refused(f"it names {min(twice)!r:.80} twice")
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MAX_DIGITS:
+            raise _Refused(f"it has a number of {len(node.value)} digits")
+        return self.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
