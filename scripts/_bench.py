@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import functools
 import importlib
-import json
 import platform
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 import jaxlib
 
+from jaxmoe import outputs
 from jaxmoe.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -141,9 +141,5 @@ def git_commit() -> str | None:
 
 def write_json(path: str | None, figures: dict) -> None:
     """Writes the figures, if a path was given."""
-    if path is None:
-        return
-    try:
-        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error.strerror}.") from error
+    if path is not None:
+        outputs.write_json(path, figures)

@@ -1,14 +1,17 @@
 """`evaluate.py logits`: the logits of given tokens, by any path."""
 
 import argparse
+import contextlib
 import os
 import zipfile
+from collections.abc import Iterator
 
 import _devices
 import jax
 import numpy as np
 from _cli import task_progress
 
+from jaxmoe import outputs
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate import token_logits
 
@@ -41,10 +44,8 @@ def main(args: argparse.Namespace) -> None:
     mesh = _devices.start(args)
     config, params = _devices.load(args, mesh)
     shape = (*tokens.shape, config.vocab_size)
-    partial = args.output + ".partial"
-    out = _create(partial, shape)
-    try:
-        with jax.set_mesh(mesh), task_progress("Logits", tokens.shape[1], "tokens") as advance:
+    with output_array(args.output, shape) as out, jax.set_mesh(mesh):
+        with task_progress("Logits", tokens.shape[1], "tokens") as advance:
             token_logits(
                 config,
                 params,
@@ -55,11 +56,6 @@ def main(args: argparse.Namespace) -> None:
                 out=out,
                 report=advance,
             )
-        out.flush()
-        os.replace(partial, args.output)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
     print(f"Wrote logits {shape} to {args.output}.")
 
 
@@ -87,11 +83,24 @@ def read_tokens(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     return tokens.astype(np.int32), None if segment_ids is None else segment_ids.astype(np.int32)
 
 
-def _create(path: str, shape: tuple[int, ...]) -> np.memmap:
-    try:
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+@contextlib.contextmanager
+def output_array(path: str, shape: tuple[int, ...]) -> Iterator[np.memmap]:
+    """A float32 array that becomes an .npy file once it is whole; until then nothing is there.
+
+    All of its disk is taken first: a full disk would kill the process that writes mapped memory.
+    """
+    with outputs.writable(path):
+        place = outputs.place_of(path)
+        with outputs.locked(place) as (file, partial):
+            try:
+                out = np.lib.format.open_memmap(partial, "w+", np.dtype(np.float32), shape)
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+                yield out
+                out.flush()
+                outputs.publish(file, partial, place)
+            finally:
+                partial.unlink(missing_ok=True)
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -99,5 +108,4 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--decode-from {args.decode_from} is below 0.")
     if args.prefill_segment is not None and args.prefill_segment < 1:
         raise UserError(f"--prefill-segment {args.prefill_segment} is below 1.")
-    if os.path.exists(args.output) and os.path.getsize(args.output):
-        raise UserError(f"{args.output} exists and is not empty; choose another or delete it.")
+    outputs.check_writable(args.output, empty=True)

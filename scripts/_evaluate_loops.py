@@ -10,13 +10,13 @@ import _devices
 import _needle_report
 import jax
 from _cli import task_progress
-from _evaluate_needle import check_folder, write_json
 from rich.table import Table
 
 from jaxmoe.checkpoint import store
 from jaxmoe.errors import UserError
 from jaxmoe.generate.engine import Request, fit_context, generate
 from jaxmoe.generate.sampling import Sampling
+from jaxmoe.outputs import check_writable, write_json
 from jaxmoe.repetition import find_loop, seen_fraction
 from jaxmoe.text import Tokenizer
 
@@ -46,7 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def main(args: argparse.Namespace) -> None:
     samplings = read_samplings(args.temperatures, args.top_p, args.seed)
     if args.json:
-        check_folder(args.json)
+        check_writable(args.json)
     mesh = _devices.start(args)
     tokenizer = _devices.tokenizer(args.checkpoint)
     if tokenizer is None:

@@ -23,6 +23,7 @@ from jaxmoe.checkpoint import store
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.long_context import HAYSTACK, Needle, is_found, make_needle, random_key
+from jaxmoe.outputs import check_writable, write_json
 from jaxmoe.text import Tokenizer
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
@@ -263,25 +264,9 @@ def read_depths(text: str) -> list[tuple[float, float]]:
     return [(i / count, (i + 1) / count) for i in range(count)]
 
 
-def write_json(path: str, content: Record) -> None:
-    """Replaces the file at once, so that an interrupted run leaves the last whole one."""
-    partial = Path(path + ".partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-
-
 def _check_flags(args: argparse.Namespace) -> None:
     for flag, least in (("trials", 1), ("digits", 1), ("segment", 1), ("seed", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} {getattr(args, flag)} is below {least}.")
     for path in filter(None, (args.json, args.png)):
-        check_folder(path)
-
-
-def check_folder(path: str) -> None:
-    """Raises a UserError if a file cannot be put there, before hours are spent on it."""
-    if not Path(path).absolute().parent.is_dir():
-        raise UserError(f"{path} cannot be written: there is no such folder.")
+        check_writable(path)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _cli import task_progress
-from _evaluate_needle import check_folder, write_json
 from rich.table import Table
 
 from jaxmoe.config import Llama4Config
@@ -22,6 +21,7 @@ from jaxmoe.generate.engine import Request, generate
 from jaxmoe.generate.sampling import Sampling
 from jaxmoe.model.cache import FORMATS
 from jaxmoe.model.params import abstract_params, quantize_params
+from jaxmoe.outputs import check_writable, write_json
 from pallas_kernels.quantized import LARGEST
 
 SEGMENT = 128  # tokens read at once, so that most keys that are seen come out of the cache
@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.json:
-        check_folder(args.json)
+        check_writable(args.json)
     mesh = _devices.start(args)
     tokenizer = _devices.tokenizer(args.checkpoint)
     config, params = _devices.load(args, mesh)

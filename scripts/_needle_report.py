@@ -1,5 +1,6 @@
 """What came of the needles: a summary, a table for the terminal, a heat map."""
 
+import io
 import sys
 from typing import Any
 
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.errors import UserError
+from jaxmoe.outputs import write_file
 
 Record = dict[str, Any]
 CELL, LEFT, TOP = (56, 28), 72, 40  # pixels: of a cell, and beside and above the cells
@@ -134,10 +136,9 @@ def write_png(path: str, records: list[Record]) -> None:
         draw.text((LEFT - 8, middle), f"{length:,}", "black", anchor="rm")
         for x in (x for x, depth in enumerate(depths) if depth in row):
             _draw_cell(draw, LEFT + width * x, TOP + height * y, share(row[depths[x]]))
-    try:
-        image.quantize(64).save(path, format="PNG", optimize=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    content = io.BytesIO()
+    image.quantize(64).save(content, format="PNG", optimize=True)
+    write_file(path, content.getvalue())
 
 
 def _draw_cell(draw: Any, left: int, top: int, part: float) -> None:

@@ -1,11 +1,12 @@
 """A picture of a plan: what a device's memory holds, by context."""
 
 import dataclasses
+import io
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from jaxmoe.errors import UserError
+from jaxmoe.outputs import write_file
 from jaxmoe.plan.memory import Memory, memory
 from jaxmoe.plan.planner import GIB, Plan
 
@@ -54,10 +55,9 @@ def draw(plan: Plan, path: str) -> None:
     y = _height(plan.target.limit, top)
     pen.line((LEFT, y, RIGHT, y), fill=OVER, width=2)
     pen.text((RIGHT, y - 4), "limit", font=_font(14), fill=OVER, anchor="rb")
-    try:
-        image.save(path, "PNG")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_file(path, content.getvalue())
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -153,7 +153,7 @@ class Resumable:
                 file.flush()
                 os.fsync(file.fileno())
             new.rename(self.path / NOTE)
-            _sync(self.path)
+            sync(self.path)
         self.note = note
 
     def finish(self) -> None:
@@ -162,12 +162,12 @@ class Resumable:
         with writable(self.output):
             try:
                 for path in (*result.rglob("*"), result):
-                    _sync(path)
+                    sync(path)
             except OSError:
                 (self.path / NOTE).unlink()  # what it tells is not true
                 raise
             result.rename(self.output.resolve())
-            _sync(self.path.parent)
+            sync(self.path.parent)
             shutil.rmtree(self.path)
 
 
@@ -178,7 +178,7 @@ def boot() -> str:
     return ""
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Returns once a file, or the names in a folder, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -195,13 +195,13 @@ def check_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
     if nbytes > free:
         raise UserError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, but {nbytes / 1e9:.1f} GB are needed; "
+            f"{folder.parent} has {free:,} bytes free, but {nbytes:,} are needed; "
             "free some space or choose another output."
         )
 
 
 @contextlib.contextmanager
-def writable(path: Path) -> Iterator[None]:
+def writable(path: str | Path) -> Iterator[None]:
     """Turns what the file system refuses into a UserError."""
     try:
         yield

@@ -1,0 +1,147 @@
+"""Output files: locked while they are written, and there only once they are whole.
+
+A file is written as `NAME.partial` beside it, synced and renamed. Links are followed; a device or a
+pipe is written to as it is, and `-` is the standard output.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jaxmoe.checkpoint.workspace import sync, writable
+from jaxmoe.errors import UserError
+
+PARTIAL = ".partial"
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Makes `content`, text in UTF-8, the whole content of a file, at once or not at all.
+
+    Raises:
+        UserError: if the file is a folder, is being written by another process, or cannot be
+            written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with writable(path):
+        if (stream := direct(path)) is not None:
+            with stream:
+                stream.write(data)
+            return
+        place = place_of(path)
+        with locked(place) as (file, partial):
+            file.truncate(0)
+            file.write(data)
+            publish(file, partial, place)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """The same of JSON."""
+    write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_writable(path: str | Path, *, empty: bool = False) -> None:
+    """Refuses before the work what could not be written after it.
+
+    Args:
+        empty: whether a file with content is refused too.
+
+    Raises:
+        UserError: if the path is a folder, in no folder, or its folder may not be written to.
+    """
+    if str(path) == "-":
+        return
+    with writable(path):
+        place = place_of(path)
+        if place.is_dir():
+            raise UserError(f"{path} is a folder; give the name of a file.")
+        if empty and place.is_file() and place.stat().st_size:
+            raise UserError(f"{path} exists and is not empty; choose another or delete it.")
+        if not place.parent.is_dir():
+            raise UserError(f"{path} cannot be written: {place.parent} is no folder; make it.")
+        if not place.exists() or place.is_file():
+            with locked(place):
+                pass
+
+
+def place_of(path: str | Path) -> Path:
+    """Where a file lies, after all links.
+
+    Raises:
+        UserError: if no file can have such a name.
+    """
+    try:
+        return Path(path).resolve()
+    except (ValueError, RuntimeError) as error:  # a NUL, half a surrogate pair, links in a circle
+        raise UserError(f"{str(path)!r} can be no file: {error}; choose another.") from None
+
+
+def direct(path: str | Path) -> BinaryIO | None:
+    """What is written to as it is: `-`, a device, a pipe, or standard output by another name.
+
+    Raises:
+        UserError: if it is a folder.
+    """
+    stdout = sys.stdout.fileno()
+    if str(path) == "-":
+        return open(os.dup(stdout), "wb")
+    place_of(path)
+    with contextlib.suppress(FileNotFoundError):
+        there = os.stat(path)
+        if stat.S_ISDIR(there.st_mode):
+            raise UserError(f"{path} is a folder; give the name of a file.")
+        if os.path.samestat(there, os.fstat(stdout)):
+            return open(os.dup(stdout), "wb")
+        if not stat.S_ISREG(there.st_mode):
+            return open(path, "wb")
+    return None
+
+
+@contextlib.contextmanager
+def locked(place: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """`place` + `PARTIAL`, opened with what an earlier run left in it, and its path.
+
+    The lock ends with the process, however that ends. An empty file vanishes.
+
+    Raises:
+        UserError: if another process writes it.
+    """
+    partial = place.with_name(place.name + PARTIAL)
+    with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        _lock(file, partial)
+        try:
+            yield file, partial
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                file.flush()
+            with contextlib.suppress(OSError):
+                if not os.stat(partial).st_size:
+                    partial.unlink()
+
+
+def _lock(file: BinaryIO, partial: Path) -> None:
+    busy = UserError(
+        f"{partial} is being written by another run; wait for it, or choose another output."
+    )
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise busy from None
+    except OSError:
+        return  # some network file systems have no locks
+    there = partial.exists() and os.path.samestat(os.stat(partial), os.fstat(file.fileno()))
+    if not there:  # its owner has renamed it since it was opened
+        raise busy
+
+
+def publish(file: BinaryIO, partial: Path, place: Path) -> None:
+    """What was written becomes `place`, once it is on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    partial.rename(place)
+    sync(place.parent)
