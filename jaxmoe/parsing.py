@@ -69,7 +69,8 @@ def parse_json(text: str | bytes, where: str) -> Any:
         )
         _weigh(value)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        place = f"{line}column {error.colno}"
         raise UserError(f"{where} is not JSON: {error.msg} at {place}.") from None
     except RecursionError:
         raise UserError(f"{where} is nested more than {MAX_DEPTH} deep.") from None

@@ -1,9 +1,11 @@
 """What every script shares: how errors and interrupts end, and how progress is shown."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import cast
 
 from rich import progress as bars
 from rich.console import Console
@@ -13,17 +15,40 @@ from jaxmoe.errors import UserError
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script: a mistake of the user's is one line and exit 1, Ctrl-C is exit 130."""
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that is not UTF-8
+        cast(io.TextIOWrapper, stream).reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # the reader, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
+        sys.exit(1)
+    except OSError as error:  # a disk that is full, or may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}.", file=sys.stderr)
+        _forget_stdout()
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _forget_stdout() -> None:
+    """What is left in its buffer would fail again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _bar(columns: tuple, disable: bool = False) -> bars.Progress:
+    """On stderr if that is a terminal; stdout, which is for answers, is left alone."""
+    return bars.Progress(
+        *columns,
+        console=Console(stderr=True),
+        disable=disable or not sys.stderr.isatty(),
+        redirect_stdout=False,
+    )
 
 
 @contextlib.contextmanager
@@ -36,15 +61,20 @@ def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
         bars.TransferSpeedColumn(),
         bars.TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with bars.Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+    with _bar(columns) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextlib.contextmanager
-def task_progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left, advanced by a number of units; none off a terminal."""
+def task_progress(
+    label: str, total: int, unit: str, beside_answers: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left, advanced by a number of units; none off a terminal.
+
+    Args:
+        beside_answers: whether answers go to stdout meanwhile: no bar is drawn into them.
+    """
     columns = (
         bars.TextColumn(label),
         bars.BarColumn(),
@@ -52,8 +82,7 @@ def task_progress(label: str, total: int, unit: str) -> Iterator[Callable[[int],
         bars.TextColumn(f"{unit}  {{task.fields[rate]}}"),
         bars.TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with bars.Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+    with _bar(columns, disable=beside_answers and sys.stdout.isatty()) as bar:
         task = bar.add_task(label, total=total, rate="")
 
         def advance(count: int) -> None:

@@ -4,18 +4,21 @@
 import argparse
 import contextlib
 import dataclasses
-import json
+import hashlib
 import sys
 import time
+from pathlib import Path
 
 import _devices
 import jax
 from _cli import byte_progress, run, task_progress
 
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.writer import MARKER
 from jaxmoe.errors import UserError
 from jaxmoe.generate import jobs
-from jaxmoe.generate.engine import Request, fit_context, generate
+from jaxmoe.generate.answers import Answers, job_digest
+from jaxmoe.generate.engine import ERROR, Request, fit_context, generate
 from jaxmoe.generate.sampling import Sampling
 from jaxmoe.generate.saved_document import document_length, load_document
 from jaxmoe.model.cache import FORMATS
@@ -27,15 +30,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("checkpoint", help="folder that convert.py wrote")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT")
-    source.add_argument("--prompts", metavar="FILE.jsonl")
-    parser.add_argument("--output", metavar="FILE.jsonl")
+    source.add_argument("--prompts", metavar="FILE.jsonl", help="one request a line; -: stdin")
+    parser.add_argument(
+        "--output",
+        metavar="FILE.jsonl",
+        help="answers in the order of the requests; killed and run again, it goes on where it was",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0: greedy")
     parser.add_argument("--top-p", type=float, default=0.9, metavar="P")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument(
-        "--rows", type=int, default=8, metavar="N", help="requests at once, at most"
+        "--rows",
+        type=int,
+        default=8,
+        metavar="N",
+        help="requests at once, at most; in bfloat16, other roundings may change answers",
     )
     parser.add_argument("--kv", choices=FORMATS, help="how the cache stores keys and values")
     parser.add_argument(
@@ -57,42 +68,74 @@ def main() -> None:
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
     )
     tokenizer = _devices.tokenizer(args.checkpoint)
-    requests = _requests(args, tokenizer)
     model = store.read_config(args.checkpoint)
     after = document_length(args.document) if args.document else 0
-    if after:
-        requests = [_without_begin(request, tokenizer) for request in requests]
-    requests = [fit_context(model, request, after) for request in requests]
+
+    def check(request: Request) -> Request:
+        own = _without_begin(request, tokenizer) if after else request
+        return fit_context(model, own, after)
+
+    lines = _requests(args, tokenizer, check)
     stop_ids = {*model.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())}
-    with contextlib.ExitStack() as stack:
-        output = stack.enter_context(jobs.output_file(args.output)) if args.output else None
+    with _answers(args, sampling, lines) as answers:
+        left = _left(lines, answers)
+        if not left:
+            return
         config, params = _devices.load(args, mesh)
-        stack.enter_context(jax.set_mesh(mesh))
-        document = _document(args, config, params, requests) if after else None
-        stream = generate(
-            config,
-            params,
-            requests,
-            sampling,
-            rows=args.rows,
-            stop_ids=tuple(stop_ids),
-            kv=args.kv,
-            cache_tokens=args.cache_tokens,
-            document=document,
-        )
-        show = _stream_text if args.prompt is not None else _show_progress
-        for record in show(jobs.finished(stream, tokenizer), requests, tokenizer, args):
-            if output is not None or args.prompts is not None:
-                print(json.dumps(record, ensure_ascii=False), file=output, flush=True)
+        with jax.set_mesh(mesh):
+            stream = generate(
+                config,
+                params,
+                left,
+                sampling,
+                rows=args.rows,
+                stop_ids=tuple(stop_ids),
+                kv=args.kv,
+                cache_tokens=args.cache_tokens,
+                document=_document(args, config, params, left) if after else None,
+            )
+            show = _stream_text if args.prompt is not None else _show_progress
+            for record in show(jobs.finished(stream, tokenizer), left, tokenizer, args):
+                if answers is not None:
+                    answers.write(record)
 
 
-def _requests(args, tokenizer):
+def _requests(args, tokenizer, check) -> list[Request | jobs.Refusal]:
     if args.prompts is not None:
-        return jobs.read_requests(args.prompts, tokenizer, args.max_new_tokens)
+        return jobs.read_requests(args.prompts, tokenizer, args.max_new_tokens, check)
     if tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer; use --prompts with tokens.")
     tokens = tuple(tokenizer.encode(args.prompt, bos=True))
-    return [Request("0", tokens, args.max_new_tokens)]
+    return [check(Request("0", tokens, args.max_new_tokens))]
+
+
+def _answers(args, sampling: Sampling, lines) -> contextlib.AbstractContextManager[Answers | None]:
+    """Where JSON lines go: not those of a prompt on the terminal, unless a file was asked for."""
+    output = args.output or (None if args.prompts is None else "-")
+    if output is None:
+        return contextlib.nullcontext()
+    folders = filter(None, (args.checkpoint, args.document))
+    models = [hashlib.sha256(Path(folder, MARKER).read_bytes()).hexdigest() for folder in folders]
+    settings = [models, vars(sampling), args.kv, args.dtype]
+    return Answers(output, job_digest(settings, lines), lines)
+
+
+def _left(lines, answers: Answers | None) -> list[Request]:
+    """The requests that have no answer yet; says on stderr what became of the others."""
+    requests = [line for line in lines if isinstance(line, Request)]
+    refused = [line for line in lines if not isinstance(line, Request)]
+    if answers is not None and answers.complete:
+        print(f"{answers.path} has all answers already.", file=sys.stderr)
+        return []
+    if refused:
+        print(
+            f"{len(refused)} of {len(lines)} lines are refused: {refused[0].error}", file=sys.stderr
+        )
+    if answers is None or not answers.done:
+        return requests
+    left = [request for request in requests if str(request.id) not in answers.done]
+    print(f"{len(requests) - len(left)} of {len(requests)} were answered before.", file=sys.stderr)
+    return left
 
 
 def _without_begin(request: Request, tokenizer) -> Request:
@@ -110,22 +153,33 @@ def _document(args, config, params, requests):
 
 def _stream_text(stream, requests, tokenizer, args):
     """Prints text as it comes: the prompt and the closing line on stderr, the answer on stdout."""
-    print(args.prompt, end="", file=sys.stderr, flush=True)
-    decoder, first, count = StreamDecoder(tokenizer), None, 0
+    decoder, times = StreamDecoder(tokenizer), []
     for token, record in stream:
-        first, count = first or time.perf_counter(), count + 1
+        if not times:  # the first step has been compiled
+            print(args.prompt, end="", file=sys.stderr, flush=True)
+        times.append(time.perf_counter())
+        if token.finish_reason == ERROR:
+            print(decoder.flush())
+            raise UserError(record["error"])
         print(decoder.push(token.token), end="", flush=True)
         if record is not None:
             print(decoder.flush())
-            rate = (count - 1) / max(time.perf_counter() - first, 1e-9)
-            print(f"[{count} tokens, {rate:.1f} tokens/s, {token.finish_reason}]", file=sys.stderr)
+            print(f"[{_summary(times)}, {token.finish_reason}]", file=sys.stderr)
             yield record
+
+
+def _summary(times: list[float]) -> str:
+    """How many tokens, and how fast once both the prompt's and one token's step are compiled."""
+    compiled = times[1:]
+    if len(compiled) < 2:
+        return f"{len(times)} tokens"
+    return f"{len(times)} tokens, {(len(compiled) - 1) / (compiled[-1] - compiled[0]):.1f} tokens/s"
 
 
 def _show_progress(stream, requests, tokenizer, args):
     """A bar over the tokens asked for; a request that stops early completes its share."""
     budget = sum(request.max_new_tokens for request in requests)
-    with task_progress("Generating", budget, "tokens") as advance:
+    with task_progress("Generating", budget, "tokens", beside_answers=not args.output) as advance:
         for token, record in stream:
             advance(1)
             if record is not None:

@@ -205,5 +205,7 @@ def writable(path: str | Path) -> Iterator[None]:
     """Turns what the file system refuses into a UserError."""
     try:
         yield
+    except BrokenPipeError:  # a reader of the standard output, such as head, has had enough
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error

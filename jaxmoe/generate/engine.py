@@ -18,7 +18,7 @@ import numpy as np
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generate.document import Document, bookmark, rewind
-from jaxmoe.generate.sampling import Sampling, request_hash, sample
+from jaxmoe.generate.sampling import NO_TOKEN, Sampling, request_hash, sample
 from jaxmoe.model.cache import (
     Cache,
     init_cache,
@@ -47,8 +47,17 @@ class Request:
         return len(self.tokens) + self.max_new_tokens
 
 
+ERROR = "error"
+
+
 class Token(NamedTuple):
-    """One generated token; `finish_reason` is `stop` or `length` on a request's last, else None."""
+    """One generated token.
+
+    Attributes:
+        token: `NO_TOKEN` if the logits were not finite.
+        finish_reason: on a request's last token `stop`, `length`, or `ERROR` if the logits were not
+            finite; else None.
+    """
 
     request: Request
     token: int
@@ -275,6 +284,8 @@ def _fill(config: Llama4Config, rows: list[_Row | None], segment: int) -> _Batch
 
 
 def _finish_reason(row: _Row, token: int, stop_ids: tuple[int, ...]) -> str | None:
+    if token == NO_TOKEN:
+        return ERROR
     if token in stop_ids:
         return "stop"
     return "length" if len(row.written) == row.request.max_new_tokens else None

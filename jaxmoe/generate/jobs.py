@@ -1,61 +1,111 @@
 """Jobs in JSON lines: one request a line in, one answer a line out."""
 
-import contextlib
-import json
-from collections.abc import Iterator
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jaxmoe.errors import UserError
-from jaxmoe.generate.engine import Request, Token
+from jaxmoe.generate.engine import ERROR, Request, Token
+from jaxmoe.parsing import parse_json, read_text
 from jaxmoe.text import Tokenizer, render
 
 KINDS = ("prompt", "messages", "tokens")
 
 
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A line that cannot be a request, and why, in one sentence."""
+
+    id: object
+    error: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its line of output."""
+        return {"id": self.id, "error": self.error}
+
+
 def read_requests(
-    path: str | Path, tokenizer: Tokenizer | None, max_new_tokens: int
-) -> list[Request]:
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    max_new_tokens: int,
+    check: Callable[[Request], Request] = lambda request: request,
+) -> list[Request | Refusal]:
     """Requests of a file whose lines are `{"id": ..., "prompt" | "messages" | "tokens": ...}`.
 
+    A bad line refuses itself and none of the others.
+
+    Args:
+        path: `-` is the standard input.
+        check: makes of each request the one that runs, or raises a UserError.
+
     Raises:
-        UserError: naming the file and line of the first that cannot be used.
+        UserError: if the file cannot be read, or has no line that is a request; it then names the
+            first and why.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON may hold other breaks
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    requests: list[Request] = []
+    lines = _read(path).split("\n")  # JSON may hold other breaks
+    read: list[Request | Refusal] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        request = _request(_record(line, where), tokenizer, max_new_tokens, where)
-        first = seen.setdefault(str(request.id), number)
-        if first != number:
-            raise UserError(f"{where} has the id {request.id!r} of line {first}; ids must differ.")
-        requests.append(request)
-    if not requests:
+        if line.strip():
+            where = f"{path} line {number}"
+            read.append(_read_line(line, where, number, seen, tokenizer, max_new_tokens, check))
+    if not read:
         raise UserError(f"{path} holds no requests; write one JSON object a line.")
-    return requests
+    refused = [line for line in read if isinstance(line, Refusal)]
+    if len(refused) == len(read):
+        others = f" All {len(read)} lines are refused." if len(read) > 1 else ""
+        raise UserError(refused[0].error + others)
+    return read
+
+
+def _read(path: str | Path) -> str:
+    if str(path) != "-":
+        return read_text(path)
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the standard input is no UTF-8 at byte {error.start}.") from None
+
+
+def _read_line(
+    line: str,
+    where: str,
+    number: int,
+    seen: dict[str, int],
+    tokenizer: Tokenizer | None,
+    max_new_tokens: int,
+    check: Callable[[Request], Request],
+) -> Request | Refusal:
+    found = None
+    try:
+        record = _record(line, where)
+        found = record["id"]
+        first = seen.setdefault(str(found), number)
+        if first != number:
+            raise UserError(f"{where} has the id {found!r} of line {first}; ids must differ.")
+        _check_keys(record, where)
+        request = _request(record, tokenizer, max_new_tokens, where)
+        return _at(where, check, request)
+    except UserError as error:
+        return Refusal(found, str(error))
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
-    except RecursionError:
-        raise UserError(f"{where} is nested too deeply.") from None
+    record = parse_json(line, where)
     if not isinstance(record, dict) or not _is_id(record.get("id")):
         raise UserError(f'{where} is not an object with an "id" that is text or an integer.')
+    return record
+
+
+def _check_keys(record: dict[str, Any], where: str) -> None:
     if sum(kind in record for kind in KINDS) != 1:
         raise UserError(f"{where} must hold exactly one of {', '.join(KINDS)}.")
     unknown = set(record) - {"id", *KINDS}
     if unknown:
-        raise UserError(f"{where} has the unknown key '{min(unknown)}'.")
-    return record
+        raise UserError(f"{where} has the unknown key {min(unknown)!r}.")
 
 
 def _is_id(value: Any) -> bool:
@@ -79,12 +129,20 @@ def _request(
 
 
 def _text_tokens(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
-    try:
+    def tokens(record: dict[str, Any]) -> list[int]:
         if "messages" in record:
             return render(record["messages"], tokenizer)
         if not isinstance(record["prompt"], str):
             raise UserError('"prompt" must be a string.')
         return tokenizer.encode(record["prompt"], bos=True)
+
+    return _at(where, tokens, record)
+
+
+def _at(where: str, function: Callable[[Any], Any], value: Any) -> Any:
+    """What a function makes of a value; its error says where."""
+    try:
+        return function(value)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -94,42 +152,31 @@ def answer(
 ) -> dict[str, Any]:
     """The output record of a finished request; text is empty without a tokenizer."""
     text = tokenizer.decode(tokens) if tokenizer is not None else ""
-    return {"id": request.id, "text": text, "tokens": tokens, "finish_reason": finish_reason}
+    record = {"id": request.id, "text": text, "tokens": tokens, "finish_reason": finish_reason}
+    if finish_reason == ERROR:
+        record["error"] = not_finite(request, len(tokens))
+    return record
+
+
+def not_finite(request: Request, count: int) -> str:
+    """What is said of a request that ended with `ERROR`."""
+    return (
+        f"request {request.id!r}: the model's logits after {count} new tokens are not finite; "
+        "look for NaN in its weights with convert.py --verify, or compute in float32."
+    )
 
 
 def finished(
-    stream: Iterator[Token], tokenizer: Tokenizer | None
+    stream: Iterable[Token], tokenizer: Tokenizer | None
 ) -> Iterator[tuple[Token, dict[str, Any] | None]]:
     """Each token, with its request's output record when it is the last."""
     written: dict[str, list[int]] = {}
     for token in stream:
         tokens = written.setdefault(str(token.request.id), [])
-        tokens.append(token.token)
+        if token.finish_reason != ERROR:
+            tokens.append(token.token)
         record = None
         if token.finish_reason:
+            del written[str(token.request.id)]
             record = answer(token.request, tokens, token.finish_reason, tokenizer)
         yield token, record
-
-
-@contextlib.contextmanager
-def output_file(path: str | Path) -> Iterator[TextIO]:
-    """Writes `path` as `path.partial` and renames it when all is done.
-
-    Raises:
-        UserError: if `path` exists and is not empty, or cannot be written.
-    """
-    path = Path(path)
-    if path.exists() and path.stat().st_size:
-        raise UserError(f"{path} exists and is not empty; choose another output or delete it.")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        file = partial.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-    try:
-        with file:
-            yield file
-        partial.rename(path)
-    finally:
-        if partial.exists() and not partial.stat().st_size:
-            partial.unlink()  # nothing was answered

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int, UInt
 
 from jaxmoe.errors import UserError
 
+NO_TOKEN = -1  # in place of a token, where the logits are not finite
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -64,24 +66,26 @@ def sample(
     request: UInt[Array, "B"],
     index: Int[Array, "B"],
 ) -> Int[Array, "B"]:
-    """The next token of each row.
+    """The next token of each row; `NO_TOKEN` where a logit is NaN or infinity.
 
     Args:
         request: `request_hash` of the row's request.
         index: how many tokens the row has generated before.
     """
     seed = jax.random.key(sampling.seed)
+    largest = logits.max(-1, keepdims=True)  # NaN if any is
 
     def choose(row, request, index):
         key = jax.random.fold_in(jax.random.fold_in(seed, request), index)
         return jax.random.categorical(key, row)
 
     def draw():
-        scaled = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
+        scaled = (logits - largest) / sampling.temperature
         return jax.vmap(choose)(keep_likely(sampling, scaled), request, index)
 
     greedy = sampling.temperature == 0
-    return jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), draw).astype(jnp.int32)
+    token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), draw)
+    return jnp.where(jnp.isfinite(largest[:, 0]), token, NO_TOKEN).astype(jnp.int32)
 
 
 def keep_likely(sampling: Sampling, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:

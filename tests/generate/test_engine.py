@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.errors import UserError
 from jaxmoe.generate.engine import Request, generate, step
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generate.sampling import NO_TOKEN, Sampling
 from jaxmoe.mesh import MeshConfig
 from tests import reference, tiny
 from tests.conftest import load_tiny, one_device
@@ -192,3 +192,17 @@ def test_each_width_and_setting_compiles_once(model, requests):
         for settings in (GREEDY, Sampling(temperature=1.0, seed=3), Sampling(top_p=0.5, top_k=4)):
             list(generate(model.config, params, requests, settings, rows=2, segment=8))
         assert step._cache_size() == 2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_request_whose_logits_are_not_finite_ends_alone(model, requests, sampling):
+    """Catches token 0 for ever, and a bad request that ends the others."""
+    alone = run(model, requests[:3], sampling)
+    used = {token for request in requests for token in request.tokens}
+    used |= {token for tokens, _ in alone.values() for token in tokens}
+    unused = min(set(range(model.config.vocab_size)) - used)
+    embed = model.params["embed"].at[unused].set(np.nan)
+    bad = Request("bad", (3, unused), WANTED)
+    found = run(model, [bad, *requests[:3]], sampling, params=model.params | {"embed": embed})
+    assert found.pop("bad") == ([NO_TOKEN], "error")
+    assert found == alone

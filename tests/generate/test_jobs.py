@@ -1,15 +1,15 @@
 """Jobs: every line becomes a request or an error that names it; output appears when it is whole."""
 
+import io
 import json
-from pathlib import Path
 
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from jaxmoe.errors import UserError
-from jaxmoe.generate.engine import Request, Token
-from jaxmoe.generate.jobs import finished, output_file, read_requests
+from jaxmoe.generate.engine import ERROR, Request, Token
+from jaxmoe.generate.jobs import Refusal, finished, read_requests
 from jaxmoe.text import Tokenizer
 
 CHAT = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]
@@ -67,7 +67,8 @@ def test_messages_open_the_assistants_turn(jobs, tokenizer):
 def test_blank_lines_are_skipped_but_counted(jobs, newline):
     lines = ["", '{"id": 1, "tokens": [1]}', "  \t", '{"id": 2, "tokens": [2]}', ""]
     assert [request.id for request in read(jobs, newline.join(lines))] == [1, 2]
-    refused(jobs, newline.join([*lines, "no"]), "line 6")
+    *_, refusal = read(jobs, newline.join([*lines, "no"]))
+    assert refusal.error.startswith(f"{jobs} line 6 is not JSON")
 
 
 @pytest.mark.parametrize("char", ["\u2028", "\u0085"])
@@ -99,11 +100,44 @@ def test_only_a_newline_ends_a_line(jobs, tokenizer, char):
         ('{"id": 1, "messages": [{"role": "poet", "content": "a"}]}', ["messages[0]", "role"]),
     ],
 )
-def test_a_bad_line_is_named(jobs, tokenizer, line, words):
+def test_a_bad_line_is_named_and_refuses_no_other(jobs, tokenizer, line, words):
     good = '{"id": "good", "tokens": [1]}\n'
-    refused(
-        jobs, good + good.replace("good", "other") + line, "line 3", *words, tokenizer=tokenizer
-    )
+    first, refusal, last = read(jobs, good + line + "\n" + good.replace("good", "other"), tokenizer)
+    assert (first, last) == (Request("good", (1,), 9), Request("other", (1,), 9))
+    assert isinstance(refusal, Refusal) and "\n" not in refusal.error
+    assert all(word in refusal.error for word in (f"{jobs} line 2", *words)), refusal.error
+    known = None if "not JSON" in words or '"id"' in words else 1
+    assert refusal.record == {"id": known, "error": refusal.error}
+
+
+def test_a_request_that_cannot_run_refuses_no_other(jobs):
+    """Catches one prompt that is too long and costs the answers to all."""
+
+    def check(request):
+        if len(request.tokens) > 1:
+            raise UserError("too long.")
+        return request
+
+    jobs.write_text('{"id": 1, "tokens": [1, 2]}\n{"id": 2, "tokens": [1]}\n')
+    refusal, request = read_requests(jobs, None, 9, check)
+    assert refusal == Refusal(1, f"{jobs} line 1: too long.")
+    assert request == Request(2, (1,), 9)
+
+
+def test_where_all_are_refused_the_first_is_named(jobs):
+    refused(jobs, '{"id": 1}\nno\n', "line 1", "exactly one of", "All 2 lines are refused")
+
+
+def test_a_byte_order_mark_and_standard_input(jobs, monkeypatch):
+    text = '\ufeff{"id": 1, "tokens": [1]}\n'
+    assert read(jobs, text) == [Request(1, (1,), 9)]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert read_requests("-", None, 9) == [Request(1, (1,), 9)]
+
+
+def test_numbers_and_depth_are_bounded(jobs):
+    for value in ("1" * 5000, "[" * 100_000):
+        refused(jobs, f'{{"id": 1, "tokens": {value}', "line 1")
 
 
 @pytest.mark.parametrize("line", ['{"id": 1, "prompt": "a"}', '{"id": 1, "messages": []}'])
@@ -115,7 +149,9 @@ def test_text_needs_a_tokenizer(jobs, line):
 def test_ids_differ_as_text_too(jobs, first, second):
     """A number and the same digits as text would draw the same random numbers."""
     lines = f'{{"id": {first}, "tokens": [1]}}\n\n{{"id": {second}, "tokens": [2]}}'
-    refused(jobs, lines, "line 3", "line 1", "must differ")
+    request, refusal = read(jobs, lines)
+    assert request.tokens == (1,)
+    assert all(word in refusal.error for word in ("line 3", "line 1", "must differ"))
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
@@ -126,7 +162,7 @@ def test_a_file_without_requests_is_refused(jobs, text):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe4", "tokens": [1]}')
     for name in ("missing.jsonl", "latin.jsonl", "."):
-        with pytest.raises(UserError, match="cannot be read") as caught:
+        with pytest.raises(UserError, match=r"cannot be read|is no UTF-8") as caught:
             read_requests(tmp_path / name, None, 9)
         assert str(tmp_path / name) in str(caught.value)
 
@@ -152,33 +188,9 @@ def test_without_a_tokenizer_the_text_is_empty():
     assert record == {"id": "a", "text": "", "tokens": [5], "finish_reason": "length"}
 
 
-@pytest.mark.parametrize("kind", ["absent", "empty"])
-def test_output_appears_when_it_is_whole(tmp_path, kind):
-    path = tmp_path / "out.jsonl"
-    if kind == "empty":
-        path.touch()
-    with output_file(path) as file:
-        file.write("one\n")
-        file.flush()
-        assert path.exists() == (kind == "empty")
-    assert path.read_text() == "one\n"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt()])
-def test_an_interrupted_run_leaves_no_output(tmp_path, error):
-    path = tmp_path / "out.jsonl"
-    with pytest.raises(type(error)), output_file(path) as file:
-        file.write("one\n")
-        raise error
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("name", ["full.jsonl", "folder", "missing/out.jsonl"])
-def test_an_output_that_cannot_be_written_is_refused(tmp_path, name):
-    (tmp_path / "full.jsonl").write_text("kept")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError) as caught, output_file(tmp_path / name):
-        raise AssertionError("not reached")
-    assert str(tmp_path / name) in str(caught.value)
-    assert Path(tmp_path / "full.jsonl").read_text() == "kept"
+def test_logits_that_are_not_finite_end_a_request_with_an_error(tokenizer):
+    request = Request("a", (1,), 9)
+    stream = [Token(request, tokenizer.encode("h")[0], None), Token(request, -1, ERROR)]
+    *_, (_, record) = finished(iter(stream), tokenizer)
+    assert (record["text"], record["finish_reason"]) == ("h", "error")
+    assert "logits after 1 new tokens are not finite" in record["error"]

@@ -1,0 +1,170 @@
+"""The file of a job's answers: each is kept once it is there, whatever ends the run.
+
+Answers are appended to `NAME.partial` as they come, after a first line that names the job. A run of
+the same job goes on there. Once all are there they become `NAME`, in the order of the requests.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jaxmoe import outputs
+from jaxmoe.errors import UserError
+from jaxmoe.generate.engine import Request
+from jaxmoe.generate.jobs import Refusal
+from jaxmoe.parsing import parse_json
+
+Line = dict[str, Any]
+WHOLE = ".whole"  # NAME.whole is written from NAME.partial and renamed
+
+
+def job_digest(settings: Any, requests: Iterable[Request | Refusal]) -> str:
+    """Names a job: the same only for the same requests and settings, which JSON must hold."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for request in requests:
+        parts = request.record if isinstance(request, Refusal) else vars(request)
+        digest.update(json.dumps(parts).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def encode(record: Line) -> bytes:
+    """A line of output."""
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+class Answers:
+    """A context in which a job's answers are written.
+
+    Attributes:
+        done: ids, as text, of the requests that an earlier run has answered.
+        complete: whether an earlier run has finished the whole job.
+    """
+
+    def __init__(self, path: str | Path, job: str, requests: list[Request | Refusal]):
+        """Opens nothing yet.
+
+        Args:
+            job: as `job_digest` names it.
+        """
+        self.path, self.job, self.requests = path, job, requests
+        self.done: set[str] = set()
+        self.complete = False
+        self._places: dict[str, tuple[int, int]] = {}  # id -> start and length of its line
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Answers":
+        """Finds what an earlier run has answered.
+
+        Raises:
+            UserError: if the file exists and is not empty, is being written by another run, was
+                left by another job, or cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(outputs.writable(self.path))
+            self._direct = outputs.direct(self.path)
+            if self._direct is not None:
+                stack.enter_context(self._direct)
+                self._write_refusals(self._direct)
+            else:
+                self._place = outputs.place_of(self.path)
+                self._file, self._partial = stack.enter_context(outputs.locked(self._place))
+                self._resume()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, *rest: Any) -> None:
+        with self._stack:
+            if kind is None and self._direct is None and not self.complete:
+                self._finish()
+
+    def write(self, record: Line) -> None:
+        """Adds the answer to a request; once this returns, killing the process does not lose it.
+
+        Raises:
+            UserError: if the file system refuses.
+        """
+        line = encode(record)
+        with outputs.writable(self.path):
+            if self._direct is not None:
+                self._direct.write(line)
+                self._direct.flush()
+            else:
+                self._places[str(record["id"])] = self._file.tell(), len(line)
+                self._file.write(line)
+                self._file.flush()
+
+    def _write_refusals(self, file: BinaryIO) -> None:
+        file.writelines(encode(line.record) for line in self.requests if isinstance(line, Refusal))
+        file.flush()
+
+    def _resume(self) -> None:
+        begun = self._read_header()
+        if begun:
+            self._index()
+        if self._place.exists() and self._place.stat().st_size:
+            if not begun or not self._has_become(self._place):
+                raise UserError(
+                    f"{self.path} exists and is not empty; choose another output or delete it."
+                )
+            self.complete = True  # killed between the last two steps of `_finish`
+            self._partial.unlink()
+        elif not begun:
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write(encode({"job": self.job}))
+            self._file.flush()
+
+    def _read_header(self) -> bool:
+        """Whether an earlier run of this job began."""
+        header = self._file.readline()
+        if not header.endswith(b"\n"):  # killed before the first answer
+            return False
+        if header != encode({"job": self.job}):
+            raise UserError(
+                f"{self._partial} was left by another job, or by this one with other settings; "
+                "delete it, or choose another output."
+            )
+        return True
+
+    def _index(self) -> None:
+        """Finds the answers; what was being written when the process was killed is cut off."""
+        end = self._file.tell()
+        for number, line in enumerate(self._file, start=2):
+            if not line.endswith(b"\n"):
+                break
+            record = parse_json(line, f"{self._partial} line {number}")
+            if not isinstance(record, dict) or "id" not in record:
+                raise UserError(f"{self._partial} line {number} is no answer; delete the file.")
+            self._places[str(record["id"])] = end, len(line)
+            end += len(line)
+        self._file.seek(end)
+        self._file.truncate()
+        self.done = set(self._places)
+
+    def _lines(self) -> Iterator[bytes]:
+        """All of the output, in the order of the requests; ends before an answer that lacks."""
+        for line in self.requests:
+            if isinstance(line, Refusal):
+                yield encode(line.record)
+                continue
+            if str(line.id) not in self._places:
+                return
+            start, length = self._places[str(line.id)]
+            self._file.seek(start)
+            yield self._file.read(length)
+
+    def _has_become(self, place: Path) -> bool:
+        with open(place, "rb") as file:
+            return all(a == b for a, b in itertools.zip_longest(self._lines(), file))
+
+    def _finish(self) -> None:
+        whole = self._place.with_name(self._place.name + WHOLE)
+        with outputs.writable(self.path):
+            with open(whole, "wb") as file:
+                file.writelines(self._lines())
+                outputs.publish(file, whole, self._place)
+            self._partial.unlink()
