@@ -15,8 +15,6 @@ in_parallel = --numprocesses 2 --dist loadfile
 ORACLE_SEED := $(or $(JAXMOE_ORACLE_SEED),$(shell date +%s))
 with_oracle = JAXMOE_ORACLE_PYTHON="$(abspath $(VENV_ORACLE))/bin/python"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# The environment has the compiler for absent GPUs but not CUDA's libraries, and JAX would complain.
-export JAX_PLATFORMS ?= cpu
 
 .PHONY: venv demo test lint oracle bench lock clean
 .DEFAULT_GOAL = venv

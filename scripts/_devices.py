@@ -40,9 +40,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def start(args: argparse.Namespace) -> jax.sharding.Mesh:
     """Starts JAX as the flags say and returns the mesh."""
-    if not os.path.exists("/dev/nvidiactl"):
-        # A compiler for absent GPUs may be installed, and JAX would complain about their driver.
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if args.cpu_devices is not None:
         if args.cpu_devices < 1:
             raise UserError(f"--cpu-devices {args.cpu_devices} is below 1.")

@@ -11,7 +11,6 @@ import sys
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # copying files needs no accelerator
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # nor the driver of one
 
 from _cli import byte_progress, run
 from rich import box

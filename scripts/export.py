@@ -6,7 +6,6 @@ import os
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # copying files needs no accelerator
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # nor the driver of one
 
 from _cli import byte_progress, run
 
