@@ -8,6 +8,7 @@ import jax
 from _cli import byte_progress
 from rich.console import Console
 
+from jaxmoe import compilation
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.self_test import self_test
 from jaxmoe.config import Llama4Config
@@ -16,6 +17,7 @@ from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.layout import layout_table
 from jaxmoe.text import Tokenizer
 
+MOST_CPU_DEVICES = 1024  # starting 100,000 takes minutes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -32,6 +34,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="compute in this; default: as stored"
     )
     parser.add_argument(
+        "--compilation-cache",
+        metavar="FOLDER|off",
+        help=f"keeps compiled programs for later runs; default: {compilation.default_folder()}",
+    )
+    parser.add_argument(
         "--self-test",
         action="store_true",
         help="once loaded, run a sentence that a wrong layout does not survive",
@@ -41,11 +48,37 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def start(args: argparse.Namespace) -> jax.sharding.Mesh:
     """Starts JAX as the flags say and returns the mesh."""
     if args.cpu_devices is not None:
-        if args.cpu_devices < 1:
-            raise UserError(f"--cpu-devices {args.cpu_devices} is below 1.")
+        if not 1 <= args.cpu_devices <= MOST_CPU_DEVICES:
+            given = f"--cpu-devices {args.cpu_devices}"
+            raise UserError(f"{given} is not between 1 and {MOST_CPU_DEVICES}.")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
-    return MeshConfig.parse(args.mesh or "data=-1").make()
+    _prepare_compiling(getattr(args, "compilation_cache", None))
+    return MeshConfig.parse(args.mesh or "data=-1").make(devices())
+
+
+def devices() -> list[jax.Device]:
+    """JAX's devices.
+
+    Raises:
+        UserError: if JAX was told to use a platform that is not here.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # of an unknown name, JAX only asserts
+        reason = str(error).partition("\n")[0] or "there is none"
+        wanted = jax.config.jax_platforms
+        raise UserError(
+            f"JAX_PLATFORMS={wanted} cannot be used ({reason.rstrip('.')}); unset it, or set it to "
+            "cpu."
+        ) from None
+
+
+def _prepare_compiling(cache: str | None) -> None:
+    folder = None if cache == "off" else compilation.keep_compiled(cache)
+    kept = f"; kept in {folder} for later runs" if folder else ""
+    if sys.stderr.isatty():
+        compilation.on_long_compilation(lambda: print(f"[compiling{kept}]", file=sys.stderr))
 
 
 def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Config, dict]:

@@ -1,12 +1,18 @@
 """Eight simulated CPU devices for every test, and tiny models converted from Hugging Face files."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Set before JAX starts. The compiler for absent GPUs is installed, its driver is not.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 # XLA's threads: simulated GPU threads wait for one another, and would wait forever for a free one.
 os.environ["NPROC"] = "32"
+# Where scripts keep what they compile, instead of the user's own folder.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxmoe-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import dataclasses
 

@@ -1,0 +1,76 @@
+"""Compiled programs that are kept for later processes, and a word while one is compiled."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from jaxmoe.errors import UserError
+
+_MAX_BYTES = 10 * 2**30
+_MIN_SECONDS = 0.5  # of compiling: what takes less is not kept
+_PATIENCE = 2.0  # seconds before something is said
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def default_folder() -> Path:
+    """Where users expect caches: `$XDG_CACHE_HOME/jaxmoe` or `~/.cache/jaxmoe`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmoe"
+
+
+def keep_compiled(folder: str | Path | None = None) -> str | None:
+    """Keeps compiled programs in a folder and finds there those of earlier processes.
+
+    The least recently used go when there are more than 10 GiB. What `JAX_COMPILATION_CACHE_DIR`
+    or `jax.config` says already, stays.
+
+    Args:
+        folder: default: `default_folder()`, if it can be written.
+
+    Returns:
+        The folder in use, or None.
+
+    Raises:
+        UserError: if `folder` is given and cannot be written.
+    """
+    if folder is None and jax.config.jax_compilation_cache_dir:
+        return jax.config.jax_compilation_cache_dir
+    place = Path(folder or default_folder()).absolute()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        refused = None if os.access(place, os.W_OK | os.X_OK) else "it may not be written to"
+    except OSError as error:
+        refused = error.strerror
+    if refused:
+        if folder is None:  # a home that is read-only costs time and nothing else
+            return None
+        raise UserError(f"compilation cache {place} cannot be used: {refused}; choose another.")
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+    jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
+    return str(place)
+
+
+def on_long_compilation(say: Callable[[], None]) -> None:
+    """Calls `say` from another thread, once, when compiling takes more than 2 seconds."""
+    timers: list[threading.Timer] = []
+    said = threading.Event()
+
+    def say_once() -> None:
+        if not said.is_set():
+            said.set()
+            say()
+
+    def listen(event: str, _: float, **__) -> None:
+        if event in (_LOWERED, _COMPILED):
+            while timers:
+                timers.pop().cancel()
+        if event == _LOWERED and not said.is_set():
+            timers.append(threading.Timer(_PATIENCE, say_once))
+            timers[-1].daemon = True
+            timers[-1].start()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)

@@ -1,0 +1,34 @@
+"""Starting JAX: what is asked for and is not there is one sentence."""
+
+import argparse
+
+import _devices
+import jax
+import pytest
+
+from jaxmoe.errors import UserError
+
+
+@pytest.mark.parametrize("count", [0, -1, 1025, 10**30])
+def test_the_number_of_simulated_devices_is_bounded(count):
+    """Catches a number with which starting takes minutes."""
+    args = argparse.Namespace(cpu_devices=count, mesh=None)
+    with pytest.raises(UserError, match=f"--cpu-devices {count} is not between 1 and 1024"):
+        _devices.start(args)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), "there is none"),
+        (RuntimeError("Unable to initialize backend 'cuda': no driver.\nmore"), "no driver"),
+    ],
+)
+def test_a_platform_that_is_not_here(monkeypatch, error, reason):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UserError, match=f"JAX_PLATFORMS=cpu cannot be used .*{reason}") as found:
+        _devices.devices()
+    assert "\n" not in str(found.value)
