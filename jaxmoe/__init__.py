@@ -2,7 +2,7 @@
 
 import jax, jaxmoe
 
-mesh = jaxmoe.MeshConfig.parse("expert=4,sequence=2").make()
+mesh = jaxmoe.MeshConfig.parse("fsdp=-1").make()  # all devices; on 8 GPUs tensor=8 is faster
 config, params = jaxmoe.load("checkpoint", mesh)
 tokenizer = jaxmoe.Tokenizer.load("checkpoint")
 request = jaxmoe.Request("0", tuple(tokenizer.encode("Hello", bos=True)), max_new_tokens=32)
@@ -10,6 +10,8 @@ with jax.set_mesh(mesh):
     stream = jaxmoe.generate(config, params, [request], jaxmoe.Sampling(temperature=0.0))
     print(tokenizer.decode([token.token for token in stream]))
 """
+
+from importlib import metadata
 
 from jaxmoe.checkpoint.store import load, save
 from jaxmoe.config import MAVERICK, SCOUT, LayerKind, Llama4Config, RopeScaling
@@ -22,6 +24,8 @@ from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import quantize_params
 from jaxmoe.model.transformer import Llama4, forward, unembed
 from jaxmoe.text import Tokenizer
+
+__version__ = metadata.version("jaxmoe")
 
 __all__ = [
     "MAVERICK",

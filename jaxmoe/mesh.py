@@ -196,14 +196,21 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = current_mesh()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, activation_spec(mesh, axes, x.shape))
+    return _lay_out(x, activation_spec(mesh, axes, x.shape))
 
 
 def constrain_param(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Gathers a parameter over fsdp for its use; does nothing without a mesh."""
     if current_mesh() is None:
         return w
-    return jax.lax.with_sharding_constraint(w, param_spec_at_use(axes))
+    return _lay_out(w, param_spec_at_use(axes))
+
+
+def _lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The same while a function is traced and while it runs as it is written."""
+    if isinstance(x, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(x, spec)
+    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
 
 
 def sharding(mesh, spec: PartitionSpec) -> NamedSharding:

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Writes the tables of figures into the documents, from the committed JSON."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ class Grid(NamedTuple):
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for document in (ROOT / "README.md", ROOT / "docs" / "schedule.md"):
         document.write_text(filled(document.read_text()))
 

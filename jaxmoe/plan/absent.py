@@ -135,7 +135,11 @@ def lower_for(device: jax.Device, function: Callable, *arguments) -> jax.stages.
 
 
 def _require(module: str, package: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # the package that it is in
+        found = None
+    if found is None:
         raise UserError(f"{package} is not installed; run pip install 'jaxmoe[{extra}]'.")
 
 
