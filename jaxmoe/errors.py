@@ -1,5 +1,16 @@
 """The one exception type for mistakes that the user can fix."""
 
+_LONGEST = 1000  # characters of a message; what files hold may be longer
+
 
 class UserError(ValueError):
-    """A mistake in a file, a flag or a value; one sentence that names it and the fix."""
+    """A mistake in a file, a flag or a value; one sentence that names it and the fix.
+
+    The message is one line that any terminal can print, whatever the values that it quotes hold.
+    """
+
+    def __init__(self, message: str):
+        line = " ".join(message.split("\n")).encode(errors="backslashreplace").decode()
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        super().__init__(line)

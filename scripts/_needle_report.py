@@ -119,16 +119,18 @@ def write_png(path: str, records: list[Record]) -> None:
         UserError: if Pillow is not installed, or the file cannot be written.
     """
     try:
-        from PIL import Image, ImageDraw
+        from PIL import Image, ImageDraw, ImageFont
     except ImportError:
         raise UserError("--png needs Pillow; run: pip install pillow") from None
     cells = by_length(records)
     width, height = CELL
     depths = list(dict.fromkeys(depth for row in cells.values() for depth in row))
-    size = (LEFT + width * len(depths) + 8, TOP + height * len(cells) + 8)
+    title = "pass keys found, by context (tokens) and depth of the needle"
+    wide = max(LEFT + width * len(depths), int(ImageFont.load_default().getlength(title)) + 8)
+    size = (wide + 8, TOP + height * len(cells) + 8)
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
-    draw.text((8, 6), "pass keys found, by context (tokens) and depth of the needle", "black")
+    draw.text((8, 6), title, "black")
     for x, depth in enumerate(depths):
         draw.text((LEFT + width * (x + 0.5), TOP - 8), depth_name(depth), "black", anchor="mm")
     for y, (length, row) in enumerate(cells.items()):

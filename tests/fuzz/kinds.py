@@ -1,0 +1,259 @@
+"""The kinds of input that are damaged: what a right one is, and what users make of it."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+import yaml
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.convert import convert
+from jaxmoe.checkpoint.sources import open_source
+from jaxmoe.generate.answers import Answers, job_digest
+from jaxmoe.generate.engine import Request
+from jaxmoe.generate.jobs import read_requests
+from jaxmoe.generate.saved_document import document_length, load_document, read_document
+from jaxmoe.hf_config import from_hf
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.params import init_params
+from jaxmoe.plan.targets import parse_target
+from jaxmoe.text import Tokenizer
+from jaxmoe.train.config import read_train_config
+from jaxmoe.train.data import read_tokens
+from tests import formats, tiny
+from tests.fuzz.runner import Kind
+
+CONFIG = tiny.scout_like(
+    hidden_size=16,
+    num_hidden_layers=2,
+    no_rope_layer_interval=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    intermediate_size=16,
+    intermediate_size_mlp=32,
+    num_local_experts=2,
+    vocab_size=320,
+)
+CHAT = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]
+
+
+def _all_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _named(*names: str) -> Callable[[Path], Iterable[Path]]:
+    return lambda folder: [folder / name for name in names]
+
+
+def _same_arrays(a: dict, b: dict) -> bool:
+    """Whether names, dtypes and bytes agree."""
+    return a.keys() == b.keys() and all(
+        np.asarray(a[name]).dtype == np.asarray(b[name]).dtype
+        and np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes()
+        for name in a
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a == b
+
+
+# Checkpoints of others
+
+
+def _write_safetensors(folder: Path, shards: int = 1) -> None:
+    tiny.write_checkpoint(folder, CONFIG, tiny.random_tensors(CONFIG, 0), shards=shards)
+
+
+def _write_meta(folder: Path) -> None:
+    config = CONFIG | {"intermediate_size": 16, "intermediate_size_mlp": 32}
+    found = formats.in_meta(config, tiny.random_tensors(config, 0, jnp.bfloat16), 2)
+    folder.rmdir()
+    formats.write_meta(folder, formats.meta_params(config), found, 2)
+
+
+def _read_source(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor that is converted, as converting reads it."""
+    source = open_source(folder)
+    read = {
+        piece.tensor: source.read(piece.tensor, 0, _size(source, piece.tensor))
+        for group in source.groups
+        for piece in group.pieces
+    }
+    confirm = getattr(source.files, "confirm", lambda: None)  # checksums of what was read
+    confirm()
+    return read
+
+
+def _size(source, tensor: str) -> int:
+    return int(np.prod(source.files.tensors[source.in_files[tensor]].shape))
+
+
+# What this project wrote
+
+
+def _write_checkpoint(folder: Path) -> None:
+    _write_safetensors(folder.parent / "source")
+    folder.rmdir()
+    convert(folder.parent / "source", folder)
+
+
+def _read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
+    config, params = store.load(folder, MeshConfig().make(jax.devices()[:1]))
+    return {"config": np.frombuffer(repr(config).encode(), np.uint8)} | _flat(params)
+
+
+def _flat(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@functools.cache
+def _model():
+    config = dataclasses.replace(from_hf(CONFIG, "tiny"), max_position_embeddings=256)
+    return config, init_params(config, jax.random.key(0))
+
+
+def _write_document(folder: Path) -> None:
+    config, params = _model()
+    folder.rmdir()
+    tokens = np.arange(150, dtype=np.int32) % 100
+    for _ in read_document(config, params, tokens, folder, kv="int8", interval=64):
+        pass
+
+
+def _read_document(folder: Path) -> dict[str, np.ndarray]:
+    config, params = _model()
+    length = document_length(folder)
+    return {"length": np.array(length)} | _flat(load_document(folder, config, params, 16))
+
+
+# Text
+
+
+@functools.cache
+def _tokenizer() -> Tokenizer:
+    """One token a byte, and the special tokens of the chat format."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, special=True) for name in CHAT])
+    return Tokenizer(backend)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    _tokenizer().save(folder)
+
+
+def _read_tokenizer(folder: Path) -> list:
+    tokenizer = Tokenizer.load(folder)
+    tokens = tokenizer.encode("naïve 日本 text", bos=True)
+    return [tokens, tokenizer.decode(tokens), tokenizer.vocab_size, tokenizer.stop_ids]
+
+
+# Jobs and settings
+
+
+def _write_jobs(folder: Path) -> None:
+    lines = [
+        {"id": "a", "prompt": "the rain"},
+        {"id": 2, "messages": [{"role": "user", "content": "in the plain?"}]},
+        {"id": "c", "tokens": [5, 6, 7]},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "jobs.jsonl").write_text(text)
+
+
+def _read_jobs(folder: Path) -> list:
+    return read_requests(folder / "jobs.jsonl", _tokenizer(), 9)
+
+
+REQUESTS = [Request(name, (1, 2), 4) for name in "abc"]
+JOB = job_digest([], REQUESTS)
+
+
+def _write_answers(folder: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt), Answers(folder / "out", JOB, REQUESTS) as answers:
+        answers.write({"id": "b", "text": "x", "tokens": [1], "finish_reason": "stop"})
+        raise KeyboardInterrupt
+
+
+def _read_answers(folder: Path) -> list:
+    with contextlib.suppress(KeyboardInterrupt), Answers(folder / "out", JOB, REQUESTS) as answers:
+        found = sorted(answers.done)
+        raise KeyboardInterrupt
+    return found
+
+
+def _write_yaml(name: str, content: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(yaml.safe_dump(content)) and None
+
+
+TRAINING = {
+    "output": "run",
+    "tokenizer": "tokenizer",
+    "model": CONFIG,
+    "data": {"tokens": "tokens.npy", "length": 32, "batch_size": 2, "held_out_every": 20},
+    "optimizer": {"peak_lr": 0.003, "warmup_steps": 10, "final_lr": 0.05, "weight_decay": 0.1},
+    "steps": 100,
+    "seed": 0,
+    "mesh": "data=2",
+    "checkpoint_dtype": "bfloat16",
+}
+MESH = {"mesh": {"expert": 4, "sequence": 2}}
+TARGET = {
+    "name": "mine",
+    "devices": 8,
+    "memory": 80 * 10**9,
+    "flops": 9e14,
+    "bandwidth": 3.3e12,
+    "interconnect": 4.5e11,
+}
+
+
+def _write_tokens(folder: Path) -> None:
+    np.save(folder / "tokens.npy", np.arange(1000, dtype=np.uint16) % 320)
+
+
+def _read_tokens(folder: Path) -> bytes:
+    tokens = read_tokens(folder / "tokens.npy")
+    return bytes(str(tokens.shape), "ascii") + np.asarray(tokens).tobytes()
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("safetensors", _write_safetensors, _read_source, _same_arrays,
+             _named("model.safetensors")),
+        Kind("index", lambda folder: _write_safetensors(folder, 2), _read_source, _same_arrays,
+             _named("model.safetensors.index.json"), checked=True),
+        Kind("config", _write_safetensors, _read_source, _same_arrays, _named("config.json")),
+        Kind("pth", _write_meta, _read_source, _same_arrays,
+             _named("consolidated.00.pth", "consolidated.01.pth"), checked=True),
+        Kind("params", _write_meta, _read_source, _same_arrays, _named("params.json")),
+        Kind("checkpoint", _write_checkpoint, _read_checkpoint, _same_arrays, _all_files,
+             checked=True),
+        Kind("document", _write_document, _read_document, _same_arrays, _all_files, checked=True),
+        Kind("tokenizer", _write_tokenizer, _read_tokenizer, _equal, _all_files),
+        Kind("jobs", _write_jobs, _read_jobs, _equal, _all_files),
+        Kind("answers", _write_answers, _read_answers, _equal, _all_files),
+        Kind("training", _write_yaml("train.yaml", TRAINING),
+             lambda folder: read_train_config(folder / "train.yaml"), _equal, _all_files),
+        Kind("mesh", _write_yaml("mesh.yaml", MESH),
+             lambda folder: MeshConfig.parse(str(folder / "mesh.yaml")), _equal, _all_files),
+        Kind("target", _write_yaml("target.yaml", TARGET),
+             lambda folder: parse_target(str(folder / "target.yaml")), _equal, _all_files),
+        Kind("tokens", _write_tokens, _read_tokens, _equal, _all_files),
+    )
+}  # fmt: skip
