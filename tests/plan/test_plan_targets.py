@@ -56,8 +56,9 @@ def test_a_file(file):
         flops=3e14,
         interconnect=1e11,
         reserve=0.1,
+        launch=2e-6,
     )
-    assert parse_target(file({**FIELDS, "reserve": 0.1})) == want
+    assert parse_target(file({**FIELDS, "reserve": 0.1, "launch": "2e-6"})) == want
 
 
 @pytest.mark.parametrize(
@@ -65,8 +66,12 @@ def test_a_file(file):
     [
         ({"memry": 1}, ["'memry'", "'memory'"]),
         ({"memory": "much"}, ["memory", "'much'"]),
-        ({"devices": 0}, ["devices", "'0'"]),
-        ({"reserve": 1}, ["reserve", "'1'"]),
+        ({"devices": 0}, ["devices", "the value 0", "from 1 to"]),
+        ({"devices": 2.5}, ["devices", "the value 2.5", "whole number"]),
+        ({"reserve": 1}, ["reserve", "the value 1"]),
+        ({"launch": -1e-6}, ["launch", "the value -1e-06"]),
+        ({"memory": "9" * 5000}, ["5000 digits"]),
+        ({"name": "[" * 5000}, ["nested"]),
         ({"flops": ".nan"}, ["flops", "nan"]),
     ],
 )
