@@ -3,13 +3,12 @@
 
 import argparse
 import itertools
-from pathlib import Path
 
 import _devices
 from _cli import run
 
-from jaxmoe.checkpoint.workspace import workspace_of
 from jaxmoe.errors import UserError
+from jaxmoe.outputs import check_writable
 from jaxmoe.train.make_tokens import documents, save_tokens, tokens_of
 
 
@@ -24,7 +23,7 @@ def main() -> None:
     )
     parser.add_argument("--output", required=True, metavar="TOKENS.npy")
     args = parser.parse_args()
-    workspace_of(Path(args.output))  # before the work
+    check_writable(args.output, empty=True)
     tokenizer = _devices.tokenizer(args.checkpoint)
     if tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer; copy the model's one there.")

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
-from jaxmoe.checkpoint.workspace import RESULT, prepared
+from jaxmoe.checkpoint.workspace import writable
 from jaxmoe.errors import UserError
+from jaxmoe.outputs import locked, place_of, publish
 from jaxmoe.parsing import parse_json, read_text
 from jaxmoe.text import Tokenizer
 
@@ -61,7 +62,11 @@ def save_tokens(path: str | Path, tokens: Integer[np.ndarray, "tokens"]) -> None
     """Writes an `.npy` file, at once or not at all.
 
     Raises:
-        UserError: if it exists, or cannot be written.
+        UserError: if it is being written by another process, or cannot be written.
     """
-    with prepared(Path(path)) as workspace, open(workspace / RESULT, "wb") as file:
-        np.save(file, tokens)
+    with writable(path):
+        place = place_of(path)
+        with locked(place) as (file, partial):
+            file.truncate(0)
+            np.save(file, tokens)
+            publish(file, partial, place)

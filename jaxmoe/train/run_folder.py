@@ -13,10 +13,9 @@ from jaxmoe.checkpoint.workspace import locked, writable
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.fields import read_fields
+from jaxmoe.outputs import PARTIAL, write_file
 from jaxmoe.parsing import parse_json, read_json, read_text
 from jaxmoe.train.config import TrainConfig
-
-NEW = ".new"  # of a file that is about to replace another
 
 
 class RunFolder:
@@ -73,7 +72,7 @@ class RunFolder:
                 self._check_owner()  # another process may have been faster
                 if self.checkpoint.exists():
                     raise UserError(f"{self.path} was finished by another run; run again.")
-                _replace(self.path / "config.json", self._text)
+                write_file(self.path / "config.json", self._text)
             yield
 
     def append(self, record: dict[str, Any]) -> None:
@@ -93,8 +92,7 @@ class RunFolder:
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         kept = (line for i, line in enumerate(lines, 1) if self._step_of(line, i) <= step)
-        with writable(self.metrics):
-            _replace(self.metrics, "".join(kept))
+        write_file(self.metrics, "".join(kept))
 
     def finish(self, model: Llama4Config, params: dict) -> None:
         """Writes the checkpoint that the other scripts read; nothing is left to resume from."""
@@ -123,7 +121,7 @@ class RunFolder:
                     "output, delete it, or restore the config."
                 )
         elif self.path.exists():
-            if {path.name for path in self.path.iterdir()} - {file.name + NEW}:
+            if {path.name for path in self.path.iterdir()} - {file.name + PARTIAL}:
                 raise UserError(
                     f"{self.path} exists and is no training run; choose another output."
                 )
@@ -146,10 +144,3 @@ def _as_json(config: TrainConfig) -> str:
         return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise UserError(f"'model' is no config.json: {error}; correct it.") from None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    new = path.with_name(path.name + NEW)
-    new.write_text(text)
-    new.rename(path)

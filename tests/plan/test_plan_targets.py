@@ -1,5 +1,8 @@
 """Targets by name and by file, and every mistake in one sentence."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from jaxmoe.errors import UserError
@@ -59,6 +62,13 @@ def test_a_file(file):
         launch=2e-6,
     )
     assert parse_target(file({**FIELDS, "reserve": 0.1, "launch": "2e-6"})) == want
+
+
+def test_the_file_of_the_documentation(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "plan.md"
+    (block,) = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    (tmp_path / "target.yaml").write_text(block)
+    assert parse_target(str(tmp_path / "target.yaml")).launch == 1.5e-6
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_config_of_a_version_with_fewer_fields_is_this_runs(folder):
 
 def test_a_run_that_was_killed_before_its_first_file_begins(folder):
     folder.path.mkdir()
-    (folder.path / "config.json.new").write_text("{")
+    (folder.path / "config.json.partial").write_text("{")
     with folder.claimed():
         assert names(folder) == {"config.json"}
 
