@@ -111,7 +111,8 @@ def split(
     """
     if not every:
         return tokens, tokens[:0]
-    held_out = is_held_out(_documents(tokens, begin_id), every)
+    begins = tokens == begin_id
+    held_out = is_held_out(np.cumsum(begins) - int(begins[0]), every)
     return tokens[~held_out], tokens[held_out]
 
 
@@ -119,7 +120,7 @@ def check_documents(
     tokens: Integer[np.ndarray, "tokens"], begin_id: int, every: int, path: str | Path
 ) -> None:
     """Raises a UserError if there are too few documents for `every` to hold one out."""
-    count = int(_documents(tokens, begin_id)[-1]) + 1
+    count = 1 + np.count_nonzero(tokens[1:] == begin_id) if every else 0
     if count < every:
         raise UserError(
             f"held_out_every is {every}, but {path} has {count} document(s), each of which begins "
@@ -153,12 +154,6 @@ def held_out_batches(
     for part, is_real in zip(padded, real, strict=True):
         batch = _batch(part, begin_id)
         yield batch._replace(segment_ids=batch.segment_ids * is_real)
-
-
-def _documents(tokens: np.ndarray, begin_id: int) -> np.ndarray:
-    """The number of each token's document, from 0."""
-    begins = tokens == begin_id
-    return np.cumsum(begins) - int(begins[0])
 
 
 def _row_start(seed: int, epoch: int, index: int, count: int, length: int) -> int:

@@ -1,6 +1,7 @@
 """The training loop: batches in, records of metrics out, a checkpoint at the end."""
 
 import functools
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -182,7 +183,8 @@ def _model(config: TrainConfig, source: str) -> Llama4Config:
     if tokenizer and not any((Path(tokenizer) / name).exists() for name in store.COMPANIONS):
         raise UserError(f"{tokenizer} has none of the files {', '.join(store.COMPANIONS)}.")
     if config.init is None:
-        return from_hf(config.model, f"{source}, model")
+        as_json = json.loads(json.dumps(config.model))  # YAML has keys that are no text
+        return from_hf(as_json, f"{source}, model")
     checkpoint = store.read_checkpoint(config.init)
     if checkpoint.formats:
         raise UserError(

@@ -118,6 +118,7 @@ def test_what_is_refused_before_anything_is_written(config, tmp_path):
     cases = {
         r"absent is no finished checkpoint": dict(model={}, init=str(tmp_path / "absent")),
         r"has none of the files .*tokenizer\.json": dict(tokenizer=str(tmp_path / "absent")),
+        r"'1'": dict(model={**MODEL, 1: 2}),
         r"800 training tokens are too few": dict(data=dataclasses.replace(config.data, length=500)),
         r"held_out_every is 20, but .*tokens\.npy has 9 document": dict(
             data=dataclasses.replace(config.data, held_out_every=20)
