@@ -47,10 +47,12 @@ def train(config: TrainConfig, mesh: jax.sharding.Mesh, source: str) -> Iterator
         source: what error messages call the config, usually its file.
 
     Yields:
-        Each record as it is written.
+        Each record as it is written; nothing if the run was finished before.
 
     Raises:
-        UserError: for a bad model, data that is too short, or an output that is not this run's.
+        UserError: before anything is written, for a bad model or checkpoint, tokens that cannot be
+            trained on, or an output that is not this run's; for a disk that fails; and at a step
+            whose loss or gradient is not finite, with the state before it saved.
     """
     folder = RunFolder(config)
     if folder.is_finished():
