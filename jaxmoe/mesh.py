@@ -5,14 +5,13 @@ Nothing else names a mesh axis: parameters and activations name logical axes (`e
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
-import yaml
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.errors import UserError
+from jaxmoe.parsing import read_yaml
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
@@ -65,13 +64,13 @@ class MeshConfig:
         for axis, size in sizes.items():
             if axis not in AXES:
                 raise UserError(
-                    f"mesh {source} names axis '{axis}'; the axes are {', '.join(AXES)}."
+                    f"mesh {source} names axis {str(axis)!r:.80}; the axes are {', '.join(AXES)}."
                 )
             try:
                 parsed[axis] = int(str(size))
             except ValueError:
                 raise UserError(
-                    f"mesh {source} gives {axis} the size '{size}', no number."
+                    f"mesh {source} gives {axis} the size {str(size)!r:.80}, no number."
                 ) from None
             if parsed[axis] < 1 and parsed[axis] != -1:
                 raise UserError(
@@ -114,10 +113,7 @@ class MeshConfig:
 
 
 def _read_yaml(path: str) -> dict:
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"mesh file {path} cannot be read: {error}.".replace("\n", " ")) from None
+    content = read_yaml(path)
     content = content.get("mesh", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise UserError(f"mesh file {path} holds no mapping; write lines such as 'expert: 4'.")

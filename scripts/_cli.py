@@ -69,8 +69,8 @@ def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
 @contextlib.contextmanager
 def task_progress(
     label: str, total: int, unit: str, beside_answers: bool = False
-) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left, advanced by a number of units; none off a terminal.
+) -> Iterator[Callable[..., None]]:
+    """A bar with rate and time left, fed with (units done, a few words); none off a terminal.
 
     Args:
         beside_answers: whether answers go to stdout meanwhile: no bar is drawn into them.
@@ -81,13 +81,14 @@ def task_progress(
         bars.MofNCompleteColumn(),
         bars.TextColumn(f"{unit}  {{task.fields[rate]}}"),
         bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[note]}"),
     )
     with _bar(columns, disable=beside_answers and sys.stdout.isatty()) as bar:
-        task = bar.add_task(label, total=total, rate="")
+        task = bar.add_task(label, total=total, rate="", note="")
 
-        def advance(count: int) -> None:
+        def advance(count: int, note: str = "") -> None:
             bar.advance(task, count)
             speed = bar.tasks[task].speed
-            bar.update(task, rate=f"{speed:.1f} {unit}/s" if speed else "")
+            bar.update(task, rate=f"{speed:.1f} {unit}/s" if speed else "", note=note)
 
         yield advance

@@ -22,6 +22,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.text import Tokenizer
 from jaxmoe.train.config import TrainConfig, read_train_config
 from jaxmoe.train.data import is_held_out
+from jaxmoe.train.make_tokens import tokens_of
 
 CONFIG = "configs/demo.yaml"
 DEMO = Path("demo")
@@ -69,15 +70,14 @@ def prepare(config: TrainConfig) -> None:
     every = config.data.held_out_every
     seen = [text for i, text in enumerate(texts) if not is_held_out(i, every)]
     tokenizer = train_tokenizer(seen, config.model["vocab_size"])
-    end = tokenizer.special("<|end_of_text|>")
-    ids = [[*tokenizer.encode(text, bos=True), end] for text in texts]
+    ids = tokens_of(texts, tokenizer)
     tokens = Path(config.data.tokens)
     tokens.parent.mkdir(parents=True, exist_ok=True)
-    np.save(tokens, np.concatenate(ids).astype(np.uint16))
+    np.save(tokens, ids)
     tokenizer.save(tokens.parent)
     write_json(tokens.parent / "generation_config.json", generation_config(config.model))
     write_json(tokens.parent / "tokenizer_config.json", tokenizer_config())
-    print(f"Wrote {sum(map(len, ids)):,} tokens of {len(texts):,} chapters to {tokens}.")
+    print(f"Wrote {len(ids):,} tokens of {len(texts):,} chapters to {tokens}.")
 
 
 def generation_config(model: dict) -> dict:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a model as one YAML file says; run it again to resume (see jaxmoe/train/config.py)."""
+"""Trains a model as one YAML file says; run it again to resume (docs/training.md)."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ import jax
 from _cli import run, task_progress
 
 from jaxmoe.train.config import read_train_config
+from jaxmoe.train.run_folder import RunFolder
 from jaxmoe.train.trainer import Record, train
 
 
@@ -17,6 +18,10 @@ def main() -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="fields of TrainConfig")
     args = parser.parse_args()
     config = read_train_config(args.config)
+    folder = RunFolder(config)
+    if folder.is_finished():
+        print(f"{folder.checkpoint} is finished: nothing is left to do.")
+        return
     mesh = _devices.start(argparse.Namespace(mesh=config.mesh, cpu_devices=config.cpu_devices))
     tokens_a_step = config.data.batch_size * config.data.length
     show_lines = not sys.stderr.isatty()
@@ -26,18 +31,26 @@ def main() -> None:
         task_progress("Training", config.steps * tokens_a_step, "tokens") as advance,
     ):
         for record in train(config, mesh, args.config):
-            advance((record["step"] - done) * tokens_a_step)
+            advance((record["step"] - done) * tokens_a_step, losses(record))
             done = record["step"]
             if show_lines:
                 print(line(record, config.steps), file=sys.stderr, flush=True)
-    print(f"Wrote {config.output}/checkpoint after {config.steps} steps.")
+    print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
+
+
+def losses(record: Record) -> str:
+    """What a progress bar has room for."""
+    return numbers(record, ("loss", "held_out_loss"))
 
 
 def line(record: Record, steps: int) -> str:
     """One line of a log."""
     shown = ("loss", "held_out_loss", "gradient_norm", "router_peak", "tokens_per_second")
-    values = (f"{name} {record[name]:.4g}" for name in shown if name in record)
-    return f"step {record['step']}/{steps}  " + "  ".join(values)
+    return f"step {record['step']}/{steps}  " + numbers(record, shown)
+
+
+def numbers(record: Record, names: tuple[str, ...]) -> str:
+    return "  ".join(f"{name} {record[name]:.4g}" for name in names if name in record)
 
 
 if __name__ == "__main__":

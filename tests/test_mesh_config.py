@@ -47,7 +47,11 @@ def test_bad_text_is_refused(text, words):
 
 
 @pytest.mark.parametrize(
-    "text", [None, "expert: [", "- expert\n- data", "4", "expert: many", "x: 1"]
+    "text",
+    [
+        *(None, "expert: [", "- expert\n- data", "4", "expert: many", "x: 1"),
+        *('"a\\nb": 1', "expert: " + "9" * 5000, "expert: " + "[" * 5000, "expert: .nan"),
+    ],
 )
 def test_a_bad_file_is_named(tmp_path, text):
     path = tmp_path / "mesh.yaml"
@@ -57,6 +61,11 @@ def test_a_bad_file_is_named(tmp_path, text):
         MeshConfig.parse(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_no_file_has():
+    with pytest.raises(UserError, match=r"'mesh\\x00\.yaml' cannot be read"):
+        MeshConfig.parse("mesh\0.yaml")
 
 
 @pytest.mark.parametrize(

@@ -100,23 +100,9 @@ class Resumable:
         return UserError(f"{self.path} is left from an interrupted run; delete it and run again.")
 
     def _take(self) -> None:
-        """Locks the folder itself; the lock ends with the process, however that ends."""
+        """Locks the workspace until the context ends."""
         self._lock.close()
-        descriptor = os.open(self.path, os.O_RDONLY)
-        self._lock.callback(os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(
-                f"{self.path} is being written by another run; wait for it, or choose another "
-                "output."
-            ) from None
-        except OSError:
-            pass  # some network file systems lock no folders
-        if not os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
-            self._lock.close()
-            raise UserError(f"{self.path} was written by another run a moment ago; run again.")
+        self._lock.enter_context(locked(self.path))
 
     def _holds_work(self) -> bool:
         """Not if a run was killed before its first array, or once its result had its place."""
@@ -169,6 +155,30 @@ class Resumable:
             result.rename(self.output.resolve())
             sync(self.path.parent)
             shutil.rmtree(self.path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Locks a folder itself; the lock ends with the context, or the process, however that ends.
+
+    Raises:
+        UserError: if another run has locked it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{folder} is being written by another run; wait for it, or choose another "
+                    "output."
+                ) from None
+        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            raise UserError(f"{folder} was written by another run a moment ago; run again.")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def boot() -> str:

@@ -21,8 +21,9 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from jaxmoe.checkpoint.arrays import create_array, open_array, path_of, writes
+from jaxmoe.checkpoint.arrays import create_array, open_array, path_of, reason, writes
 from jaxmoe.checkpoint.workspace import ARRAYS, RESULT
+from jaxmoe.errors import UserError
 
 STATE = "state"  # the folder that Orbax gives to the tree of `ocp.save`
 COMMITTED = "commit_success.txt"  # likewise; only that it exists says something
@@ -107,8 +108,7 @@ class Writer:
         names = list(names)
         for name in names:
             self.reopen(name)
-        with writes(self._result):
-            save_tree(self._result, nested(names), key, metadata)
+        save_tree(self._result, nested(names), key, metadata)
         _forget_when_and_where(self._result)
         for name in names:
             shutil.rmtree(self._result / STATE / name)
@@ -146,19 +146,36 @@ def _with_lists(tree: Any) -> Any:
 
 
 def save_tree(path: Path, tree: Any, key: str, metadata: dict[str, Any]) -> None:
-    """Lets Orbax save arrays, each as a plain Zarr array, with custom metadata."""
+    """Lets Orbax save arrays, each as a plain Zarr array, with custom metadata.
+
+    Raises:
+        UserError: if the file system refuses.
+    """
     context = ocp.Context()
     context.array_options.saving.use_ocdbt = False  # plain arrays: see the module's docstring
-    with context, _quiet():
+    with context, orbax_writes(path):
         ocp.save(str(path), tree, custom_metadata={key: metadata}, overwrite=path.exists())
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax warns that a checkpoint of plain Zarr arrays is unusual."""
+def orbax_writes(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses Orbax into a UserError."""
+    try:
+        with quiet_orbax():
+            yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except ValueError as error:
+        why = reason(error).rpartition(": ")[2]  # after what failed, and in which file of Orbax's
+        raise UserError(f"{path} cannot be written: {why}.") from error
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Orbax warns that plain Zarr arrays are unusual, and logs what it raises, thread by thread."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -1,19 +1,18 @@
 """The machines a plan can be made for: by name, or described in a YAML file."""
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Annotated, Any
 
 from jaxmoe.errors import UserError
+from jaxmoe.fields import Range, read_fields
+from jaxmoe.parsing import read_yaml
 
 RESERVE = 0.05  # of a device's memory; see `Target.reserve_reason`
 HOST = 8  # GPUs of one machine
+_Rate = Annotated[float, Range(1.0, 1e20)]
+_Seconds = Annotated[float, Range(0.0, 1.0)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,15 +34,15 @@ class Target:
     """
 
     name: str
-    devices: int
-    memory: int
-    bandwidth: float
-    flops: float
-    interconnect: float
+    devices: Annotated[int, Range(1, 2**20)]
+    memory: Annotated[int, Range(1, 2**50)]
+    bandwidth: _Rate
+    flops: _Rate
+    interconnect: _Rate
     compiler: str | None = None
-    reserve: float = RESERVE
-    launch: float = 0.0
-    latency: float = 0.0
+    reserve: Annotated[float, Range(0.0, 0.99)] = RESERVE
+    launch: _Seconds = 0.0
+    latency: _Seconds = 0.0
 
     @property
     def limit(self) -> int:
@@ -102,7 +101,7 @@ def parse_target(text: str) -> Target:
         UserError: for an unknown name, or a file that describes no target.
     """
     if text.endswith((".yaml", ".yml")):
-        return _read(Path(text))
+        return read_fields(Target, read_yaml(text), f"target file {text}")
     gpu = re.fullmatch(r"(\w+)x(\d+)", text)
     if gpu and gpu[1] in _GPUS and 1 <= int(gpu[2]) <= HOST:
         figures: dict[str, Any] = {**_LAUNCHES, **_GPUS[gpu[1]]}
@@ -119,40 +118,6 @@ def parse_target(text: str) -> Target:
 
 def _chips(shape: str) -> int:
     return math.prod(int(side) for side in shape.split("x"))
-
-
-def _read(path: Path) -> Target:
-    """A description: the fields of `Target`, by name."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"target file {path} cannot be read: {error}.".replace("\n", " ")) from None
-    fields = {field.name: field for field in dataclasses.fields(Target)}
-    if not isinstance(content, dict):
-        raise UserError(f"target file {path} holds no mapping; write a line for each field.")
-    for key in content:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0)[0]
-            raise UserError(f"target file {path} has the unknown key '{key}'; nearest is '{near}'.")
-    for name, field in fields.items():
-        if name not in content and field.default is dataclasses.MISSING:
-            raise UserError(f"target file {path} lacks '{name}'; add it.")
-    return Target(**{key: _value(path, key, value) for key, value in content.items()})
-
-
-def _value(path: Path, key: str, value) -> Any:
-    """YAML reads `85e9` as text; numbers must be positive, a reserve below 1."""
-    if key in ("name", "compiler"):
-        return value if value is None else str(value)
-    convert: Callable = int if key in ("devices", "memory") else float
-    try:
-        number = convert(float(value))
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    least, most = (0, 1) if key == "reserve" else (1, math.inf)
-    if not least <= number < most:
-        raise UserError(f"target file {path} gives {key} the value '{value}'; write a number.")
-    return number
 
 
 def absent_devices(target: Target) -> list:

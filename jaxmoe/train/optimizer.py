@@ -23,8 +23,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of a run; norm weights, which start at one, do not decay."""
     decays = map_specs(lambda spec: spec.fan_in is not None, param_specs(model))
+    clips = config.clip_norm > 0
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.clip_norm) if clips else optax.identity(),
         optax.adamw(
             learning_rate(config, steps),
             b1=config.beta1,

@@ -12,8 +12,14 @@ from jax.sharding import PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from jaxmoe import mesh as meshes
+from jaxmoe.checkpoint.arrays import reason
+from jaxmoe.checkpoint.writer import orbax_writes, quiet_orbax
 from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
 from jaxmoe.model.params import abstract_params, init_params
+
+# What Orbax raises for files that are missing or of another content.
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 class TrainState(NamedTuple):
@@ -48,7 +54,7 @@ def abstract_state(
 def init_state(
     model: Llama4Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, seed: int
 ) -> TrainState:
-    """The state before the first step, made where it is to lie."""
+    """The state before the first step, of random parameters, made where it is to lie."""
 
     def init(key: jax.Array) -> TrainState:
         params = init_params(model, key, jnp.float32)
@@ -58,28 +64,68 @@ def init_state(
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
+def state_of(
+    params: dict, model: Llama4Config, optimizer: optax.GradientTransformation, mesh
+) -> TrainState:
+    """The state before the first step, of these parameters, which it takes over."""
+    abstract = abstract_state(model, optimizer, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, (abstract.optimizer, abstract.step))
+
+    def init(params: dict):
+        return optimizer.init(params), jnp.int32(0)
+
+    return TrainState(params, *jax.jit(init, out_shardings=shardings)(params))
+
+
 class SavedStates:
     """The folder that a killed run resumes from; holds the newest state only."""
 
-    def __init__(self, checkpointer: ocp.training.Checkpointer):
+    def __init__(self, folder: Path, checkpointer: ocp.training.Checkpointer):
+        self._folder = folder
         self._checkpointer = checkpointer
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, folder: Path) -> Iterator["SavedStates"]:
-        """Waits at its end until the last state is on disk."""
+        """Waits at its end until the last state is on disk.
+
+        Raises:
+            UserError: if the file system refuses.
+        """
         newest = cast(Any, ocp.training.preservation_policies.LatestN(1))
-        with ocp.training.Checkpointer(
-            str(folder.resolve()), preservation_policy=newest, cleanup_tmp_directories=True
-        ) as checkpointer:
-            yield cls(checkpointer)
+        with quiet_orbax():
+            with orbax_writes(folder):
+                checkpointer = ocp.training.Checkpointer(
+                    str(folder.resolve()), preservation_policy=newest, cleanup_tmp_directories=True
+                )
+            try:
+                yield cls(folder, checkpointer)
+            finally:
+                with orbax_writes(folder):
+                    checkpointer.close()
 
     def newest(self, abstract: TrainState) -> TrainState | None:
-        """The newest state, laid out as `abstract` says; None if there is none."""
+        """The newest state, laid out as `abstract` says; None if there is none.
+
+        Raises:
+            UserError: if it is damaged.
+        """
         if self._checkpointer.latest is None:
             return None
-        return cast(TrainState, self._checkpointer.load(None, cast(Any, abstract)))
+        try:
+            return cast(TrainState, self._checkpointer.load(None, cast(Any, abstract)))
+        except _DAMAGED as error:
+            raise UserError(
+                f"{self._folder} is damaged: {reason(error):.200}; delete it to begin anew."
+            ) from error
 
     def save(self, state: TrainState) -> None:
-        """Saves a state; whatever interrupts this, the state before it stays readable."""
-        self._checkpointer.save(int(state.step), cast(Any, state))
+        """Saves a state, unless it is there; what interrupts this leaves the state before it.
+
+        Raises:
+            UserError: if the file system refuses.
+        """
+        latest, step = self._checkpointer.latest, int(state.step)
+        if latest is None or latest.step < step:
+            with orbax_writes(self._folder):
+                self._checkpointer.save(step, cast(Any, state))

@@ -1,15 +1,15 @@
 """The training loop: batches in, records of metrics out, a checkpoint at the end."""
 
-import dataclasses
 import functools
 import json
-import shutil
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -22,7 +22,14 @@ from jaxmoe.train import data
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.loss import Losses, cross_entropy_sum, losses
 from jaxmoe.train.optimizer import learning_rate, make_optimizer
-from jaxmoe.train.state import SavedStates, TrainState, abstract_state, init_state
+from jaxmoe.train.run_folder import RunFolder
+from jaxmoe.train.state import (
+    SavedStates,
+    TrainState,
+    abstract_state,
+    init_state,
+    state_of,
+)
 
 Record = dict[str, Any]
 
@@ -40,29 +47,39 @@ def train(config: TrainConfig, mesh: jax.sharding.Mesh, source: str) -> Iterator
         source: what error messages call the config, usually its file.
 
     Yields:
-        Each record as it is written.
+        Each record as it is written; nothing if the run was finished before.
 
     Raises:
-        UserError: for a bad model, data that is too short, or an output that is not this run's.
+        UserError: before anything is written, for a bad model or checkpoint, tokens that cannot be
+            trained on, or an output that is not this run's; for a disk that fails; and at a step
+            whose loss or gradient is not finite, with the state before it saved.
     """
-    model = from_hf(config.model, f"{source}, model")
+    folder = RunFolder(config)
+    if folder.is_finished():
+        return
+    model = _model(config, source)
     tokens = _tokens(config, model)
     optimizer = make_optimizer(config.optimizer, model, config.steps)
     abstract = abstract_state(model, optimizer, mesh)
-    folder = Path(config.output)
-    _claim(folder, config)
-    with SavedStates.open(folder / "states") as states:
-        state = start = states.newest(abstract) or init_state(model, optimizer, mesh, config.seed)
-        metrics = folder / "metrics.jsonl"
-        _cut_back(metrics, int(start.step))
-        for done, state, record in _steps(config, model, optimizer, tokens, start):
-            if record:
-                with open(metrics, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-                yield record
-            if _every(config.save_every, done):
-                states.save(state)
-    _finish(config, model, state.params)
+    with folder.claimed():
+        with SavedStates.open(folder.states) as states:
+            state = start = states.newest(abstract) or _first_state(config, model, optimizer, mesh)
+            folder.cut_back(int(start.step))
+            for done, state, record in _steps(config, model, optimizer, tokens, start):
+                if what := _not_finite(done, state, record):
+                    states.save(state)
+                    raise UserError(
+                        f"{source}: {what} is not finite at step {done}; the state after step "
+                        f"{state.step} is kept in {folder.states}, but the same config would fail "
+                        "again: lower 'peak_lr', or look at the data."
+                    )
+                if record:
+                    folder.append(record)
+                    yield record
+                if _every(config.save_every, done):
+                    states.save(state)
+        params = jax.tree.map(lambda p: p.astype(config.checkpoint_dtype), state.params)
+        folder.finish(model, params)
 
 
 def _steps(
@@ -95,6 +112,7 @@ def _steps(
 def make_step(config: TrainConfig, model: Llama4Config, optimizer: optax.GradientTransformation):
     """The compiled step: (state, tokens, segment_ids) -> (state, losses, gradient norm).
 
+    Where the loss or the norm is not finite, the state stays what it was, its number of steps too.
     The state is donated: its memory becomes the new state's.
     """
 
@@ -107,7 +125,10 @@ def make_step(config: TrainConfig, model: Llama4Config, optimizer: optax.Gradien
         gradient, result = jax.grad(total, has_aux=True)(state.params, tokens, segment_ids)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = cast(dict, optax.apply_updates(state.params, updates))
-        return TrainState(params, moments, state.step + 1), result, optax.tree.norm(gradient)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(result.total) & jnp.isfinite(norm)
+        after = TrainState(params, moments, state.step + 1)
+        return jax.tree.map(functools.partial(jnp.where, finite), after, state), result, norm
 
     return jax.jit(step, donate_argnums=0)
 
@@ -150,15 +171,51 @@ def _record(step: int, result: Losses, norm: float, rate: Any) -> Record:
     return record
 
 
-def _tokens(config: TrainConfig, model: Llama4Config) -> tuple[np.ndarray, np.ndarray]:
-    """Training tokens and held-out tokens."""
-    tokens = data.read_tokens(config.data.tokens)
-    if len(tokens) and tokens.max() >= model.vocab_size:
+def _not_finite(step: int, state: TrainState, record: Record) -> str | None:
+    """What is not finite, if anything; this waits for the step."""
+    if int(state.step) < step:
+        return "the loss or its gradient"
+    numbers = {key: value for key, value in record.items() if isinstance(value, float)}
+    return next((key for key, value in numbers.items() if not math.isfinite(value)), None)
+
+
+def _model(config: TrainConfig, source: str) -> Llama4Config:
+    """The model, once it is known that there is all that the finished checkpoint will need."""
+    tokenizer = config.tokenizer
+    if tokenizer and not any((Path(tokenizer) / name).exists() for name in store.COMPANIONS):
+        raise UserError(f"{tokenizer} has none of the files {', '.join(store.COMPANIONS)}.")
+    if config.init is None:
+        as_json = json.loads(json.dumps(config.model))  # YAML has keys that are no text
+        return from_hf(as_json, f"{source}, model")
+    checkpoint = store.read_checkpoint(config.init)
+    if checkpoint.formats:
         raise UserError(
-            f"{config.data.tokens} holds token {tokens.max()}, but the model's vocab_size is "
-            f"{model.vocab_size}; make it with the model's tokenizer."
+            f"{config.init} has matrices in 8 or 4 bits, which cannot be trained; export it with "
+            "--weights bf16 and convert that."
         )
-    return data.split(tokens, model.bos_token_id, config.data.held_out_every)
+    return checkpoint.config
+
+
+def _first_state(
+    config: TrainConfig,
+    model: Llama4Config,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+    if config.init is None:
+        return init_state(model, optimizer, mesh, config.seed)
+    return state_of(store.load(config.init, mesh, "float32")[1], model, optimizer, mesh)
+
+
+def _tokens(config: TrainConfig, model: Llama4Config) -> tuple[np.ndarray, np.ndarray]:
+    """Training tokens and held-out tokens, both known to be of use."""
+    wanted, begin_id = config.data, model.bos_token_id
+    tokens = data.read_tokens(wanted.tokens, wanted.dtype)
+    data.check_tokens(tokens, model.vocab_size, wanted.tokens)
+    data.check_documents(tokens, begin_id, wanted.held_out_every, wanted.tokens)
+    training, held_out = data.split(tokens, begin_id, wanted.held_out_every)
+    _training_batch(config, model, training, step=0)  # there are enough of them
+    return training, held_out
 
 
 def _training_batch(
@@ -174,42 +231,5 @@ def _training_batch(
     )
 
 
-def _claim(folder: Path, config: TrainConfig) -> None:
-    """Makes the run's folder, or checks that it is one of the same run, not finished."""
-    own = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    file = folder / "config.json"
-    if (folder / "checkpoint").exists():
-        raise UserError(f"{folder} holds a finished run; choose another output or delete it.")
-    if file.exists():
-        if file.read_text() != own:
-            raise UserError(
-                f"{folder} holds a run of another config ({file}); choose another output, delete "
-                "it, or restore the config to resume that run."
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is no training run; choose another output.")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(own)
-
-
-def _finish(config: TrainConfig, model: Llama4Config, params: dict) -> None:
-    """Writes the checkpoint that the other scripts read; nothing is left to resume from."""
-    folder = Path(config.output)
-    params = jax.tree.map(lambda p: p.astype(config.checkpoint_dtype), params)
-    store.save(folder / "checkpoint", model, params)
-    if config.tokenizer is not None:
-        store.copy_companions(Path(config.tokenizer), folder / "checkpoint")
-    shutil.rmtree(folder / "states")
-
-
 def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
-
-
-def _cut_back(metrics: Path, step: int) -> None:
-    """Removes the records of steps that will be taken again, and a line cut short."""
-    if metrics.exists():
-        lines = metrics.read_text().splitlines(keepends=True)
-        whole = (line for line in lines if line.endswith("}\n"))
-        metrics.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))

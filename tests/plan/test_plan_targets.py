@@ -1,5 +1,8 @@
 """Targets by name and by file, and every mistake in one sentence."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from jaxmoe.errors import UserError
@@ -56,8 +59,16 @@ def test_a_file(file):
         flops=3e14,
         interconnect=1e11,
         reserve=0.1,
+        launch=2e-6,
     )
-    assert parse_target(file({**FIELDS, "reserve": 0.1})) == want
+    assert parse_target(file({**FIELDS, "reserve": 0.1, "launch": "2e-6"})) == want
+
+
+def test_the_file_of_the_documentation(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "plan.md"
+    (block,) = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    (tmp_path / "target.yaml").write_text(block)
+    assert parse_target(str(tmp_path / "target.yaml")).launch == 1.5e-6
 
 
 @pytest.mark.parametrize(
@@ -65,8 +76,12 @@ def test_a_file(file):
     [
         ({"memry": 1}, ["'memry'", "'memory'"]),
         ({"memory": "much"}, ["memory", "'much'"]),
-        ({"devices": 0}, ["devices", "'0'"]),
-        ({"reserve": 1}, ["reserve", "'1'"]),
+        ({"devices": 0}, ["devices", "the value 0", "from 1 to"]),
+        ({"devices": 2.5}, ["devices", "the value 2.5", "whole number"]),
+        ({"reserve": 1}, ["reserve", "the value 1"]),
+        ({"launch": -1e-6}, ["launch", "the value -1e-06"]),
+        ({"memory": "9" * 5000}, ["5000 digits"]),
+        ({"name": "[" * 5000}, ["nested"]),
         ({"flops": ".nan"}, ["flops", "nan"]),
     ],
 )

@@ -1,11 +1,14 @@
 import copy
+import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 
+from jaxmoe.config import SCOUT
 from jaxmoe.errors import UserError
-from jaxmoe.hf_config import from_hf
+from jaxmoe.hf_config import from_hf, to_hf
 from jaxmoe.train.config import read_train_config
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -37,6 +40,28 @@ def test_the_demo_config_is_read():
     assert config.data.length > 3 * model.attention_chunk_size  # generation crosses chunks
 
 
+def test_numbers_are_those_of_yaml_1_2(tmp_path):
+    text = DEMO.read_text().replace("peak_lr: 0.003", "peak_lr: 3e-3").replace(": 1800", ": 1.8e3")
+    config = read(tmp_path, text)
+    assert config.optimizer.peak_lr == 0.003
+    assert config.steps == 1800 and type(config.steps) is int
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_published_config_json_is_a_model(tmp_path, indent):
+    published = to_hf(SCOUT, "bfloat16")
+    content = changed(model=None)
+    text = json.dumps(published, indent=indent)
+    assert "1e-05" in text
+    config = read(tmp_path, yaml.safe_dump(content) + f"model: {text}\n")
+    assert from_hf(config.model, "pasted") == SCOUT
+
+
+def test_init_takes_the_place_of_a_model(tmp_path):
+    config = read(tmp_path, changed(model=None, tokenizer=None, init="checkpoint"))
+    assert config.model == {} and config.tokenizer_folder == "checkpoint"
+
+
 def test_whole_numbers_do_for_floats_and_defaults_hold(tmp_path):
     config = read(tmp_path, changed(optimizer__peak_lr=1, seed=None))
     assert config.optimizer.peak_lr == 1.0 and config.seed == 0 and config.mesh is None
@@ -51,7 +76,20 @@ def test_whole_numbers_do_for_floats_and_defaults_hold(tmp_path):
         (dict(steps="many"), "'steps' the value 'many'; expected a whole number"),
         (dict(steps=True), "'steps' the value True"),
         (dict(steps=-1), "'steps' the value -1"),
-        (dict(optimizer__peak_lr="3e-3"), "expected a number such as 0.001"),  # YAML reads text
+        (dict(optimizer__peak_lr="much"), "'peak_lr' the value 'much'; expected a number from"),
+        (dict(optimizer__peak_lr=math.nan), "'peak_lr' the value nan; expected a number from"),
+        (dict(optimizer__peak_lr=1e30), r"'peak_lr' the value 1e\+30; expected a number from"),
+        (dict(optimizer__clip_norm=math.inf), "'clip_norm' the value inf"),
+        (dict(optimizer__beta2=1), "'beta2' the value 1"),
+        (dict(router_loss=-0.1), "'router_loss' the value -0.1"),
+        (dict(steps=0), "'steps' the value 0; expected a whole number from 1 to"),
+        (dict(steps=10**30), "'steps' the value 1000"),
+        (dict(data__length=1), "'length' the value 1; expected a whole number from 2"),
+        (dict(data__held_out_every=1), "held_out_every 1 leaves nothing to train on"),
+        (dict(seed=2**32), "'seed' the value"),
+        (dict(output="a\0b"), "'output' the value"),
+        (dict(model={}), "run.yaml: give either 'model'.*or 'init'"),
+        (dict(init="checkpoint"), "run.yaml: give either 'model'.*or 'init'"),
         (dict(dtype="float16"), "'dtype' the value 'float16'; expected float32 or bfloat16"),
         (dict(data=3), "data holds no mapping"),
     ],
@@ -66,5 +104,5 @@ def test_mistakes_are_named(tmp_path, changes, message):
 def test_files_that_are_no_mapping_are_refused(tmp_path, content):
     with pytest.raises(UserError, match=r"run\.yaml"):
         read(tmp_path, content)
-    with pytest.raises(UserError, match=r"absent\.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"absent\.yaml' cannot be read"):
         read_train_config(tmp_path / "absent.yaml")

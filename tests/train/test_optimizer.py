@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,3 +48,9 @@ def test_gradients_are_clipped_by_their_global_norm(small):
     count = sum(p.size for p in jax.tree.leaves(small.params))
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == small.params["embed"].shape]
     np.testing.assert_allclose(moments[0], 0.1 * count**-0.5, rtol=1e-4)
+
+
+def test_a_clip_norm_of_0_clips_nothing(small):
+    _, state = update(small, dataclasses.replace(CONFIG, clip_norm=0.0), 3.0)
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == small.params["embed"].shape]
+    np.testing.assert_allclose(moments[0], 0.1 * 3.0, rtol=1e-6)

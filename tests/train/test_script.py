@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -5,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import train as script
 import yaml
+from _cli import task_progress
 
 from jaxmoe.checkpoint import store
 from tests import tiny
@@ -46,6 +49,21 @@ def test_a_run_ends_in_a_checkpoint_that_loads(tmp_path):
     assert config.num_hidden_layers == 1 and params["embed"].dtype == "bfloat16"
     records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(records[-1])["step"] == 4
+    again = train_script(tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == f"{tmp_path}/run/checkpoint is finished: nothing is left to do.\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_on_a_terminal_shows_the_loss(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with task_progress("Training", 3_686_400, "tokens") as advance:
+        advance(20_480, script.losses({"step": 10, "loss": 2.99812, "gradient_norm": 1.0}))
+    assert "loss 2.998" in sys.stderr.getvalue()
 
 
 @pytest.mark.parametrize(

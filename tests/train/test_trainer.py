@@ -19,6 +19,8 @@ from jaxmoe.train.trainer import make_step, train
 from tests import tiny
 from tests.conftest import one_device
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 MODEL = tiny.scout_like(
     num_hidden_layers=2,
     no_rope_layer_interval=2,  # one local layer, one global
@@ -59,21 +61,6 @@ def config(make_config):
     return make_config("config")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_once(tmp_path_factory):
-    """Equal programs of this module are compiled once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 1.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 def run(config, stop_after=None):
     """The records of a run, which is dropped after some step, as if killed."""
     mesh, records = one_device(), []
@@ -108,8 +95,7 @@ def test_training_learns_and_a_killed_run_resumes_to_the_same_parameters(config)
     assert without_speed(logged(killed)) == without_speed(records) == without_speed(logged(config))
     params = [store.load(f"{c.output}/checkpoint", one_device())[1] for c in (config, killed)]
     jax.tree.map(np.testing.assert_array_equal, *params)
-    with pytest.raises(UserError, match="holds a finished run"):
-        run(killed)
+    assert run(killed) == []  # it is finished
 
 
 def test_an_output_of_another_run_is_refused(config):
@@ -125,7 +111,7 @@ def test_an_output_of_another_run_is_refused(config):
 
 def test_tokens_beyond_the_vocabulary_are_refused(config):
     np.save(config.data.tokens, np.arange(200))
-    with pytest.raises(UserError, match=r"tokens\.npy holds token 199.*vocab_size is 32"):
+    with pytest.raises(UserError, match=r"tokens\.npy holds 32 at index 32.*are 0 to 31"):
         run(config)
 
 

@@ -1,0 +1,121 @@
+"""A dataclass from a mapping that a user wrote, such as a YAML file.
+
+The types of its fields say what is accepted: plain types, `Literal`, either of them or None, other
+dataclasses, and numbers as `Annotated[int, Range(1, 8)]`.
+"""
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from jaxmoe.errors import UserError
+
+_EXACT = 2**53  # every whole number up to here is a float
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field accepts, both ends included; NaN is in no range."""
+
+    least: int | float
+    most: int | float
+
+    def __contains__(self, value: int | float) -> bool:
+        return self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        ends = (self.least, self.most)
+        return "from {} to {}".format(*(f"{x:g}" if isinstance(x, float) else x for x in ends))
+
+
+def read_fields[T](cls: type[T], content: Any, source: str) -> T:
+    """A dataclass from a mapping of its fields; dataclasses inside it likewise.
+
+    Args:
+        source: what error messages call the mapping, usually its file.
+
+    Raises:
+        UserError: for a key that is no field (naming the nearest one), a field that is missing, or
+            a value of another type or out of its range.
+    """
+    if not isinstance(content, Mapping):
+        raise UserError(f"{source} holds no mapping; write lines such as 'steps: 1000'.")
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
+    for key in content:
+        if key not in fields:
+            near = get_close_matches(str(key), fields, n=1, cutoff=0)[0]
+            raise UserError(
+                f"{source} has the unknown key {str(key)!r:.80}; the nearest one is '{near}'."
+            )
+    for name, field in fields.items():
+        if name not in content and _is_required(field):
+            raise UserError(f"{source} lacks '{name}'; add it.")
+    kinds = typing.get_type_hints(cls, include_extras=True)
+    values = {key: _value(kinds[key], value, source, key) for key, value in content.items()}
+    try:
+        return cls(**values)
+    except UserError as error:  # what the class itself refuses
+        raise UserError(f"{source}: {error}") from None
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _value(kind: Any, value: Any, source: str, key: str) -> Any:
+    """`value` as a field's type says."""
+    if dataclasses.is_dataclass(kind):
+        return read_fields(typing.cast(type, kind), value, f"{source}, {key}")
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
+    bounds = None
+    if typing.get_origin(kind) is typing.Annotated:
+        kind, bounds = typing.get_args(kind)
+    converted = _converted(kind, value)
+    if converted is None or (bounds is not None and converted not in bounds):
+        raise UserError(
+            f"{source} gives '{key}' the value {value!r:.80}; expected {_expected(kind, bounds)}."
+        )
+    return converted
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """`value` as a Literal or a plain type; None if it is none."""
+    if typing.get_origin(kind) is Literal:
+        return value if value in typing.get_args(kind) else None
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float:  # as in `steps: 1e5`
+        return int(value) if abs(value) <= _EXACT and value.is_integer() else None
+    if type(value) is not kind or (kind is str and not _is_name(value)):
+        return None
+    return value
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file could be called so: texts in these mappings are names and paths."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def _expected(kind: Any, bounds: Range | None) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(typing.get_args(kind))
+    return _NAMES[kind] + ("" if bounds is None else f" {bounds}")
+
+
+_NAMES = {
+    bool: "true or false",
+    dict: "a mapping",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+}

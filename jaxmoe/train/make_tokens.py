@@ -1,0 +1,72 @@
+"""Token files: text of files, as documents, in the form that `read_tokens` reads."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Integer
+
+from jaxmoe.checkpoint.workspace import writable
+from jaxmoe.errors import UserError
+from jaxmoe.outputs import locked, place_of, publish
+from jaxmoe.parsing import parse_json, read_text
+from jaxmoe.text import Tokenizer
+
+MAX_BYTES = 16 * 2**30  # of a text file, which is one document
+END_OF_TEXT = "<|end_of_text|>"
+
+
+def documents(path: str | Path) -> Iterator[str]:
+    """The documents of a file: the `"text"` of each line of `.jsonl`; any other file is one.
+
+    Raises:
+        UserError: naming the line that holds no text, or if the file cannot be read.
+    """
+    if Path(path).suffix != ".jsonl":
+        yield read_text(path, MAX_BYTES)
+        return
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text(line, f"{path} line {number}")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _text(line: bytes, where: str) -> str:
+    try:
+        record = parse_json(line.decode("utf-8-sig"), where)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is no UTF-8 at byte {error.start}.") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise UserError(f'{where} is no object with a "text"; write {{"text": "..."}} a line.')
+    return record["text"]
+
+
+def tokens_of(texts: Iterable[str], tokenizer: Tokenizer) -> Integer[np.ndarray, "tokens"]:
+    """Every text between the begin-of-text token and, if there is one, the end-of-text token.
+
+    Raises:
+        UserError: if a text is no Unicode, or there is none.
+    """
+    end = [tokenizer.special(END_OF_TEXT)] if END_OF_TEXT in tokenizer.specials else []
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    ids = [np.array([*tokenizer.encode(text, bos=True), *end], dtype) for text in texts]
+    if not ids:
+        raise UserError("there are no documents; give a file that holds text.")
+    return np.concatenate(ids)
+
+
+def save_tokens(path: str | Path, tokens: Integer[np.ndarray, "tokens"]) -> None:
+    """Writes an `.npy` file, at once or not at all.
+
+    Raises:
+        UserError: if it is being written by another process, or cannot be written.
+    """
+    with writable(path):
+        place = place_of(path)
+        with locked(place) as (file, partial):
+            file.truncate(0)
+            np.save(file, tokens)
+            publish(file, partial, place)
