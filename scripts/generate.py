@@ -78,8 +78,6 @@ def main() -> None:
         top_k=args.top_k,
         seed=args.seed,
     )
-    for name in read_generation_config(args.checkpoint).unsupported:
-        print(f"[{FILE} has {name}, which is not supported]", file=sys.stderr)
     tokenizer = _devices.tokenizer(args.checkpoint)
     model = store.read_config(args.checkpoint)
     after = document_length(args.document) if args.document else 0
@@ -94,6 +92,8 @@ def main() -> None:
         left = _left(lines, answers)
         if not left:
             return
+        for name in read_generation_config(args.checkpoint).unsupported:
+            print(f"[{FILE} has {name}, which is not supported]", file=sys.stderr)
         config, params = _devices.load(args, mesh)
         with jax.set_mesh(mesh):
             stream = generate(

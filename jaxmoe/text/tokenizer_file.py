@@ -6,6 +6,7 @@ every entry of a byte-level vocabulary stands for bytes, and some files make it 
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jaxmoe.text.meta_vocabulary import BYTE_CHARS, load_meta_vocabulary
 HF_FILE = "tokenizer.json"
 META_FILE = "tokenizer.model"
 
+_NO_BYTE = re.compile(f"[^{re.escape(''.join(BYTE_CHARS))}]")
 _CODE_POINTS = (
     *range(0x80),
     *range(0x80, 0x800, 0x40),  # each first byte of two, three and four
@@ -97,21 +99,27 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 
 def _check_vocabulary(path: Path, backend: tokenizers.Tokenizer) -> None:
     """Each entry stands for bytes or is an added token, and no two have one id."""
-    vocab, added = backend.get_vocab(), backend.get_added_tokens_decoder()
-    strange = set("".join(vocab)).difference(BYTE_CHARS)
-    for token, id_ in vocab.items() if strange else ():
-        if id_ not in added and not strange.isdisjoint(token):
+    entries = list(map(backend.id_to_token, range(backend.get_vocab_size())))
+    token_of = {id_: token for id_, token in enumerate(entries) if token is not None}
+    if len(token_of) < len(entries):  # an id is missing, or above the others
+        token_of = _token_of_id(path, backend.get_vocab())
+    if not _NO_BYTE.search("".join(token_of.values())):
+        return
+    added = backend.get_added_tokens_decoder()
+    for id_, token in token_of.items():
+        if id_ not in added and _NO_BYTE.search(token):
             raise UserError(
                 f"{path} has the entry {token!r:.80} (id {id_}), which stands for no bytes; "
                 "download it again"
             )
-    if len(set(vocab.values())) < len(vocab):
-        token_of: dict[int, str] = {}
-        one, other = next(
-            (token_of[id_], token)
-            for token, id_ in sorted(vocab.items())
-            if token_of.setdefault(id_, token) != token
-        )
-        raise UserError(
-            f"{path} gives {one!r:.80} and {other!r:.80} one id, {vocab[one]}; download it again"
-        )
+
+
+def _token_of_id(path: Path, vocab: dict[str, int]) -> dict[int, str]:
+    token_of: dict[int, str] = {}
+    for token, id_ in sorted(vocab.items()):
+        if token_of.setdefault(id_, token) != token:
+            raise UserError(
+                f"{path} gives {token_of[id_]!r:.80} and {token!r:.80} one id, {id_}; "
+                "download it again"
+            )
+    return token_of
