@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, models, normalizers
 
 from jaxmoe.errors import UserError
 from jaxmoe.text.meta_vocabulary import BYTE_CHARS
@@ -70,12 +70,14 @@ class Tokenizer:
         folder = file.parent
         tokenizer = cls(read_tokenizer(file), read_special_names(folder), read_templates(folder))
         tokenizer._check_round_trip(file)
+        tokenizer._check_specials(file)
         return tokenizer
 
     def _check_round_trip(self, file: Path) -> None:
         normalizer = self.backend.normalizer
         with errors_of_library(f"{file} is no tokenizer that can be used"), quiet_panics():
-            text = normalizer.normalize_str(ALL_BYTES) if normalizer else ALL_BYTES
+            in_bytes = normalizer is None or isinstance(normalizer, normalizers.ByteLevel)
+            text = ALL_BYTES if in_bytes else normalizer.normalize_str(ALL_BYTES)
             ids = self.backend.encode(ALL_BYTES, add_special_tokens=False).ids
             kept = self.decode(ids, skip_special=False)
         if kept != text:
@@ -83,6 +85,18 @@ class Tokenizer:
                 f"{file} loses text: some bytes are in no entry of its vocabulary, or it does not "
                 "split text into bytes; download it again"
             )
+
+    def _check_specials(self, file: Path) -> None:
+        """Only a special token that is an entry of the vocabulary too could come from text."""
+        entries = self.backend.model
+        name_of = {id_: name for name, id_ in self.specials.items()}
+        for name in self.specials:
+            ids = self.encode(name) if entries.token_to_id(name) is not None else []
+            for id_ in name_of.keys() & set(ids):
+                raise UserError(
+                    f"{file} reads the special token {name_of[id_]!r:.80} out of plain text; "
+                    "use the model's own"
+                )
 
     def save(self, folder: str | Path) -> Path:
         """Writes `tokenizer.json` into an existing folder and returns its path."""
@@ -137,7 +151,6 @@ class Tokenizer:
             UserError: the text holds half of a surrogate pair; or `bos`, and the tokenizer has no
                 begin-of-text token.
         """
-        _check_unicode(text)
         ids: list[int] = []
         for part in self.split(text) if parse_special else [text]:
             ids += [part] if isinstance(part, int) else self._encode_plain(part)
@@ -146,7 +159,12 @@ class Tokenizer:
         return ids
 
     def split(self, text: str) -> list[str | int]:
-        """`text` cut at the special tokens that it names, with their ids in their place."""
+        """`text` cut at the special tokens that it names, with their ids in their place.
+
+        Raises:
+            UserError: the text holds half of a surrogate pair.
+        """
+        _check_unicode(text)
         parts, end = [], 0
         found = self._splitter.encode(text, add_special_tokens=False)
         for id_, (start, stop) in zip(found.ids, found.offsets, strict=True):
@@ -163,6 +181,7 @@ class Tokenizer:
         return splitter
 
     def _encode_plain(self, text: str) -> list[int]:
+        _check_unicode(text)
         ids: list[int] = []
         with errors_of_library("the tokenizer cannot encode this text"):
             for piece in _pieces(text):

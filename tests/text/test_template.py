@@ -224,6 +224,7 @@ def test_a_hostile_template_is_stopped(written, monkeypatch, source, complaint):
         ([], "at least one message"),
         (["hi"], r"messages\[0\] is no object with a role"),
         ([{"role": 3}], r"messages\[0\] is no object with a role"),
+        ([user("a\ud800")], "half of a surrogate pair"),
         ([user("a"), user([{"type": "image"}])], r"messages\[1\] holds an image"),
     ],
 )

@@ -299,6 +299,32 @@ def test_prefix_space_and_normalizer_lose_nothing(train_small, tmp_path):
     assert tokenizer.decode(tokenizer.encode("The")) == " the"
 
 
+def test_special_token_that_is_a_byte_is_refused(broken):
+    message = broken(lambda content: content["added_tokens"][-1].update(content="|"))
+    assert "special token '|' out of plain text" in message
+
+
+def test_special_token_that_is_a_whole_word_is_refused(broken):
+    def change(content):
+        content["model"]["ignore_merges"] = True
+        content["pre_tokenizer"]["use_regex"] = False
+
+    assert "special token '<|begin_of_text|>' out of plain text" in broken(change)
+
+
+def test_bytes_may_be_the_normalizers_work(train_small, tmp_path):
+    backend = train_small([])
+    backend.normalizer = normalizers.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("na\u00efve caf\u00e9")) == "na\u00efve caf\u00e9"
+
+
+def test_bytes_of_bytes_lose_text(broken):
+    assert "loses text" in broken(lambda content: content.update(normalizer={"type": "ByteLevel"}))
+
+
 def test_a_panic_while_encoding_is_a_user_error():
     backend = tiny().backend
     backend.pre_tokenizer = pre_tokenizers.FixedLength(length=0)
