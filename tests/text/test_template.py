@@ -201,8 +201,8 @@ DOUBLED = "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
-        (LONG, "0 seconds"),
-        ("{{ 9 ** (9 ** 9) }}", "0 seconds"),  # while it compiles
+        (LONG, "1 seconds"),
+        ("{{ 9 ** (9 ** 9) }}", "1 seconds"),  # while it compiles
         ("{{ 'x' * 10 ** 11 }}", "1024 MiB"),
         ("{{ '%9999999999d' % 1 }}", "1024 MiB"),
         ("{% set n = namespace(s='x') %}" + DOUBLED, "MiB"),
@@ -211,8 +211,8 @@ DOUBLED = "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
     ],
 )
 def test_a_hostile_template_is_stopped(written, monkeypatch, source, complaint):
-    """The limit of time is a second, which is what the system rounds to."""
-    monkeypatch.setattr(template, "SECONDS", 0)
+    """The limit of time is a second, to which the system adds up to one."""
+    monkeypatch.setattr(template, "SECONDS", 1)
     with pytest.raises(UserError, match=complaint):
         written(source)
     assert written(PLAIN) == "hi<|eot|>"
