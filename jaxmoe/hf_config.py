@@ -134,7 +134,11 @@ def from_hf(mapping: Mapping[str, Any], source: str) -> Llama4Config:
             outer.refuse("text_config", "an object")
         text = _Keys(mapping["text_config"], f"{source}, text_config")
     text.check_known()
-    return _text_config(text)
+    config = _text_config(text)
+    if text is outer or outer.mapping.get("eos_token_id") is None:
+        return config
+    ids = (*config.eos_token_ids, *_eos_ids(outer))
+    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(ids)))
 
 
 def vision_from_hf(mapping: Mapping[str, Any], source: str) -> VisionConfig | None:
@@ -363,15 +367,16 @@ def _token_ids(keys: _Keys) -> dict[str, Any]:
     if "bos_token_id" in keys:
         ids["bos_token_id"] = keys.integer("bos_token_id", minimum=0)
     if "eos_token_id" in keys:
-        is_list = isinstance(keys.mapping["eos_token_id"], list)
-        ids["eos_token_ids"] = (
-            tuple(keys.integers("eos_token_id", range(2**31)))
-            if is_list
-            else (keys.integer("eos_token_id", minimum=0),)
-        )
+        ids["eos_token_ids"] = _eos_ids(keys)
     fallback = Llama4Config.pad_token_id
     if fallback >= keys.mapping["vocab_size"]:
         fallback = 0  # padding is masked out: any row of the embedding will do
     pad = keys.mapping.get("pad_token_id")
     ids["pad_token_id"] = fallback if pad in (None, -1) else keys.integer("pad_token_id", minimum=0)
     return ids
+
+
+def _eos_ids(keys: _Keys) -> tuple[int, ...]:
+    if isinstance(keys.mapping["eos_token_id"], list):
+        return tuple(keys.integers("eos_token_id", range(2**31)))
+    return (keys.integer("eos_token_id", minimum=0),)

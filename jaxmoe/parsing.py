@@ -28,7 +28,20 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        UserError: if it cannot be read, is no UTF-8 or has more than `max_bytes`.
+        UserError: as `read_bytes`, or if it is no UTF-8.
+    """
+    content = read_bytes(path, max_bytes)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 at byte {error.start}; write it anew.") from None
+
+
+def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """What a file holds.
+
+    Raises:
+        UserError: if it cannot be read or has more than `max_bytes`.
     """
     try:
         with open(path, "rb") as file:
@@ -38,10 +51,7 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
         raise UserError(f"{str(path)!r} cannot be read: {reason}; check its name.") from None
     if len(content) > max_bytes:
         raise UserError(f"{path} has more than {max_bytes} bytes; is it the right file?")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 at byte {error.start}; write it anew.") from None
+    return content
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:

@@ -19,8 +19,9 @@ from jaxmoe.errors import UserError
 from jaxmoe.generate import jobs
 from jaxmoe.generate.answers import Answers, job_digest
 from jaxmoe.generate.engine import ERROR, Request, fit_context, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generate.sampling import Sampling, sampling_of
 from jaxmoe.generate.saved_document import document_length, load_document
+from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.model.cache import FORMATS
 from jaxmoe.text import StreamDecoder
 
@@ -37,9 +38,15 @@ def parse_args() -> argparse.Namespace:
         help="answers in the order of the requests; killed and run again, it goes on where it was",
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=0.9, metavar="P")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
+    parser.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="a prompt may name special tokens, such as <|eot|>; of messages none can",
+    )
+    own = "default: the checkpoint's, else"
+    parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {own} 0.6")
+    parser.add_argument("--top-p", type=float, metavar="P", help=f"{own} 0.9")
+    parser.add_argument("--top-k", type=int, metavar="K", help=f"0: all; {own} 0")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument(
         "--rows",
@@ -64,8 +71,12 @@ def main() -> None:
     if args.document and (args.kv or args.cache_tokens is not None):
         raise UserError("--document brings its own cache; leave --kv and --cache-tokens out.")
     mesh = _devices.start(args)
-    sampling = Sampling(
-        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
+    sampling = sampling_of(
+        args.checkpoint,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
     )
     tokenizer = _devices.tokenizer(args.checkpoint)
     model = store.read_config(args.checkpoint)
@@ -81,6 +92,8 @@ def main() -> None:
         left = _left(lines, answers)
         if not left:
             return
+        for name in read_generation_config(args.checkpoint).unsupported:
+            print(f"[{FILE} has {name}, which is not supported]", file=sys.stderr)
         config, params = _devices.load(args, mesh)
         with jax.set_mesh(mesh):
             stream = generate(
@@ -102,10 +115,12 @@ def main() -> None:
 
 def _requests(args, tokenizer, check) -> list[Request | jobs.Refusal]:
     if args.prompts is not None:
-        return jobs.read_requests(args.prompts, tokenizer, args.max_new_tokens, check)
+        return jobs.read_requests(
+            args.prompts, tokenizer, args.max_new_tokens, check, args.parse_special
+        )
     if tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer; use --prompts with tokens.")
-    tokens = tuple(tokenizer.encode(args.prompt, bos=True))
+    tokens = tuple(tokenizer.encode(args.prompt, bos=True, parse_special=args.parse_special))
     return [check(Request("0", tokens, args.max_new_tokens))]
 
 

@@ -56,6 +56,14 @@ def test_spellings_of_scout(changes):
     assert read({**SCOUT_HF, **changes}) == SCOUT
 
 
+@pytest.mark.parametrize("outer", [7, [7, 8]])
+def test_ids_that_end_an_answer_may_stand_around_the_text_config(outer):
+    nested = {"model_type": "llama4", "text_config": MAVERICK_HF, "eos_token_id": outer}
+    ids = outer if isinstance(outer, list) else [outer]
+    assert read(nested).eos_token_ids == (*MAVERICK.eos_token_ids, *ids)
+    assert read(nested | {"eos_token_id": None}) == MAVERICK
+
+
 def test_nested_text_config():
     outer, _ = tiny.nested(SCOUT_HF, {})
     assert read(outer) == SCOUT

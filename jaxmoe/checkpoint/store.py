@@ -28,6 +28,7 @@ from jaxmoe.checkpoint.workspace import workspace_of
 from jaxmoe.checkpoint.writer import MARKER, STATE, save_tree
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.generation_config import with_stop_ids
 from jaxmoe.hf_config import from_hf, to_hf, vision_from_hf
 from jaxmoe.model.params import (
     ParamSpec,
@@ -148,8 +149,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_config(path: str | Path) -> Llama4Config:
-    """The configuration of a checkpoint; raises as `read_checkpoint`."""
-    return read_checkpoint(path).config
+    """The configuration of a checkpoint, as `load` returns it; raises as `read_checkpoint`."""
+    return with_stop_ids(read_checkpoint(path).config, path)
 
 
 def load(
@@ -171,7 +172,8 @@ def load(
         progress: called after every array.
 
     Returns:
-        The configuration, and parameters as `param_specs` declares them.
+        The configuration, with the tokens that end an answer by `generation_config.json` beside its
+        own, and parameters as `param_specs` declares them.
 
     Raises:
         UserError: if the checkpoint is unfinished or damaged, or the mesh does not divide it.
@@ -185,7 +187,7 @@ def load(
         params.append(_load_array(array, target.sharding, target.dtype))
         done += nbytes_of(array)
         progress(done, total)
-    return checkpoint.config, structure.unflatten(params)
+    return with_stop_ids(checkpoint.config, path), structure.unflatten(params)
 
 
 def abstract(path: str | Path, mesh: jax.sharding.Mesh, dtype: Any = None) -> dict:

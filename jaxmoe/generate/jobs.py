@@ -32,14 +32,16 @@ def read_requests(
     tokenizer: Tokenizer | None,
     max_new_tokens: int,
     check: Callable[[Request], Request] = lambda request: request,
+    parse_special: bool = False,
 ) -> list[Request | Refusal]:
     """Requests of a file whose lines are `{"id": ..., "prompt" | "messages" | "tokens": ...}`.
 
-    A bad line refuses itself and none of the others.
+    `tools` may stand beside `messages`. A bad line refuses itself and none of the others.
 
     Args:
         path: `-` is the standard input.
         check: makes of each request the one that runs, or raises a UserError.
+        parse_special: whether a prompt may name special tokens; of messages none can.
 
     Raises:
         UserError: if the file cannot be read, or has no line that is a request; it then names the
@@ -51,7 +53,11 @@ def read_requests(
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path} line {number}"
-            read.append(_read_line(line, where, number, seen, tokenizer, max_new_tokens, check))
+            read.append(
+                _read_line(
+                    line, where, number, seen, tokenizer, max_new_tokens, parse_special, check
+                )
+            )
     if not read:
         raise UserError(f"{path} holds no requests; write one JSON object a line.")
     refused = [line for line in read if isinstance(line, Refusal)]
@@ -77,6 +83,7 @@ def _read_line(
     seen: dict[str, int],
     tokenizer: Tokenizer | None,
     max_new_tokens: int,
+    parse_special: bool,
     check: Callable[[Request], Request],
 ) -> Request | Refusal:
     found = None
@@ -87,7 +94,7 @@ def _read_line(
         if first != number:
             raise UserError(f"{where} has the id {found!r} of line {first}; ids must differ.")
         _check_keys(record, where)
-        request = _request(record, tokenizer, max_new_tokens, where)
+        request = _request(record, tokenizer, max_new_tokens, parse_special, where)
         return _at(where, check, request)
     except UserError as error:
         return Refusal(found, str(error))
@@ -103,7 +110,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
 def _check_keys(record: dict[str, Any], where: str) -> None:
     if sum(kind in record for kind in KINDS) != 1:
         raise UserError(f"{where} must hold exactly one of {', '.join(KINDS)}.")
-    unknown = set(record) - {"id", *KINDS}
+    unknown = set(record) - {"id", *KINDS, *(("tools",) if "messages" in record else ())}
     if unknown:
         raise UserError(f"{where} has the unknown key {min(unknown)!r}.")
 
@@ -115,7 +122,11 @@ def _is_id(value: Any) -> bool:
 
 
 def _request(
-    record: dict[str, Any], tokenizer: Tokenizer | None, max_new_tokens: int, where: str
+    record: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    max_new_tokens: int,
+    parse_special: bool,
+    where: str,
 ) -> Request:
     if "tokens" in record:
         tokens = record["tokens"]
@@ -124,17 +135,19 @@ def _request(
     elif tokenizer is None:
         raise UserError(f"{where} has text, but the checkpoint has no tokenizer; use tokens.")
     else:
-        tokens = _text_tokens(record, tokenizer, where)
+        tokens = _text_tokens(record, tokenizer, parse_special, where)
     return Request(record["id"], tuple(tokens), max_new_tokens)
 
 
-def _text_tokens(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
+def _text_tokens(
+    record: dict[str, Any], tokenizer: Tokenizer, parse_special: bool, where: str
+) -> list[int]:
     def tokens(record: dict[str, Any]) -> list[int]:
         if "messages" in record:
-            return render(record["messages"], tokenizer)
+            return render(record["messages"], tokenizer, record.get("tools"))
         if not isinstance(record["prompt"], str):
             raise UserError('"prompt" must be a string.')
-        return tokenizer.encode(record["prompt"], bos=True)
+        return tokenizer.encode(record["prompt"], bos=True, parse_special=parse_special)
 
     return _at(where, tokens, record)
 

@@ -5,7 +5,10 @@ depend neither on the other rows of a batch nor on the mesh.
 """
 
 import dataclasses
+import math
 import zlib
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxmoe.errors import UserError
+from jaxmoe.generation_config import FILE, read_generation_config
 
 NO_TOKEN = -1  # in place of a token, where the logits are not finite
 
@@ -33,14 +37,32 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise UserError(f"temperature {self.temperature} is below 0; use 0 for greedy.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature {self.temperature} is not 0 or more; use 0 for greedy.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} is not above 0 and at most 1; use 1 to keep all.")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k} is below 0; use 0 to keep all.")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed {self.seed} is not between 0 and 2**31 - 1.")
+
+
+def sampling_of(checkpoint: str | Path, **wanted: Any) -> Sampling:
+    """How a checkpoint's `generation_config.json` says to choose, else as `Sampling` does.
+
+    Args:
+        checkpoint: its folder.
+        wanted: fields of `Sampling` that come before the checkpoint's; None leaves it the choice.
+
+    Raises:
+        UserError: if the file is broken, or a value out of range.
+    """
+    try:
+        sampling = Sampling(**dict(read_generation_config(checkpoint).sampling))
+    except UserError as error:
+        raise UserError(f"{Path(checkpoint) / FILE}: {error}") from None
+    given = {name: value for name, value in wanted.items() if value is not None}
+    return dataclasses.replace(sampling, **given)
 
 
 def _unflatten(_: None, values: tuple) -> Sampling:

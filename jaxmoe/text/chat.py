@@ -1,20 +1,19 @@
-"""The Llama 4 chat format: messages in, token ids out.
+"""Messages in, token ids out: by the checkpoint's own template, else in the Llama 4 chat format.
 
 The text between two special tokens is that of the chat template published with the Hugging Face
 checkpoints. It is encoded here piece by piece, so that nothing a message says can become a special
-token. Where the template loses or garbles a message this module keeps it: an assistant turn with an
-empty list of tool calls, a system message of several text items, tools before a first user message
-that is a list of items, and tool call arguments that are already JSON text.
+token. Where that template loses or garbles a message this module keeps it: an assistant turn with
+an empty list of tool calls, a system message of several text items, tools before a first user
+message that is a list of items, and tool call arguments that are already JSON text.
 """
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jaxmoe.errors import UserError
+from jaxmoe.text.messages import Json, check_messages, check_tools, joined
+from jaxmoe.text.template_chat import render_by_template
 from jaxmoe.text.tokenizer import BEGIN_OF_TEXT, Tokenizer
-
-type Json = Any  # what a JSON file may hold, checked here
 
 _HEADER_START = "<|header_start|>"
 _HEADER_END = "<|header_end|>"
@@ -25,6 +24,7 @@ _NEEDED = (BEGIN_OF_TEXT, _HEADER_START, _HEADER_END, _END_OF_TURN)
 
 _ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "assistant": "assistant",
     "ipython": "ipython",
@@ -56,22 +56,25 @@ def render(
 ) -> list[int]:
     """The token ids of a conversation, from the begin-of-text token on.
 
+    A checkpoint's own chat template writes it (`render_by_template`); without one, this module.
+
     Args:
-        messages: a list of `{"role": ..., "content": ...}`; a role is system, user, assistant, or
-            ipython (also called tool) for the result of a tool. Content is a string or a list of
-            `{"type": "text", "text": ...}`; a tool's result may be any JSON value. An assistant
-            message may have `tool_calls`, each
+        messages: a list of `{"role": ..., "content": ...}`; a role is system (also called
+            developer), user, assistant, or ipython (also called tool) for the result of a tool.
+            Content is a string or a list of `{"type": "text", "text": ...}`; a tool's result may be
+            any JSON value. An assistant message may have `tool_calls`, each
             `{"function": {"name": ..., "arguments": {...}}}`.
-        tokenizer: one that has the special tokens of the format.
+        tokenizer: one that has chat templates, or the special tokens of the Llama 4 format.
         tools: a list of JSON objects that describe functions, which go into the first user message.
         add_generation_prompt: whether to open the assistant's turn at the end.
 
     Raises:
         UserError: the tokenizer has no chat format, or a message is not as described above.
     """
+    if tokenizer.templates:
+        return render_by_template(messages, tokenizer, tools, add_generation_prompt)
     _check_chat_format(tokenizer)
-    if not isinstance(messages, list) or not messages:
-        raise UserError("messages is not a list of at least one message; write it as one")
+    check_messages(messages)
     turns = [_turn(message, f"messages[{index}]") for index, message in enumerate(messages)]
     if turns[0].role == "system":
         turns[0] = replace(turns[0], text=turns[0].text.strip())
@@ -89,8 +92,9 @@ def _check_chat_format(tokenizer: Tokenizer) -> None:
     missing = [name for name in _NEEDED if name not in tokenizer.specials]
     if missing:
         raise UserError(
-            f"the model has no chat format: its tokenizer lacks {', '.join(missing)}; "
-            'use "prompt" instead of "messages"'
+            "the model has no chat format: it comes without a chat template, and its tokenizer "
+            f"lacks {', '.join(missing)} of Llama 4's; copy its chat_template.jinja beside it, or "
+            'use "prompt" with --parse-special instead of "messages"'
         )
 
 
@@ -116,8 +120,7 @@ def _header_ids(role: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _with_tools(turns: list[_Turn], tools: Json) -> list[_Turn]:
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError("tools is not a list of JSON objects; describe each function by one object")
+    check_tools(tools)
     system, rest = turns[:1], turns[1:]
     if system[0].role != "system":
         system, rest = [], turns
@@ -135,7 +138,6 @@ def _turn(message: Json, where: str) -> _Turn:
     calls = _calls(message.get("tool_calls") or [], where)
     if calls and role != "assistant":
         raise UserError(f"{where} has tool calls, which only an assistant makes; remove them")
-    _refuse_images(content, where)
     if content is None and calls:
         content = ""
     if content is None:
@@ -144,28 +146,14 @@ def _turn(message: Json, where: str) -> _Turn:
     return _Turn(role, text, calls)
 
 
-def _refuse_images(content: Json, where: str) -> None:
-    items = content if isinstance(content, list) else [content]
-    if any(isinstance(item, dict) and "image" in str(item.get("type")) for item in items):
-        raise UserError(f"{where} holds an image; images are not supported yet, so send only text")
-
-
 def _text(content: Json, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(_is_text_item(item) for item in content):
-        return "".join(item["text"] for item in content)
+    text = joined(content)
+    if isinstance(text, str):
+        return text
     raise UserError(
         f'{where} has content that is neither a string nor a list of {{"type": "text", '
         '"text": ...}; write it as one of these'
     )
-
-
-def _is_text_item(item: Json) -> bool:
-    match item:
-        case {"type": "text", "text": str()}:
-            return True
-    return False
 
 
 def _calls(calls: Json, where: str) -> str:

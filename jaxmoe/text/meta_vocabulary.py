@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from jaxmoe.errors import UserError
+from jaxmoe.parsing import read_bytes
 
 RANKS = 200_000
 SPECIALS = 2_048
@@ -51,7 +52,8 @@ def load_meta_vocabulary(path: Path) -> tokenizers.Tokenizer:
     """Reads Meta's Llama 4 `tokenizer.model`.
 
     Raises:
-        UserError: a line is not "base64 rank", or the ranks are not Llama 4's 200,000.
+        UserError: the file cannot be read, a line is not "base64 rank", or the ranks are not Llama
+            4's 200,000.
     """
     return byte_pair_encoder(_read_ranks(path), special_names())
 
@@ -125,7 +127,7 @@ def _merges(vocab: dict[str, int]) -> Iterator[tuple[str, str]]:
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

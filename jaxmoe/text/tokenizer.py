@@ -2,23 +2,30 @@
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, decoders
+from tokenizers import AddedToken, models, normalizers
 
 from jaxmoe.errors import UserError
-from jaxmoe.text.meta_vocabulary import BYTE_CHARS, load_meta_vocabulary
+from jaxmoe.text.meta_vocabulary import BYTE_CHARS
+from jaxmoe.text.template import ChatTemplate, read_special_names, read_templates
+from jaxmoe.text.tokenizer_file import (
+    ALL_BYTES,
+    HF_FILE,
+    errors_of_library,
+    find_tokenizer,
+    quiet_panics,
+    read_tokenizer,
+)
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 STOP_NAMES = ("<|end_of_text|>", "<|eom|>", "<|eot|>")
 
-_HF_FILE = "tokenizer.json"
-_META_FILE = "tokenizer.model"
 _MAX_PIECE = 400_000
 _MAX_RUN = 25_000
 _RUN = re.compile(r"\s+|\S+")
@@ -31,32 +38,69 @@ class Tokenizer:
 
     Attributes:
         backend: the `tokenizers` object, which this class takes over: it is set to read special
-            tokens in text as plain text, and to cut and pad nothing.
+            tokens in text as plain text, to cut and pad nothing, and to drop no merges at random.
+        names: the special tokens that the checkpoint names, such as `eos_token`.
+        templates: the checkpoint's own chat templates by name; without one, `render` writes the
+            Llama 4 chat format.
     """
 
     backend: tokenizers.Tokenizer
+    names: Mapping[str, str] = field(default_factory=dict)
+    templates: Mapping[str, ChatTemplate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
+        if getattr(self.backend.model, "dropout", None):
+            self.backend.model.dropout = None
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Loads a tokenizer file, or the one in a checkpoint folder.
 
-        In a folder `tokenizer.json` comes before Meta's `tokenizer.model`.
+        In a folder `tokenizer.json` comes before Meta's `tokenizer.model`. What the files beside it
+        say of chat templates and special tokens is read too.
 
         Raises:
-            UserError: there is no tokenizer at `path`, or its file is broken or not byte-level.
+            UserError: there is no tokenizer at `path`, or one of the files is broken, or the
+                tokenizer loses text or is not byte-level.
         """
-        file = _tokenizer_file(Path(path))
-        read = _read_tokenizer_json if file.suffix == ".json" else load_meta_vocabulary
-        return cls(read(file))
+        file = find_tokenizer(Path(path))
+        folder = file.parent
+        tokenizer = cls(read_tokenizer(file), read_special_names(folder), read_templates(folder))
+        tokenizer._check_round_trip(file)
+        tokenizer._check_specials(file)
+        return tokenizer
+
+    def _check_round_trip(self, file: Path) -> None:
+        normalizer = self.backend.normalizer
+        with errors_of_library(f"{file} is no tokenizer that can be used"), quiet_panics():
+            in_bytes = normalizer is None or isinstance(normalizer, normalizers.ByteLevel)
+            text = ALL_BYTES if in_bytes else normalizer.normalize_str(ALL_BYTES)
+            ids = self.backend.encode(ALL_BYTES, add_special_tokens=False).ids
+            kept = self.decode(ids, skip_special=False)
+        if kept != text:
+            raise UserError(
+                f"{file} loses text: some bytes are in no entry of its vocabulary, or it does not "
+                "split text into bytes; download it again"
+            )
+
+    def _check_specials(self, file: Path) -> None:
+        """Only a special token that is an entry of the vocabulary too could come from text."""
+        entries = self.backend.model
+        name_of = {id_: name for name, id_ in self.specials.items()}
+        for name in self.specials:
+            ids = self.encode(name) if entries.token_to_id(name) is not None else []
+            for id_ in name_of.keys() & set(ids):
+                raise UserError(
+                    f"{file} reads the special token {name_of[id_]!r:.80} out of plain text; "
+                    "use the model's own"
+                )
 
     def save(self, folder: str | Path) -> Path:
         """Writes `tokenizer.json` into an existing folder and returns its path."""
-        file = Path(folder) / _HF_FILE
+        file = Path(folder) / HF_FILE
         self.backend.save(str(file), pretty=False)
         return file
 
@@ -81,8 +125,12 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids at which Llama 4 ends a text or a turn, as far as the tokenizer has them."""
-        return tuple(self.specials[name] for name in STOP_NAMES if name in self.specials)
+        """The ids at which Llama 4 ends a text or a turn, and of the checkpoint's `eos_token`.
+
+        Only those that the tokenizer has.
+        """
+        names = dict.fromkeys((*STOP_NAMES, self.names.get("eos_token")))
+        return tuple(self.specials[name] for name in names if name in self.specials)
 
     def special(self, name: str) -> int:
         """The id of a special token, such as `<|eot|>`; UserError if there is none."""
@@ -90,21 +138,54 @@ class Tokenizer:
             raise UserError(f"the tokenizer has no special token {name}; use the one of the model")
         return self.specials[name]
 
-    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+    def encode(self, text: str, *, bos: bool = False, parse_special: bool = False) -> list[int]:
         """The token ids of `text`, after the begin-of-text id if `bos`.
 
-        A special token's name in the text is encoded as plain text. As in Meta's tokenizer the text
-        is first cut every 400,000 characters, and within such a piece every 25,000 characters of
-        a run of spaces or of non-spaces: both bound the work for one piece of a huge input.
+        A special token's name in the text is encoded as plain text, unless `parse_special`; with
+        that a text that itself begins with the begin-of-text token gets no second one. As in Meta's
+        tokenizer the text is first cut every 400,000 characters, and within such a piece every
+        25,000 characters of a run of spaces or of non-spaces: both bound the work for one piece of
+        a huge input.
 
         Raises:
             UserError: the text holds half of a surrogate pair; or `bos`, and the tokenizer has no
                 begin-of-text token.
         """
+        ids: list[int] = []
+        for part in self.split(text) if parse_special else [text]:
+            ids += [part] if isinstance(part, int) else self._encode_plain(part)
+        if bos and not (parse_special and ids[:1] == [self.bos_id]):
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def split(self, text: str) -> list[str | int]:
+        """`text` cut at the special tokens that it names, with their ids in their place.
+
+        Raises:
+            UserError: the text holds half of a surrogate pair.
+        """
         _check_unicode(text)
-        ids = [self.bos_id] if bos else []
-        for piece in _pieces(text):
-            ids += self.backend.encode(piece, add_special_tokens=False).ids
+        parts, end = [], 0
+        found = self._splitter.encode(text, add_special_tokens=False)
+        for id_, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            name = self._splitter.id_to_token(id_) or ""
+            parts += [text[end:start], self.special(name)]
+            end = stop
+        return [*parts, text[end:]]
+
+    @cached_property
+    def _splitter(self) -> tokenizers.Tokenizer:
+        """Knows the special tokens and nothing else; all other text is no token to it."""
+        splitter = tokenizers.Tokenizer(models.BPE())
+        splitter.add_special_tokens([token for token in self._added.values() if token.special])
+        return splitter
+
+    def _encode_plain(self, text: str) -> list[int]:
+        _check_unicode(text)
+        ids: list[int] = []
+        with errors_of_library("the tokenizer cannot encode this text"):
+            for piece in _pieces(text):
+                ids += self.backend.encode(piece, add_special_tokens=False).ids
         return ids
 
     def decode(self, tokens: Iterable[int], skip_special: bool = True) -> str:
@@ -141,29 +222,6 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end: U+FFFD if the last character was never completed."""
         return self._utf8.decode(b"", final=True)
-
-
-def _tokenizer_file(path: Path) -> Path:
-    if not path.is_dir():
-        if path.is_file():
-            return path
-        raise UserError(f"{path} does not exist; give a tokenizer file or the folder it is in")
-    for name in (_HF_FILE, _META_FILE):
-        if (path / name).is_file():
-            return path / name
-    raise UserError(f"{path} has neither {_HF_FILE} nor {_META_FILE}; copy the model's one there")
-
-
-def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path} is not a tokenizer file ({error}); download it again") from None
-    if not isinstance(backend.decoder, decoders.ByteLevel):
-        raise UserError(
-            f"{path} is not byte-level, as every Llama 4 tokenizer is; use the model's own"
-        )
-    return backend
 
 
 def _check_unicode(text: str) -> None:

@@ -182,6 +182,12 @@ def test_saved_parameters_are_loaded(pristine, tmp_path, spec):
         store.save(tmp_path / "saved", config, params)
 
 
+def test_answers_end_where_the_generation_config_says(damaged):
+    (damaged / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    for config in (store.load(damaged, mesh())[0], store.read_config(damaged)):
+        assert config.eos_token_ids == (*CONFIG["eos_token_id"], 7)
+
+
 def refused(path, *parts):
     with pytest.raises(UserError) as caught:
         store.load(path, mesh())

@@ -55,6 +55,20 @@ def test_a_prompt_begins_with_the_begin_token(jobs, tokenizer):
     assert tokenizer.decode(request.tokens) == "na\u00efve"
 
 
+def test_a_prompt_may_name_special_tokens_on_request(jobs, tokenizer):
+    jobs.write_text('{"id": 0, "prompt": "<|begin_of_text|>a<|eot|>"}')
+    (request,) = read_requests(jobs, tokenizer, 9, parse_special=True)
+    a, eot = tokenizer.encode("a"), tokenizer.special("<|eot|>")
+    assert request.tokens == (tokenizer.bos_id, *a, eot)
+
+
+def test_tools_stand_beside_messages(jobs, tokenizer):
+    line = {"id": 0, "messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "f"}]}
+    (request,) = read(jobs, json.dumps(line), tokenizer)
+    assert '{\n    "name": "f"\n}' in tokenizer.decode(request.tokens)
+    refused(jobs, '{"id": 0, "prompt": "a", "tools": []}', "line 1", "'tools'", tokenizer=tokenizer)
+
+
 def test_messages_open_the_assistants_turn(jobs, tokenizer):
     (request,) = read(jobs, '{"id": 0, "messages": [{"role": "user", "content": "Hi"}]}', tokenizer)
     assert tokenizer.decode(request.tokens, skip_special=False) == (

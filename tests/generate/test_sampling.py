@@ -147,6 +147,7 @@ def test_the_hash_of_an_id_is_stable():
         ({"temperature": -0.1}, "temperature -0.1"),
         ({"temperature": float("nan")}, "temperature nan"),
         ({"top_p": 0.0}, "top_p 0.0"),
+        ({"temperature": float("inf")}, "temperature inf"),
         ({"top_p": 1.01}, "top_p 1.01"),
         ({"top_p": float("nan")}, "top_p nan"),
         ({"top_k": -1}, "top_k -1"),

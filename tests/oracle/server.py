@@ -2,7 +2,8 @@
 
 Runs in the oracle's environment. A request names `checkpoint`, `output` (npz to write), and either
 `tokens` (npz), `decode_from` and `greedy` for logits, or `moe_layer` (its index) and `input` (npy)
-for one layer's output; the answer is `{}` or `{"error": ...}`.
+for one layer's output; or `tokenizer` (a folder), `chats` (JSON) and `output` (JSON) for ids. The
+answer is `{}` or `{"error": ...}`.
 """
 
 import json
@@ -12,12 +13,15 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import hf_chat
 import hf_logits
 import hf_moe
 
 
 def answer(request):
-    if "moe_layer" in request:
+    if "chats" in request:
+        hf_chat.write_ids(request["tokenizer"], request["chats"], request["output"])
+    elif "moe_layer" in request:
         answer_layer(request)
     else:
         answer_logits(request)

@@ -46,6 +46,11 @@ def test_turns_follow_each_other(small):
     )
 
 
+def test_developer_is_a_system(small):
+    messages = [{"role": "developer", "content": " Be brief. "}, user("hi")]
+    assert rendered(small, messages) == turn("system", "Be brief.") + turn("user", "hi")
+
+
 def test_generation_prompt_opens_the_assistants_turn(small):
     closed = render([user("hi")], small, add_generation_prompt=False)
     opened = render([user("hi")], small)

@@ -1,8 +1,9 @@
+import json
 import random
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from jaxmoe.errors import UserError
 from jaxmoe.text import StreamDecoder, Tokenizer
@@ -88,6 +89,33 @@ def test_bos_ignores_the_files_own_post_processor():
 def test_half_a_surrogate_pair_is_a_user_error(small):
     with pytest.raises(UserError, match=r"'\\ud800'.*character 2"):
         small.encode("ab\ud800")
+
+
+def test_special_token_is_parsed_on_request(small):
+    eot = small.special("<|eot|>")
+    assert small.encode("x<|eot|> <|eot", parse_special=True) == [
+        *small.encode("x"),
+        eot,
+        *small.encode(" <|eot"),
+    ]
+    assert small.encode("<|eot|>", parse_special=True, bos=True) == [small.bos_id, eot]
+
+
+def test_parsed_begin_of_text_is_not_doubled(small):
+    text = "<|begin_of_text|>x"
+    assert small.encode(text, bos=True, parse_special=True) == [small.bos_id, *small.encode("x")]
+    assert small.encode(text, bos=True).count(small.bos_id) == 1
+
+
+@pytest.mark.parametrize("text", [*NASTY, "<|eot|><|eot|> x <|begin_of_text|>\u00e9<|eot|>"])
+def test_parsed_ids_are_the_librarys(small, text):
+    """Also where a special token takes the spaces around it."""
+    small.backend.add_special_tokens([AddedToken("<\u00e9>", special=True, lstrip=True)])
+    text += "  <\u00e9> y"
+    plain = tokenizers.Tokenizer.from_str(small.backend.to_str())
+    plain.encode_special_tokens = False
+    expected = plain.encode(text, add_special_tokens=False).ids
+    assert Tokenizer(small.backend).encode(text, parse_special=True) == expected
 
 
 def test_decode_skips_or_shows_special_tokens(small):
@@ -201,6 +229,114 @@ def test_broken_tokenizer_json_is_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer file"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.fixture
+def broken(small, tmp_path):
+    """Saves the small tokenizer with its JSON changed, and returns what loading it says."""
+
+    def write(change) -> str:
+        content = json.loads(small.backend.to_str())
+        change(content)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf"^{tmp_path}.tokenizer\.json ") as caught:
+            Tokenizer.load(tmp_path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return write
+
+
+@pytest.mark.parametrize("entry", ["\u65e5", "a ", "\x8e"])
+def test_entry_that_stands_for_no_bytes_is_named(broken, entry):
+    message = broken(lambda content: content["model"]["vocab"].update({entry: 999}))
+    assert f"{entry!r} (id 999)" in message and "stands for no bytes" in message
+
+
+def test_two_entries_of_one_id_are_named(broken):
+    message = broken(lambda content: content["model"]["vocab"].update({"zzz": 300}))
+    assert "'zzz'" in message and "one id, 300" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("model", {"continuing_subword_prefix": "##"}),  # panics while it is read
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),  # likewise
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),  # panics when it encodes
+        ("model", {"unk_token": "absent"}),
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}),
+    ],
+)
+def test_panics_and_errors_of_the_library_are_one_sentence(broken, capfd, part, value):
+    def change(content):
+        del content["model"]["vocab"]["!"]  # for unk_token: a byte that has no entry
+        content["model"]["merges"] = [m for m in content["model"]["merges"] if "!" not in m]
+        content[part] = content["model"] | value if part == "model" else value
+
+    broken(change)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["model"]["vocab"].pop("!"),
+        lambda content: content["model"]["vocab"].pop("\u0126"),  # byte 0x84
+        lambda content: content.update(pre_tokenizer=None),
+    ],
+)
+def test_tokenizer_that_loses_text_is_refused(broken, change):
+    assert "loses text" in broken(change)
+
+
+def test_prefix_space_and_normalizer_lose_nothing(train_small, tmp_path):
+    backend = train_small([])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.normalizer = normalizers.Lowercase()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("The")) == " the"
+
+
+def test_special_token_that_is_a_byte_is_refused(broken):
+    message = broken(lambda content: content["added_tokens"][-1].update(content="|"))
+    assert "special token '|' out of plain text" in message
+
+
+def test_special_token_that_is_a_whole_word_is_refused(broken):
+    def change(content):
+        content["model"]["ignore_merges"] = True
+        content["pre_tokenizer"]["use_regex"] = False
+
+    assert "special token '<|begin_of_text|>' out of plain text" in broken(change)
+
+
+def test_bytes_may_be_the_normalizers_work(train_small, tmp_path):
+    backend = train_small([])
+    backend.normalizer = normalizers.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("na\u00efve caf\u00e9")) == "na\u00efve caf\u00e9"
+
+
+def test_bytes_of_bytes_lose_text(broken):
+    assert "loses text" in broken(lambda content: content.update(normalizer={"type": "ByteLevel"}))
+
+
+def test_a_panic_while_encoding_is_a_user_error():
+    backend = tiny().backend
+    backend.pre_tokenizer = pre_tokenizers.FixedLength(length=0)
+    with pytest.raises(UserError, match=r"cannot encode this text .*non-zero"):
+        Tokenizer(backend).encode("a")
+
+
+def test_merges_are_not_dropped_at_random(small):
+    ids = small.encode("the user asks")
+    small.backend.model.dropout = 0.9
+    tokenizer = Tokenizer(small.backend)
+    assert all(tokenizer.encode("the user asks") == ids for _ in range(9))
 
 
 def test_tokenizer_that_is_not_byte_level_is_refused(train_small, tmp_path):

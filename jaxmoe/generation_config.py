@@ -1,0 +1,115 @@
+"""A checkpoint's `generation_config.json`: where answers end, and how tokens are drawn.
+
+Every key may be at the top or in `text_config`, which gives what the top does not.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.parsing import read_json
+
+FILE = "generation_config.json"
+
+# What changes the tokens drawn and is not supported, with the values that change nothing.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "min_p": (0,),
+    "top_h": (1,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "penalty_alpha": (0,),
+    "num_beams": (1,),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ([], {}),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+}
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What a checkpoint says of generation.
+
+    Attributes:
+        eos_token_ids: tokens that end an answer.
+        sampling: of `temperature`, `top_p` and `top_k` those that it gives; temperature 0 if it
+            asks for greedy decoding.
+        unsupported: what else it asks for and does not get.
+    """
+
+    eos_token_ids: tuple[int, ...] = ()
+    sampling: tuple[tuple[str, Any], ...] = ()
+    unsupported: tuple[str, ...] = ()
+
+
+def read_generation_config(folder: str | Path) -> GenerationConfig:
+    """Reads the file of a checkpoint folder; an empty configuration if there is none.
+
+    Raises:
+        UserError: the file is broken or a value is of the wrong kind.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        return GenerationConfig()
+    content = read_json(path)
+    inner = content.get("text_config") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(inner, dict | None):
+        raise UserError(f"{path} is no JSON object; download it again.")
+    values = {
+        key: value
+        for mapping in (inner or {}, content)
+        for key, value in mapping.items()
+        if value is not None
+    }
+    unsupported = [
+        key for key, none in _WITHOUT_EFFECT.items() if key in values and values[key] not in none
+    ]
+    return GenerationConfig(_ids(values, path), _sampling(values, path), tuple(unsupported))
+
+
+def with_stop_ids(config: Llama4Config, folder: str | Path) -> Llama4Config:
+    """The configuration of a model whose answers also end where its folder's file says.
+
+    Raises:
+        UserError: as `read_generation_config`.
+    """
+    ids = (*config.eos_token_ids, *read_generation_config(folder).eos_token_ids)
+    return replace(config, eos_token_ids=tuple(dict.fromkeys(ids)))
+
+
+def _ids(values: dict[str, Any], path: Path) -> tuple[int, ...]:
+    found = values.get("eos_token_id", [])
+    ids = found if isinstance(found, list) else [found]
+    if not all(type(id_) is int and 0 <= id_ < 2**31 for id_ in ids):
+        raise UserError(
+            f"{path} has eos_token_id {found!r:.80}, not one token id or a list of ids."
+        )
+    return tuple(ids)
+
+
+def _sampling(values: dict[str, Any], path: Path) -> tuple[tuple[str, Any], ...]:
+    """With `do_sample` true what is not given is 1, as in transformers, but top_k, which is all."""
+    do_sample = values.get("do_sample")
+    if not isinstance(do_sample, bool | None):
+        raise UserError(f"{path} has do_sample {do_sample!r:.80}, not true or false.")
+    if do_sample is False:
+        return (("temperature", 0.0),)
+    given: dict[str, Any] = {"temperature": 1, "top_p": 1} if do_sample else {}
+    given |= {key: values[key] for key in ("temperature", "top_p", "top_k") if key in values}
+    for key, value in given.items():
+        whole = key == "top_k"
+        if type(value) is not int and (whole or type(value) is not float):
+            raise UserError(f"{path} has {key} {value!r:.80}, which is no such number.")
+        given[key] = value if whole else float(value)
+    return tuple(given.items())

@@ -1,0 +1,101 @@
+"""Chat templates, and the built-in Llama 4 format, beside transformers."""
+
+import json
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxmoe.text import Tokenizer, render
+from jaxmoe.text.template import ChatTemplate
+
+SPECIALS = [
+    *("<|begin_of_text|>", "<|eot|>", "<|header_start|>", "<|header_end|>"),
+    *("<|python_start|>", "<|python_end|>", "<|im_start|>", "<|im_end|>"),
+]
+TOOLS = [{"name": "f", "description": "<b> & caf\u00e9", "parameters": {"x": {"type": "string"}}}]
+SYSTEM = {"role": "system", "content": "  Be brief. \n"}
+USER = {"role": "user", "content": "\n hi <there> \u00e9 \n"}
+ITEMS = {"role": "user", "content": [{"type": "text", "text": t} for t in ("a ", " b")]}
+ANSWER = {"role": "assistant", "content": " hello "}
+CALL = {"function": {"name": "f", "arguments": {"x": "\u00e9", "n": None}}}
+CALLS = {"role": "assistant", "content": "think", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": {"a": [1, None]}}
+CHATS = [
+    ([USER], None),
+    ([SYSTEM, USER, ANSWER, USER], None),
+    ([SYSTEM, USER], TOOLS),
+    ([USER, CALLS, RESULT, ANSWER, USER], TOOLS),
+    ([SYSTEM, USER, CALLS, {"role": "ipython", "content": "plain\n"}], None),
+    ([USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}], None),
+]
+CHATML = """{% for m in messages %}
+{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | string | trim + '<|im_end|>' + '\\n' }}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+MIXED = """{{ bos_token }}{%- set ns = namespace(n=0) %}
+{% for m in messages %}
+    {% if m.role == 'system' %}{% continue %}{% endif %}
+  {# a comment #}
+  {% generation %}
+  {{ m.role }}: {{ m.content }}{{ eos_token }}
+  {% endgeneration %}
+  {% set ns.n = ns.n + 1 %}
+  {% if ns.n > 2 %}{% break %}{% endif %}
+{% endfor %}
+{{ ns.n }} {{ messages | tojson(indent=2, sort_keys=true) }} {{ unknown }}{{ tools is none }}
+{{ {'a': '<\u00e9>'} | tojson(ensure_ascii=true) }} {{ dict(a=1) }} {{ strftime_now('%Y') }}
+"""
+CASES = [
+    (source, messages, tools, opened)
+    for source in ("llama4", CHATML, MIXED)
+    for messages, tools in CHATS
+    for opened in (False, True)
+]
+CASES.append(("llama4", [ITEMS], None, True))  # others would write the list as Python does
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["the user asks the assistant\n\n the system"], trainer)
+    return Tokenizer(backend)
+
+
+@pytest.fixture(scope="module")
+def expected(ask_oracle, tokenizer, tmp_path_factory):
+    """The ids of each of CASES, and the source of the template that is called llama4."""
+    folder = tmp_path_factory.mktemp("chats")
+    tokenizer.save(folder)
+    chats = [
+        dict(zip(("template", "messages", "tools", "open"), case, strict=True)) for case in CASES
+    ]
+    (folder / "chats.json").write_text(json.dumps(chats), encoding="utf-8")
+    files = {"chats": folder / "chats.json", "output": folder / "ids.json", "tokenizer": folder}
+    ask_oracle({name: str(file) for name, file in files.items()})
+    published = (folder / "llama4.jinja").read_text(encoding="utf-8")
+    return json.loads((folder / "ids.json").read_text(encoding="utf-8")), published
+
+
+@pytest.mark.oracle
+def test_templates_give_the_ids_of_transformers(expected, tokenizer):
+    ids, published = expected
+    for (source, messages, tools, opened), wanted in zip(CASES, ids, strict=True):
+        template = ChatTemplate(published if source == "llama4" else source, "its.jinja")
+        own = Tokenizer(tokenizer.backend, {"eos_token": "<|eot|>"}, {"default": template})
+        assert render(messages, own, tools, opened) == wanted, (source, messages, opened)
+
+
+@pytest.mark.oracle
+def test_the_built_in_format_gives_the_ids_of_the_published_template(expected, tokenizer):
+    ids, _ = expected
+    for (source, messages, tools, opened), wanted in zip(CASES, ids, strict=True):
+        if source == "llama4":
+            assert render(messages, tokenizer, tools, opened) == wanted, (messages, opened)
