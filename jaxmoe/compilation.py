@@ -64,7 +64,7 @@ def on_long_compilation(say: Callable[[], None]) -> None:
             said.set()
             say()
 
-    def listen(event: str, _: float, **__) -> None:
+    def listen(event: str, duration_secs: float, **metadata) -> None:
         if event in (_LOWERED, _COMPILED):
             while timers:
                 timers.pop().cancel()

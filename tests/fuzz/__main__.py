@@ -74,6 +74,8 @@ def in_children(name: str, seeds: range) -> Iterator[Outcome]:
                 outcome = Outcome(**json.loads(line))
                 seed = outcome.seed + 1
                 yield outcome
+        if child.returncode == 1:  # it says why on stderr
+            sys.exit(f"{name}: the undamaged input cannot be read")
         if child.returncode:
             yield Outcome(name, seed, "?", "abort", f"exit status {child.returncode}")
             seed += 1

@@ -76,10 +76,10 @@ def _write_safetensors(folder: Path, shards: int = 1) -> None:
 
 
 def _write_meta(folder: Path) -> None:
-    config = CONFIG | {"intermediate_size": 16, "intermediate_size_mlp": 32}
+    config = CONFIG | {"num_key_value_heads": 2}
     found = formats.in_meta(config, tiny.random_tensors(config, 0, jnp.bfloat16), 2)
     folder.rmdir()
-    formats.write_meta(folder, formats.meta_params(config), found, 2)
+    formats.write_meta(folder, formats.meta_params(config) | {"nope_layer_interval": 2}, found, 2)
 
 
 def _read_source(folder: Path) -> dict[str, np.ndarray]:
