@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 
+from jaxmoe.checkpoint import convert as convert_module
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.checkpoint.export import export
@@ -118,6 +119,33 @@ def assert_meta_equals_hf(tmp_path, config, found, ranks, expected, scales=None)
     ids = {key: getattr(read, key) for key in ("bos_token_id", "eos_token_ids", "pad_token_id")}
     assert read == dataclasses.replace(store.read_config(hf), **context, **ids)
     return abs(logits(tmp_path / "orbax") - logits(hf)).max()
+
+
+def test_meta_with_a_flipped_bit(tmp_path, small_blocks, monkeypatch):
+    """Found before the job that read it is noted, so a run with the mended file goes on.
+
+    The bit is of v, and q, which lies in the same record, is read first.
+    """
+    monkeypatch.setattr(convert_module, "SAMPLE_BYTES", 100)  # not of the data
+    config = meta_config("maverick", num_hidden_layers=2)
+    found = formats.in_meta(config, tiny.random_tensors(config, 5), ranks=1)
+    source = formats.write_meta(tmp_path / "meta", formats.meta_params(config), found, 1)
+    file = source / "consolidated.00.pth"
+    whole = file.read_bytes()
+    data = found["layers.1.attention.wqkv.weight"][0].tobytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(data) + len(data) - 1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"damaged in the data of layers\.1\.attention\.wqkv"):
+        convert(source, tmp_path / "orbax")
+    noted = json.loads((tmp_path / "orbax.partial/progress.json").read_text())["done"]
+    assert "layers.0.attention.v" in noted and "layers.1.attention.q" not in noted
+    file.write_bytes(whole)
+    assert convert(source, tmp_path / "orbax").resumed
+    verify(source, tmp_path / "orbax")  # every byte is the mended file's
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match="damaged in the data"):
+        verify(source, tmp_path / "orbax")
 
 
 @pytest.mark.parametrize("like", LIKE)
