@@ -5,7 +5,6 @@ Nothing is guessed: a size must be there, a key that is not known is refused by 
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,6 +20,7 @@ from jaxmoe.config import (
     layer_kinds,
 )
 from jaxmoe.errors import UserError
+from jaxmoe.parsing import read_json
 
 ATTENTION_NAMES: dict[str, Attention] = {"chunked_attention": "local", "full_attention": "global"}
 SIZES = (
@@ -34,6 +34,27 @@ SIZES = (
     "max_position_embeddings",
 )
 ROPE_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+
+# The largest whole numbers: some ten times those of any model, so that nothing is made for a slip.
+# Ids of tokens and positions are int32.
+LARGEST = {
+    "hidden_size": 2**18,
+    "intermediate_size": 2**22,
+    "intermediate_size_mlp": 2**22,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "num_hidden_layers": 2**12,
+    "num_local_experts": 2**16,
+}
+LARGEST_OTHER = 2**31 - 1
+RANGES = {  # of the other numbers
+    "rope_theta": (1, 1e12),
+    "rms_norm_eps": (1e-20, 0.1),
+    "attn_scale": (1e-9, 1e3),
+    "pixel_shuffle_ratio": (1e-2, 1),
+    **dict.fromkeys(ROPE_FACTORS, (1e-3, 1e6)),
+}
 
 # Keys that say how the text model computes.
 TEXT_KEYS = frozenset(
@@ -81,6 +102,9 @@ IGNORED = frozenset(
     """.split()
 )
 
+KNOWN = TEXT_KEYS | FIXED.keys() | IGNORED | {"text_config"}
+MAX_NAMED = 10  # of unknown keys in one message
+
 TEXT_MODEL, NESTED_MODEL = "llama4_text", "llama4"
 
 
@@ -90,28 +114,23 @@ def read_config(folder: str | Path) -> Llama4Config:
     Raises:
         UserError: if `config.json` is missing, is no JSON, or is not one that `from_hf` reads.
     """
-    return from_hf(read_json(folder, "config.json"), source=str(Path(folder) / "config.json"))
+    return from_hf(read_object(folder, "config.json"), source=str(Path(folder) / "config.json"))
 
 
-def read_json(folder: str | Path, name: str) -> dict[str, Any]:
+def read_object(folder: str | Path, name: str) -> dict[str, Any]:
     """A JSON object in a model's folder.
 
     Raises:
         UserError: if it is missing or is no JSON object.
     """
     path = Path(folder) / name
-    try:
-        mapping = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; is {folder} a model?") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}; download it again.") from None
+    mapping = read_json(path)
     if not isinstance(mapping, dict):
         raise UserError(f"{path} holds no JSON object; download it again.")
     return mapping
 
 
-def from_hf(mapping: Mapping[str, Any], source: str) -> Llama4Config:
+def from_hf(mapping: Mapping[str, Any], source: str, ignore_unknown: bool = False) -> Llama4Config:
     """Reads a `config.json`, text-only or with the text model nested in `text_config`.
 
     Accepts the keys of transformers 4.x (`rope_scaling`, `torch_dtype`) and 5.x (`rope_parameters`,
@@ -120,21 +139,38 @@ def from_hf(mapping: Mapping[str, Any], source: str) -> Llama4Config:
     Args:
         mapping: the parsed JSON.
         source: what error messages call it, usually the file's path.
+        ignore_unknown: takes the model as it is without the keys that are not known.
 
     Raises:
-        UserError: for an unknown or missing key, a value out of range, or keys that contradict.
+        UserError: for an unknown or missing key, a value out of range, or keys that contradict. A
+            key that is null is as if it were not there.
     """
     outer = _Keys(mapping, source)
     if mapping.get("model_type") not in (TEXT_MODEL, NESTED_MODEL):
         outer.refuse("model_type", f"one of '{TEXT_MODEL}' and '{NESTED_MODEL}'")
-    text = outer
+    text, unknown = outer, outer.unknown()
     if "text_config" in mapping:
-        outer.check_known(extra=("text_config",))
         if not isinstance(mapping["text_config"], Mapping):
             outer.refuse("text_config", "an object")
         text = _Keys(mapping["text_config"], f"{source}, text_config")
-    text.check_known()
+        outer.check_fixed()
+        unknown += text.unknown()
+    if unknown and not ignore_unknown:
+        _refuse_unknown(source, unknown)
+    text.check_fixed()
     return _text_config(text)
+
+
+def _refuse_unknown(source: str, unknown: list[str]) -> NoReturn:
+    named = [
+        f"{key!r:.80} (the nearest known one is {get_close_matches(key[:80], KNOWN, 1, 0)[0]!r})"
+        for key in unknown[:MAX_NAMED]
+    ]
+    more = f" and {len(unknown) - MAX_NAMED} more" if len(unknown) > MAX_NAMED else ""
+    raise UserError(
+        f"{source} has keys that are not known: {', '.join(named)}{more}; if the model does not "
+        "depend on them, remove them or convert it with --ignore-unknown-config."
+    )
 
 
 def vision_from_hf(mapping: Mapping[str, Any], source: str) -> VisionConfig | None:
@@ -212,39 +248,36 @@ class _Keys:
         if key not in self.mapping:
             raise UserError(f"{self.source} lacks {key}; add it: {expected}.")
         value = json.dumps(self.mapping[key], default=str)
-        raise UserError(f"{self.source} gives {key} the value {value}; expected {expected}.")
+        raise UserError(f"{self.source} gives {key} the value {value:.80}; expected {expected}.")
 
-    def check_known(self, extra: tuple[str, ...] = ()) -> None:
-        known = TEXT_KEYS | FIXED.keys() | IGNORED | set(extra)
-        for key in self.mapping:
-            if key not in known:
-                near = get_close_matches(key, known, n=1, cutoff=0)
-                raise UserError(
-                    f"{self.source} has the unknown key '{key}' (the nearest known one is "
-                    f"'{near[0]}'); remove it if the model does not depend on it."
-                )
+    def unknown(self) -> list[str]:
+        """The keys that are not known, and not null."""
+        return [key for key in self.mapping if key in self and key not in KNOWN]
+
+    def check_fixed(self) -> None:
         for key, allowed in FIXED.items():
-            if key in self and self.mapping[key] not in allowed:
+            if key in self and not any(_is(self.mapping[key], value) for value in allowed):
                 self.refuse(key, " or ".join(json.dumps(value) for value in allowed))
 
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         value = default if key not in self else self.mapping[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            self.refuse(key, f"an integer, {minimum} or more")
+        most = LARGEST.get(key, LARGEST_OTHER)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= most:
+            self.refuse(key, f"an integer from {minimum} to {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = default if key not in self else self.mapping[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.refuse(key, "a positive number")
-        if not 0 < value < math.inf:
-            self.refuse(key, "a positive number")
+        least, most = RANGES[key]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value <= most:
+            self.refuse(key, f"a number from {least:g} to {most:g}")
         return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
-        """A boolean; some configs store the number 4 for true."""
+    def flag(self, key: str, default: bool, also: tuple[int, ...] = ()) -> bool:
+        """A boolean; `also` are numbers that some configs store for one."""
         value = default if key not in self else self.mapping[key]
-        if type(value) not in (bool, int):
+        if type(value) is not bool and not any(_is(value, number) for number in also):
             self.refuse(key, "true or false")
         return bool(value)
 
@@ -258,6 +291,11 @@ class _Keys:
         return value
 
 
+def _is(value: Any, expected: Any) -> bool:
+    """Whether they are the same in JSON, where 1 is not true."""
+    return type(value) is type(expected) and value == expected
+
+
 def _text_config(keys: _Keys) -> Llama4Config:
     layers = _layers(keys)
     has_moe = any(kind.feed_forward == "moe" for kind in layers)
@@ -269,7 +307,7 @@ def _text_config(keys: _Keys) -> Llama4Config:
         attention_chunk_size=_chunk(keys),
         **_rope(keys),
         use_qk_norm=keys.flag("use_qk_norm", True),
-        attn_temperature_tuning=keys.flag("attn_temperature_tuning", True),
+        attn_temperature_tuning=keys.flag("attn_temperature_tuning", True, also=(0, 1, 4)),
         floor_scale=keys.integer("floor_scale", Llama4Config.floor_scale),
         attn_scale=keys.number("attn_scale", Llama4Config.attn_scale),
         rms_norm_eps=keys.number("rms_norm_eps", Llama4Config.rms_norm_eps),
@@ -297,7 +335,7 @@ def _layers(keys: _Keys) -> tuple[LayerKind, ...]:
     attention = _attention_kinds(keys, count) or [kind.attention for kind in rule]
     feed_forward: list[FeedForward] = [kind.feed_forward for kind in rule]
     if "moe_layers" in keys:
-        moe = keys.integers("moe_layers", range(count))
+        moe = set(keys.integers("moe_layers", range(count)))
         feed_forward = ["moe" if i in moe else "dense" for i in range(count)]
     return tuple(LayerKind(a, f) for a, f in zip(attention, feed_forward, strict=True))
 
@@ -339,12 +377,12 @@ def _rope(keys: _Keys) -> dict[str, Any]:
 
 
 def _rope_scaling(rope: _Keys) -> RopeScaling | None:
-    if set(rope.mapping) <= {"rope_theta"}:
+    if {key for key in rope.mapping if key in rope} <= {"rope_theta"}:
         return None
     kind = "type" if "type" in rope and "rope_type" not in rope else "rope_type"
     known = {"type", "rope_type", "rope_theta", "original_max_position_embeddings", *ROPE_FACTORS}
     for key in rope.mapping:
-        if key not in known:
+        if key in rope and key not in known:
             rope.refuse(key, f"no key but {', '.join(sorted(known))}")
     if rope.mapping.get(kind) == "default":
         return None

@@ -5,14 +5,13 @@ Nothing else names a mesh axis: parameters and activations name logical axes (`e
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
-import yaml
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.errors import UserError
+from jaxmoe.parsing import read_yaml
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
@@ -51,7 +50,7 @@ class MeshConfig:
             UserError: for an unknown axis, a size that is no number, or an unreadable file.
         """
         if text.endswith((".yaml", ".yml")):
-            return cls.from_mapping(_read_yaml(text), source=text)
+            return cls.from_mapping(_read_file(text), source=text)
         pairs = [part.partition("=") for part in text.split(",") if part.strip()]
         sizes = {axis.strip(): size.strip() for axis, _, size in pairs}
         if len(sizes) < len(pairs):
@@ -65,17 +64,17 @@ class MeshConfig:
         for axis, size in sizes.items():
             if axis not in AXES:
                 raise UserError(
-                    f"mesh {source} names axis '{axis}'; the axes are {', '.join(AXES)}."
+                    f"mesh {source} names axis '{axis!s:.80}'; the axes are {', '.join(AXES)}."
                 )
             try:
                 parsed[axis] = int(str(size))
             except ValueError:
                 raise UserError(
-                    f"mesh {source} gives {axis} the size '{size}', no number."
+                    f"mesh {source} gives {axis} the size '{size!s:.80}', no number."
                 ) from None
             if parsed[axis] < 1 and parsed[axis] != -1:
                 raise UserError(
-                    f"mesh {source} gives {axis} the size {size}; use 1 or more, or -1."
+                    f"mesh {source} gives {axis} the size {size!s:.80}; use 1 or more, or -1."
                 )
         return cls(**parsed)
 
@@ -113,11 +112,8 @@ class MeshConfig:
         return ",".join(f"{axis}={size}" for axis, size in sizes.items()) or "data=1"
 
 
-def _read_yaml(path: str) -> dict:
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"mesh file {path} cannot be read: {error}.".replace("\n", " ")) from None
+def _read_file(path: str) -> dict:
+    content = read_yaml(path)
     content = content.get("mesh", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise UserError(f"mesh file {path} holds no mapping; write lines such as 'expert: 4'.")

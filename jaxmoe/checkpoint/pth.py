@@ -213,7 +213,13 @@ class _Archive:
 
     def read_pickle(self) -> bytes:
         """The pickled object."""
-        if self._infos[f"{self._root}data.pkl"].file_size > _MAX_PICKLE:
+        info = self._infos[f"{self._root}data.pkl"]
+        if info.CRC == 0 and info.file_size:
+            raise UserError(
+                f"{self.file} was saved without checksums; load it with torch and save it again "
+                "after torch.serialization.set_crc32_options(True)."
+            )
+        if info.file_size > _MAX_PICKLE:
             raise UserError(f"{self.file} has a data.pkl too large to be one; download it again.")
         return self._read("data.pkl")
 
@@ -300,8 +306,8 @@ def _entry(archive: _Archive, name: str, tensor: Tensor) -> tuple[Entry, _Record
     needed = (tensor.offset + count) * itemsize
     if record.nbytes < needed:
         raise UserError(
-            f"{archive.file} has {record.nbytes} bytes of data for {name}, which needs {needed}; download "
-            "it again."
+            f"{archive.file} has {record.nbytes} bytes of data for {name}, which needs {needed}; "
+            "download it again."
         )
     start = record.start + tensor.offset * itemsize
     return Entry(archive.file, tensor.dtype, tensor.shape, start, count * itemsize), record

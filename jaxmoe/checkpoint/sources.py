@@ -1,6 +1,7 @@
 """A model in the files of others, whatever the format: its configuration, and what lies where."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from jaxmoe.checkpoint.match import match
 from jaxmoe.checkpoint.names import Row
 from jaxmoe.checkpoint.pth import PthFolder
 from jaxmoe.checkpoint.reader import SafetensorsFolder, TensorFiles
-from jaxmoe.checkpoint.tensors import Format, Group, array_shapes, expand
+from jaxmoe.checkpoint.tensors import BLOCK_BYTES, Format, Group, array_shapes, expand
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.hf_config import from_hf, read_json, vision_from_hf
-from jaxmoe.model.params import ParamSpec, named_specs
+from jaxmoe.hf_config import from_hf, read_object, vision_from_hf
+from jaxmoe.model.params import ParamSpec, named_specs, num_params
 from jaxmoe.model.vision_params import vision_specs
 
+ADAPTER = "adapter_config.json"  # of PEFT
+FIRST_NONFINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F8_E4M3": 0x7F}  # above 0
 QUANTIZED = {"F8_E4M3": "fp8", "I8": "int8"}  # by dtype of an unpacked matrix that has scales
 
 
@@ -35,6 +38,7 @@ class Source:
         files: that hold the tensors.
         in_files: the name in the files of every tensor of the groups.
         left_out: names in the files of what is not read.
+        notes: sentences about what a user may not expect.
     """
 
     config: Llama4Config
@@ -45,37 +49,75 @@ class Source:
     files: TensorFiles
     in_files: dict[str, str]
     left_out: list[str]
+    notes: tuple[str, ...] = ()
 
     def dtype(self, group: Group) -> np.dtype:
         """Of the tensors of a group."""
         return self.files.dtype(self.in_files[group.pieces[0].tensor])
 
     def read(self, tensor: str, start: int, count: int) -> np.ndarray:
-        """Elements of a flat tensor; raises as `TensorFiles.read`."""
-        return self.files.read(self.in_files[tensor], start, count)
+        """Elements of a flat tensor.
+
+        Raises:
+            UserError: as `TensorFiles.read`, or if one is no number or infinite.
+        """
+        name = self.in_files[tensor]
+        data = self.files.read(name, start, count)
+        entry = self.files.tensors[name]
+        if _has_nonfinite(data, entry.dtype):
+            values = data.astype(np.float32)
+            first = int(np.argmin(np.isfinite(values)))
+            place = ", ".join(str(i) for i in np.unravel_index(start + first, entry.shape))
+            raise UserError(
+                f"{entry.file} holds {name} with {values[first]} at [{place}], with which a model "
+                "can compute nothing; download it again, or use another release."
+            )
+        return data
 
 
-def open_source(folder: str | Path, text_only: bool = False) -> Source:
+def _has_nonfinite(data: np.ndarray, dtype: str) -> bool:
+    """Whether there is a NaN or infinity: by bit patterns, which order as the numbers do."""
+    first = FIRST_NONFINITE.get(dtype)
+    if first is None or not data.size:
+        return False
+    signed, unsigned = (data.view(f"{kind}{data.itemsize}") for kind in "iu")
+    sign = 1 << (8 * data.itemsize - 1)
+    return int(signed.max()) >= first or int(unsigned.max()) >= sign + first
+
+
+def open_source(
+    folder: str | Path, text_only: bool = False, ignore_unknown: bool = False
+) -> Source:
     """Finds out the format of a folder, reads headers, and checks names and shapes.
 
     Args:
         text_only: leaves out the vision tower if there is one.
+        ignore_unknown: takes the model as it is without the keys of its configuration that are not
+            known.
 
     Raises:
         UserError: naming the first thing that is missing, unknown or contradictory.
     """
     folder = Path(folder)
     if any(folder.glob("consolidated.*.pth")):
-        return _open_meta(folder, text_only)
-    return _open_hf(folder, text_only)
+        return _open_meta(folder, text_only, ignore_unknown)
+    return _open_hf(folder, text_only, ignore_unknown)
 
 
-def _open_hf(folder: Path, text_only: bool) -> Source:
-    mapping = read_json(folder, "config.json")
+def _open_hf(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
+    notes = _adapter_notes(folder)
+    mapping = read_object(folder, "config.json")
     origin = str(folder / "config.json")
-    config = from_hf(mapping, origin)
+    config = from_hf(mapping, origin, ignore_unknown)
     files = SafetensorsFolder(folder)
+    _check_sizes(config, files, origin)
     plain = {name.removeprefix(names.TEXT_PREFIX): name for name in files.tensors}
+    if _is_untied(config, plain, files):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+        notes += (
+            f"{origin} ties lm_head to embed_tokens, but the files hold both with different "
+            "numbers: both are kept, as transformers does.",
+        )
     rows = names.TEXT + (names.UNFUSED if _is_unfused(plain) else names.FUSED) + names.LAST
     formats, packed = _quantized(config, rows, plain, files)
     _check_says(compressed.kinds(mapping, origin), formats, origin)
@@ -85,7 +127,56 @@ def _open_hf(folder: Path, text_only: bool) -> Source:
     groups = expand(rows + names.VISION, shapes, packed=packed)
     in_files, left_out = match(config, groups, files, str(folder), vision is not None)
     outer = _around(mapping) if vision is not None else None
-    return Source(config, outer, specs, formats, groups, files, in_files, left_out)
+    return Source(config, outer, specs, formats, groups, files, in_files, left_out, notes)
+
+
+def _adapter_notes(folder: Path) -> tuple[str, ...]:
+    """What to say of an adapter of PEFT in the folder.
+
+    Raises:
+        UserError: if there is nothing else.
+    """
+    if not (folder / ADAPTER).exists():
+        return ()
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter and no model; merge it into its base model with PEFT's "
+            "merge_and_unload, and use the result."
+        )
+    return (
+        f"{folder} also holds an adapter ({ADAPTER}), which is not applied: to have it, merge it "
+        "into the model with PEFT's merge_and_unload.",
+    )
+
+
+def _check_sizes(config: Llama4Config, files: TensorFiles, origin: str) -> None:
+    """Refuses sizes far beyond what the files hold, before anything is made for them."""
+    nbytes = sum(entry.nbytes for entry in files.tensors.values())
+    layers, held = config.num_hidden_layers, len(files.tensors)
+    if layers > held:
+        what = f"{layers} layers, but {files.folder} holds {held} tensors"
+    elif num_params(config) > 2 * nbytes:  # of 4 bits
+        what = f"{num_params(config)} parameters, but {files.folder} holds {nbytes} bytes of them"
+    else:
+        return
+    raise UserError(f"{origin} describes {what}; correct it or download the model again.")
+
+
+def _is_untied(config: Llama4Config, plain: Mapping[str, str], files: TensorFiles) -> bool:
+    """Whether an embedding and a head that the configuration ties are there with other numbers."""
+    pair = [plain.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head")]
+    if not config.tie_word_embeddings or None in pair:
+        return False
+    shape, other = (files.tensors[str(name)].shape for name in pair)
+    if shape != other:
+        return True
+    size = math.prod(shape)
+    for start in range(0, size, BLOCK_BYTES):
+        count = min(BLOCK_BYTES, size - start)
+        one, two = (files.read(str(name), start, count).astype(np.float32) for name in pair)
+        if not np.array_equal(one, two):
+            return True
+    return False
 
 
 def _is_unfused(plain: Mapping[str, str]) -> bool:
@@ -165,14 +256,15 @@ def _check_says(says: set[str], formats: Mapping[str, Format], origin: str) -> N
             )
 
 
-def _open_meta(folder: Path, text_only: bool) -> Source:
+def _open_meta(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
     if (folder / "config.json").exists():
-        mapping, origin = read_json(folder, "config.json"), str(folder / "config.json")
+        mapping, origin = read_object(folder, "config.json"), str(folder / "config.json")
     else:
         origin = str(folder / "params.json")
-        mapping = meta.to_hf_mapping(read_json(folder, "params.json"), origin)
-    config = from_hf(mapping, origin)
+        mapping = meta.to_hf_mapping(read_object(folder, "params.json"), origin)
+    config = from_hf(mapping, origin, ignore_unknown)
     files = PthFolder(folder)
+    _check_sizes(config, files, origin)
     formats = _meta_formats(config, files)
     vision = None if text_only else _vision_specs(config, mapping, origin, files)
     specs = named_specs(config) | (vision or {})

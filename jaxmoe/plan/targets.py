@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxmoe.errors import UserError
+from jaxmoe.parsing import read_yaml
 
 RESERVE = 0.05  # of a device's memory; see `Target.reserve_reason`
 HOST = 8  # GPUs of one machine
+_RANGES = {"reserve": (0, 1), "devices": (1, 2**16)}  # of a described target's numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,17 +123,16 @@ def _chips(shape: str) -> int:
 
 def _read(path: Path) -> Target:
     """A description: the fields of `Target`, by name."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"target file {path} cannot be read: {error}.".replace("\n", " ")) from None
+    content = read_yaml(path)
     fields = {field.name: field for field in dataclasses.fields(Target)}
     if not isinstance(content, dict):
         raise UserError(f"target file {path} holds no mapping; write a line for each field.")
     for key in content:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0)[0]
-            raise UserError(f"target file {path} has the unknown key '{key}'; nearest is '{near}'.")
+            near = difflib.get_close_matches(str(key)[:80], fields, n=1, cutoff=0)[0]
+            raise UserError(
+                f"target file {path} has the unknown key '{key!s:.80}'; nearest is '{near}'."
+            )
     for name, field in fields.items():
         if name not in content and field.default is dataclasses.MISSING:
             raise UserError(f"target file {path} lacks '{name}'; add it.")
@@ -141,7 +140,7 @@ def _read(path: Path) -> Target:
 
 
 def _value(path: Path, key: str, value) -> Any:
-    """YAML reads `85e9` as text; numbers must be positive, a reserve below 1."""
+    """Numbers must be positive, a reserve below 1."""
     if key in ("name", "compiler"):
         return value if value is None else str(value)
     convert: Callable = int if key in ("devices", "memory") else float
@@ -149,9 +148,12 @@ def _value(path: Path, key: str, value) -> Any:
         number = convert(float(value))
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    least, most = (0, 1) if key == "reserve" else (1, math.inf)
+    least, most = _RANGES.get(key, (1, 1e18))
     if not least <= number < most:
-        raise UserError(f"target file {path} gives {key} the value '{value}'; write a number.")
+        raise UserError(
+            f"target file {path} gives {key} the value '{value!s:.80}'; write a number, {least} or "
+            f"more and less than {most:g}."
+        )
     return number
 
 
