@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from jaxmoe.hf_config import from_hf, read_object, vision_from_hf
 from jaxmoe.model.params import ParamSpec, named_specs, num_params
 from jaxmoe.model.vision_params import vision_specs
 
+CACHED = 2**16  # elements that are looked at twice, and so should be in the processor's cache
+MODELOPT = "hf_quant_config.json"  # beside a config.json that says nothing of it
 ADAPTER = "adapter_config.json"  # of PEFT
 FIRST_NONFINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F8_E4M3": 0x7F}  # above 0
 QUANTIZED = {"F8_E4M3": "fp8", "I8": "int8"}  # by dtype of an unpacked matrix that has scales
@@ -78,11 +80,14 @@ class Source:
 def _has_nonfinite(data: np.ndarray, dtype: str) -> bool:
     """Whether there is a NaN or infinity: by bit patterns, which order as the numbers do."""
     first = FIRST_NONFINITE.get(dtype)
-    if first is None or not data.size:
+    if first is None:
         return False
     signed, unsigned = (data.view(f"{kind}{data.itemsize}") for kind in "iu")
-    sign = 1 << (8 * data.itemsize - 1)
-    return int(signed.max()) >= first or int(unsigned.max()) >= sign + first
+    last = first + (1 << (8 * data.itemsize - 1))  # the same below 0
+    return any(
+        int(signed[i : i + CACHED].max()) >= first or int(unsigned[i : i + CACHED].max()) >= last
+        for i in range(0, data.size, CACHED)
+    )
 
 
 def open_source(
@@ -119,15 +124,42 @@ def _open_hf(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
             "numbers: both are kept, as transformers does.",
         )
     rows = names.TEXT + (names.UNFUSED if _is_unfused(plain) else names.FUSED) + names.LAST
-    formats, packed = _quantized(config, rows, plain, files)
-    _check_says(compressed.kinds(mapping, origin), formats, origin)
+    says = _says(mapping, folder, origin)
+    formats, packed, repeats = _quantized(config, rows, plain, files, says)
+    _check_says({kind.name for kind in says}, formats, origin)
     vision = None if text_only else _vision_specs(config, mapping, origin, files)
     specs = named_specs(config) | (vision or {})
     shapes = array_shapes(config, formats, specs)
-    groups = expand(rows + names.VISION, shapes, packed=packed)
+    groups = expand(rows + names.VISION, shapes, packed=packed, repeats=repeats)
     in_files, left_out = match(config, groups, files, str(folder), vision is not None)
+    notes += _scale_notes(left_out)
     outer = _around(mapping) if vision is not None else None
     return Source(config, outer, specs, formats, groups, files, in_files, left_out, notes)
+
+
+def _scale_notes(left_out: list[str]) -> tuple[str, ...]:
+    count = sum(map(names.is_other_scale, left_out))
+    if not count:
+        return ()
+    return (
+        f"{count} scales of activations, keys and values are left out: only matrices stay "
+        "quantized, and --kv says how keys and values are stored when the model runs.",
+    )
+
+
+def _says(mapping: Mapping[str, Any], folder: Path, origin: str) -> set[compressed.Kind]:
+    """How the configuration says that matrices are quantized.
+
+    Raises:
+        UserError: as `compressed.kinds`, or if a file beside it says that it is by another tool.
+    """
+    says = compressed.kinds(mapping, origin)
+    if not says and (folder / MODELOPT).exists():
+        raise UserError(
+            f"{folder / MODELOPT} says that the matrices are quantized by ModelOpt; only "
+            f"{compressed.METHOD} can be read, so use another release."
+        )
+    return says
 
 
 def _adapter_notes(folder: Path) -> tuple[str, ...]:
@@ -202,28 +234,47 @@ def _vision_specs(config, mapping, origin: str, files: TensorFiles) -> dict[str,
     return vision_specs(config, vision)
 
 
-def _quantized(config: Llama4Config, rows: tuple[Row, ...], plain: Mapping[str, str], files):
-    """Formats of the parameters that have scales, and which of them are packed in words."""
-    formats, packed = {}, set()
+def _quantized(
+    config: Llama4Config,
+    rows: tuple[Row, ...],
+    plain: Mapping[str, str],
+    files: TensorFiles,
+    says: Collection[compressed.Kind],
+) -> tuple[dict[str, Format], set[str], dict[str, int]]:
+    """Of the parameters that have scales: formats, which are packed, and outputs that share one."""
+    formats, packed, repeats = {}, set(), {}
+    blocks = [kind.block for kind in says if kind.block]
     for name, spec in named_specs(config).items():
         stem = _stem(rows, name) if spec.quantizable else None
         scale = plain.get(f"{stem}.weight_scale")
         if scale is None:
             continue
-        outputs, groups = _two(files, scale)
         words, weight = (plain.get(f"{stem}.{x}") for x in ("weight_packed", "weight"))
         kind = QUANTIZED.get(files.tensors[weight].dtype) if weight else None
         kind = "int4" if words else kind
-        inputs = spec.matrix_shape[-2]
-        fits = outputs == spec.matrix_shape[-1] and inputs % (2 * groups if words else groups) == 0
-        if kind is None or not fits:
+        shared = _shared(files.tensors[scale].shape, spec.matrix_shape[-2:], blocks)
+        fits = shared is not None and (not words or (shared[0] == 1 and shared[1] % 2 == 0))
+        if kind is None or shared is None or not fits:
             raise UserError(
                 f"{files.tensors[scale].file} holds {scale}, but its weight is no matrix of "
                 f"{', '.join(QUANTIZED)} or packed words with these scales; download it again."
             )
-        formats[name] = Format(kind, inputs // groups)
+        formats[name], repeats[name] = Format(kind, shared[1]), shared[0]
         packed |= {name} if words else set()
-    return formats, packed
+    return formats, packed, repeats
+
+
+def _shared(
+    scales: tuple[int, ...], matrix: tuple[int, ...], blocks: Iterable[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """How many outputs and inputs share a scale, by the shape of the scales; None if none fits."""
+    inputs, outputs = matrix
+    if math.prod(scales) == 1:
+        return outputs, inputs
+    for out, width in [(1, inputs // scales[-1]) if scales and scales[-1] else (0, 0), *blocks]:
+        if out and width and scales == (-(-outputs // out), inputs // width):
+            return (out, width) if inputs % width == 0 else None
+    return None
 
 
 def _stem(rows: tuple[Row, ...], ours: str) -> str | None:
@@ -234,11 +285,6 @@ def _stem(rows: tuple[Row, ...], ours: str) -> str | None:
         if row.ours[0].replace("{n}", n) == ours and len(row.ours) == 1:
             return row.stored.replace("{n}", n).replace("{j}", "0").removesuffix(".weight")
     return None
-
-
-def _two(files: TensorFiles, name: str) -> tuple[int, int]:
-    shape = files.tensors[name].shape
-    return (shape[0], shape[1]) if len(shape) == 2 and shape[1] else (0, 1)
 
 
 def _check_says(says: set[str], formats: Mapping[str, Format], origin: str) -> None:

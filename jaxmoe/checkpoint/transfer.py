@@ -129,7 +129,7 @@ def _copy(source: Source, group: Group) -> Job:
                     (name, index, part.reshape([s.stop - s.start for s in index]))
                     for name, part in zip(group.ours, parts, strict=True)
                 ]
-                yield Step(placed, data.nbytes)
+                yield Step(placed, sum(part.nbytes for part in parts))
         source.files.confirm()
 
     return Job(arrays, _nbytes(group, dtype), steps)
