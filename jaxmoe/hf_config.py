@@ -173,6 +173,16 @@ def _refuse_unknown(source: str, unknown: list[str]) -> NoReturn:
     )
 
 
+def stated_dtype(mapping: Mapping[str, Any]) -> Any:
+    """The dtype that a `config.json` states, of the text model if it does, or None."""
+    text = mapping.get("text_config")
+    for found in (text if isinstance(text, Mapping) else {}, mapping):
+        for key in ("dtype", "torch_dtype"):
+            if found.get(key) is not None:
+                return found[key]
+    return None
+
+
 def vision_from_hf(mapping: Mapping[str, Any], source: str) -> VisionConfig | None:
     """The sizes of the vision tower; None if the model has none.
 

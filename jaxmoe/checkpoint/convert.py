@@ -21,7 +21,7 @@ from jaxmoe.checkpoint.store import (
     no_progress,
     read_metadata,
 )
-from jaxmoe.checkpoint.transfer import Error, Job, Step, plan, target_formats
+from jaxmoe.checkpoint.transfer import FLOATS, Error, Job, Step, plan, target_formats
 from jaxmoe.checkpoint.workspace import RESULT, Resumable, boot, writable
 from jaxmoe.checkpoint.writer import STATE, Writer
 from jaxmoe.errors import UserError
@@ -173,7 +173,7 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
     made_of = [{key: file[key] for key in file if key != SAMPLE} for file in options["sources"]]
     if made_of != found.files.files:
         raise UserError(f"{checkpoint} was made of other files than those in {source}.")
-    made = model_metadata(found.config, found.dtype(found.groups[0]).name)
+    made = model_metadata(found.config, _dtype(found, weights))
     if metadata["config"] != json.loads(json.dumps(made["config"])):
         raise UserError(f"{checkpoint} has another configuration than {source}; convert it again.")
     _check_copies(found)
@@ -280,8 +280,14 @@ def _range(index: tuple[slice, ...]) -> str:
     return f"[{', '.join(parts)}]"
 
 
+def _dtype(found: Source, weights: str | None) -> str:
+    """What the result as a whole is in; widened matrices are most of it."""
+    return (
+        np.dtype(FLOATS[weights]).name if found.formats and weights in FLOATS else found.main_dtype
+    )
+
+
 def _metadata(found: Source, formats, identity: dict[str, Any], errors) -> dict[str, Any]:
-    dtype = found.dtype(found.groups[0]).name
     conversion = {key: identity[key] for key in ("sources", "weights", "text_only")}
-    made = model_metadata(found.config, dtype, formats, found.outer)
+    made = model_metadata(found.config, _dtype(found, identity["weights"]), formats, found.outer)
     return made | {"conversion": conversion | {"errors": errors}}

@@ -1,5 +1,6 @@
 """A model in the files of others, whatever the format: its configuration, and what lies where."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -13,10 +14,10 @@ from jaxmoe.checkpoint.match import match
 from jaxmoe.checkpoint.names import Row
 from jaxmoe.checkpoint.pth import PthFolder
 from jaxmoe.checkpoint.reader import SafetensorsFolder, TensorFiles
-from jaxmoe.checkpoint.tensors import BLOCK_BYTES, Format, Group, array_shapes, expand
+from jaxmoe.checkpoint.tensors import BLOCK_BYTES, Format, Group, array_shapes, expand, main_dtype
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.hf_config import from_hf, read_object, vision_from_hf
+from jaxmoe.hf_config import from_hf, read_object, stated_dtype, vision_from_hf
 from jaxmoe.model.params import ParamSpec, named_specs, num_params
 from jaxmoe.model.vision_params import vision_specs
 
@@ -41,6 +42,7 @@ class Source:
         in_files: the name in the files of every tensor of the groups.
         left_out: names in the files of what is not read.
         notes: sentences about what a user may not expect.
+        stated: the dtype that its configuration states.
     """
 
     config: Llama4Config
@@ -52,6 +54,17 @@ class Source:
     in_files: dict[str, str]
     left_out: list[str]
     notes: tuple[str, ...] = ()
+    stated: Any = None
+
+    @property
+    def main_dtype(self) -> str:
+        """What the model as a whole is in; see `tensors.main_dtype`."""
+        nbytes: dict[str, int] = collections.Counter()
+        for group in self.groups:
+            if not group.ours[0].endswith((".qvalue", ".scale")):
+                dtype = self.dtype(group)
+                nbytes[dtype.name] += len(group.ours) * math.prod(group.shape) * dtype.itemsize
+        return main_dtype(nbytes, self.stated)
 
     def dtype(self, group: Group) -> np.dtype:
         """Of the tensors of a group."""
@@ -133,8 +146,9 @@ def _open_hf(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
     groups = expand(rows + names.VISION, shapes, packed=packed, repeats=repeats)
     in_files, left_out = match(config, groups, files, str(folder), vision is not None)
     notes += _scale_notes(left_out)
+    stated = stated_dtype(mapping)
     outer = _around(mapping) if vision is not None else None
-    return Source(config, outer, specs, formats, groups, files, in_files, left_out, notes)
+    return Source(config, outer, specs, formats, groups, files, in_files, left_out, notes, stated)
 
 
 def _scale_notes(left_out: list[str]) -> tuple[str, ...]:

@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import tensorstore as ts
 
 from jaxmoe.checkpoint.arrays import nbytes_of, open_array, path_of, readable
-from jaxmoe.checkpoint.tensors import Format, array_shapes
+from jaxmoe.checkpoint.tensors import Format, array_shapes, main_dtype
 from jaxmoe.checkpoint.workspace import workspace_of
 from jaxmoe.checkpoint.writer import MARKER, STATE, save_tree
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.hf_config import from_hf, to_hf, vision_from_hf
+from jaxmoe.hf_config import from_hf, stated_dtype, to_hf, vision_from_hf
 from jaxmoe.model.params import (
     ParamSpec,
     named_params,
@@ -98,12 +98,14 @@ class Checkpoint:
         config: of the text model.
         formats: of the parameters that are quantized, by name.
         outer: the config.json around the text model's where the vision tower is there, else None.
+        stated: the dtype that the configuration states.
     """
 
     path: Path
     config: Llama4Config
     formats: dict[str, Format]
     outer: dict[str, Any] | None
+    stated: Any = None
 
     def specs(self, vision: bool = False) -> dict[str, ParamSpec]:
         """Of the text model's parameters by name, or also of the vision tower's if it is there."""
@@ -132,6 +134,21 @@ class Checkpoint:
         return arrays
 
 
+def main_dtypes(path: str | Path) -> tuple[str, ...]:
+    """The dtypes of what is not quantized, first the one to compute in where there are several.
+
+    Raises:
+        UserError: as `load`.
+    """
+    checkpoint = read_checkpoint(path)
+    nbytes: dict[str, int] = collections.Counter()
+    for name, array in checkpoint.open_arrays().items():
+        if not name.endswith((".qvalue", ".scale")):
+            nbytes[array.dtype.name] += nbytes_of(array)
+    first = main_dtype(nbytes, checkpoint.stated)
+    return first, *sorted(nbytes.keys() - {first})
+
+
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """What a checkpoint is, from its metadata.
 
@@ -144,7 +161,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} was written by jaxmoe {metadata['version']}; update jaxmoe.")
     formats = {name: Format(*value) for name, value in metadata.get("formats", {}).items()}
     config = from_hf(metadata["config"], source=str(path))
-    return Checkpoint(path, config, formats, metadata.get("outer"))
+    stated = stated_dtype(metadata["config"])
+    return Checkpoint(path, config, formats, metadata.get("outer"), stated)
 
 
 def read_config(path: str | Path) -> Llama4Config:

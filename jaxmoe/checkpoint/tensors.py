@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,16 @@ def array_shapes(
         shapes[f"{name}.qvalue"] = (*outer, outputs, stored)
         shapes[f"{name}.scale"] = (*outer, inputs // width, outputs)
     return shapes
+
+
+def main_dtype(nbytes: Mapping[str, int], stated: Any) -> str:
+    """The dtype of a model: of several, the one that its configuration states, or of most bytes.
+
+    Args:
+        nbytes: in each dtype, of what is not quantized.
+    """
+    is_there = isinstance(stated, str) and stated in nbytes
+    return stated if is_there else max(nbytes, key=lambda dtype: nbytes[dtype])
 
 
 class Block(NamedTuple):

@@ -116,6 +116,30 @@ def test_round_trip_of_mixed_dtypes(tmp_path):
     assert_same_bytes(read_all(back), tensors)
 
 
+@pytest.mark.parametrize(
+    "embed, rest, stated, main",
+    [
+        ("float32", "bfloat16", "bfloat16", "bfloat16"),
+        ("float32", "bfloat16", None, "bfloat16"),
+        ("bfloat16", "float32", "float32", "float32"),
+        ("bfloat16", "float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "bfloat16", "float32", "bfloat16"),  # of which there is nothing
+    ],
+)
+def test_the_dtype_of_a_model_is_not_that_of_its_embedding(tmp_path, embed, rest, stated, main):
+    """Nothing is widened for the embedding, and nothing rounded that the configuration keeps."""
+    config = {**CONFIG, "num_hidden_layers": 1, "torch_dtype": stated}
+    tensors = weights(rest, config)
+    name = "model.embed_tokens.weight"
+    tensors[name] = tensors[name].astype(DTYPES[embed])
+    convert(checkpoint(tmp_path / "hf", config, tensors), tmp_path / "orbax")
+    others = {embed, rest} - {main}
+    assert store.main_dtypes(tmp_path / "orbax") == (main, *others)
+    export(tmp_path / "orbax", tmp_path / "back")
+    assert_same_bytes(read_all(tmp_path / "back"), tensors)
+    assert json.loads((tmp_path / "back/config.json").read_text())["torch_dtype"] == main
+
+
 def test_round_trip_of_a_tied_model(tmp_path):
     config = {**CONFIG, "tie_word_embeddings": True}
     tensors = weights(config=config)
