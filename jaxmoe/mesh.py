@@ -15,8 +15,10 @@ from jaxmoe.parsing import read_yaml
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
-# Logical axis -> mesh axes. Parameters must divide; an activation is replicated over an axis that
-# does not.
+PADDED = ("vocab",)  # logical axes of parameters that are filled up on the mesh until it divides
+
+# Logical axis -> mesh axes. Other parameters must divide; an activation is replicated over an axis
+# that does not.
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "vocab": ("tensor",),
@@ -133,6 +135,12 @@ def param_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 def param_spec_at_use(axes: tuple[str | None, ...]) -> PartitionSpec:
     """Where a parameter lies inside its layer: gathered over fsdp, otherwise as stored."""
     return param_spec(tuple(None if axis == "embed" else axis for axis in axes))
+
+
+def padded_shape(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> tuple[int, ...]:
+    """A parameter's shape on the mesh: the next that the mesh divides, along `PADDED` axes."""
+    steps = (axis_size(mesh, axis) if axis in PADDED else 1 for axis in axes)
+    return tuple(-(-size // step) * step for size, step in zip(shape, steps, strict=True))
 
 
 def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tensorstore as ts
 
 from jaxmoe.checkpoint.arrays import nbytes_of, open_array, path_of, readable
@@ -35,6 +36,7 @@ from jaxmoe.model.params import (
     named_specs,
     place,
     unflatten_params,
+    unpadded,
 )
 from jaxmoe.model.vision_params import vision_specs
 from pallas_kernels.quantized import QuantizedMatrix
@@ -84,7 +86,7 @@ def save(path: str | Path, config: Llama4Config, params: dict) -> None:
     metadata = model_metadata(config, params["embed"].dtype.name, formats)
     tree = jax.tree.map(
         lambda w: {"qvalue": w.qvalue, "scale": w.scale} if isinstance(w, QuantizedMatrix) else w,
-        params,
+        unpadded(config, params),
         is_leaf=lambda w: isinstance(w, QuantizedMatrix),
     )
     save_tree(Path(path).resolve(), tree, KEY, metadata)
@@ -200,7 +202,7 @@ def load(
     total = sum(map(nbytes_of, arrays.values()))
     params, done = [], 0
     for target, array in zip(leaves, _in_order(checkpoint, arrays), strict=True):
-        params.append(_load_array(array, target.sharding, target.dtype))
+        params.append(_load_array(array, target))
         done += nbytes_of(array)
         progress(done, total)
     return checkpoint.config, structure.unflatten(params)
@@ -235,17 +237,33 @@ def _in_order(checkpoint: Checkpoint, arrays: dict[str, ts.TensorStore]) -> list
     return [arrays[name] for name in checkpoint.shapes()]
 
 
-def _load_array(array: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
+def _load_array(array: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array as `target` says; what this has beyond the array is 0."""
+    dtype, sharding = target.dtype, target.sharding
     source = ts.cast(array, ts.dtype(jnp.dtype(dtype))) if dtype != array.dtype else array
     devices_of = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
-        devices_of[index].append(device)
+    for device, index in sharding.addressable_devices_indices_map(target.shape).items():
+        devices_of[index or ()].append(device)
     shares = []
     for index, devices in devices_of.items():
         with readable(path_of(array)):
-            share = source[index].read(order="C").result()
+            share = _read_share(source, index, target.shape)
         shares += jax.block_until_ready([jax.device_put(share, device) for device in devices])
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shares)
+    return jax.make_array_from_single_device_arrays(target.shape, sharding, shares)
+
+
+def _read_share(source: ts.TensorStore, index: tuple[slice, ...], shape: tuple[int, ...]):
+    """A slice of an array of `shape`, of which `source` is the beginning and the rest 0."""
+    wanted = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
+    there = tuple(
+        slice(min(start, size), min(stop, size))
+        for (start, stop), size in zip(wanted, source.shape, strict=True)
+    )
+    share = source[there].read(order="C").result()
+    missing = [
+        (0, stop - start - held) for (start, stop), held in zip(wanted, share.shape, strict=True)
+    ]
+    return np.pad(share, missing) if any(map(any, missing)) else share
 
 
 def model_metadata(
