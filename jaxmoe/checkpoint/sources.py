@@ -157,7 +157,7 @@ def _scale_notes(left_out: list[str]) -> tuple[str, ...]:
         return ()
     return (
         f"{count} scales of activations, keys and values are left out: only matrices stay "
-        "quantized, and --kv says how keys and values are stored when the model runs.",
+        "quantized, and generate.py --kv says how keys and values are stored when the model runs.",
     )
 
 
@@ -216,9 +216,9 @@ def _is_untied(config: Llama4Config, plain: Mapping[str, str], files: TensorFile
     shape, other = (files.tensors[str(name)].shape for name in pair)
     if shape != other:
         return True
-    size = math.prod(shape)
-    for start in range(0, size, BLOCK_BYTES):
-        count = min(BLOCK_BYTES, size - start)
+    size, step = math.prod(shape), BLOCK_BYTES // 4
+    for start in range(0, size, step):
+        count = min(step, size - start)
         one, two = (files.read(str(name), start, count).astype(np.float32) for name in pair)
         if not np.array_equal(one, two):
             return True

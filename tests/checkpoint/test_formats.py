@@ -10,13 +10,13 @@ import pytest
 import safetensors
 
 from jaxmoe.checkpoint import convert as convert_module
-from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint import meta, store
 from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.checkpoint.export import export
 from jaxmoe.checkpoint.reader import DTYPES
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate import token_logits
-from jaxmoe.hf_config import read_config
+from jaxmoe.hf_config import from_hf, read_config
 from jaxmoe.mesh import MeshConfig
 from pallas_kernels.quantized import QuantizedMatrix
 from tests import formats, tiny
@@ -281,3 +281,31 @@ def test_ranks_that_disagree(tmp_path):
     convert(folder, tmp_path / "from_bad")
     with pytest.raises(UserError, match=rf"holds 2:{router} with other numbers than 0:{router}"):
         verify(folder, tmp_path / "from_bad")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"use_scaled_rope": "false"},
+            "makes no sense .*use_scaled_rope is neither true nor false",
+        ),
+        ({"use_qk_norm": 2}, "makes no sense .*use_qk_norm is neither"),
+        ({"floor_scale": 8192.5}, "gives floor_scale the value 8192.5"),
+        ({"floor_scale": 1e999}, "gives floor_scale the value Infinity"),
+        ({"dim": 10**39}, "gives hidden_size the value"),
+        ({"dim": 1e999}, "makes no sense"),
+        ({"n_layers": 10**9}, "gives num_hidden_layers the value"),
+        ({"norm_eps": "x" * 9999}, "gives rms_norm_eps the value"),
+    ],
+)
+def test_params_that_no_model_has(change, words):
+    params = formats.meta_params(meta_config("scout")) | change
+    with pytest.raises(UserError, match=rf"^params\.json (has a value that )?{words}") as caught:
+        from_hf(meta.to_hf_mapping(params, "params.json"), "params.json")
+    assert len(str(caught.value)) < 500
+
+
+def test_meta_writes_whole_numbers_as_floats():
+    params = formats.meta_params(meta_config("scout")) | {"floor_scale": 8192.0}
+    assert meta.to_hf_mapping(params, "params.json")["floor_scale"] == 8192
