@@ -212,9 +212,13 @@ def constrain_param(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 def _lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The same while a function is traced and while it runs as it is written."""
-    if isinstance(x, jax.core.Tracer):
+    try:
+        mesh = None if isinstance(x, jax.core.Tracer) else jax.sharding.get_mesh()
+    except ValueError:  # a constant of a function that is traced, where there is no concrete mesh
+        mesh = None
+    if mesh is None:
         return jax.lax.with_sharding_constraint(x, spec)
-    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
+    return jax.device_put(x, NamedSharding(mesh, spec))
 
 
 def sharding(mesh, spec: PartitionSpec) -> NamedSharding:
