@@ -4,7 +4,6 @@ Nothing is guessed: a size must be there, a key that is not known is refused by 
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,89 +19,10 @@ from jaxmoe.config import (
     layer_kinds,
 )
 from jaxmoe.errors import UserError
+from jaxmoe.hf_keys import KNOWN, ROPE_FACTORS, SIZES, TEXT_KEYS, Keys
 from jaxmoe.parsing import read_json
 
 ATTENTION_NAMES: dict[str, Attention] = {"chunked_attention": "local", "full_attention": "global"}
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "intermediate_size_mlp",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-ROPE_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
-
-# The largest whole numbers: some ten times those of any model, so that nothing is made for a slip.
-# Ids of tokens and positions are int32.
-LARGEST = {
-    "hidden_size": 2**18,
-    "intermediate_size": 2**22,
-    "intermediate_size_mlp": 2**22,
-    "num_attention_heads": 2**14,
-    "num_key_value_heads": 2**14,
-    "head_dim": 2**14,
-    "num_hidden_layers": 2**12,
-    "num_local_experts": 2**16,
-}
-LARGEST_OTHER = 2**31 - 1
-RANGES = {  # of the other numbers
-    "rope_theta": (1, 1e12),
-    "rms_norm_eps": (1e-20, 0.1),
-    "attn_scale": (1e-9, 1e3),
-    "pixel_shuffle_ratio": (1e-2, 1),
-    **dict.fromkeys(ROPE_FACTORS, (1e-3, 1e6)),
-}
-
-# Keys that say how the text model computes.
-TEXT_KEYS = frozenset(
-    """
-    num_hidden_layers num_local_experts num_experts_per_tok interleave_moe_layer_step moe_layers
-    no_rope_layers no_rope_layer_interval layer_types attention_chunk_size rope_theta
-    rope_scaling rope_parameters use_qk_norm attn_temperature_tuning floor_scale attn_scale
-    rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id
-    """.split()
-).union(SIZES)
-
-# Keys that change the model unless they have this value.
-FIXED = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "pretraining_tp": (1,),
-    "per_layer_config": (None,),
-}
-
-# Keys without effect on the text model's forward pass: training, the vision side, and what
-# transformers keeps in every config (its bookkeeping and its generation defaults).
-IGNORED = frozenset(
-    """
-    attention_dropout router_aux_loss_coef router_jitter_noise output_router_logits
-    initializer_range use_cache for_llm_compressor cache_implementation
-
-    quantization_config vision_config boi_token_index eoi_token_index image_token_index
-    boi_token_id eoi_token_id image_token_id
-
-    architectures model_type transformers_version dtype torch_dtype name_or_path _name_or_path
-    _commit_hash attn_implementation _attn_implementation _attn_implementation_autoset
-    experts_implementation unsloth_fixed unsloth_version auto_map tokenizer_class
-    return_dict output_hidden_states output_attentions output_scores return_dict_in_generate
-    torchscript use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward
-    is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size
-    tie_encoder_decoder tie_last_hidden_states id2label label2id num_labels problem_type
-    finetuning_task task_specific_params prefix sep_token_id decoder_start_token_id
-
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens
-    """.split()
-)
-
-KNOWN = TEXT_KEYS | FIXED.keys() | IGNORED | {"text_config"}
 MAX_NAMED = 10  # of unknown keys in one message
 
 TEXT_MODEL, NESTED_MODEL = "llama4_text", "llama4"
@@ -145,14 +65,14 @@ def from_hf(mapping: Mapping[str, Any], source: str, ignore_unknown: bool = Fals
         UserError: for an unknown or missing key, a value out of range, or keys that contradict. A
             key that is null is as if it were not there.
     """
-    outer = _Keys(mapping, source)
+    outer = Keys(mapping, source)
     if mapping.get("model_type") not in (TEXT_MODEL, NESTED_MODEL):
         outer.refuse("model_type", f"one of '{TEXT_MODEL}' and '{NESTED_MODEL}'")
     text, unknown = outer, outer.unknown()
     if "text_config" in mapping:
         if not isinstance(mapping["text_config"], Mapping):
             outer.refuse("text_config", "an object")
-        text = _Keys(mapping["text_config"], f"{source}, text_config")
+        text = Keys(mapping["text_config"], f"{source}, text_config")
         outer.check_fixed()
         unknown += text.unknown()
     if unknown and not ignore_unknown:
@@ -191,7 +111,7 @@ def vision_from_hf(mapping: Mapping[str, Any], source: str) -> VisionConfig | No
     """
     if not isinstance(mapping.get("vision_config"), Mapping):
         return None
-    keys = _Keys(mapping["vision_config"], f"{source}, vision_config")
+    keys = Keys(mapping["vision_config"], f"{source}, vision_config")
     fields = {field.name for field in dataclasses.fields(VisionConfig)} - {"pixel_shuffle_ratio"}
     sizes = {name: keys.integer(name) for name in fields}
     return VisionConfig(**sizes, pixel_shuffle_ratio=keys.number("pixel_shuffle_ratio"))
@@ -243,70 +163,7 @@ def _interval(flags: list[bool]) -> int | None:
     return first if flags == regular else None
 
 
-class _Keys:
-    """A JSON object read key by key; every refusal names the file, the key and its value."""
-
-    def __init__(self, mapping: Mapping[str, Any], source: str):
-        self.mapping = mapping
-        self.source = source
-
-    def __contains__(self, key: str) -> bool:
-        """Whether the key is there with a value other than null."""
-        return self.mapping.get(key) is not None
-
-    def refuse(self, key: str, expected: str) -> NoReturn:
-        if key not in self.mapping:
-            raise UserError(f"{self.source} lacks {key}; add it: {expected}.")
-        value = json.dumps(self.mapping[key], default=str)
-        raise UserError(f"{self.source} gives {key} the value {value:.80}; expected {expected}.")
-
-    def unknown(self) -> list[str]:
-        """The keys that are not known, and not null."""
-        return [key for key in self.mapping if key in self and key not in KNOWN]
-
-    def check_fixed(self) -> None:
-        for key, allowed in FIXED.items():
-            if key in self and not any(_is(self.mapping[key], value) for value in allowed):
-                self.refuse(key, " or ".join(json.dumps(value) for value in allowed))
-
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = default if key not in self else self.mapping[key]
-        most = LARGEST.get(key, LARGEST_OTHER)
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= most:
-            self.refuse(key, f"an integer from {minimum} to {most}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = default if key not in self else self.mapping[key]
-        least, most = RANGES[key]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not least <= value <= most:
-            self.refuse(key, f"a number from {least:g} to {most:g}")
-        return float(value)
-
-    def flag(self, key: str, default: bool, also: tuple[int, ...] = ()) -> bool:
-        """A boolean; `also` are numbers that some configs store for one."""
-        value = default if key not in self else self.mapping[key]
-        if type(value) is not bool and not any(_is(value, number) for number in also):
-            self.refuse(key, "true or false")
-        return bool(value)
-
-    def integers(self, key: str, allowed: range) -> list[int]:
-        value = self.mapping[key]
-        expected = f"a list of integers from {allowed[0]} to {allowed[-1]}"
-        if not isinstance(value, list):
-            self.refuse(key, expected)
-        if any(type(item) is not int or item not in allowed for item in value):
-            self.refuse(key, expected)
-        return value
-
-
-def _is(value: Any, expected: Any) -> bool:
-    """Whether they are the same in JSON, where 1 is not true."""
-    return type(value) is type(expected) and value == expected
-
-
-def _text_config(keys: _Keys) -> Llama4Config:
+def _text_config(keys: Keys) -> Llama4Config:
     layers = _layers(keys)
     has_moe = any(kind.feed_forward == "moe" for kind in layers)
     fields: dict[str, Any] = dict(
@@ -330,14 +187,14 @@ def _text_config(keys: _Keys) -> Llama4Config:
         raise UserError(f"{keys.source}: {error}") from None
 
 
-def _chunk(keys: _Keys) -> int | None:
+def _chunk(keys: Keys) -> int | None:
     """Absent means 8192; null means that local layers attend to everything earlier."""
     if keys.mapping.get("attention_chunk_size", ...) is None:
         return None
     return keys.integer("attention_chunk_size", Llama4Config.attention_chunk_size)
 
 
-def _layers(keys: _Keys) -> tuple[LayerKind, ...]:
+def _layers(keys: Keys) -> tuple[LayerKind, ...]:
     """Each layer's kind: lists where they are given, else Llama 4's rule."""
     count = keys.integer("num_hidden_layers")
     step = keys.integer("interleave_moe_layer_step", 1, minimum=0) or count + 1  # 0: all dense
@@ -350,7 +207,7 @@ def _layers(keys: _Keys) -> tuple[LayerKind, ...]:
     return tuple(LayerKind(a, f) for a, f in zip(attention, feed_forward, strict=True))
 
 
-def _attention_kinds(keys: _Keys, count: int) -> list[Attention] | None:
+def _attention_kinds(keys: Keys, count: int) -> list[Attention] | None:
     """From `no_rope_layers` (1: rotary, so local) or `layer_types`; None if neither says."""
     by_rope: list[Attention] | None = None
     by_type: list[Attention] | None = None
@@ -372,7 +229,7 @@ def _attention_kinds(keys: _Keys, count: int) -> list[Attention] | None:
     return by_rope or by_type
 
 
-def _rope(keys: _Keys) -> dict[str, Any]:
+def _rope(keys: Keys) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, from the keys of transformers 4.x or 5.x."""
     if "rope_scaling" in keys and "rope_parameters" in keys:
         keys.refuse("rope_scaling", "null beside rope_parameters")
@@ -381,12 +238,12 @@ def _rope(keys: _Keys) -> dict[str, Any]:
         return {"rope_theta": keys.number("rope_theta", Llama4Config.rope_theta)}
     if not isinstance(keys.mapping[name], Mapping):
         keys.refuse(name, "an object or null")
-    rope = _Keys(keys.mapping[name], f"{keys.source}, {name}")
+    rope = Keys(keys.mapping[name], f"{keys.source}, {name}")
     theta = (rope if "rope_theta" in rope else keys).number("rope_theta", Llama4Config.rope_theta)
     return {"rope_theta": theta, "rope_scaling": _rope_scaling(rope)}
 
 
-def _rope_scaling(rope: _Keys) -> RopeScaling | None:
+def _rope_scaling(rope: Keys) -> RopeScaling | None:
     if {key for key in rope.mapping if key in rope} <= {"rope_theta"}:
         return None
     kind = "type" if "type" in rope and "rope_type" not in rope else "rope_type"
@@ -405,7 +262,7 @@ def _rope_scaling(rope: _Keys) -> RopeScaling | None:
     return RopeScaling(**factors, original_max_position_embeddings=original)
 
 
-def _token_ids(keys: _Keys) -> dict[str, Any]:
+def _token_ids(keys: Keys) -> dict[str, Any]:
     """Ids of special tokens; absent ones are Llama 4's, as far as the vocabulary has them."""
     ids: dict[str, Any] = {}
     if "bos_token_id" in keys:
