@@ -4,8 +4,6 @@ Nothing is guessed: a size must be there, a key that is not known is refused by 
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,65 +19,11 @@ from jaxmoe.config import (
     layer_kinds,
 )
 from jaxmoe.errors import UserError
+from jaxmoe.hf_keys import KNOWN, ROPE_FACTORS, SIZES, TEXT_KEYS, Keys
+from jaxmoe.parsing import read_json
 
 ATTENTION_NAMES: dict[str, Attention] = {"chunked_attention": "local", "full_attention": "global"}
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "intermediate_size_mlp",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-ROPE_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
-
-# Keys that say how the text model computes.
-TEXT_KEYS = frozenset(
-    """
-    num_hidden_layers num_local_experts num_experts_per_tok interleave_moe_layer_step moe_layers
-    no_rope_layers no_rope_layer_interval layer_types attention_chunk_size rope_theta
-    rope_scaling rope_parameters use_qk_norm attn_temperature_tuning floor_scale attn_scale
-    rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id
-    """.split()
-).union(SIZES)
-
-# Keys that change the model unless they have this value.
-FIXED = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "pretraining_tp": (1,),
-    "per_layer_config": (None,),
-}
-
-# Keys without effect on the text model's forward pass: training, the vision side, and what
-# transformers keeps in every config (its bookkeeping and its generation defaults).
-IGNORED = frozenset(
-    """
-    attention_dropout router_aux_loss_coef router_jitter_noise output_router_logits
-    initializer_range use_cache for_llm_compressor cache_implementation
-
-    quantization_config vision_config boi_token_index eoi_token_index image_token_index
-    boi_token_id eoi_token_id image_token_id
-
-    architectures model_type transformers_version dtype torch_dtype name_or_path _name_or_path
-    _commit_hash attn_implementation _attn_implementation _attn_implementation_autoset
-    experts_implementation unsloth_fixed unsloth_version auto_map tokenizer_class
-    return_dict output_hidden_states output_attentions output_scores return_dict_in_generate
-    torchscript use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward
-    is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size
-    tie_encoder_decoder tie_last_hidden_states id2label label2id num_labels problem_type
-    finetuning_task task_specific_params prefix sep_token_id decoder_start_token_id
-
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens
-    """.split()
-)
+MAX_NAMED = 10  # of unknown keys in one message
 
 TEXT_MODEL, NESTED_MODEL = "llama4_text", "llama4"
 
@@ -90,28 +34,23 @@ def read_config(folder: str | Path) -> Llama4Config:
     Raises:
         UserError: if `config.json` is missing, is no JSON, or is not one that `from_hf` reads.
     """
-    return from_hf(read_json(folder, "config.json"), source=str(Path(folder) / "config.json"))
+    return from_hf(read_object(folder, "config.json"), source=str(Path(folder) / "config.json"))
 
 
-def read_json(folder: str | Path, name: str) -> dict[str, Any]:
+def read_object(folder: str | Path, name: str) -> dict[str, Any]:
     """A JSON object in a model's folder.
 
     Raises:
         UserError: if it is missing or is no JSON object.
     """
     path = Path(folder) / name
-    try:
-        mapping = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; is {folder} a model?") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}; download it again.") from None
+    mapping = read_json(path)
     if not isinstance(mapping, dict):
         raise UserError(f"{path} holds no JSON object; download it again.")
     return mapping
 
 
-def from_hf(mapping: Mapping[str, Any], source: str) -> Llama4Config:
+def from_hf(mapping: Mapping[str, Any], source: str, ignore_unknown: bool = False) -> Llama4Config:
     """Reads a `config.json`, text-only or with the text model nested in `text_config`.
 
     Accepts the keys of transformers 4.x (`rope_scaling`, `torch_dtype`) and 5.x (`rope_parameters`,
@@ -120,25 +59,52 @@ def from_hf(mapping: Mapping[str, Any], source: str) -> Llama4Config:
     Args:
         mapping: the parsed JSON.
         source: what error messages call it, usually the file's path.
+        ignore_unknown: takes the model as it is without the keys that are not known.
 
     Raises:
-        UserError: for an unknown or missing key, a value out of range, or keys that contradict.
+        UserError: for an unknown or missing key, a value out of range, or keys that contradict. A
+            key that is null is as if it were not there.
     """
-    outer = _Keys(mapping, source)
+    outer = Keys(mapping, source)
     if mapping.get("model_type") not in (TEXT_MODEL, NESTED_MODEL):
         outer.refuse("model_type", f"one of '{TEXT_MODEL}' and '{NESTED_MODEL}'")
-    text = outer
+    text, unknown = outer, outer.unknown()
     if "text_config" in mapping:
-        outer.check_known(extra=("text_config",))
         if not isinstance(mapping["text_config"], Mapping):
             outer.refuse("text_config", "an object")
-        text = _Keys(mapping["text_config"], f"{source}, text_config")
-    text.check_known()
+        text = Keys(mapping["text_config"], f"{source}, text_config")
+        outer.check_fixed()
+        unknown += text.unknown()
+    if unknown and not ignore_unknown:
+        _refuse_unknown(source, unknown)
+    text.check_fixed()
     config = _text_config(text)
     if text is outer or outer.mapping.get("eos_token_id") is None:
         return config
     ids = (*config.eos_token_ids, *_eos_ids(outer))
     return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(ids)))
+
+
+def _refuse_unknown(source: str, unknown: list[str]) -> NoReturn:
+    named = [
+        f"{key!r:.80} (the nearest known one is {get_close_matches(key[:80], KNOWN, 1, 0)[0]!r})"
+        for key in unknown[:MAX_NAMED]
+    ]
+    more = f" and {len(unknown) - MAX_NAMED} more" if len(unknown) > MAX_NAMED else ""
+    raise UserError(
+        f"{source} has keys that are not known: {', '.join(named)}{more}; if the model does not "
+        "depend on them, remove them or convert it with --ignore-unknown-config."
+    )
+
+
+def stated_dtype(mapping: Mapping[str, Any]) -> Any:
+    """The dtype that a `config.json` states, of the text model if it does, or None."""
+    text = mapping.get("text_config")
+    for found in (text if isinstance(text, Mapping) else {}, mapping):
+        for key in ("dtype", "torch_dtype"):
+            if found.get(key) is not None:
+                return found[key]
+    return None
 
 
 def vision_from_hf(mapping: Mapping[str, Any], source: str) -> VisionConfig | None:
@@ -149,7 +115,7 @@ def vision_from_hf(mapping: Mapping[str, Any], source: str) -> VisionConfig | No
     """
     if not isinstance(mapping.get("vision_config"), Mapping):
         return None
-    keys = _Keys(mapping["vision_config"], f"{source}, vision_config")
+    keys = Keys(mapping["vision_config"], f"{source}, vision_config")
     fields = {field.name for field in dataclasses.fields(VisionConfig)} - {"pixel_shuffle_ratio"}
     sizes = {name: keys.integer(name) for name in fields}
     return VisionConfig(**sizes, pixel_shuffle_ratio=keys.number("pixel_shuffle_ratio"))
@@ -201,68 +167,7 @@ def _interval(flags: list[bool]) -> int | None:
     return first if flags == regular else None
 
 
-class _Keys:
-    """A JSON object read key by key; every refusal names the file, the key and its value."""
-
-    def __init__(self, mapping: Mapping[str, Any], source: str):
-        self.mapping = mapping
-        self.source = source
-
-    def __contains__(self, key: str) -> bool:
-        """Whether the key is there with a value other than null."""
-        return self.mapping.get(key) is not None
-
-    def refuse(self, key: str, expected: str) -> NoReturn:
-        if key not in self.mapping:
-            raise UserError(f"{self.source} lacks {key}; add it: {expected}.")
-        value = json.dumps(self.mapping[key], default=str)
-        raise UserError(f"{self.source} gives {key} the value {value}; expected {expected}.")
-
-    def check_known(self, extra: tuple[str, ...] = ()) -> None:
-        known = TEXT_KEYS | FIXED.keys() | IGNORED | set(extra)
-        for key in self.mapping:
-            if key not in known:
-                near = get_close_matches(key, known, n=1, cutoff=0)
-                raise UserError(
-                    f"{self.source} has the unknown key '{key}' (the nearest known one is "
-                    f"'{near[0]}'); remove it if the model does not depend on it."
-                )
-        for key, allowed in FIXED.items():
-            if key in self and self.mapping[key] not in allowed:
-                self.refuse(key, " or ".join(json.dumps(value) for value in allowed))
-
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = default if key not in self else self.mapping[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            self.refuse(key, f"an integer, {minimum} or more")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = default if key not in self else self.mapping[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.refuse(key, "a positive number")
-        if not 0 < value < math.inf:
-            self.refuse(key, "a positive number")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """A boolean; some configs store the number 4 for true."""
-        value = default if key not in self else self.mapping[key]
-        if type(value) not in (bool, int):
-            self.refuse(key, "true or false")
-        return bool(value)
-
-    def integers(self, key: str, allowed: range) -> list[int]:
-        value = self.mapping[key]
-        expected = f"a list of integers from {allowed[0]} to {allowed[-1]}"
-        if not isinstance(value, list):
-            self.refuse(key, expected)
-        if any(type(item) is not int or item not in allowed for item in value):
-            self.refuse(key, expected)
-        return value
-
-
-def _text_config(keys: _Keys) -> Llama4Config:
+def _text_config(keys: Keys) -> Llama4Config:
     layers = _layers(keys)
     has_moe = any(kind.feed_forward == "moe" for kind in layers)
     fields: dict[str, Any] = dict(
@@ -273,7 +178,7 @@ def _text_config(keys: _Keys) -> Llama4Config:
         attention_chunk_size=_chunk(keys),
         **_rope(keys),
         use_qk_norm=keys.flag("use_qk_norm", True),
-        attn_temperature_tuning=keys.flag("attn_temperature_tuning", True),
+        attn_temperature_tuning=keys.flag("attn_temperature_tuning", True, also=(0, 1, 4)),
         floor_scale=keys.integer("floor_scale", Llama4Config.floor_scale),
         attn_scale=keys.number("attn_scale", Llama4Config.attn_scale),
         rms_norm_eps=keys.number("rms_norm_eps", Llama4Config.rms_norm_eps),
@@ -286,14 +191,14 @@ def _text_config(keys: _Keys) -> Llama4Config:
         raise UserError(f"{keys.source}: {error}") from None
 
 
-def _chunk(keys: _Keys) -> int | None:
+def _chunk(keys: Keys) -> int | None:
     """Absent means 8192; null means that local layers attend to everything earlier."""
     if keys.mapping.get("attention_chunk_size", ...) is None:
         return None
     return keys.integer("attention_chunk_size", Llama4Config.attention_chunk_size)
 
 
-def _layers(keys: _Keys) -> tuple[LayerKind, ...]:
+def _layers(keys: Keys) -> tuple[LayerKind, ...]:
     """Each layer's kind: lists where they are given, else Llama 4's rule."""
     count = keys.integer("num_hidden_layers")
     step = keys.integer("interleave_moe_layer_step", 1, minimum=0) or count + 1  # 0: all dense
@@ -301,12 +206,12 @@ def _layers(keys: _Keys) -> tuple[LayerKind, ...]:
     attention = _attention_kinds(keys, count) or [kind.attention for kind in rule]
     feed_forward: list[FeedForward] = [kind.feed_forward for kind in rule]
     if "moe_layers" in keys:
-        moe = keys.integers("moe_layers", range(count))
+        moe = set(keys.integers("moe_layers", range(count)))
         feed_forward = ["moe" if i in moe else "dense" for i in range(count)]
     return tuple(LayerKind(a, f) for a, f in zip(attention, feed_forward, strict=True))
 
 
-def _attention_kinds(keys: _Keys, count: int) -> list[Attention] | None:
+def _attention_kinds(keys: Keys, count: int) -> list[Attention] | None:
     """From `no_rope_layers` (1: rotary, so local) or `layer_types`; None if neither says."""
     by_rope: list[Attention] | None = None
     by_type: list[Attention] | None = None
@@ -328,7 +233,7 @@ def _attention_kinds(keys: _Keys, count: int) -> list[Attention] | None:
     return by_rope or by_type
 
 
-def _rope(keys: _Keys) -> dict[str, Any]:
+def _rope(keys: Keys) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, from the keys of transformers 4.x or 5.x."""
     if "rope_scaling" in keys and "rope_parameters" in keys:
         keys.refuse("rope_scaling", "null beside rope_parameters")
@@ -337,18 +242,18 @@ def _rope(keys: _Keys) -> dict[str, Any]:
         return {"rope_theta": keys.number("rope_theta", Llama4Config.rope_theta)}
     if not isinstance(keys.mapping[name], Mapping):
         keys.refuse(name, "an object or null")
-    rope = _Keys(keys.mapping[name], f"{keys.source}, {name}")
+    rope = Keys(keys.mapping[name], f"{keys.source}, {name}")
     theta = (rope if "rope_theta" in rope else keys).number("rope_theta", Llama4Config.rope_theta)
     return {"rope_theta": theta, "rope_scaling": _rope_scaling(rope)}
 
 
-def _rope_scaling(rope: _Keys) -> RopeScaling | None:
-    if set(rope.mapping) <= {"rope_theta"}:
+def _rope_scaling(rope: Keys) -> RopeScaling | None:
+    if {key for key in rope.mapping if key in rope} <= {"rope_theta"}:
         return None
     kind = "type" if "type" in rope and "rope_type" not in rope else "rope_type"
     known = {"type", "rope_type", "rope_theta", "original_max_position_embeddings", *ROPE_FACTORS}
     for key in rope.mapping:
-        if key not in known:
+        if key in rope and key not in known:
             rope.refuse(key, f"no key but {', '.join(sorted(known))}")
     if rope.mapping.get(kind) == "default":
         return None
@@ -361,7 +266,7 @@ def _rope_scaling(rope: _Keys) -> RopeScaling | None:
     return RopeScaling(**factors, original_max_position_embeddings=original)
 
 
-def _token_ids(keys: _Keys) -> dict[str, Any]:
+def _token_ids(keys: Keys) -> dict[str, Any]:
     """Ids of special tokens; absent ones are Llama 4's, as far as the vocabulary has them."""
     ids: dict[str, Any] = {}
     if "bos_token_id" in keys:
@@ -376,7 +281,7 @@ def _token_ids(keys: _Keys) -> dict[str, Any]:
     return ids
 
 
-def _eos_ids(keys: _Keys) -> tuple[int, ...]:
+def _eos_ids(keys: Keys) -> tuple[int, ...]:
     if isinstance(keys.mapping["eos_token_id"], list):
         return tuple(keys.integers("eos_token_id", range(2**31)))
     return (keys.integer("eos_token_id", minimum=0),)

@@ -15,8 +15,10 @@ from jaxmoe.parsing import read_yaml
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
-# Logical axis -> mesh axes. Parameters must divide; an activation is replicated over an axis that
-# does not.
+PADDED = ("vocab",)  # logical axes of parameters that are filled up on the mesh until it divides
+
+# Logical axis -> mesh axes. Other parameters must divide; an activation is replicated over an axis
+# that does not.
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "vocab": ("tensor",),
@@ -74,7 +76,7 @@ class MeshConfig:
                 ) from None
             if parsed[axis] < 1 and parsed[axis] != -1:
                 raise UserError(
-                    f"mesh {source} gives {axis} the size {size}; use 1 or more, or -1."
+                    f"mesh {source} gives {axis} the size {size!s:.80}; use 1 or more, or -1."
                 )
         return cls(**parsed)
 
@@ -133,6 +135,12 @@ def param_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 def param_spec_at_use(axes: tuple[str | None, ...]) -> PartitionSpec:
     """Where a parameter lies inside its layer: gathered over fsdp, otherwise as stored."""
     return param_spec(tuple(None if axis == "embed" else axis for axis in axes))
+
+
+def padded_shape(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> tuple[int, ...]:
+    """A parameter's shape on the mesh: the next that the mesh divides, along `PADDED` axes."""
+    steps = (axis_size(mesh, axis) if axis in PADDED else 1 for axis in axes)
+    return tuple(-(-size // step) * step for size, step in zip(shape, steps, strict=True))
 
 
 def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> None:
@@ -204,9 +212,13 @@ def constrain_param(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 def _lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The same while a function is traced and while it runs as it is written."""
-    if isinstance(x, jax.core.Tracer):
+    try:
+        mesh = None if isinstance(x, jax.core.Tracer) else jax.sharding.get_mesh()
+    except ValueError:  # a constant of a function that is traced, where there is no concrete mesh
+        mesh = None
+    if mesh is None:
         return jax.lax.with_sharding_constraint(x, spec)
-    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
+    return jax.device_put(x, NamedSharding(mesh, spec))
 
 
 def sharding(mesh, spec: PartitionSpec) -> NamedSharding:

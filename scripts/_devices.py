@@ -86,8 +86,7 @@ def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Confi
 
     With --mesh, first prints what lands where.
     """
-    params = store.abstract(args.checkpoint, mesh, args.dtype)
-    dtype = params["embed"].dtype  # one for all, also where a file mixes them
+    dtype = args.dtype or _one_dtype(args.checkpoint)
     if args.mesh:
         params = store.abstract(args.checkpoint, mesh, dtype)
         config = store.read_config(args.checkpoint)
@@ -100,6 +99,15 @@ def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Confi
         known = "" if speech.surprise is None else f", surprise {speech.surprise:.2f}"
         print(f"[self-test: entropy {speech.entropy:.2f}{known} of guessing]", file=sys.stderr)
     return config, params
+
+
+def _one_dtype(checkpoint: str) -> str:
+    """For all parameters, also where a checkpoint mixes dtypes."""
+    dtype, *others = store.main_dtypes(checkpoint)
+    if others:
+        stored = " and ".join([dtype, *others])
+        print(f"[stored in {stored}; loaded in {dtype}, or as --dtype says]", file=sys.stderr)
+    return dtype
 
 
 def tokenizer(checkpoint: str) -> Tokenizer | None:

@@ -34,6 +34,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--text-only", action="store_true", help="leave the vision tower out")
     parser.add_argument(
+        "--ignore-unknown-config",
+        action="store_true",
+        help="go on without the keys of the configuration that are not known",
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
         help="read both again and compare; without converting if the output is there",
@@ -52,6 +57,7 @@ def main() -> None:
         start = time.perf_counter()
         with byte_progress("Verifying") as progress:
             report = verify(args.source, args.output, progress)
+        _print_notes(report.notes)
         print(f"Verified {report.tensors} tensors, {_rate(report.nbytes, start)}: all are equal.")
 
 
@@ -59,14 +65,25 @@ def _convert(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     with byte_progress("Converting") as progress:
         report = convert(
-            args.source, args.output, progress, weights=args.weights, text_only=args.text_only
+            args.source,
+            args.output,
+            progress,
+            weights=args.weights,
+            text_only=args.text_only,
+            ignore_unknown=args.ignore_unknown_config,
         )
+    _print_notes(report.notes)
     rate = _rate(report.nbytes - report.resumed, start)
     before = f", {report.resumed / 1e9:.2f} GB before" if report.resumed else ""
     left_out = f", {report.left_out} tensors left out" if report.left_out else ""
     print(f"Converted {report.tensors} tensors, {rate}{before}, to {args.output}{left_out}.")
     if report.errors:
         Console(file=sys.stdout).print(_error_table(report.errors))
+
+
+def _print_notes(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _rate(nbytes: int, start: float) -> str:

@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # plans need no accelerator
 
@@ -13,7 +14,7 @@ from _plan_text import print_plan
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan import planner
-from jaxmoe.plan.models import read_model
+from jaxmoe.plan.models import read_dtype, read_model
 from jaxmoe.plan.targets import Target, parse_target
 from jaxmoe.plan.work import FORMATS, SEGMENT, TASKS, Work
 
@@ -59,6 +60,12 @@ def main() -> None:
     target = parse_target(args.target)
     mesh = None if args.mesh == "auto" else MeshConfig.parse(args.mesh)
     plan = planner.make_plan(args.model, _work(args, target, mesh), target, mesh)
+    if args.task != "train" and read_dtype(args.model) == "float32":
+        print(
+            f"note: {args.model} is in float32, as it is loaded without --dtype bfloat16, which is "
+            "what is planned.",
+            file=sys.stderr,
+        )
     if args.compile and plan.fits:
         plan = planner.with_compiler(plan)
     if args.json:  # also of what does not fit: a machine can do with the figures

@@ -105,6 +105,48 @@ def in_fp8(config, tensors):
     return config | {"quantization_config": described}, stored, fused(config, meant)
 
 
+def in_fp8_blocks(config, tensors, block=(48, 32)):
+    """Every matrix of feed-forward layers in e4m3, a scale a block; and what it stands for.
+
+    The last block of outputs is a part of one.
+    """
+    stored, meant = {}, {}
+    for name, w in unfused(config, tensors).items():
+        meant[name] = stored[name] = w
+        if "_proj" not in name or "self_attn" in name:
+            continue
+        rows, columns = (-(-size // step) for size, step in zip(w.shape, block, strict=True))
+        padded = np.zeros((rows * block[0], columns * block[1]), np.float32)
+        padded[: w.shape[0], : w.shape[1]] = w
+        largest = abs(padded.reshape(rows, block[0], columns, block[1])).max(axis=(1, 3))
+        scale = (largest / 448).astype(BF16)
+        each = np.repeat(np.repeat(scale, block[0], 0), block[1], 1).astype(np.float32)
+        each = each[: w.shape[0], : w.shape[1]]
+        stored[name], stored[f"{name}_scale"] = (w / each).astype(FP8), scale
+        meant[name] = stored[name].astype(np.float32) * each
+    kind = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": list(block)}
+    described = quantization_config("float-quantized", kind)
+    return config | {"quantization_config": described}, stored, fused(config, meant)
+
+
+def in_fp8_tensors(config, tensors):
+    """Experts in e4m3 with one scale a matrix, and scales of inputs, keys and values beside."""
+    stored, meant = {}, {}
+    for name, w in unfused(config, tensors).items():
+        meant[name] = stored[name] = w
+        if ".experts." in name:
+            scale = np.array([abs(w).max() / 448], np.float32)
+            stored[name], stored[f"{name}_scale"] = (w / scale).astype(FP8), scale
+            stored[name.replace("weight", "input_scale")] = scale
+            meant[name] = stored[name].astype(np.float32) * scale
+    for n in range(config["num_hidden_layers"]):
+        for x in "kv":
+            stored[f"model.layers.{n}.self_attn.{x}_scale"] = np.ones(1, np.float32)
+    kind = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    described = quantization_config("float-quantized", kind)
+    return config | {"quantization_config": described}, stored, fused(config, meant)
+
+
 def in_w4a16(config, tensors, width=32):
     """Every feed-forward matrix in groups of 4 bits, eight a word; and what it stands for."""
     stored, meant = {}, {}

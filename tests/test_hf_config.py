@@ -50,6 +50,7 @@ def test_published_configs_are_the_presets():
         {"moe_layers": list(range(48)), "interleave_moe_layer_step": 7},
         {"output_attentions": True, "transformers_version": "5.23.0", "id2label": {"0": "A"}},
         {"quantization_config": None},
+        {"atention_chunk_size": None, "rope_scaling": {**SCOUT_HF["rope_scaling"], "beta": None}},
     ],
 )
 def test_spellings_of_scout(changes):
@@ -135,7 +136,7 @@ def test_missing_sizes_are_refused_by_name(key):
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "head_dim", "num_hidden_layers", "floor_scale"])
-@pytest.mark.parametrize("value", [0, -1, "5120", True, 1.5, [1]])
+@pytest.mark.parametrize("value", [0, -1, "5120", True, 1.5, [1], 2**31, 10**39])
 def test_absurd_integers_are_refused_by_name(key, value):
     with pytest.raises(UserError, match=rf"^config\.json gives {key} the value "):
         read({**SCOUT_HF, key: value})
@@ -152,6 +153,17 @@ def test_absurd_integers_are_refused_by_name(key, value):
         ("rms_norm_eps", "1e-5"),
         ("attn_scale", float("nan")),
         ("attn_temperature_tuning", "yes"),
+        ("attn_temperature_tuning", 2),
+        ("tie_word_embeddings", 1),
+        ("tie_word_embeddings", -1),
+        ("use_qk_norm", 2**31),
+        ("attention_bias", 0),
+        ("num_hidden_layers", 10**9),
+        ("num_local_experts", 2**40),
+        ("hidden_size", 2**30),
+        ("rms_norm_eps", 1),
+        ("rope_theta", 1e300),
+        ("rope_theta", float("inf")),
         ("eos_token_id", "2"),
         ("eos_token_id", [1, "2"]),
         ("no_rope_layers", [1, 2] * 24),
@@ -183,6 +195,22 @@ def test_unknown_keys_are_refused_with_the_nearest_name(where):
         config, _ = tiny.nested(config, {})
     with pytest.raises(UserError, match=r"'atention_chunk_size'.*'attention_chunk_size'"):
         read(config)
+
+
+def test_unknown_keys_are_named_at_once_and_may_be_ignored():
+    unknown = {"alpha_window": 1, "beta_window": [2], "gamma_window": None}
+    config, _ = tiny.nested({**SCOUT_HF, **unknown}, {})
+    config["delta_window"] = 3
+    with pytest.raises(UserError) as caught:
+        read(config)
+    message = str(caught.value)
+    assert all(f"'{name}_window'" in message for name in ("alpha", "beta", "delta"))
+    assert "gamma" not in message and "--ignore-unknown-config" in message
+    assert from_hf(config, "config.json", ignore_unknown=True) == SCOUT
+    many = {f"key{n}": "x" * 1000 for n in range(100)} | {"k" * 10_000: 1}
+    with pytest.raises(UserError, match="and 91 more") as caught:
+        read({**SCOUT_HF, **many})
+    assert len(str(caught.value)) < 2000
 
 
 def test_contradicting_layer_lists_are_refused():
@@ -272,7 +300,7 @@ def test_read_config_reads_the_folder(tmp_path):
     assert read_config(tmp_path) == SCOUT
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "[" * 100_000, '{"a": %s}' % ("1" * 5000)])
 def test_unreadable_config_names_the_file(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)

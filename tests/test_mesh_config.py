@@ -38,12 +38,13 @@ def test_parse_file(tmp_path, name, text):
         ("expert=2.5", ["expert", "'2.5'", "no number"]),
         ("expert=0", ["expert", "0", "1 or more"]),
         ("expert=-2", ["expert", "-2", "1 or more"]),
+        ("\0.yaml", ["cannot be read"]),
     ],
 )
 def test_bad_text_is_refused(text, words):
     with pytest.raises(UserError) as caught:
         MeshConfig.parse(text)
-    assert all(word in str(caught.value) for word in (f"'{text}'", *words))
+    assert all(word in str(caught.value) for word in (repr(text), *words))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from jaxmoe.checkpoint.store import (
     no_progress,
     read_metadata,
 )
-from jaxmoe.checkpoint.transfer import Error, Job, Step, plan, target_formats
+from jaxmoe.checkpoint.transfer import FLOATS, Error, Job, Step, plan, target_formats
 from jaxmoe.checkpoint.workspace import RESULT, Resumable, boot, writable
 from jaxmoe.checkpoint.writer import STATE, Writer
 from jaxmoe.errors import UserError
@@ -39,6 +39,7 @@ class Report:
         left_out: tensors of the source that were not.
         resumed: bytes that an earlier run had done.
         errors: what was quantized, by kind of parameter.
+        notes: sentences about what a user may not expect.
     """
 
     tensors: int
@@ -46,6 +47,7 @@ class Report:
     left_out: int
     resumed: int = 0
     errors: Mapping[str, Error] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -55,6 +57,7 @@ def convert(
     *,
     weights: str | None = None,
     text_only: bool = False,
+    ignore_unknown: bool = False,
 ) -> Report:
     """Converts a checkpoint to one that `store.load` reads.
 
@@ -69,12 +72,13 @@ def convert(
         weights: "fp8", "int8" or "int4" quantizes matrices; "bf16" or "float32" widens quantized
             ones; None keeps every byte.
         text_only: leaves out the vision tower.
+        ignore_unknown: goes on without the keys of the configuration that are not known.
 
     Raises:
         UserError: for a bad source, an output that exists, a disk that is too small, or a workspace
             that another conversion left.
     """
-    found = open_source(source, text_only)
+    found = open_source(source, text_only, ignore_unknown)
     formats = target_formats(found, weights)
     jobs = plan(found, formats, weights)
     identity = _identity(found, weights, text_only)
@@ -93,7 +97,7 @@ def convert(
             writer.finish(names, KEY, _metadata(found, formats, identity, errors))
             copy_companions(Path(source), workspace.path / RESULT)
         workspace.finish()
-    return Report(_count(found), total, len(found.left_out), resumed, errors)
+    return Report(_count(found), total, len(found.left_out), resumed, errors, found.notes)
 
 
 def _check_same(workspace: Resumable, identity: dict[str, Any]) -> None:
@@ -165,11 +169,11 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
     metadata = read_metadata(checkpoint, KEY, "make one with scripts/convert.py")
     options = metadata.get("conversion", {"sources": []})
     weights, text_only = options.get("weights"), options.get("text_only", False)
-    found = open_source(source, text_only)
+    found = open_source(source, text_only, ignore_unknown=True)  # configurations are compared
     made_of = [{key: file[key] for key in file if key != SAMPLE} for file in options["sources"]]
     if made_of != found.files.files:
         raise UserError(f"{checkpoint} was made of other files than those in {source}.")
-    made = model_metadata(found.config, found.dtype(found.groups[0]).name)
+    made = model_metadata(found.config, _dtype(found, weights))
     if metadata["config"] != json.loads(json.dumps(made["config"])):
         raise UserError(f"{checkpoint} has another configuration than {source}; convert it again.")
     _check_copies(found)
@@ -179,7 +183,7 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
         for nbytes in _compare(job, checkpoint):
             count += nbytes
             progress(count, total)
-    return Report(_count(found), total, len(found.left_out))
+    return Report(_count(found), total, len(found.left_out), notes=found.notes)
 
 
 def _identity(found: Source, weights: str | None, text_only: bool) -> dict[str, Any]:
@@ -276,8 +280,14 @@ def _range(index: tuple[slice, ...]) -> str:
     return f"[{', '.join(parts)}]"
 
 
+def _dtype(found: Source, weights: str | None) -> str:
+    """What the result as a whole is in; widened matrices are most of it."""
+    return (
+        np.dtype(FLOATS[weights]).name if found.formats and weights in FLOATS else found.main_dtype
+    )
+
+
 def _metadata(found: Source, formats, identity: dict[str, Any], errors) -> dict[str, Any]:
-    dtype = found.dtype(found.groups[0]).name
     conversion = {key: identity[key] for key in ("sources", "weights", "text_only")}
-    made = model_metadata(found.config, dtype, formats, found.outer)
+    made = model_metadata(found.config, _dtype(found, identity["weights"]), formats, found.outer)
     return made | {"conversion": conversion | {"errors": errors}}

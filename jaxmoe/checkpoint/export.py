@@ -1,5 +1,6 @@
 """A checkpoint -> the Hugging Face layout: `config.json`, safetensors, tokenizer files."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -23,7 +24,7 @@ from jaxmoe.checkpoint.store import (
     no_progress,
     read_checkpoint,
 )
-from jaxmoe.checkpoint.tensors import Block, Group, array_shapes, expand, join
+from jaxmoe.checkpoint.tensors import Block, Group, array_shapes, expand, join, main_dtype
 from jaxmoe.checkpoint.transfer import FLOATS, decode
 from jaxmoe.checkpoint.workspace import RESULT, prepared
 from jaxmoe.errors import UserError
@@ -32,6 +33,7 @@ from jaxmoe.model.params import named_specs
 
 SHARD_BYTES = 5 * 10**9
 
+FLOAT_NAMES = ("bfloat16", "float16", "float32")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -72,7 +74,7 @@ def export(
                 progress(done, total)
         if SINGLE not in files:
             _write_json(folder / INDEX, _index(files, total))
-        _write_json(folder / "config.json", _config(opened, tensors[0].dtype.name, weights))
+        _write_json(folder / "config.json", _config(opened, _dtype(opened, tensors), weights))
         copy_companions(Path(checkpoint), folder)
     return Report(len(tensors), total, left_out=0)
 
@@ -223,6 +225,15 @@ def _header(tensors: list[_Tensor]) -> bytes:
         }
     header = json.dumps(fields, separators=(",", ":")).encode()
     return header + b" " * (-len(header) % 8)
+
+
+def _dtype(checkpoint: Checkpoint, tensors: list[_Tensor]) -> str:
+    """What the model as a whole is in."""
+    nbytes: dict[str, int] = collections.Counter()
+    for tensor in tensors:
+        if tensor.dtype.name in FLOAT_NAMES and not tensor.name.endswith(".weight_scale"):
+            nbytes[tensor.dtype.name] += tensor.nbytes
+    return main_dtype(nbytes, checkpoint.stated)
 
 
 def _config(checkpoint: Checkpoint, dtype: str, weights: str | None) -> dict[str, Any]:

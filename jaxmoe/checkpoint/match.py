@@ -1,5 +1,6 @@
 """Whether files hold exactly the tensors that a configuration asks for, in the right shapes."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -76,7 +77,8 @@ def _is_tied(config: Llama4Config, name: str) -> bool:
 def _check(files: TensorFiles, name: str, shape: Shape) -> None:
     files.dtype(name)
     entry = files.tensors[name]
-    if entry.shape != shape:
+    one_number = math.prod(entry.shape) == math.prod(shape) == 1  # [], [1] and [1, 1] are the same
+    if entry.shape != shape and not one_number:
         raise UserError(
             f"{entry.file} holds {name} with shape {list(entry.shape)}, but the configuration asks "
             f"for {list(shape)}; correct it or download the model again."

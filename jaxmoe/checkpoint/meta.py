@@ -26,9 +26,9 @@ def to_hf_mapping(params: Mapping[str, Any], source: str) -> dict[str, Any]:
     try:
         text = _text(DEFAULTS | dict(params))
         return _with_vision(text, params.get("vision_args"), source)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"{source} has a value that makes no sense ({error!r}); download it again."
+            f"{source} has a value that makes no sense ({error!r:.200}); download it again."
         ) from None
 
 
@@ -47,18 +47,30 @@ def _text(args: dict[str, Any]) -> dict[str, Any]:
         "num_local_experts": moe["num_experts"],
         "num_experts_per_tok": moe.get("top_k", 1),
         "interleave_moe_layer_step": moe.get("interleave_moe_layer_step", 1),
-        "max_position_embeddings": CONTEXT[bool(args.get("use_scaled_rope"))],
+        "max_position_embeddings": CONTEXT[_flag(args, "use_scaled_rope", False)],
         "rms_norm_eps": args["norm_eps"],
         "rope_theta": args["rope_theta"],
         "rope_scaling": _rope_scaling(args),
         # null: every layer is rotary
         "no_rope_layer_interval": args.get("nope_layer_interval", 4) or args["n_layers"] + 1,
         "attention_chunk_size": args.get("attention_chunk_size"),
-        "use_qk_norm": bool(args.get("use_qk_norm", False)),
-        "attn_temperature_tuning": bool(args.get("attn_temperature_tuning", True)),
-        "floor_scale": int(args.get("floor_scale", 8192)),
+        "use_qk_norm": _flag(args, "use_qk_norm", False),
+        "attn_temperature_tuning": _flag(args, "attn_temperature_tuning", True),
+        "floor_scale": _whole(args.get("floor_scale", 8192)),
         "attn_scale": args.get("attn_scale", 0.1),
     }
+
+
+def _flag(args: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = args.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{key} is neither true nor false")
+    return default if value is None else value
+
+
+def _whole(value: Any) -> Any:
+    """8192 of 8192.0; anything else stays what it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _width(args: Mapping[str, Any], expansion: float, active: float = 1.0) -> int:
@@ -70,12 +82,12 @@ def _width(args: Mapping[str, Any], expansion: float, active: float = 1.0) -> in
 
 def _expert_width(args: Mapping[str, Any], moe: Mapping[str, Any]) -> int:
     """Routed and shared experts divide a dense layer's width among those that are active."""
-    active = moe.get("capacity_factor", 1.0) + 1 if moe.get("auto_scale_F", True) else 1.0
+    active = moe.get("capacity_factor", 1.0) + 1 if _flag(moe, "auto_scale_F", True) else 1.0
     return _width(args, args.get("ffn_exp") or 4.0, active)
 
 
 def _rope_scaling(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not args.get("use_scaled_rope"):
+    if not _flag(args, "use_scaled_rope", False):
         return None
     return {
         "rope_type": "llama3",

@@ -24,11 +24,13 @@ class Layout:
             0 if the stored tensor has our axes in our order.
         parts: how many parameters of one shape lie side by side on the last stored axis.
         packed: eight values of 4 bits in an int32, the first lowest, each with 8 added.
+        repeats: how many outputs of a Linear a stored one stands for; the last may have fewer.
     """
 
     in_axes: int = 0
     parts: int = 1
     packed: bool = False
+    repeats: int = 1
 
 
 SAME = Layout()
@@ -61,15 +63,20 @@ class Row:
     beside: str = ""
     quantized: tuple["Row", ...] = ()
 
-    def in_bits(self, packed: bool) -> tuple["Row", ...]:
-        """The rows of a quantized matrix and its scales, as compressed-tensors names them."""
+    def in_bits(self, packed: bool, repeats: int) -> tuple["Row", ...]:
+        """The rows of a quantized matrix and its scales, as compressed-tensors names them.
+
+        Args:
+            packed: whether 4-bit values are in words of 32.
+            repeats: how many outputs share a scale.
+        """
         if self.quantized:
             return self.quantized
         (ours,), stem = self.ours, self.stored.removesuffix(".weight")
         name, layout = ("weight_packed", PACKED) if packed else ("weight", SAME)
         return (
             Row(f"{stem}.{name}", layout, (f"{ours}.qvalue",)),
-            Row(f"{stem}.weight_scale", LINEAR, (f"{ours}.scale",)),
+            Row(f"{stem}.weight_scale", Layout(in_axes=1, repeats=repeats), (f"{ours}.scale",)),
         )
 
 
@@ -236,6 +243,9 @@ UNUSED = (
     ".weight_shape",  # of packed weights; the scales say it too
 )
 
+# Of quantized inputs, outputs and caches, whose formats are chosen anew when a model runs.
+OTHER_SCALES = (".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")
+
 
 def is_vision(name: str) -> bool:
     """Whether a stored tensor, perhaps of a model-parallel rank, belongs to the vision side."""
@@ -244,4 +254,9 @@ def is_vision(name: str) -> bool:
 
 def is_unused(name: str) -> bool:
     """Whether no model needs a stored tensor."""
-    return name.endswith(UNUSED)
+    return name.endswith(UNUSED) or is_other_scale(name)
+
+
+def is_other_scale(name: str) -> bool:
+    """Whether a stored tensor is a scale of something that is not stored."""
+    return name.endswith(OTHER_SCALES)

@@ -3,7 +3,8 @@
 Torch is not used: it would be a dependency of 2 GB for one format, it maps files into memory, where
 every page touched counts as the process's, and its unpickler can run code from the file unless told
 not to. A .pth file is a zip whose `data.pkl` says which tensors there are (`pickles.py` reads it),
-and whose records `data/<key>` hold their bytes, uncompressed; they are read at their position.
+and whose records `data/<key>` hold their bytes, uncompressed; they are read at their position, and
+held against the zip's CRC-32 of the record as they are read.
 """
 
 import hashlib
@@ -12,11 +13,14 @@ import math
 import re
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from jaxmoe.checkpoint.pickles import ITEMSIZE, ExtraState, Storage, Tensor, unpickle
-from jaxmoe.checkpoint.reader import Entry, TensorFiles
+from jaxmoe.checkpoint.reader import Entry, TensorFiles, read_into
 from jaxmoe.errors import UserError
 
 CONSOLIDATED = "consolidated.{:02d}.pth"
@@ -24,6 +28,7 @@ FP8_SCALES = "fp8_scales_{}.pt"
 INT4_SCALES = "int4_scales_{}.pt"
 
 _EXTRA_STATE = "._extra_state"  # settings of Meta's training, no weights
+_PIECE = 2**22  # bytes that are read at once only to be checked
 _MAX_PICKLE = 100 * 2**20  # Meta's have less than 1 MiB
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -51,6 +56,7 @@ class PthFolder(TensorFiles):
         self.folder = Path(folder)
         self.tensors: dict[str, Entry] = {}
         self.files: list[dict[str, Any]] = []
+        self._records: dict[str, _Record] = {}
         weights = _find_ranks(self.folder, CONSOLIDATED)
         if not weights:
             raise UserError(f"{self.folder} holds no {CONSOLIDATED.format(0)}; is it a model?")
@@ -61,15 +67,27 @@ class PthFolder(TensorFiles):
             self._add_file(file, rank, ".scale")
 
     def _add_file(self, file: Path, rank: int, suffix: str) -> None:
-        entries, record = _read_file(file)
-        for key, entry in entries.items():
+        found, about = _read_file(file)
+        for key, (entry, record) in found.items():
             name = f"{rank}:{key}{suffix}"
             if name in self.tensors:
                 raise UserError(
                     f"{file} and {self.tensors[name].file} both hold {name}; download both again."
                 )
-            self.tensors[name] = entry
-        self.files.append(record)
+            self.tensors[name], self._records[name] = entry, record
+        self.files.append(about)
+
+    def read(self, name: str, start: int, count: int) -> np.ndarray:
+        """As of any `TensorFiles`, and checked once the record that the tensor is in was read."""
+        data = super().read(name, start, count)
+        first = self.tensors[name].start + start * data.itemsize
+        self._records[name].add(first, data.view(np.uint8))
+        return data
+
+    def confirm(self) -> None:
+        """Checks the records that were read in part, of which the rest is read."""
+        for record in self._records.values():
+            record.finish()
 
 
 def _find_ranks(folder: Path, template: str) -> list[Path]:
@@ -109,20 +127,59 @@ def _find_scales(folder: Path, ranks: int) -> list[Path]:
     return scales
 
 
-def _read_file(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """The tensors of one file, and its record: name, size and SHA-256 of all but the data."""
+class _Record:
+    """A range of a file whose CRC-32 is known; its bytes are checked as they are read."""
+
+    def __init__(self, file: Path, name: str, start: int, nbytes: int, crc: int):
+        """`name` is that of a tensor in it, for messages."""
+        self.start, self.nbytes = start, nbytes
+        self._file, self._name, self._expected = file, name, crc
+        self._done, self._crc = start, 0
+
+    def add(self, start: int, data: np.ndarray) -> None:
+        """Takes what was read at `start`; what was skipped before it is read now.
+
+        Raises:
+            UserError: if these are the last bytes, and those of the record are not as written.
+        """
+        self._read_to(start)
+        new = memoryview(data)[self._done - start :]
+        if not new:
+            return
+        self._crc = zlib.crc32(new, self._crc)
+        self._done += len(new)
+        if self._done == self.start + self.nbytes and self._crc != self._expected:
+            raise UserError(
+                f"{self._file} is damaged in the data of {self._name} (its CRC-32 is another than "
+                "when it was written); download it again."
+            )
+
+    def finish(self) -> None:
+        """Reads and checks the rest of a record that was begun."""
+        if self._done > self.start:
+            self._read_to(self.start + self.nbytes)
+
+    def _read_to(self, end: int) -> None:
+        while self._done < end:
+            piece = np.empty(min(_PIECE, end - self._done), np.uint8)
+            read_into(piece, self._file, self._done, self._name)
+            self.add(self._done, piece)
+
+
+def _read_file(file: Path) -> tuple[dict[str, tuple[Entry, _Record]], dict[str, Any]]:
+    """The tensors of one file, and about it: name, size and SHA-256 of all but the data."""
     try:
         with open(file, "rb") as stream:
             archive = _Archive(file, stream)
             pickled = archive.read_pickle()
             archive.check_byte_order()
             tensors = _tensors(file, unpickle(file, pickled))
-            entries = {name: _entry(archive, name, tensor) for name, tensor in tensors.items()}
+            found = {name: _entry(archive, name, tensor) for name, tensor in tensors.items()}
             digest = hashlib.sha256(pickled + archive.read_directory()).hexdigest()
             size = stream.seek(0, io.SEEK_END)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}; download it again.") from None
-    return entries, {"name": file.name, "bytes": size, "header_sha256": digest}
+    return found, {"name": file.name, "bytes": size, "header_sha256": digest}
 
 
 class _Archive:
@@ -143,19 +200,26 @@ class _Archive:
             self._zip = zipfile.ZipFile(stream)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
             raise UserError(f"{file} is damaged or cut short; download it again.") from None
-        self._records = {info.filename: info for info in self._zip.infolist()}
+        self._infos = {info.filename: info for info in self._zip.infolist()}
+        self._data: dict[str, _Record] = {}
         self._root = self._find_root()
 
     def _find_root(self) -> str:
         """The folder in the zip, named after the file that torch wrote: `archive/` or so."""
-        roots = [name for name in self._records if re.fullmatch("[^/]+/data\\.pkl", name)]
+        roots = [name for name in self._infos if re.fullmatch("[^/]+/data\\.pkl", name)]
         if len(roots) != 1:
             raise UserError(f"{self.file} is a zip but not of torch.save; download it again.")
         return roots[0].removesuffix("data.pkl")
 
     def read_pickle(self) -> bytes:
         """The pickled object."""
-        if self._records[f"{self._root}data.pkl"].file_size > _MAX_PICKLE:
+        info = self._infos[f"{self._root}data.pkl"]
+        if info.CRC == 0 and info.file_size:
+            raise UserError(
+                f"{self.file} was saved without checksums; load it with torch and save it again "
+                "after torch.serialization.set_crc32_options(True)."
+            )
+        if info.file_size > _MAX_PICKLE:
             raise UserError(f"{self.file} has a data.pkl too large to be one; download it again.")
         return self._read("data.pkl")
 
@@ -165,7 +229,7 @@ class _Archive:
         Raises:
             UserError: if they are of one.
         """
-        if f"{self._root}byteorder" in self._records and self._read("byteorder") != b"little":
+        if f"{self._root}byteorder" in self._infos and self._read("byteorder") != b"little":
             raise UserError(
                 f"{self.file} does not have little-endian numbers; save it again with torch on a "
                 "little-endian machine."
@@ -176,8 +240,8 @@ class _Archive:
         self._stream.seek(self._zip.start_dir)
         return self._stream.read()
 
-    def find(self, record: str, tensor: str) -> tuple[int, int]:
-        """The first byte of a tensor's record, counted from the start of the file, and its size.
+    def find(self, record: str, tensor: str) -> _Record:
+        """The record that a tensor is in; tensors may share one.
 
         The central directory says only where the record's own header is, and torch lets the extra
         field of that header differ from the directory's, to align the bytes behind it.
@@ -185,7 +249,9 @@ class _Archive:
         Raises:
             UserError: if it is not there, compressed or cut short.
         """
-        info = self._records.get(self._root + record)
+        if record in self._data:
+            return self._data[record]
+        info = self._infos.get(self._root + record)
         if info is None:
             raise UserError(f"{self.file} lacks {record}, the data of {tensor}; download it again.")
         self._check_stored(info, f", the data of {tensor},")
@@ -195,13 +261,14 @@ class _Archive:
             _, name, extra = _LOCAL_HEADER.unpack(header)
             start = info.header_offset + _LOCAL_HEADER.size + name + extra
             if start + info.file_size <= self._zip.start_dir:
-                return start, info.file_size
+                self._data[record] = _Record(self.file, tensor, start, info.file_size, info.CRC)
+                return self._data[record]
         raise UserError(
             f"{self.file} is damaged at {record}, the data of {tensor}; download it again."
         )
 
     def _read(self, record: str) -> bytes:
-        info = self._records[self._root + record]
+        info = self._infos[self._root + record]
         self._check_stored(info, "")
         try:
             return self._zip.read(info)
@@ -232,18 +299,18 @@ def _tensors(file: Path, values: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _entry(archive: _Archive, name: str, tensor: Tensor) -> Entry:
+def _entry(archive: _Archive, name: str, tensor: Tensor) -> tuple[Entry, _Record]:
     _check(archive.file, name, tensor)
     itemsize, count = ITEMSIZE[tensor.dtype], math.prod(tensor.shape)
-    start, size = archive.find(f"data/{tensor.storage.key}", name)
+    record = archive.find(f"data/{tensor.storage.key}", name)
     needed = (tensor.offset + count) * itemsize
-    if size < needed:
+    if record.nbytes < needed:
         raise UserError(
-            f"{archive.file} has {size} bytes of data for {name}, which needs {needed}; download "
-            "it again."
+            f"{archive.file} has {record.nbytes} bytes of data for {name}, which needs {needed}; "
+            "download it again."
         )
-    start += tensor.offset * itemsize
-    return Entry(archive.file, tensor.dtype, tensor.shape, start, count * itemsize)
+    start = record.start + tensor.offset * itemsize
+    return Entry(archive.file, tensor.dtype, tensor.shape, start, count * itemsize), record
 
 
 def _check(file: Path, name: str, tensor: Tensor) -> None:

@@ -7,7 +7,6 @@ bytes are read at their position into a buffer: nothing else is held, and a bad 
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import struct
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.errors import UserError
+from jaxmoe.parsing import parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,6 +32,7 @@ DTYPES = {
     "I64": np.dtype(np.int64),
 }
 MAX_HEADER = 100 * 2**20  # the format's own limit
+MAX_AXES = 32  # of a tensor; a published one has at most 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +89,36 @@ class TensorFiles:
         """
         entry, dtype = self.tensors[name], self.dtype(name)
         data = np.empty(count, dtype)
-        buffer = memoryview(data.view(np.uint8))
-        try:
-            with open(entry.file, "rb", buffering=0) as file:
-                file.seek(entry.start + start * dtype.itemsize)
-                while buffer:
-                    done = file.readinto(buffer)
-                    if not done:
-                        raise UserError(f"{entry.file} ends inside {name}; download it again.")
-                    buffer = buffer[done:]
-        except OSError as error:
-            raise UserError(
-                f"{entry.file} cannot be read at {name} ({error.strerror}); check its disk and run "
-                "again."
-            ) from None
+        read_into(data.view(np.uint8), entry.file, entry.start + start * dtype.itemsize, name)
         return data
+
+    def confirm(self) -> None:
+        """Returns if what was read is what was written, as far as the format can tell.
+
+        Raises:
+            UserError: if it is not.
+        """
+
+
+def read_into(data: np.ndarray, file: Path, start: int, name: str) -> None:
+    """Fills bytes from a file at `start`; `name` is the tensor's that lies there.
+
+    Raises:
+        UserError: if the file cannot be read, or has become shorter.
+    """
+    buffer = memoryview(data)
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            stream.seek(start)
+            while buffer:
+                done = stream.readinto(buffer)
+                if not done:
+                    raise UserError(f"{file} ends inside {name}; download it again.")
+                buffer = buffer[done:]
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read at {name} ({error.strerror}); check its disk and run again."
+        ) from None
 
 
 class SafetensorsFolder(TensorFiles):
@@ -129,13 +145,13 @@ class SafetensorsFolder(TensorFiles):
     def _add_shards(self, index: Path) -> None:
         weight_map = _read_weight_map(index)
         for name in dict.fromkeys(weight_map.values()):
-            file = _inside(self.folder, name, index)
-            for tensor in self._add_file(file):
-                if weight_map.get(tensor) != name:
-                    raise UserError(
-                        f"{file} holds the tensor {tensor}, which {index} does not place there; "
-                        "download both again."
-                    )
+            self._add_file(_inside(self.folder, name, index))
+        for tensor, entry in self.tensors.items():
+            if self.folder / weight_map.get(tensor, "") != entry.file:
+                raise UserError(
+                    f"{entry.file} holds the tensor {tensor}, which {index} does not place there; "
+                    "download both again."
+                )
         for tensor, name in weight_map.items():
             if tensor not in self.tensors:
                 raise UserError(
@@ -143,21 +159,23 @@ class SafetensorsFolder(TensorFiles):
                     "download both again."
                 )
 
-    def _add_file(self, file: Path) -> dict[str, Entry]:
+    def _add_file(self, file: Path) -> None:
         entries, record = _read_header(file)
+        for name in entries.keys() & self.tensors.keys():
+            raise UserError(
+                f"{self.tensors[name].file} and {file} both hold the tensor {name}; download both "
+                "again, or remove the file that does not belong to the model."
+            )
         self.tensors |= entries
         self.files.append(record)
-        return entries
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} cannot be read ({error!r}); download it again.") from None
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     is_map = isinstance(weight_map, dict)
     if not is_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index} maps tensors to something but file names; download it again.")
+        raise UserError(f"{index} does not map tensors to file names; download it again.")
     return weight_map
 
 
@@ -168,15 +186,21 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
     `snapshots/<revision>` to its sibling `blobs`, where the cache keeps the files themselves.
     """
     path = PurePosixPath(name)
-    if not path.is_absolute() and ".." not in path.parts and "\0" not in name:
-        file, root = (folder / path).resolve(), folder.resolve()
+    if not path.is_absolute() and ".." not in path.parts:
+        root = folder.resolve()
         allowed = [root]
         if root.parent.name == "snapshots":
             allowed.append(root.parent.parent / "blobs")
+        try:
+            file = (folder / path).resolve()
+        except (ValueError, OSError, RuntimeError):  # no name of a file, or links in a circle
+            raise UserError(
+                f"{index} names the file {name!r:.300}, which cannot be one; download it again."
+            ) from None
         if any(file.is_relative_to(parent) for parent in allowed):
             return folder / path
     raise UserError(
-        f"{index} names the file {name!r}, which lies outside {folder}; do not trust it."
+        f"{index} names the file {name!r:.300}, which lies outside {folder}; do not trust it."
     )
 
 
@@ -195,20 +219,18 @@ def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}; download it again.") from None
     entries = _parse_header(file, header, data_start=8 + length)
-    end = max((entry.start + entry.nbytes for entry in entries.values()), default=8 + length)
-    if end != size:
-        raise UserError(
-            f"{file} has {size} bytes but its header speaks of {end}; download it again."
-        )
+    _check_places(file, entries, 8 + length, size)
     digest = hashlib.sha256(prefix + header).hexdigest()
     return entries, {"name": file.name, "bytes": size, "header_sha256": digest}
 
 
 def _parse_header(file: Path, header: bytes, data_start: int) -> dict[str, Entry]:
     try:
-        fields = json.loads(header)
+        fields = parse_json(header.decode(), f"The header of {file}")
         fields.pop("__metadata__", None)
         return {name: _parse_entry(file, field, data_start) for name, field in fields.items()}
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} has a damaged header; download it again.") from None
 
@@ -216,8 +238,21 @@ def _parse_header(file: Path, header: bytes, data_start: int) -> dict[str, Entry
 def _parse_entry(file: Path, field: Mapping[str, Any], data_start: int) -> Entry:
     shape, (begin, end) = tuple(field["shape"]), field["data_offsets"]
     dtype = DTYPES.get(field["dtype"])
-    if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+    if len(shape) > MAX_AXES or any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
         raise ValueError("a size is no natural number")
     if end < begin or (dtype and end - begin != math.prod(shape) * dtype.itemsize):
         raise ValueError("the offsets do not fit the shape")
     return Entry(file, field["dtype"], shape, data_start + begin, end - begin)
+
+
+def _check_places(file: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
+    """Refuses tensors that overlap or leave holes, as the format does: all bytes are of one."""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != start:
+            problem = "overlaps another" if entry.start < start else "lies behind a hole"
+            raise UserError(f"{file} holds the tensor {name}, which {problem}; download it again.")
+        start += entry.nbytes
+    if start != size:
+        raise UserError(
+            f"{file} has {size} bytes but its header speaks of {start}; download it again."
+        )

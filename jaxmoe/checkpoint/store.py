@@ -20,22 +20,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tensorstore as ts
 
 from jaxmoe.checkpoint.arrays import nbytes_of, open_array, path_of, readable
-from jaxmoe.checkpoint.tensors import Format, array_shapes
+from jaxmoe.checkpoint.tensors import Format, array_shapes, main_dtype
 from jaxmoe.checkpoint.workspace import workspace_of
 from jaxmoe.checkpoint.writer import MARKER, STATE, save_tree
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation_config import with_stop_ids
-from jaxmoe.hf_config import from_hf, to_hf, vision_from_hf
+from jaxmoe.hf_config import from_hf, stated_dtype, to_hf, vision_from_hf
 from jaxmoe.model.params import (
     ParamSpec,
     named_params,
     named_specs,
     place,
     unflatten_params,
+    unpadded,
 )
 from jaxmoe.model.vision_params import vision_specs
 from pallas_kernels.quantized import QuantizedMatrix
@@ -85,7 +87,7 @@ def save(path: str | Path, config: Llama4Config, params: dict) -> None:
     metadata = model_metadata(config, params["embed"].dtype.name, formats)
     tree = jax.tree.map(
         lambda w: {"qvalue": w.qvalue, "scale": w.scale} if isinstance(w, QuantizedMatrix) else w,
-        params,
+        unpadded(config, params),
         is_leaf=lambda w: isinstance(w, QuantizedMatrix),
     )
     save_tree(Path(path).resolve(), tree, KEY, metadata)
@@ -99,12 +101,14 @@ class Checkpoint:
         config: of the text model.
         formats: of the parameters that are quantized, by name.
         outer: the config.json around the text model's where the vision tower is there, else None.
+        stated: the dtype that the configuration states.
     """
 
     path: Path
     config: Llama4Config
     formats: dict[str, Format]
     outer: dict[str, Any] | None
+    stated: Any = None
 
     def specs(self, vision: bool = False) -> dict[str, ParamSpec]:
         """Of the text model's parameters by name, or also of the vision tower's if it is there."""
@@ -133,6 +137,21 @@ class Checkpoint:
         return arrays
 
 
+def main_dtypes(path: str | Path) -> tuple[str, ...]:
+    """The dtypes of what is not quantized, first the one to compute in where there are several.
+
+    Raises:
+        UserError: as `load`.
+    """
+    checkpoint = read_checkpoint(path)
+    nbytes: dict[str, int] = collections.Counter()
+    for name, array in checkpoint.open_arrays().items():
+        if not name.endswith((".qvalue", ".scale")):
+            nbytes[array.dtype.name] += nbytes_of(array)
+    first = main_dtype(nbytes, checkpoint.stated)
+    return first, *sorted(nbytes.keys() - {first})
+
+
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """What a checkpoint is, from its metadata.
 
@@ -145,7 +164,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} was written by jaxmoe {metadata['version']}; update jaxmoe.")
     formats = {name: Format(*value) for name, value in metadata.get("formats", {}).items()}
     config = from_hf(metadata["config"], source=str(path))
-    return Checkpoint(path, config, formats, metadata.get("outer"))
+    stated = stated_dtype(metadata["config"])
+    return Checkpoint(path, config, formats, metadata.get("outer"), stated)
 
 
 def read_config(path: str | Path) -> Llama4Config:
@@ -184,7 +204,7 @@ def load(
     total = sum(map(nbytes_of, arrays.values()))
     params, done = [], 0
     for target, array in zip(leaves, _in_order(checkpoint, arrays), strict=True):
-        params.append(_load_array(array, target.sharding, target.dtype))
+        params.append(_load_array(array, target))
         done += nbytes_of(array)
         progress(done, total)
     return with_stop_ids(checkpoint.config, path), structure.unflatten(params)
@@ -219,17 +239,33 @@ def _in_order(checkpoint: Checkpoint, arrays: dict[str, ts.TensorStore]) -> list
     return [arrays[name] for name in checkpoint.shapes()]
 
 
-def _load_array(array: ts.TensorStore, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
+def _load_array(array: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array as `target` says; what this has beyond the array is 0."""
+    dtype, sharding = target.dtype, target.sharding
     source = ts.cast(array, ts.dtype(jnp.dtype(dtype))) if dtype != array.dtype else array
     devices_of = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
-        devices_of[index].append(device)
+    for device, index in sharding.addressable_devices_indices_map(target.shape).items():
+        devices_of[index or ()].append(device)
     shares = []
     for index, devices in devices_of.items():
         with readable(path_of(array)):
-            share = source[index].read(order="C").result()
+            share = _read_share(source, index, target.shape)
         shares += jax.block_until_ready([jax.device_put(share, device) for device in devices])
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shares)
+    return jax.make_array_from_single_device_arrays(target.shape, sharding, shares)
+
+
+def _read_share(source: ts.TensorStore, index: tuple[slice, ...], shape: tuple[int, ...]):
+    """A slice of an array of `shape`, of which `source` is the beginning and the rest 0."""
+    wanted = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
+    there = tuple(
+        slice(min(start, size), min(stop, size))
+        for (start, stop), size in zip(wanted, source.shape, strict=True)
+    )
+    share = source[there].read(order="C").result()
+    missing = [
+        (0, stop - start - held) for (start, stop), held in zip(wanted, share.shape, strict=True)
+    ]
+    return np.pad(share, missing) if any(map(any, missing)) else share
 
 
 def model_metadata(

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,16 @@ def array_shapes(
         shapes[f"{name}.qvalue"] = (*outer, outputs, stored)
         shapes[f"{name}.scale"] = (*outer, inputs // width, outputs)
     return shapes
+
+
+def main_dtype(nbytes: Mapping[str, int], stated: Any) -> str:
+    """The dtype of a model: of several, the one that its configuration states, or of most bytes.
+
+    Args:
+        nbytes: in each dtype, of what is not quantized.
+    """
+    is_there = isinstance(stated, str) and stated in nbytes
+    return stated if is_there else max(nbytes, key=lambda dtype: nbytes[dtype])
 
 
 class Block(NamedTuple):
@@ -88,6 +98,8 @@ class Piece:
         Outer stored axes are cut first, so every block is contiguous.
         """
         shape = list(self.shape)
+        if self.layout.repeats > 1:
+            return self.shape  # scales, which are few
         for axis in stored_axes(self.layout, len(shape))[:2]:
             rest = self.layout.parts * itemsize * math.prod(shape) // shape[axis]
             shape[axis] = _fitting(shape[axis], max(1, BLOCK_BYTES // rest))
@@ -152,7 +164,8 @@ def stored_axes(layout: Layout, ndim: int) -> tuple[int, ...]:
 def stored_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the stored matrix or vector that holds parameters of `shape`."""
     if layout.in_axes:
-        return math.prod(shape[layout.in_axes :]), math.prod(shape[: layout.in_axes])
+        outputs = math.prod(shape[layout.in_axes :])
+        return -(-outputs // layout.repeats), math.prod(shape[: layout.in_axes])
     last = shape[-1] // 4 if layout.packed else layout.parts * shape[-1]
     return (*shape[:-1], last)
 
@@ -173,13 +186,16 @@ def split(
     if layout.packed:
         return [_repacked(stored.view(np.uint8).reshape(shape), width)]
     axes = stored_axes(layout, len(shape))
+    if layout.repeats > 1:
+        rows = stored.reshape(stored_shape(layout, shape))
+        stored = np.repeat(rows, layout.repeats, axis=0)[: shape[-1]]
     stored = stored.reshape(*(shape[axis] for axis in axes[:-1]), -1)
     return [part.transpose(np.argsort(axes)) for part in np.split(stored, layout.parts, axis=-1)]
 
 
 def join(layout: Layout, blocks: list[np.ndarray]) -> np.ndarray:
     """A stored block, from blocks of our parameters: the inverse of `split`."""
-    assert not layout.packed
+    assert not layout.packed and layout.repeats == 1
     axes = stored_axes(layout, blocks[0].ndim)
     return np.concatenate([block.transpose(axes) for block in blocks], axis=-1)
 
@@ -199,6 +215,7 @@ def expand(
     *,
     ranks: int | None = None,
     packed: Collection[str] = (),
+    repeats: Mapping[str, int] | None = None,
 ) -> list[Group]:
     """The groups of a model, in the order of the rows, layer by layer.
 
@@ -207,29 +224,38 @@ def expand(
         shapes: of our arrays, by name; rows of others are skipped.
         ranks: of a model-parallel checkpoint, whose tensors are named `{rank}:{name}`.
         packed: parameters whose 4-bit values are in words of 32.
+        repeats: how many outputs share a scale, of parameters where it is not one.
 
     Raises:
         ValueError: if the ranks cannot share a parameter evenly.
     """
     groups = []
+    quantized = {
+        name: (name in packed, (repeats or {}).get(name, 1)) for name in _quantized(shapes)
+    }
     for _, some in itertools.groupby(rows, lambda row: row.stored.partition("{n}")[0:2]):
         alike = list(some)
         for n in itertools.count():
-            found = [g for row in alike for g in _groups(row, n, shapes, ranks, packed)]
+            found = [g for row in alike for g in _groups(row, n, shapes, ranks, quantized)]
             groups += found
             if not found or "{n}" not in alike[0].stored:
                 break
     return groups
 
 
-def _groups(row: Row, n: int, shapes, ranks: int | None, packed) -> list[Group]:
+def _quantized(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """The parameters that are stored as values and scales."""
+    return (name.removesuffix(".qvalue") for name in shapes if name.endswith(".qvalue"))
+
+
+def _groups(row: Row, n: int, shapes, ranks: int | None, quantized) -> list[Group]:
     """Those of one layer: one, or one for each parameter that is stacked in a tensor."""
     names = tuple(name.replace("{n}", str(n)) for name in row.ours)
     if row.beside and row.beside.replace("{n}", str(n)) not in shapes:
         return []
-    if f"{names[0]}.qvalue" in shapes:
-        rows = row.in_bits(names[0] in packed)
-        return [group for each in rows for group in _groups(each, n, shapes, ranks, packed)]
+    if names[0] in quantized:
+        rows = row.in_bits(*quantized[names[0]])
+        return [group for each in rows for group in _groups(each, n, shapes, ranks, quantized)]
     if names[0] not in shapes:
         return []
     stored = row.stored.replace("{n}", str(n))

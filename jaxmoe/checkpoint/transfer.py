@@ -129,7 +129,8 @@ def _copy(source: Source, group: Group) -> Job:
                     (name, index, part.reshape([s.stop - s.start for s in index]))
                     for name, part in zip(group.ours, parts, strict=True)
                 ]
-                yield Step(placed, data.nbytes)
+                yield Step(placed, sum(part.nbytes for part in parts))
+        source.files.confirm()
 
     return Job(arrays, _nbytes(group, dtype), steps)
 
@@ -168,6 +169,7 @@ def _recode(source: Source, names, formats: Mapping[str, Format], weights: str |
                 blocks = [(f"{name}{end}", *_at(expert, x)) for end, x in encoded.items()]
                 n, total = next(parts), len(experts) * len(names)
                 yield Step(blocks, nbytes * n // total - nbytes * (n - 1) // total, error)
+        source.files.confirm()
 
     return Job(arrays, nbytes, steps)
 

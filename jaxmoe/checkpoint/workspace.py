@@ -20,11 +20,18 @@ def workspace_path(output: Path) -> Path:
     """The folder beside `output` where it is prepared.
 
     Raises:
-        UserError: if `output` exists and is not an empty folder.
+        UserError: if `output` exists and is not an empty folder, or can be no name of one.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    try:
+        workspace = output.resolve().with_name(output.resolve().name + ".partial")
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+        workspace.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, or links in a circle
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{str(output)!r:.300} cannot be written: {reason}.") from None
+    if taken:
         raise UserError(f"{output} exists and is not empty; choose another output or delete it.")
-    return output.resolve().with_name(output.resolve().name + ".partial")
+    return workspace
 
 
 def workspace_of(output: Path) -> Path:

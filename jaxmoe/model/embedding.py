@@ -1,4 +1,8 @@
-"""Tokens to vectors and vectors to logits, with the vocabulary spread over the mesh."""
+"""Tokens to vectors and vectors to logits, with the vocabulary spread over the mesh.
+
+Where the mesh does not divide the vocabulary, V here is more than `vocab_size`: no token has the
+rest of the table, and logits end before it.
+"""
 
 import jax.numpy as jnp
 from jax import lax
@@ -30,12 +34,12 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array,
 
 def unembed(
     config: Llama4Config, params: dict, hidden: Float[Array, "*batch D"]
-) -> Float[Array, "*batch V"]:
-    """Logits, float32."""
+) -> Float[Array, "*batch vocab"]:
+    """Logits of the vocabulary, float32."""
     if config.tie_word_embeddings:
         table = meshes.constrain_param(params["embed"], ("vocab", "embed"))
         logits = linear("...D,VD->...V", hidden, table)
     else:
         head = meshes.constrain_param(params["lm_head"], ("embed", "vocab"))
         logits = linear("...D,DV->...V", hidden, head)
-    return logits.astype(jnp.float32)
+    return logits[..., : config.vocab_size].astype(jnp.float32)

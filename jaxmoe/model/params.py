@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import LayerKind, Llama4Config
-from jaxmoe.mesh import check_divides, param_spec, sharding
+from jaxmoe.mesh import PADDED, check_divides, padded_shape, param_spec, sharding
 from jaxmoe.model.quantized import matrix_axes
 from pallas_kernels.quantized import QuantizedMatrix, quantize_matrix
 
@@ -203,11 +203,14 @@ def quantize_params(config: Llama4Config, params: dict, format: str) -> dict:
     return map_specs(stored, param_specs(config), params)
 
 
-def abstract_params(config: Llama4Config, mesh, dtype=jnp.bfloat16, format: str | None = None):
+def abstract_params(
+    config: Llama4Config, mesh, dtype=jnp.bfloat16, format: str | None = None, pads: bool = True
+):
     """ShapeDtypeStructs with shardings: what a compiler or a loader needs to know.
 
     Args:
         format: of quantized matrices; None for none.
+        pads: as of `place`.
 
     Raises:
         UserError: if the mesh does not divide a parameter.
@@ -215,19 +218,41 @@ def abstract_params(config: Llama4Config, mesh, dtype=jnp.bfloat16, format: str 
     params = map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), param_specs(config))
     if format is not None:
         params = jax.eval_shape(lambda params: quantize_params(config, params, format), params)
-    return place(config, params, mesh)
+    return place(config, params, mesh, pads)
 
 
-def place(config: Llama4Config, params: dict, mesh) -> dict:
+def place(config: Llama4Config, params: dict, mesh, pads: bool = True) -> dict:
     """The shapes and dtypes of parameters, with the sharding that `mesh` gives each array.
+
+    Args:
+        pads: whether a vocabulary that the mesh does not divide is filled up until it does, which
+            `embed` and `unembed` know and files never have.
 
     Raises:
         UserError: if the mesh does not divide a parameter.
     """
+
+    def shape(x, axes):
+        return padded_shape(x.shape, axes, mesh) if pads else x.shape
+
     for name, (spec, w) in named_params(config, params).items():
-        map_arrays(lambda x, axes, name=name: check_divides(name, x.shape, axes, mesh), spec, w)
+        map_arrays(lambda x, axes, n=name: check_divides(n, shape(x, axes), axes, mesh), spec, w)
 
     def placed(x, axes):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, param_spec(axes)))
+        place = sharding(mesh, param_spec(axes))
+        return jax.ShapeDtypeStruct(shape(x, axes), x.dtype, sharding=place)
 
     return map_arrays(placed, param_specs(config), params)
+
+
+def unpadded(config: Llama4Config, params: dict) -> dict:
+    """Placed parameters in their own shapes; what was filled up is whole on every device."""
+
+    def cut(spec: ParamSpec, w):
+        if isinstance(w, QuantizedMatrix) or w.shape == spec.shape:
+            return w
+        axes = tuple(None if axis in PADDED else axis for axis in spec.axes)
+        there = sharding(w.sharding.mesh, param_spec(axes))
+        return jax.jit(lambda w: w[tuple(map(slice, spec.shape))], out_shardings=there)(w)
+
+    return map_specs(cut, param_specs(config), params)

@@ -1,10 +1,11 @@
 """The model to plan for: a preset by name, or a checkpoint's folder."""
 
 from pathlib import Path
+from typing import Any
 
 from jaxmoe.config import PRESETS, Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.hf_config import read_config
+from jaxmoe.hf_config import read_config, read_object, stated_dtype
 
 
 def read_model(text: str) -> Llama4Config:
@@ -26,3 +27,14 @@ def read_model(text: str) -> Llama4Config:
     from jaxmoe.checkpoint import store  # loads Orbax, which takes longer than a plan
 
     return store.read_config(folder)
+
+
+def read_dtype(text: str) -> Any:
+    """The dtype that a model of `read_model` is stated to be in; None of a preset."""
+    if text in PRESETS:
+        return None
+    if (Path(text) / "config.json").exists():
+        return stated_dtype(read_object(text, "config.json"))
+    from jaxmoe.checkpoint import store  # as above
+
+    return store.read_checkpoint(text).stated

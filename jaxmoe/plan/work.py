@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.mesh import AXES, MeshConfig, activation_axes, axis_size, check_divides
+from jaxmoe.mesh import AXES, MeshConfig, activation_axes, axis_size, check_divides, padded_shape
 from jaxmoe.model.cache import abstract_cache, round_capacity
 from jaxmoe.model.params import abstract_params, named_params, stored_axes
 from jaxmoe.plan.layout import device_bytes
@@ -105,8 +105,10 @@ class Stored:
 
     def size(self, mesh: MeshConfig) -> int:
         """Elements on one device, in all layers."""
-        parts = math.prod(axis_size(abstract_mesh(mesh), axis) for axis in self.axes if axis)
-        return self.count * math.prod(self.shape) // parts
+        devices = abstract_mesh(mesh)
+        parts = (axis_size(devices, axis) if axis else 1 for axis in self.axes)
+        shape = padded_shape(self.shape, self.axes, devices)
+        return self.count * math.prod(n // part for n, part in zip(shape, parts, strict=True))
 
     def nbytes(self, mesh: MeshConfig) -> int:
         """Of one device, in all layers."""
@@ -140,7 +142,10 @@ def check_mesh(work: Work, mesh: MeshConfig) -> None:
     """Raises a UserError if the mesh does not divide a parameter, as `abstract_params` does."""
     abstract = abstract_mesh(mesh)
     for each in stored_params(work.config, work.format):
-        check_divides(each.name, each.shape, each.axes, abstract)
+        shape = each.shape
+        if work.task != "train":
+            shape = padded_shape(shape, each.axes, abstract)
+        check_divides(each.name, shape, each.axes, abstract)
 
 
 def weight_bytes(work: Work, mesh: MeshConfig) -> int:

@@ -39,7 +39,7 @@ def abstract_state(
         UserError: if the mesh does not divide a parameter.
     """
     everywhere = meshes.sharding(mesh, PartitionSpec())
-    params = abstract_params(model, mesh, jnp.float32)
+    params = abstract_params(model, mesh, jnp.float32, pads=False)
     moments = optax.tree.map_params(
         optimizer.init,
         lambda moment, param: param,

@@ -317,3 +317,44 @@ def test_file_that_shrinks_after_it_was_opened(tmp_path):
     file.write_bytes(file.read_bytes()[: folder.tensors["0:w"].start + 10])
     with pytest.raises(UserError, match=rf"{FILE} ends inside 0:w"):
         folder.read("0:w", 0, 24)
+
+
+def flip(file, data, position):
+    """One bit of the data, which lies in the file once."""
+    content = bytearray(file.read_bytes())
+    assert content.count(data) == 1
+    content[content.index(data) + position] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("position", [0, 50, 95])
+def test_flipped_bits_of_data_are_found(tmp_path, position):
+    """Read in pieces, when the last is read; read in part, when that is confirmed."""
+    flip(save(tmp_path, **{WQKV: W}), W.tobytes(), position)
+    words = rf"{FILE} is damaged in the data of {WQKV} .*CRC-32"
+    pieces = PthFolder(tmp_path)
+    for start in (0, 8):
+        pieces.read(f"0:{WQKV}", start, 8)
+    with pytest.raises(UserError, match=words):
+        pieces.read(f"0:{WQKV}", 16, 8)
+    part = PthFolder(tmp_path)
+    part.confirm()  # nothing was read
+    part.read(f"0:{WQKV}", 6, 6)
+    with pytest.raises(UserError, match=words):
+        part.confirm()
+
+
+def test_tensors_of_one_record_are_checked_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(pth, "_PIECE", 10)
+    rows = {name: pth_files.View(W, 6 * n, (1, 6), (6, 1)) for n, name in enumerate("abc")}
+    file = save(tmp_path, **rows)
+    folder = PthFolder(tmp_path)
+    for name in "cab":  # in any order, and again
+        folder.read(f"0:{name}", 0, 6)
+        folder.confirm()
+    flip(file, W.tobytes(), 30)  # in b
+    folder = PthFolder(tmp_path)
+    folder.read("0:a", 0, 6)
+    with pytest.raises(UserError, match=r"CRC-32"):
+        folder.read("0:c", 0, 6)
+        folder.confirm()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -12,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmoe.checkpoint import export as export_module
-from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.convert import convert
+from jaxmoe.checkpoint import sources, store
+from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.checkpoint.export import export
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config
@@ -66,13 +67,44 @@ def test_round_trip_is_byte_identical(tmp_path, small_blocks, dtype, shards):
     assert read_config(back) == read_config(tmp_path / "hf")
 
 
-def test_round_trip_keeps_nan_payloads_and_zeros(tmp_path):
+def test_round_trip_keeps_every_finite_pattern_and_zeros(tmp_path):
     tensors = weights("bfloat16")
-    pattern = np.arange(tensors["lm_head.weight"].size, dtype=np.uint16) * 7 + 0x7F80
+    pattern = np.arange(tensors["lm_head.weight"].size, dtype=np.uint16) * 7
+    pattern[pattern & 0x7F80 == 0x7F80] = 0x8000
     tensors["lm_head.weight"] = pattern.view(DTYPES["bfloat16"]).reshape(128, 64)
     tensors["model.norm.weight"] = np.zeros(64, DTYPES["bfloat16"])  # the arrays' fill value
     back = there_and_back(tmp_path, checkpoint(tmp_path / "hf", CONFIG, tensors))
     assert_same_bytes(read_all(back), tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_named(tmp_path, dtype, value):
+    tensors = weights(dtype)
+    tensors["lm_head.weight"][33, 7] = value
+    source = sources.open_source(checkpoint(tmp_path, CONFIG, tensors))
+    source.read("lm_head.weight", 0, 33 * 64 + 7)
+    source.read("lm_head.weight", 33 * 64 + 8, 1000)
+    with pytest.raises(
+        UserError, match=rf"safetensors holds lm_head\.weight with {value} at \[33, 7"
+    ):
+        source.read("lm_head.weight", 100, 33 * 64)
+
+
+def test_what_is_no_number_is_neither_converted_nor_verified(tmp_path, monkeypatch):
+    name = "model.layers.1.feed_forward.experts.gate_up_proj"
+    tensors = weights("bfloat16")
+    tensors[name][2, 33, 7] = np.nan
+    source = checkpoint(tmp_path / "hf", CONFIG, tensors)
+    words = rf"model\.safetensors holds {name} with nan at \[2, 33, 7\]"
+    for quantize in (None, "int8"):
+        with pytest.raises(UserError, match=words):
+            convert(source, tmp_path / f"{quantize}", weights=quantize)
+    with monkeypatch.context() as before:
+        before.setattr(sources, "_has_nonfinite", lambda *_: False)
+        convert(source, tmp_path / "orbax")
+    with pytest.raises(UserError, match=words):
+        verify(source, tmp_path / "orbax")
 
 
 def test_round_trip_of_mixed_dtypes(tmp_path):
@@ -84,12 +116,105 @@ def test_round_trip_of_mixed_dtypes(tmp_path):
     assert_same_bytes(read_all(back), tensors)
 
 
+@pytest.mark.parametrize(
+    "embed, rest, stated, main",
+    [
+        ("float32", "bfloat16", "bfloat16", "bfloat16"),
+        ("float32", "bfloat16", None, "bfloat16"),
+        ("bfloat16", "float32", "float32", "float32"),
+        ("bfloat16", "float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "bfloat16", "float32", "bfloat16"),  # of which there is nothing
+    ],
+)
+def test_the_dtype_of_a_model_is_not_that_of_its_embedding(tmp_path, embed, rest, stated, main):
+    """Nothing is widened for the embedding, and nothing rounded that the configuration keeps."""
+    config = {**CONFIG, "num_hidden_layers": 1, "torch_dtype": stated}
+    tensors = weights(rest, config)
+    name = "model.embed_tokens.weight"
+    tensors[name] = tensors[name].astype(DTYPES[embed])
+    convert(checkpoint(tmp_path / "hf", config, tensors), tmp_path / "orbax")
+    others = {embed, rest} - {main}
+    assert store.main_dtypes(tmp_path / "orbax") == (main, *others)
+    export(tmp_path / "orbax", tmp_path / "back")
+    assert_same_bytes(read_all(tmp_path / "back"), tensors)
+    assert json.loads((tmp_path / "back/config.json").read_text())["torch_dtype"] == main
+
+
 def test_round_trip_of_a_tied_model(tmp_path):
     config = {**CONFIG, "tie_word_embeddings": True}
     tensors = weights(config=config)
     back = there_and_back(tmp_path, checkpoint(tmp_path / "hf", config, tensors))
     assert_same_bytes(read_all(back), tensors)
     assert read_config(back).tie_word_embeddings
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_head_that_is_no_copy_of_the_embedding_is_kept(tmp_path, dtype):
+    """As transformers 5.23 does, whatever the configuration says; a copy of any dtype is none."""
+    config = {**CONFIG, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    tensors = tiny.random_tensors(config, seed=1)
+    head = tensors["model.embed_tokens.weight"].astype(dtype)
+    head[127, 63] += 1
+    source = checkpoint(tmp_path / "hf", config, tensors | {"lm_head.weight": head})
+    report = convert(source, tmp_path / "orbax")
+    assert len(report.notes) == 1 and "both are kept" in report.notes[0]
+    assert verify(source, tmp_path / "orbax").notes == report.notes
+    export(tmp_path / "orbax", tmp_path / "back")
+    assert_same_bytes(read_all(tmp_path / "back"), tensors | {"lm_head.weight": head})
+    assert not read_config(tmp_path / "back").tie_word_embeddings
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_head_that_is_a_copy_of_the_embedding_is_left_out(tmp_path, dtype):
+    config = {**CONFIG, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    tensors = weights("float16", config)
+    copy = tensors["model.embed_tokens.weight"].astype(dtype)
+    source = checkpoint(tmp_path / "hf", config, tensors | {"lm_head.weight": copy})
+    report = convert(source, tmp_path / "orbax")
+    assert (report.left_out, report.notes) == (1, ())
+    export(tmp_path / "orbax", tmp_path / "back")
+    assert_same_bytes(read_all(tmp_path / "back"), tensors)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 4096},
+        {"num_local_experts": 65536},
+        {"hidden_size": 2**18, "intermediate_size": 2**22},
+    ],
+)
+def test_sizes_beyond_the_files_are_refused_at_once(tmp_path, change):
+    source = checkpoint(tmp_path / "hf", {**CONFIG, **change})
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"config\.json describes .* holds \d+ (tensors|bytes)"):
+        convert(source, tmp_path / "orbax")
+    assert time.process_time() - start < 2
+
+
+def test_unknown_keys_may_be_ignored(tmp_path):
+    source = checkpoint(tmp_path / "hf", {**CONFIG, "alpha": 1, "beta": 2, "gamma": None})
+    with pytest.raises(UserError, match=r"'alpha' .*'beta' .*--ignore-unknown-config"):
+        convert(source, tmp_path / "orbax")
+    convert(source, tmp_path / "orbax", ignore_unknown=True)
+    verify(source, tmp_path / "orbax")
+
+
+def test_an_adapter_is_mentioned(tmp_path):
+    source = checkpoint(tmp_path / "hf")
+    (source / "adapter_config.json").write_text("{}")
+    (note,) = convert(source, tmp_path / "orbax").notes
+    assert "adapter_config.json" in note and "not applied" in note
+    (source / "config.json").unlink()
+    with pytest.raises(UserError, match="holds an adapter and no model"):
+        convert(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "x" * 300, "\0", "\ud800"])
+def test_names_that_no_folder_can_have(tmp_path, name):
+    source = checkpoint(tmp_path / "hf")
+    with pytest.raises(UserError, match="cannot be written: "):
+        convert(source, f"{tmp_path}/{name}")
 
 
 def test_text_only_leaves_vision_out(tmp_path):

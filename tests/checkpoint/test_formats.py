@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import safetensors
 
-from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint import convert as convert_module
+from jaxmoe.checkpoint import meta, store
 from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.checkpoint.export import export
 from jaxmoe.checkpoint.reader import DTYPES
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate import token_logits
-from jaxmoe.hf_config import read_config
+from jaxmoe.hf_config import from_hf, read_config
 from jaxmoe.mesh import MeshConfig
 from pallas_kernels.quantized import QuantizedMatrix
 from tests import formats, tiny
@@ -118,6 +119,33 @@ def assert_meta_equals_hf(tmp_path, config, found, ranks, expected, scales=None)
     ids = {key: getattr(read, key) for key in ("bos_token_id", "eos_token_ids", "pad_token_id")}
     assert read == dataclasses.replace(store.read_config(hf), **context, **ids)
     return abs(logits(tmp_path / "orbax") - logits(hf)).max()
+
+
+def test_meta_with_a_flipped_bit(tmp_path, small_blocks, monkeypatch):
+    """Found before the job that read it is noted, so a run with the mended file goes on.
+
+    The bit is of v, and q, which lies in the same record, is read first.
+    """
+    monkeypatch.setattr(convert_module, "SAMPLE_BYTES", 100)  # not of the data
+    config = meta_config("maverick", num_hidden_layers=2)
+    found = formats.in_meta(config, tiny.random_tensors(config, 5), ranks=1)
+    source = formats.write_meta(tmp_path / "meta", formats.meta_params(config), found, 1)
+    file = source / "consolidated.00.pth"
+    whole = file.read_bytes()
+    data = found["layers.1.attention.wqkv.weight"][0].tobytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(data) + len(data) - 1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"damaged in the data of layers\.1\.attention\.wqkv"):
+        convert(source, tmp_path / "orbax")
+    noted = json.loads((tmp_path / "orbax.partial/progress.json").read_text())["done"]
+    assert "layers.0.attention.v" in noted and "layers.1.attention.q" not in noted
+    file.write_bytes(whole)
+    assert convert(source, tmp_path / "orbax").resumed
+    verify(source, tmp_path / "orbax")  # every byte is the mended file's
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match="damaged in the data"):
+        verify(source, tmp_path / "orbax")
 
 
 @pytest.mark.parametrize("like", LIKE)
@@ -253,3 +281,31 @@ def test_ranks_that_disagree(tmp_path):
     convert(folder, tmp_path / "from_bad")
     with pytest.raises(UserError, match=rf"holds 2:{router} with other numbers than 0:{router}"):
         verify(folder, tmp_path / "from_bad")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"use_scaled_rope": "false"},
+            "makes no sense .*use_scaled_rope is neither true nor false",
+        ),
+        ({"use_qk_norm": 2}, "makes no sense .*use_qk_norm is neither"),
+        ({"floor_scale": 8192.5}, "gives floor_scale the value 8192.5"),
+        ({"floor_scale": 1e999}, "gives floor_scale the value Infinity"),
+        ({"dim": 10**39}, "gives hidden_size the value"),
+        ({"dim": 1e999}, "makes no sense"),
+        ({"n_layers": 10**9}, "gives num_hidden_layers the value"),
+        ({"norm_eps": "x" * 9999}, "gives rms_norm_eps the value"),
+    ],
+)
+def test_params_that_no_model_has(change, words):
+    params = formats.meta_params(meta_config("scout")) | change
+    with pytest.raises(UserError, match=rf"^params\.json (has a value that )?{words}") as caught:
+        from_hf(meta.to_hf_mapping(params, "params.json"), "params.json")
+    assert len(str(caught.value)) < 500
+
+
+def test_meta_writes_whole_numbers_as_floats():
+    params = formats.meta_params(meta_config("scout")) | {"floor_scale": 8192.0}
+    assert meta.to_hf_mapping(params, "params.json")["floor_scale"] == 8192

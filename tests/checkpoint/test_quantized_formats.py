@@ -1,5 +1,6 @@
 """Quantized checkpoints: they mean what they stand for, keep their bytes, or are refused."""
 
+import itertools
 import json
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.convert import convert
+from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.checkpoint.export import export
 from jaxmoe.errors import UserError
 from jaxmoe.model.params import named_params, quantize_params
@@ -34,8 +35,14 @@ def test_groups_that_cannot_be_paired(tmp_path):
         converted(tmp_path, described, stored)
 
 
-@pytest.mark.parametrize("like", LIKE)
-@pytest.mark.parametrize("make", [formats.in_fp8, formats.in_w4a16])
+@pytest.mark.parametrize(
+    "like, make",
+    [
+        *itertools.product(LIKE, [formats.in_fp8, formats.in_w4a16]),
+        ("maverick", formats.in_fp8_blocks),
+        ("scout", formats.in_fp8_tensors),
+    ],
+)
 def test_quantized_means_the_same(tmp_path, small_blocks, like, make):
     """Equal to the model of the numbers that it stands for."""
     config, tensors = model(like)
@@ -67,7 +74,9 @@ def test_fp8_there_and_back(tmp_path, small_blocks):
     np.testing.assert_array_equal(logits(tmp_path / "again"), logits(orbax))
 
 
-@pytest.mark.parametrize("make", [formats.in_fp8, formats.in_w4a16])
+@pytest.mark.parametrize(
+    "make", [formats.in_fp8, formats.in_w4a16, formats.in_fp8_blocks, formats.in_fp8_tensors]
+)
 def test_widened(tmp_path, small_blocks, make):
     """By the conversion or by the export: the numbers that it stands for, rounded once."""
     config, tensors = model("maverick")
@@ -104,6 +113,40 @@ def test_quantized_on_the_way(tmp_path, small_blocks, weights):
     assert sum(error.count for error in report.errors.values()) == numbers
     largest = {"fp8": 0.04, "int8": 0.01, "int4": 0.15}[weights]
     assert all(0 < (e.lost / e.total) ** 0.5 < largest for e in report.errors.values())
+
+
+def test_scales_of_activations_are_left_out_with_a_sentence(tmp_path):
+    """Those of matrices become one for each output, and are exported so."""
+    described, stored, _ = formats.in_fp8_tensors(*model("maverick"))
+    source = tiny.write_checkpoint(tmp_path / "hf", described, stored)
+    report = convert(source, tmp_path / "orbax")
+    others = {name for name in stored if name.endswith((".k_scale", ".v_scale", ".input_scale"))}
+    assert report.left_out == len(others)
+    assert report.notes[0].startswith(f"{len(others)} scales of activations")
+    verify(source, tmp_path / "orbax")
+    export(tmp_path / "orbax", tmp_path / "back")
+    back = read_all(tmp_path / "back")
+    name = "model.layers.1.feed_forward.experts.3.up_proj.weight"
+    np.testing.assert_array_equal(back[f"{name}_scale"], np.full((64, 1), stored[f"{name}_scale"]))
+    assert back[name].tobytes() == stored[name].tobytes()
+
+
+@pytest.mark.parametrize("block", [(64, 64), (32, 48), [128], None])
+def test_blocks_that_are_not_those_of_the_scales(tmp_path, block):
+    described, stored, _ = formats.in_fp8_blocks(*model("maverick"))
+    weights = described["quantization_config"]["config_groups"]["group_0"]["weights"]
+    weights["block_structure"] = block and list(block)
+    with pytest.raises(UserError, match=r"with these scales|with block_structure .* a pair"):
+        converted(tmp_path, described, stored)
+
+
+def test_modelopt_is_named(tmp_path):
+    """As its first releases said it: beside a config.json without a word of it."""
+    config, tensors = model("maverick")
+    source = tiny.write_checkpoint(tmp_path, config, tensors)
+    (source / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(UserError, match=r"hf_quant_config\.json says .* ModelOpt; only compressed"):
+        convert(source, tmp_path / "orbax")
 
 
 def test_fp8_is_kept_when_fp8_is_asked_for(tmp_path):
@@ -170,6 +213,8 @@ def says(**changes):
             "int8, but layers.1.feed_forward.experts.down is in fp8",
         ),
         (says(num_bits=4), "float weights of 4 bits"),
+        (says(strategy="tensor_group"), "strategy 'tensor_group'"),
+        ({"format": "pack-quantized"} | says(type="int"), r"packed in words \(W8A16\)"),
         (None, "has no quantization_config, but layers.1.feed_forward.experts.down is quantized"),
     ],
 )

@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmoe.checkpoint.reader import SafetensorsFolder
@@ -117,6 +118,66 @@ def test_header_that_lies(tmp_path, field):
     refused(tmp_path, file, "damaged header")
 
 
+def write_places(file, places, nbytes=8, names="abc", **more):
+    """One-byte numbers at these offsets."""
+    fields = {
+        name: {"dtype": "I8", "shape": [end - begin], "data_offsets": [begin, end]}
+        for name, (begin, end) in zip(names, places, strict=False)
+    }
+    header = json.dumps(fields | more).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(nbytes))
+
+
+@pytest.mark.parametrize(
+    "places, words",
+    [
+        ([(0, 4), (4, 4), (4, 8)], None),
+        ([(4, 8), (0, 4)], None),
+        ([(0, 4), (3, 8)], "the tensor b, which overlaps another"),
+        ([(0, 8), (0, 8)], "the tensor b, which overlaps another"),
+        ([(0, 8), (2, 4)], "the tensor b, which overlaps another"),
+        ([(0, 3), (4, 8)], "the tensor b, which lies behind a hole"),
+        ([(1, 8)], "the tensor a, which lies behind a hole"),
+        ([(0, 7)], "but its header speaks of"),
+        ([(0, 9)], "but its header speaks of"),
+    ],
+)
+def test_every_byte_is_of_one_tensor(tmp_path, places, words):
+    """As the safetensors library has it."""
+    file = tmp_path / "model.safetensors"
+    write_places(file, places)
+    if words is None:
+        safe_open(file, "np")
+        SafetensorsFolder(tmp_path)
+        return
+    with pytest.raises(SafetensorError):
+        safe_open(file, "np")
+    refused(tmp_path, file, words)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b'{"a": ' + b"1" * 5000 + b"}",
+        b'{"a": 1, "a": 1}',
+        '{"a": 1}'.encode("utf-16"),
+        b'{"a": {"dtype": "I8", "shape": [' + b"1," * 99 + b'8], "data_offsets": [0, 8]}}',
+    ],
+)
+def test_headers_that_no_parser_survives(tmp_path, header):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    refused(tmp_path, file)
+
+
+def test_one_tensor_in_two_shards(sharded):
+    """Whichever of them the index means."""
+    first, second, _ = shards(sharded)
+    save_file({Q: TENSORS[Q]}, second)
+    refused(sharded, f"{first} and {second} both hold the tensor {Q}")
+
+
 def test_index_names_a_tensor_that_its_shard_lacks(sharded):
     first, second, _ = shards(sharded)
     edit_index(sharded, lambda names: names.update({"model.extra.weight": second.name}))
@@ -135,7 +196,8 @@ def test_shard_holds_a_tensor_that_the_index_does_not_name(sharded):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}']
+    "content",
+    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000, "9" * 5000],
 )
 def test_unreadable_index(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
@@ -143,7 +205,7 @@ def test_unreadable_index(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "name", ["../out.safetensors", "a/../../out.safetensors", "{out}", "link", "folder/out", "\0"]
+    "name", ["../out.safetensors", "a/../../out.safetensors", "{out}", "link", "folder/out"]
 )
 def test_names_in_the_index_stay_in_the_folder(sharded, name):
     """The file outside is whole, so only the path can be what is wrong."""
@@ -156,6 +218,13 @@ def test_names_in_the_index_stay_in_the_folder(sharded, name):
     first = "model-00001-of-00003.safetensors"
     edit_index(sharded, lambda m: m.update({k: name for k, file in m.items() if file == first}))
     refused(sharded, sharded / INDEX, "outside", sharded)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a" * 300, "circle", "\0"])
+def test_names_in_the_index_that_no_file_has(sharded, name):
+    (sharded / "circle").symlink_to("circle")
+    edit_index(sharded, lambda m: m.update({k: name for k in m}))
+    refused(sharded, sharded)
 
 
 def test_hub_cache_keeps_files_beside_the_snapshot(tmp_path):

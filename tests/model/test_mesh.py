@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.checkpoint import store
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate import token_logits
 from jaxmoe.generate.engine import Request, generate
 from jaxmoe.generate.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.transformer import forward, positions_of, unembed
+from tests import tiny
+from tests.conftest import load_tiny, one_device
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -114,3 +117,31 @@ def test_gradients(small, batch, mesh):
 def test_mesh_that_does_not_divide_names_the_axis(small, mesh):
     with pytest.raises(UserError, match=f"{mesh} does not divide"):
         small.on(make_mesh(mesh))
+
+
+@pytest.fixture(scope="module")
+def prime(tmp_path_factory):
+    """A vocabulary that no mesh divides, as adding tokens leaves it."""
+    config = tiny.scout_like(num_hidden_layers=1, vocab_size=127)
+    return load_tiny(tmp_path_factory.mktemp("prime"), config, tiny.random_tensors(config, 3))
+
+
+def test_vocabulary_that_the_mesh_does_not_divide(prime, tmp_path):
+    """Filled up on the mesh only: what is computed and saved is without it."""
+    batch = np.random.default_rng(6).integers(0, 127, (4, 20), np.int32), np.ones((4, 20), np.int32)
+    mesh = make_mesh("fsdp=2,tensor=4")
+    params = prime.on(mesh)
+    assert params["embed"].shape == params["lm_head"].shape[::-1] == (128, 64)
+    assert not np.asarray(params["lm_head"])[:, 127].any()
+    with jax.set_mesh(mesh):
+        logits = token_logits(prime.config, params, *batch)
+        got = gradients(prime, params, batch)
+    assert logits.shape == (4, 20, 127)
+    assert abs(logits - token_logits(prime.config, prime.params, *batch)).max() < 1e-5
+    expected = gradients(prime, prime.params, batch)
+    np.testing.assert_allclose(got["embed"][:127], expected["embed"], atol=1e-6)
+    assert not got["embed"][127:].any() and not got["lm_head"][:, 127:].any()
+    store.save(tmp_path / "saved", prime.config, params)
+    saved = store.load(tmp_path / "saved", one_device())[1]
+    for one, other in zip(jax.tree.leaves(saved), jax.tree.leaves(prime.params), strict=True):
+        np.testing.assert_array_equal(one, other)

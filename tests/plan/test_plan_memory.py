@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmoe.config import PRESETS
+from jaxmoe.config import PRESETS, SCOUT
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.cache import abstract_cache, round_capacity
@@ -78,6 +78,18 @@ def test_a_mesh_divides_as_abstract_parameters_say(spec, format):
             check_mesh(planned, mesh)
     else:
         check_mesh(planned, mesh)
+
+
+def test_a_vocabulary_that_the_mesh_does_not_divide():
+    """Filled up on the mesh, but not in training, where a state would not fit another mesh."""
+    config, mesh = dataclasses.replace(SCOUT, vocab_size=201135), MeshConfig.parse("tensor=8")
+    planned = Work(config=config, context=8192, rows=1)
+    check_mesh(planned, mesh)
+    params = abstract_params(config, abstract_mesh(mesh))
+    assert params["embed"].shape[0] == 201136
+    assert weight_bytes(planned, mesh) == device_bytes(params)
+    with pytest.raises(UserError, match="does not divide the 201135"):
+        check_mesh(dataclasses.replace(planned, task="train"), mesh)
 
 
 @pytest.mark.parametrize("items, experts, here", [(8192, 16, 16), (65536, 16, 2), (4096, 128, 16)])

@@ -32,3 +32,12 @@ def test_a_platform_that_is_not_here(monkeypatch, error, reason):
     with pytest.raises(UserError, match=f"JAX_PLATFORMS=cpu cannot be used .*{reason}") as found:
         _devices.devices()
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16",), ("bfloat16", "float32")])
+def test_several_stored_dtypes_are_said(monkeypatch, capsys, dtypes):
+    monkeypatch.setattr(_devices.store, "main_dtypes", lambda checkpoint: dtypes)
+    assert _devices._one_dtype("checkpoint") == "bfloat16"
+    said = capsys.readouterr().err
+    assert said.count("\n") == len(dtypes) - 1
+    assert ("loaded in bfloat16" in said) == (len(dtypes) > 1)
