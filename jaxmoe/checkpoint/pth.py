@@ -209,7 +209,13 @@ class _Archive:
         roots = [name for name in self._infos if re.fullmatch("[^/]+/data\\.pkl", name)]
         if len(roots) != 1:
             raise UserError(f"{self.file} is a zip but not of torch.save; download it again.")
-        return roots[0].removesuffix("data.pkl")
+        root = roots[0].removesuffix("/data.pkl")
+        if re.fullmatch(r"consolidated\.\d+|fp8_scales_\d+", root) and root != self.file.stem:
+            raise UserError(
+                f"{self.file} was written under the name {root}{self.file.suffix}: files of two "
+                "ranks are exchanged; give them their own names."
+            )
+        return root + "/"
 
     def read_pickle(self) -> bytes:
         """The pickled object."""

@@ -59,6 +59,15 @@ def test_ranks(tmp_path):
     assert folder.files[0]["bytes"] == (tmp_path / FILE).stat().st_size
 
 
+def test_files_of_two_ranks_that_are_exchanged(tmp_path):
+    """torch writes a file's name into it; each is whole, so nothing else would tell."""
+    save_ranks(tmp_path, "consolidated.00.pth", "consolidated.01.pth")
+    (tmp_path / FILE).rename(tmp_path / "x")
+    (tmp_path / "consolidated.01.pth").rename(tmp_path / FILE)
+    (tmp_path / "x").rename(tmp_path / "consolidated.01.pth")
+    refused(tmp_path, tmp_path / FILE, "was written under the name consolidated.01.pth")
+
+
 @pytest.mark.parametrize(
     "dtype", ["bfloat16", "float16", "float32", "float8_e4m3fn", "int8", "int32", "int64"]
 )
