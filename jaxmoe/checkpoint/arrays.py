@@ -1,20 +1,90 @@
 """Arrays on disk: Zarr, one file a block, inside it chunks with a checksum each, by TensorStore."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
+from jaxmoe.checkpoint import checksums
+from jaxmoe.checkpoint.checksums import Grid
 from jaxmoe.errors import UserError
 
 # Read at once. Of 64 devices that divide the experts of Scout or Maverick along one axis, each
 # reads at most twice its share; with 1 MiB it would be eight times.
 CHUNK_BYTES = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """An array on disk.
+
+    Attributes:
+        path: its folder.
+        tensor: its elements, as TensorStore reads and writes them.
+        checksums: of its chunks, which what is read must have; None: each is only to be whole.
+    """
+
+    path: Path
+    tensor: ts.TensorStore
+    checksums: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its elements."""
+        return self.tensor.dtype.numpy_dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its elements."""
+        return self.tensor.size * self.dtype.itemsize
+
+    @property
+    def grid(self) -> Grid:
+        """How it is cut into files and chunks."""
+        layout: Any = self.tensor.chunk_layout
+        return Grid(self.shape, layout.write_chunk.shape, layout.read_chunk.shape)
+
+    def read(
+        self,
+        index: Sequence[slice],
+        axes: tuple[int, ...] | None = None,
+        dtype: np.dtype | None = None,
+    ) -> np.ndarray:
+        """A slice, contiguous.
+
+        Args:
+            index: a slice for each of the first axes.
+            axes: reorders the axes, as `np.transpose` does.
+            dtype: what to cast to; default: as stored.
+
+        Raises:
+            UserError: if a part of it is missing, damaged or another array's.
+        """
+        same = dtype is None or dtype == self.dtype
+        part = (self.tensor if same else ts.cast(self.tensor, ts.dtype(dtype)))[tuple(index)]
+        with readable(self.path):
+            reading = (part if axes is None else part.transpose(axes)).read(order="C")
+            if self.checksums is not None:  # while TensorStore's threads read
+                checksums.check(self.path, self.grid, tuple(index), self.checksums)
+            return reading.result()
+
+    def check(self) -> None:
+        """Reads all of it, block by block; raises as `read`."""
+        block = self.grid.block
+        starts = (range(0, *x) for x in zip(self.shape, block, strict=True))
+        for start in itertools.product(*starts):
+            self.read([slice(i, i + n) for i, n in zip(start, block, strict=True)])
 
 
 def create_array(
@@ -24,7 +94,7 @@ def create_array(
     block: tuple[int, ...],
     chunk: tuple[int, ...] | None = None,
     synced: bool = True,
-) -> ts.TensorStore:
+) -> StoredArray:
     """A new array in place of any that an interrupted run left.
 
     Args:
@@ -38,54 +108,25 @@ def create_array(
     metadata = _zarr_metadata(shape, dtype, block, chunk)
     spec = {**_spec(path, synced), "create": True, "delete_existing": True, "metadata": metadata}
     with writes(path):
-        return ts.open(spec).result()
+        array = StoredArray(path, ts.open(spec).result())
+        checksums.create(path, array.grid)
+    return array
 
 
-def open_array(path: Path, synced: bool = True) -> ts.TensorStore:
+def open_array(path: Path, listed: bytes | None, synced: bool = True) -> StoredArray:
     """One array, to be read in slices, or to be written as `create_array` says.
+
+    Args:
+        listed: what its file of checksums holds; None if it has none, or to write only.
 
     Raises:
         UserError: if it is missing or damaged.
     """
     with readable(path):
-        return ts.open(_spec(path.resolve(), synced)).result()
-
-
-def read_slice(
-    array: ts.TensorStore, index: tuple[slice, ...], axes: tuple[int, ...] | None = None
-) -> np.ndarray:
-    """A slice of a stored array, its axes reordered as by `np.transpose` if given, contiguous.
-
-    Raises:
-        UserError: if a part of it is missing or damaged.
-    """
-    with readable(path_of(array)):
-        part = array[index]
-        part = part if axes is None else part.transpose(axes)
-        return part.read(order="C").result()
-
-
-def check_array(array: ts.TensorStore) -> None:
-    """Reads all of an array, every chunk of which has a checksum.
-
-    Raises:
-        UserError: if a part of it is missing or damaged.
-    """
-    block: Any = array.chunk_layout.write_chunk.shape
-    starts = (range(0, *x) for x in zip(array.shape, block, strict=True))
-    for start in itertools.product(*starts):
-        read_slice(array, tuple(slice(i, i + n) for i, n in zip(start, block, strict=True)))
-
-
-def path_of(array: ts.TensorStore) -> Path:
-    """Where an array lies."""
-    assert array.kvstore is not None  # only arrays that are computed have none
-    return Path(array.kvstore.path)
-
-
-def nbytes_of(array: ts.TensorStore) -> int:
-    """The size of an array's elements."""
-    return array.size * array.dtype.numpy_dtype.itemsize
+        array = StoredArray(path, ts.open(_spec(path.resolve(), synced)).result())
+        if listed is None:
+            return array
+        return dataclasses.replace(array, checksums=checksums.parse(listed, array.grid))
 
 
 @contextlib.contextmanager
@@ -93,7 +134,7 @@ def readable(path: Path) -> Iterator[None]:
     """Turns TensorStore's errors into a UserError; running out of memory stays what it is."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged: {reason(error)}; make it again.") from error
 
 
@@ -131,7 +172,7 @@ def _zarr_metadata(
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     codecs = [little_endian, {"name": "crc32c"}]
     sharding = {
-        "chunk_shape": chunk or chunk_shape(block, dtype.itemsize),
+        "chunk_shape": chunk or even_part(block, dtype.itemsize, CHUNK_BYTES),
         "codecs": codecs,
         "index_codecs": codecs,
     }
@@ -143,12 +184,12 @@ def _zarr_metadata(
     }
 
 
-def chunk_shape(block: tuple[int, ...], itemsize: int) -> list[int]:
-    """Of what is read at once: the largest even axis is halved until it is small enough."""
-    chunk = list(block)
-    while math.prod(chunk) * itemsize > CHUNK_BYTES:
-        even = [size for size in chunk if size % 2 == 0]
+def even_part(shape: tuple[int, ...], itemsize: int, nbytes: int) -> list[int]:
+    """A shape that tiles another: the largest even axis is halved until it is small enough."""
+    part = list(shape)
+    while math.prod(part) * itemsize > nbytes:
+        even = [size for size in part if size % 2 == 0]
         if not even:
             break
-        chunk[chunk.index(max(even))] //= 2
-    return chunk
+        part[part.index(max(even))] //= 2
+    return part

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint.arrays import check_array, open_array, path_of, read_slice
+from jaxmoe.checkpoint.manifest import Finished, open_finished
 from jaxmoe.checkpoint.sources import Source, open_source
 from jaxmoe.checkpoint.store import (
     KEY,
+    REMEDY,
     Progress,
     copy_companions,
     model_metadata,
     no_progress,
-    read_metadata,
 )
-from jaxmoe.checkpoint.transfer import FLOATS, Error, Job, Step, plan, target_formats
+from jaxmoe.checkpoint.transfer import FLOATS, WEIGHTS, Error, Job, Step, plan, target_formats
 from jaxmoe.checkpoint.workspace import RESULT, Resumable, boot, writable
-from jaxmoe.checkpoint.writer import STATE, Writer
+from jaxmoe.checkpoint.writer import Writer
 from jaxmoe.errors import UserError
 
 SAMPLE, SAMPLE_BYTES = "sample_sha256", 2**20
@@ -132,7 +132,7 @@ def _done(
 def _is_intact(job: Job, writer: Writer) -> bool:
     try:
         for name in job.arrays:
-            check_array(writer.reopen(name))
+            writer.reopen(name).check()
     except UserError:
         return False
     return True
@@ -165,25 +165,33 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
         UserError: naming the first array that differs, or if the checkpoint was not made of this
             source, or ranks of a source differ in what all of them have.
     """
-    checkpoint = Path(checkpoint)
-    metadata = read_metadata(checkpoint, KEY, "make one with scripts/convert.py")
-    options = metadata.get("conversion", {"sources": []})
-    weights, text_only = options.get("weights"), options.get("text_only", False)
+    finished = open_finished(Path(checkpoint), KEY, REMEDY)
+    made_of, weights, text_only = _conversion(finished)
     found = open_source(source, text_only, ignore_unknown=True)  # configurations are compared
-    made_of = [{key: file[key] for key in file if key != SAMPLE} for file in options["sources"]]
     if made_of != found.files.files:
         raise UserError(f"{checkpoint} was made of other files than those in {source}.")
     made = model_metadata(found.config, _dtype(found, weights))
-    if metadata["config"] != json.loads(json.dumps(made["config"])):
+    if finished.metadata.get("config") != json.loads(json.dumps(made["config"])):
         raise UserError(f"{checkpoint} has another configuration than {source}; convert it again.")
     _check_copies(found)
     jobs = plan(found, target_formats(found, weights), weights)
     total, count = sum(job.nbytes for job in jobs), 0
     for job in jobs:
-        for nbytes in _compare(job, checkpoint):
+        for nbytes in _compare(job, finished):
             count += nbytes
             progress(count, total)
     return Report(_count(found), total, len(found.left_out), notes=found.notes)
+
+
+def _conversion(finished: Finished) -> tuple[list[dict[str, Any]], str | None, bool]:
+    """The files that a checkpoint was made of, and the options."""
+    match finished.metadata.get("conversion", {"sources": []}):
+        case {"sources": list(sources), **options} if all(isinstance(x, dict) for x in sources):
+            weights, text_only = options.get("weights"), options.get("text_only", False)
+            made_of = [{key: file[key] for key in file if key != SAMPLE} for file in sources]
+            if (weights is None or weights in WEIGHTS) and isinstance(text_only, bool):
+                return made_of, weights, text_only
+    raise UserError(f"{finished.path} does not say what it was made of; convert it again.")
 
 
 def _identity(found: Source, weights: str | None, text_only: bool) -> dict[str, Any]:
@@ -245,15 +253,18 @@ def _write(job: Job, writer: Writer) -> Iterator[Step]:
     writer.wait()
 
 
-def _compare(job: Job, checkpoint: Path) -> Iterator[int]:
-    arrays = {name: open_array(checkpoint / STATE / name) for name in job.arrays}
+def _compare(job: Job, checkpoint: Finished) -> Iterator[int]:
+    arrays = {
+        name: checkpoint.open_array(name, array.shape, (array.dtype.name,))
+        for name, array in job.arrays.items()
+    }
     for step in job.steps():
         for name, index, data in step.blocks:
-            stored = read_slice(arrays[name], index)
+            stored = arrays[name].read(index)
             same = stored.dtype == data.dtype and stored.shape == data.shape
             if not same or stored.tobytes() != np.ascontiguousarray(data).tobytes():
                 raise UserError(
-                    f"{path_of(arrays[name])} differs from its source in {_range(index)}; "
+                    f"{arrays[name].path} differs from its source in {_range(index)}; "
                     "convert it again."
                 )
         yield step.nbytes

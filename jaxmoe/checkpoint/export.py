@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
 from jaxmoe.checkpoint import compressed, names
-from jaxmoe.checkpoint.arrays import read_slice
+from jaxmoe.checkpoint.arrays import StoredArray
 from jaxmoe.checkpoint.convert import Report
 from jaxmoe.checkpoint.reader import DTYPES, INDEX, SINGLE
 from jaxmoe.checkpoint.store import (
@@ -145,19 +144,19 @@ def _reader(checkpoint: Checkpoint, group: Group, arrays, matrix, weights: str |
         return dtype, lambda block: [
             _widened(checkpoint, name, matrix, block).astype(dtype) for name in group.ours
         ]
-    held: list[ts.TensorStore] = [arrays[name] for name in group.ours]
-    dtypes = {array.dtype.numpy_dtype for array in held}
+    held: list[StoredArray] = [arrays[name] for name in group.ours]
+    dtypes = {array.dtype for array in held}
     if len(dtypes) > 1:
         raise UserError(f"{' and '.join(group.ours)} differ in dtype but share one tensor.")
     return dtypes.pop(), lambda block: [
-        read_slice(array, block.index).reshape(block.shape) for array in held
+        array.read(block.index).reshape(block.shape) for array in held
     ]
 
 
 def _matrix(checkpoint: Checkpoint, arrays, name: str, expert: int | None) -> np.ndarray:
     """A quantized parameter, or one expert's part of it, in float32 and its own shape."""
     index = () if expert is None else (slice(expert, expert + 1),)
-    qvalue, scale = (read_slice(arrays[f"{name}.{x}"], index) for x in ("qvalue", "scale"))
+    qvalue, scale = (arrays[f"{name}.{x}"].read(index) for x in ("qvalue", "scale"))
     qvalue, scale = (x.reshape(x.shape[-2:]) for x in (qvalue, scale))
     shape = named_specs(checkpoint.config)[name].shape[len(index) :]
     return decode(qvalue, scale, checkpoint.formats[name].name).reshape(shape)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.model.params import named_params
 from jaxmoe.model.transformer import forward, unembed
 from jaxmoe.text import Tokenizer
 
@@ -46,7 +47,9 @@ def self_test(config: Llama4Config, params: dict, tokenizer: Tokenizer | None) -
     tokens = _tokens(config, tokenizer)
     logits = np.asarray(_logits(config, params, jnp.asarray(tokens)[None]), np.float64)[0]
     if not np.isfinite(logits).all():
-        raise UserError("self-test: logits are not finite; convert the checkpoint again.")
+        named = " and ".join(not_finite(config, params)[:2])
+        because = f", as {named} holds NaN or infinity" if named else ""
+        raise UserError(f"self-test: logits are not finite{because}; convert the checkpoint again.")
     log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
     log_p -= logits.max(-1, keepdims=True)
     guess = math.log(config.vocab_size)
@@ -65,6 +68,21 @@ def self_test(config: Llama4Config, params: dict, tokenizer: Tokenizer | None) -
             "guessing would; its layout is wrong, or it does not know English."
         )
     return Speech(entropy, surprise)
+
+
+def not_finite(config: Llama4Config, params: dict) -> list[str]:
+    """Names of the parameters that hold NaN or infinity.
+
+    Reads all of them, which takes a while: to be asked once logits say that there are some.
+    """
+    stored = {name: w for name, (_, w) in named_params(config, params).items()}
+    finite = jax.tree.map(_is_finite, stored)
+    return [name for name, parts in finite.items() if not all(jax.tree.leaves(parts))]
+
+
+@jax.jit
+def _is_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def _tokens(config: Llama4Config, tokenizer: Tokenizer | None) -> np.ndarray:

@@ -3,16 +3,18 @@
 A checkpoint is one folder: an Orbax v1 checkpoint of the parameter tree, one Zarr array per
 parameter, with the configuration in its custom metadata and the tokenizer's files beside it.
 `orbax.checkpoint.v1.load` reads it without this project. A quantized matrix is two arrays, `qvalue`
-and `scale`. The vision tower is a tree of its own beside the text model's.
+and `scale`. The vision tower is a tree of its own beside the text model's. A manifest binds it all
+together (see `jaxmoe.checkpoint.manifest`).
 
 `jaxmoe.checkpoint.writer` fills them. TensorStore reads them, and not Orbax: one device's share at
 a time, where Orbax holds many, and what is damaged is named.
 """
 
 import collections
+import contextlib
 import dataclasses
 import importlib.metadata
-import json
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
+from jax.experimental import multihost_utils
 
-from jaxmoe.checkpoint.arrays import nbytes_of, open_array, path_of, readable
-from jaxmoe.checkpoint.tensors import Format, array_shapes, main_dtype
-from jaxmoe.checkpoint.workspace import workspace_of
-from jaxmoe.checkpoint.writer import MARKER, STATE, save_tree
+from jaxmoe.checkpoint.arrays import StoredArray, even_part
+from jaxmoe.checkpoint.manifest import FORMAT, Finished, open_finished
+from jaxmoe.checkpoint.tensors import BLOCK_BYTES, Format, array_shapes, main_dtype
+from jaxmoe.checkpoint.workspace import prepared, workspace_of, writable
+from jaxmoe.checkpoint.writer import Writer
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation_config import with_stop_ids
@@ -42,8 +45,10 @@ from jaxmoe.model.params import (
 from jaxmoe.model.vision_params import vision_specs
 from pallas_kernels.quantized import QuantizedMatrix
 
-FORMAT = 2
 KEY = "jaxmoe"  # of the custom metadata
+REMEDY = "make one with scripts/convert.py"
+FLOATS = ("bfloat16", "float32", "float16")  # what an array that is not quantized may be in
+QVALUES = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "int8"}  # dtypes by format
 
 COMPANIONS = (  # files that travel with the weights
     "tokenizer.json",
@@ -73,24 +78,72 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def save(path: str | Path, config: Llama4Config, params: dict) -> None:
-    """Saves parameters that lie on a mesh; each host writes what it holds.
+    """Saves parameters that lie on a mesh; each host writes what it holds, to one file system.
 
     Raises:
-        UserError: if `path` exists and is not empty.
+        UserError: if `path` exists and is not empty, or cannot be written.
     """
-    workspace_of(Path(path))
+    path, arrays = Path(path), _named_arrays(config, unpadded(config, params))
     formats = {
         name: Format(w.format, w.width)
         for name, (_, w) in named_params(config, params).items()
         if isinstance(w, QuantizedMatrix)
     }
     metadata = model_metadata(config, params["embed"].dtype.name, formats)
-    tree = jax.tree.map(
-        lambda w: {"qvalue": w.qvalue, "scale": w.scale} if isinstance(w, QuantizedMatrix) else w,
-        unpadded(config, params),
-        is_leaf=lambda w: isinstance(w, QuantizedMatrix),
-    )
-    save_tree(Path(path).resolve(), tree, KEY, metadata)
+    first = jax.process_index() == 0
+    workspace = workspace_of(path)
+    _meet("looked")  # every host, before the first one makes it
+    with prepared(path) if first else contextlib.nullcontext():
+        with writable(path), Writer(workspace, alone=jax.process_count() == 1) as writer:
+            if first:
+                for name, array in arrays.items():
+                    writer.create(name, array.shape, array.dtype, _block(array))
+            _meet("created")
+            for name, array in arrays.items():
+                _write_shares(writer, writer.reopen(name), array)
+            writer.wait()
+            _meet("written")
+            writer.finish(arrays, KEY, metadata)
+    _meet("saved")
+
+
+def _named_arrays(config: Llama4Config, params: dict) -> dict[str, jax.Array]:
+    """By the names of `array_shapes`."""
+    arrays = {}
+    for name, (_, w) in named_params(config, params).items():
+        if isinstance(w, QuantizedMatrix):
+            arrays |= {f"{name}.qvalue": w.qvalue, f"{name}.scale": w.scale}
+        else:
+            arrays[name] = w
+    return arrays
+
+
+def _block(array: jax.Array) -> tuple[int, ...]:
+    """What is a file: a device's share, or an even part of it."""
+    share = array.sharding.shard_shape(array.shape)
+    return tuple(even_part(share, array.dtype.itemsize, BLOCK_BYTES))
+
+
+def _write_shares(writer: Writer, stored: StoredArray, array: jax.Array) -> None:
+    """Writes what this host holds of an array, block by block; of equal shares one is written."""
+    block = stored.grid.block
+    for shard in array.addressable_shards:
+        if shard.replica_id:
+            continue
+        data = np.asarray(shard.data)
+        begin = [span.indices(n)[0] for span, n in zip(shard.index, array.shape, strict=True)]
+        blocks = []
+        for start in itertools.product(*map(range, (0,) * data.ndim, data.shape, block)):
+            part = tuple(slice(i, i + n) for i, n in zip(start, block, strict=True))
+            index = tuple(slice(b + s.start, b + s.stop) for b, s in zip(begin, part, strict=True))
+            blocks.append((stored, index, data[part]))
+        writer.write(blocks)
+
+
+def _meet(name: str) -> None:
+    """Waits for the other hosts."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"jaxmoe.save {name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +157,16 @@ class Checkpoint:
         stated: the dtype that the configuration states.
     """
 
-    path: Path
+    found: Finished
     config: Llama4Config
     formats: dict[str, Format]
     outer: dict[str, Any] | None
     stated: Any = None
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.found.path
 
     def specs(self, vision: bool = False) -> dict[str, ParamSpec]:
         """Of the text model's parameters by name, or also of the vision tower's if it is there."""
@@ -120,21 +178,22 @@ class Checkpoint:
         """Of the arrays, likewise."""
         return array_shapes(self.config, self.formats, self.specs(vision))
 
-    def open_arrays(self, vision: bool = False) -> dict[str, ts.TensorStore]:
+    def open_arrays(self, vision: bool = False) -> dict[str, StoredArray]:
         """Every array by dotted name, to be read in slices.
 
         Raises:
-            UserError: if an array is missing or contradicts the configuration.
+            UserError: if an array is missing or contradicts the metadata.
         """
-        arrays = {}
-        for name, shape in self.shapes(vision).items():
-            arrays[name] = open_array(self.path / STATE / name)
-            if arrays[name].shape != shape:
-                raise UserError(
-                    f"{self.path} holds {name} with shape {arrays[name].shape}, but its config "
-                    f"says {shape}; convert it again."
-                )
-        return arrays
+        shapes = self.shapes(vision)
+        return {name: self.open_array(name, shape) for name, shape in shapes.items()}
+
+    def open_array(self, name: str, shape: tuple[int, ...]) -> StoredArray:
+        """One of them; raises as `open_arrays`."""
+        param, _, end = name.rpartition(".")
+        is_qvalue = end == "qvalue" and param in self.formats
+        return self.found.open_array(
+            name, shape, (QVALUES[self.formats[param].name],) if is_qvalue else FLOATS
+        )
 
 
 def main_dtypes(path: str | Path) -> tuple[str, ...]:
@@ -147,7 +206,7 @@ def main_dtypes(path: str | Path) -> tuple[str, ...]:
     nbytes: dict[str, int] = collections.Counter()
     for name, array in checkpoint.open_arrays().items():
         if not name.endswith((".qvalue", ".scale")):
-            nbytes[array.dtype.name] += nbytes_of(array)
+            nbytes[array.dtype.name] += array.nbytes
     first = main_dtype(nbytes, checkpoint.stated)
     return first, *sorted(nbytes.keys() - {first})
 
@@ -156,16 +215,41 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """What a checkpoint is, from its metadata.
 
     Raises:
-        UserError: if `path` is no finished checkpoint, or of a newer format.
+        UserError: if `path` is no finished checkpoint, of a newer format, or damaged.
     """
-    path = Path(path)
-    metadata = read_metadata(path, KEY, "make one with scripts/convert.py")
-    if metadata["format"] > FORMAT:
-        raise UserError(f"{path} was written by jaxmoe {metadata['version']}; update jaxmoe.")
-    formats = {name: Format(*value) for name, value in metadata.get("formats", {}).items()}
-    config = from_hf(metadata["config"], source=str(path))
-    stated = stated_dtype(metadata["config"])
-    return Checkpoint(path, config, formats, metadata.get("outer"), stated)
+    found = open_finished(Path(path), KEY, REMEDY)
+    described = found.field("config", dict)
+    layers, held = described.get("num_hidden_layers"), found.count_arrays()
+    if isinstance(layers, int) and layers > held:  # before there is a value for each
+        raise UserError(
+            f"{path} holds {held} arrays, too few for {layers} layers; convert it again."
+        )
+    config = from_hf(described, source=str(path))
+    outer = found.field("outer", dict) if "outer" in found.metadata else None
+    return Checkpoint(found, config, _formats(found, config), outer, stated_dtype(described))
+
+
+def _formats(found: Finished, config: Llama4Config) -> dict[str, Format]:
+    """Of the quantized parameters, by name."""
+    specs = named_specs(config)
+    stored = found.field("formats", dict) if "formats" in found.metadata else {}
+    formats = {}
+    for name, value in stored.items():
+        match value:
+            case [str(kind), int(width)] if (
+                kind in QVALUES
+                and name in specs
+                and specs[name].quantizable
+                and width > 0
+                and specs[name].matrix_shape[-2] % width == 0
+            ):
+                formats[name] = Format(kind, width)
+            case _:
+                raise UserError(
+                    f"{found.path} has {name!r:.80} in the format {value!r:.80}, which cannot be; "
+                    "convert it again."
+                )
+    return formats
 
 
 def read_config(path: str | Path) -> Llama4Config:
@@ -201,11 +285,11 @@ def load(
     checkpoint = read_checkpoint(path)
     arrays = checkpoint.open_arrays()
     leaves, structure = jax.tree.flatten(_placed(checkpoint, arrays, mesh, dtype))
-    total = sum(map(nbytes_of, arrays.values()))
+    total = sum(array.nbytes for array in arrays.values())
     params, done = [], 0
     for target, array in zip(leaves, _in_order(checkpoint, arrays), strict=True):
         params.append(_load_array(array, target))
-        done += nbytes_of(array)
+        done += array.nbytes
         progress(done, total)
     return with_stop_ids(checkpoint.config, path), structure.unflatten(params)
 
@@ -216,11 +300,11 @@ def abstract(path: str | Path, mesh: jax.sharding.Mesh, dtype: Any = None) -> di
     return _placed(checkpoint, checkpoint.open_arrays(), mesh, dtype)
 
 
-def _placed(checkpoint: Checkpoint, arrays: dict[str, ts.TensorStore], mesh, dtype: Any) -> dict:
+def _placed(checkpoint: Checkpoint, arrays: dict[str, StoredArray], mesh, dtype: Any) -> dict:
     """The parameters as they will be loaded."""
 
     def shape(name: str, dtype: Any):
-        found = arrays[name].dtype.numpy_dtype
+        found = arrays[name].dtype
         return jax.ShapeDtypeStruct(arrays[name].shape, found if dtype is None else dtype)
 
     leaves: list[Any] = []
@@ -234,34 +318,34 @@ def _placed(checkpoint: Checkpoint, arrays: dict[str, ts.TensorStore], mesh, dty
     return place(checkpoint.config, unflatten_params(checkpoint.config, leaves), mesh)
 
 
-def _in_order(checkpoint: Checkpoint, arrays: dict[str, ts.TensorStore]) -> list[ts.TensorStore]:
+def _in_order(checkpoint: Checkpoint, arrays: dict[str, StoredArray]) -> list[StoredArray]:
     """As the leaves of the parameters' tree are."""
     return [arrays[name] for name in checkpoint.shapes()]
 
 
-def _load_array(array: ts.TensorStore, target: jax.ShapeDtypeStruct) -> jax.Array:
+def _load_array(array: StoredArray, target: jax.ShapeDtypeStruct) -> jax.Array:
     """The array as `target` says; what this has beyond the array is 0."""
-    dtype, sharding = target.dtype, target.sharding
-    source = ts.cast(array, ts.dtype(jnp.dtype(dtype))) if dtype != array.dtype else array
+    sharding = target.sharding
     devices_of = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(target.shape).items():
         devices_of[index or ()].append(device)
     shares = []
     for index, devices in devices_of.items():
-        with readable(path_of(array)):
-            share = _read_share(source, index, target.shape)
+        share = _read_share(array, index, target)
         shares += jax.block_until_ready([jax.device_put(share, device) for device in devices])
     return jax.make_array_from_single_device_arrays(target.shape, sharding, shares)
 
 
-def _read_share(source: ts.TensorStore, index: tuple[slice, ...], shape: tuple[int, ...]):
-    """A slice of an array of `shape`, of which `source` is the beginning and the rest 0."""
-    wanted = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
-    there = tuple(
+def _read_share(
+    array: StoredArray, index: tuple[slice, ...], target: jax.ShapeDtypeStruct
+) -> np.ndarray:
+    """A slice of `target`, of which the array is the beginning and the rest 0."""
+    wanted = [axis.indices(size)[:2] for axis, size in zip(index, target.shape, strict=True)]
+    there = [
         slice(min(start, size), min(stop, size))
-        for (start, stop), size in zip(wanted, source.shape, strict=True)
-    )
-    share = source[there].read(order="C").result()
+        for (start, stop), size in zip(wanted, array.shape, strict=True)
+    ]
+    share = array.read(there, dtype=jnp.dtype(target.dtype))
     missing = [
         (0, stop - start - held) for (start, stop), held in zip(wanted, share.shape, strict=True)
     ]
@@ -279,19 +363,3 @@ def model_metadata(
     metadata = {"format": FORMAT, "version": version, "config": to_hf(config, dtype)}
     metadata["formats"] = {name: list(value) for name, value in (formats or {}).items()}
     return metadata | ({} if outer is None else {"outer": outer})
-
-
-def read_metadata(path: Path, key: str, remedy: str) -> dict[str, Any]:
-    """What was saved with a checkpoint under `key`; Orbax would open every array to give it.
-
-    Raises:
-        UserError: with the `remedy`, if `path` is no finished checkpoint with such metadata.
-    """
-    try:
-        return json.loads((path / MARKER).read_text())["custom_metadata"][key]
-    except OSError:
-        raise UserError(f"{path} is no finished checkpoint; {remedy}.") from None
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is no checkpoint of this kind; {remedy}.") from None
-    except ValueError as error:
-        raise UserError(f"{path / MARKER} is no JSON ({error}); {remedy}.") from None

@@ -28,6 +28,7 @@ from pallas_kernels.quantized import (
 
 COLUMN_BYTES = 2**22  # of float32 numbers that are quantized at once
 FLOATS = {"bf16": jnp.bfloat16, "float32": jnp.float32}  # what --weights may widen to
+WEIGHTS = ("fp8", "int8", "int4", *FLOATS)
 
 
 class Array(NamedTuple):

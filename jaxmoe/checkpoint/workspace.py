@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import UserError
+from jaxmoe.parsing import read_json
 
 RESULT = "result"  # in a workspace: what becomes the output
 ARRAYS = "arrays"  # in a workspace: what the result is put together from
@@ -94,8 +96,8 @@ class Resumable:
         if not holds_work:
             return self
         try:
-            self.note = json.loads((self.path / NOTE).read_text())
-        except (OSError, ValueError):
+            self.note = _read_note(self.path / NOTE)
+        except UserError:
             self._lock.close()
             raise self._left() from None
         return self
@@ -142,7 +144,7 @@ class Resumable:
         new = self.path / (NOTE + ".new")
         with writable(self.output):
             with open(new, "w") as file:
-                json.dump(note, file)
+                json.dump({"note": note, "sha256": _digest(note)}, file)
                 file.flush()
                 os.fsync(file.fileno())
             new.rename(self.path / NOTE)
@@ -186,6 +188,22 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _read_note(file: Path) -> dict[str, Any]:
+    """What `write_note` wrote.
+
+    Raises:
+        UserError: if the file holds something else.
+    """
+    match read_json(file):
+        case {"note": dict(note), "sha256": digest} if digest == _digest(note):
+            return note
+    raise UserError(f"{file} is damaged.")
+
+
+def _digest(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note).encode()).hexdigest()
 
 
 def boot() -> str:

@@ -15,20 +15,31 @@ import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from jaxmoe.checkpoint.arrays import create_array, open_array, path_of, reason, writes
+from jaxmoe.checkpoint import checksums
+from jaxmoe.checkpoint.arrays import StoredArray, create_array, open_array, readable, reason, writes
+from jaxmoe.checkpoint.manifest import MARKER, STATE, write_manifest
 from jaxmoe.checkpoint.workspace import ARRAYS, RESULT
 from jaxmoe.errors import UserError
 
-STATE = "state"  # the folder that Orbax gives to the tree of `ocp.save`
-COMMITTED = "commit_success.txt"  # likewise; only that it exists says something
-MARKER = "_CHECKPOINT_METADATA"  # Orbax's own file in every finished checkpoint
+COMMITTED = "commit_success.txt"  # Orbax's own; only that it exists says something
 IN_FLIGHT = 2  # calls of `Writer.write` whose blocks are being written
+
+Index = tuple[slice, ...]
+
+
+class _Begun(NamedTuple):
+    """A block that is being written."""
+
+    array: StoredArray
+    index: Index
+    done: ts.WriteFutures
 
 
 class Writer:
@@ -38,24 +49,26 @@ class Writer:
     next, and TensorStore's encoded copies. A context: at its end nothing is being written any more.
     """
 
-    def __init__(self, workspace: Path, synced: bool = True):
+    def __init__(self, workspace: Path, synced: bool = True, alone: bool = True):
         """Begins nothing yet.
 
         Args:
             workspace: the folder of arrays and result.
             synced: what is written survives a loss of power at once; else once it is synced.
+            alone: no other process writes blocks of the same arrays.
         """
         self._arrays = workspace / ARRAYS
         self._result = workspace / RESULT
         self._synced = synced
-        self._pending: collections.deque[list[tuple[Path, ts.WriteFutures]]] = collections.deque()
+        self._alone = alone
+        self._pending: collections.deque[list[_Begun]] = collections.deque()
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _path, done in itertools.chain(*self._pending):
-            done.exception()  # waits, raises nothing
+        for begun in itertools.chain(*self._pending):
+            begun.done.exception()  # waits, raises nothing
 
     def create(
         self,
@@ -64,17 +77,24 @@ class Writer:
         dtype: np.dtype,
         block: tuple[int, ...],
         chunk: tuple[int, ...] | None = None,
-    ) -> ts.TensorStore:
+    ) -> StoredArray:
         """A new array, to be written in aligned blocks; see `create_array`."""
         return create_array(self._arrays / name, shape, dtype, block, chunk, synced=self._synced)
 
-    def reopen(self, name: str) -> ts.TensorStore:
-        """An array that an interrupted run created, perhaps in the middle of `finish`."""
-        if not (self._arrays / name).exists() and (self._result / STATE / name).exists():
-            (self._result / STATE / name).rename(self._arrays / name)
-        return open_array(self._arrays / name, synced=self._synced)
+    def reopen(self, name: str) -> StoredArray:
+        """An array that an interrupted run created, perhaps in the middle of `finish`.
 
-    def write(self, blocks: Iterable[tuple[ts.TensorStore, tuple[slice, ...], np.ndarray]]) -> None:
+        Raises:
+            UserError: if it is missing or damaged.
+        """
+        path = self._arrays / name
+        if not path.exists() and (self._result / STATE / name).exists():
+            (self._result / STATE / name).rename(path)
+        with readable(path):
+            listed = (path / checksums.CHECKSUMS).read_bytes()
+        return open_array(path, listed, synced=self._synced)
+
+    def write(self, blocks: Iterable[tuple[StoredArray, Index, np.ndarray]]) -> None:
         """Starts writing blocks of arrays, once fewer than `IN_FLIGHT` calls are being done.
 
         Raises:
@@ -83,36 +103,52 @@ class Writer:
         self._wait(IN_FLIGHT - 1)
         self._pending.append([])
         for array, index, data in blocks:
-            done = array[index].write(data, can_reference_source_data_indefinitely=True)
-            self._pending[-1].append((path_of(array), done))
+            done = array.tensor[index].write(data, can_reference_source_data_indefinitely=True)
+            self._pending[-1].append(_Begun(array, index, done))
 
     def wait(self) -> None:
-        """Returns once all that was written is in its files."""
+        """Returns once all that was written is in its files, and its checksums in theirs."""
         self._wait(0)
 
     def _wait(self, allowed: int) -> None:
         """Returns once at most so many calls are being done."""
         while len(self._pending) > allowed:
-            for path, done in self._pending[0]:
-                with writes(path):
+            for array, index, done in self._pending[0]:
+                with writes(array.path):
                     done.result()
+                    if self._alone:
+                        checksums.record(array.path, array.grid, index, self._synced)
             self._pending.popleft()
 
     def finish(self, names: Iterable[str], key: str, metadata: dict[str, Any]) -> None:
         """Makes the arrays of these names an Orbax checkpoint, in `RESULT` of the workspace.
+
+        Where other processes write the same arrays, all of them call it once all have written:
+        Orbax saves together, and the first process does the rest.
 
         Args:
             key: of the custom metadata.
         """
         self.wait()
         names = list(names)
-        for name in names:
-            self.reopen(name)
+        first = self._alone or jax.process_index() == 0
+        if first:
+            self._gather(names)
         save_tree(self._result, nested(names), key, metadata)
+        if not first:
+            return
         _forget_when_and_where(self._result)
         for name in names:
             shutil.rmtree(self._result / STATE / name)
             (self._arrays / name).rename(self._result / STATE / name)
+        write_manifest(self._result, names)
+
+    def _gather(self, names: list[str]) -> None:
+        """Every array is in its place, and has all its checksums."""
+        for name in names:
+            array = self.reopen(name)
+            if not self._alone:
+                checksums.record(array.path, array.grid, (), self._synced)
 
 
 def _forget_when_and_where(path: Path) -> None:

@@ -20,14 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 from jax.sharding import PartitionSpec
 
 from jaxmoe import mesh as meshes
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.arrays import open_array, read_slice
+from jaxmoe.checkpoint.arrays import StoredArray
+from jaxmoe.checkpoint.manifest import Finished, open_finished
 from jaxmoe.checkpoint.workspace import Resumable, writable
-from jaxmoe.checkpoint.writer import STATE, Writer
+from jaxmoe.checkpoint.writer import Writer
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generate.document import SEGMENT, Document, check_length, new_document, read
@@ -55,7 +55,7 @@ class _Part:
 
     name: str
     spread: bool  # over the `slots` axis, as global layers are; else it is a ring
-    keys: jax.Array
+    keys: Any  # an array, or its shape and dtype
 
 
 def read_document(
@@ -93,10 +93,14 @@ def read_document(
     with Resumable(Path(output)) as workspace:
         saved = _saved(workspace, identity)
         with writable(workspace.output), Writer(workspace.path) as writer:
+
+            def reopen(name: str, *_: object) -> StoredArray:
+                return writer.reopen(name)
+
             if saved:
                 room = len(tokens) - saved
-                document = _restore(config, identity["kv"], writer.reopen, saved, room)
-                arrays = {part.name: writer.reopen(part.name) for part in _parts(config, document)}
+                document = _restore(config, identity["kv"], reopen, saved, room)
+                arrays = {part.name: reopen(part.name) for part in _parts(config, document.cache)}
             else:
                 document = new_document(config, params, len(tokens), kv)
                 workspace.begin(sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)))
@@ -122,7 +126,7 @@ def document_length(path: str | Path) -> int:
     Raises:
         UserError: if `path` is none that is finished.
     """
-    return store.read_metadata(Path(path), KEY, REMEDY)["length"]
+    return _length(open_finished(Path(path), KEY, REMEDY))
 
 
 def load_document(
@@ -142,19 +146,19 @@ def load_document(
     Raises:
         UserError: if it is unfinished or damaged, or was read by another model or in another dtype.
     """
-    path = Path(path)
-    metadata = store.read_metadata(path, KEY, REMEDY)
-    _check_same(metadata, _identity(config, params, metadata["kv"]), f"{path} was read")
-    room = min(room, config.max_position_embeddings - metadata["length"])
-    return _restore(
-        config,
-        metadata["kv"],
-        lambda name: open_array(path / STATE / name),
-        metadata["length"],
-        room,
-        rings=True,
-        progress=progress,
-    )
+    found = open_finished(Path(path), KEY, REMEDY)
+    kv, length = found.field("kv", str), _length(found)
+    _check_same(found.metadata, _identity(config, params, kv), f"{path} was read")
+    check_length(config, length)
+    room = min(room, config.max_position_embeddings - length)
+    return _restore(config, kv, found.open_array, length, room, rings=True, progress=progress)
+
+
+def _length(found: Finished) -> int:
+    length = found.field("length", int)
+    if length < 1:
+        raise UserError(f"{found.path} has {length} tokens; {REMEDY}.")
+    return length
 
 
 def _whole_chunks(config: Llama4Config, interval: int) -> int:
@@ -225,12 +229,11 @@ def _saved(workspace: Resumable, identity: dict[str, Any]) -> int:
 def _create(config, document: Document, length: int, interval: int, writer: Writer):
     """An array for each part: [pages of the text or of a ring, K, t, ...]."""
     arrays = {}
-    for part in _parts(config, document):
-        _, *page = part.keys.shape
-        pages = -(-length // PAGE) if part.spread else document.cache.ring.table.shape[2]
+    for part in _parts(config, document.cache):
+        pages, *page = shape = _stored_shape(part, document.cache, length)
         block = min(pages, interval // PAGE) if part.spread else pages
         arrays[part.name] = writer.create(
-            part.name, (pages, *page), part.keys.dtype, (block, *page), (1, *page)
+            part.name, shape, part.keys.dtype, (block, *page), (1, *page)
         )
     return arrays
 
@@ -238,13 +241,19 @@ def _create(config, document: Document, length: int, interval: int, writer: Writ
 # Between a cache and the canonical order
 
 
-def _parts(config: Llama4Config, document: Document) -> list[_Part]:
+def _parts(config: Llama4Config, cache: Cache) -> list[_Part]:
     parts = []
-    for i, (kind, layer) in enumerate(zip(config.layers, document.cache.layers, strict=True)):
+    for i, (kind, layer) in enumerate(zip(config.layers, cache.layers, strict=True)):
         for path, keys in jax.tree.leaves_with_path(layer):
             name = ".".join(["layers", str(i), *(entry.name for entry in path)])
             parts.append(_Part(name, not keeps_ring(config, kind), keys))
     return parts
+
+
+def _stored_shape(part: _Part, cache: Cache, length: int) -> tuple[int, ...]:
+    """Of a part on disk: pages of the whole text, or of a ring."""
+    pages = -(-length // PAGE) if part.spread else cache.ring.table.shape[2]
+    return (pages, *part.keys.shape[1:])
 
 
 def _save_pages(config, document: Document, start: int, interval: int, arrays, writer) -> None:
@@ -252,7 +261,7 @@ def _save_pages(config, document: Document, start: int, interval: int, arrays, w
     shards = document.cache.log.table.shape[0]
     first, stop = start // PAGE, -(-document.length // PAGE)
     column, count = first // shards, interval // (PAGE * shards) + 2
-    for part in _parts(config, document):
+    for part in _parts(config, document.cache):
         if not part.spread:
             continue
         found = np.asarray(_columns(True, count, document.cache.log.table, part.keys, column))
@@ -265,7 +274,7 @@ def _save_pages(config, document: Document, start: int, interval: int, arrays, w
 def _save_rings(config: Llama4Config, document: Document, arrays, writer: Writer) -> None:
     """Writes what the next token may see of local layers: the begun chunk; the rest is zeros."""
     table = document.cache.ring.table
-    for part in _parts(config, document):
+    for part in _parts(config, document.cache):
         if part.spread:
             continue
         data = np.array(_columns(False, table.shape[2], table, part.keys, 0)[0])
@@ -294,31 +303,42 @@ def _columns(spread: bool, count: int, table, keys, first):
 def _restore(
     config: Llama4Config,
     kv: str,
-    open_array: Callable[[str], ts.TensorStore],
+    open_array: Callable[[str, tuple[int, ...], tuple[str]], StoredArray],
     length: int,
     room: int,
     *,
     rings: bool = False,
     progress: store.Progress = store.no_progress,
 ) -> Document:
-    """A document of `length` tokens, with or without what local layers hold."""
-    empty = Document(init_cache(config, 1, round_capacity(length + room), kv), 0)
-    shards = empty.cache.log.table.shape[0]
-    parts, keys, done = _parts(config, empty), [], 0
+    """A document of `length` tokens, with or without what local layers hold.
+
+    Every array is opened before memory is taken for any.
+    """
+    make = functools.partial(init_cache, config, 1, round_capacity(length + room), kv)
+    planned = jax.eval_shape(make)
+    arrays = {
+        part.name: open_array(
+            part.name, _stored_shape(part, planned, length), (part.keys.dtype.name,)
+        )
+        for part in _parts(config, planned)
+        if part.spread or rings
+    }
+    empty = make()
+    parts, shards, keys, done = _parts(config, empty), empty.log.table.shape[0], [], 0
     total = sum(part.keys.nbytes for part in parts)
     for part in parts:
         loaded = part.keys
-        if part.spread or rings:
-            pages = -(-length // PAGE) if part.spread else empty.cache.ring.table.shape[2]
-            loaded = _load(part, open_array(part.name), pages, shards if part.spread else 1)
+        if part.name in arrays:
+            pages = _stored_shape(part, empty, length)[0]
+            loaded = _load(part, arrays[part.name], pages, shards if part.spread else 1)
         keys.append(loaded)
         done += loaded.nbytes
         progress(done, total)
-    layers = jax.tree.unflatten(jax.tree.structure(empty.cache.layers), keys)
-    return Document(_admit(empty.cache._replace(layers=layers), length), length)
+    layers = jax.tree.unflatten(jax.tree.structure(empty.layers), keys)
+    return Document(_admit(empty._replace(layers=layers), length), length)
 
 
-def _load(part: _Part, array: ts.TensorStore, pages: int, shards: int) -> jax.Array:
+def _load(part: _Part, array: StoredArray, pages: int, shards: int) -> jax.Array:
     """A part with its pages where an empty pool deals them out: from page 1 of each device on."""
     shape, dtype, place = part.keys.shape, part.keys.dtype, part.keys.sharding
     held = shape[0] // shards  # by each device
@@ -328,7 +348,7 @@ def _load(part: _Part, array: ts.TensorStore, pages: int, shards: int) -> jax.Ar
         start, stop, _ = index[0].indices(shape[0])
         assert stop - start == held
         first = min(start // held, pages)  # a short text has no page on the last devices
-        found = read_slice(array, (slice(first, pages, shards), *index[1:]))
+        found = array.read((slice(first, pages, shards), *index[1:]))
         out = np.zeros((held, *found.shape[1:]), dtype)
         out[1 : 1 + len(found)] = found
         return out

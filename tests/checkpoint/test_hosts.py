@@ -56,6 +56,7 @@ loading = bytes_read() - 2 * opening
 shares = {}
 for i, leaf in enumerate(jax.tree.leaves(params)):
     shares |= {(i, str(s.index)): s.data.nbytes for s in leaf.addressable_shards}
+store.save(f"{checkpoint}/../saved", config, params)
 tokens = np.load(f"{checkpoint}/../tokens.npy")
 everywhere = NamedSharding(mesh, PartitionSpec())
 with jax.set_mesh(mesh):
@@ -97,7 +98,7 @@ def test_shares_of_many_devices():
     for group in expand(names.TEXT + names.FUSED + names.LAST, array_shapes(SCOUT, {}, specs)):
         if names.EACH not in group.ours[0]:
             continue
-        chunk = arrays.chunk_shape(group.block_shape(2), 2)
+        chunk = arrays.even_part(group.block_shape(2), 2, arrays.CHUNK_BYTES)
         sizes = zip(group.shape, chunk, strict=True)
         split = dict(zip(specs[group.ours[0]].axes, sizes, strict=True))
         for axis, devices in {"embed": 32, "ffn": 16}.items():
@@ -125,3 +126,6 @@ def test_each_host_reads_its_own_shares(spec, weights, part, tmp_path, monkeypat
         assert host["shares"] <= host["loading"] < 1.15 * host["shares"], host
         logits = np.load(tmp_path / f"logits.{rank}.npy")
         assert abs(logits - token_logits(config, params, TOKENS)).max() < 1e-4
+    _, saved = store.load(tmp_path / "saved", one_device())  # by both together
+    for ours, theirs in zip(jax.tree.leaves(saved), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))

@@ -96,5 +96,11 @@ def test_wrong_layouts(demo, mistake):
         self_test(config, MISTAKES[mistake](params), tokenizer)
 
 
+def test_nan_is_named(demo):
+    config, params, tokenizer = demo
+    with pytest.raises(UserError, match=r"not finite, as norm holds NaN or infinity"):
+        self_test(config, MISTAKES["NaN"](params), tokenizer)
+
+
 def test_random_weights_say_little_but_something(small):
     assert 0.5 < self_test(small.config, small.params, None).entropy < 0.995

@@ -1,6 +1,5 @@
 """Loading: the source's numbers on any mesh and dtype, and damage refused."""
 
-import json
 import shutil
 
 import jax
@@ -17,6 +16,7 @@ from jaxmoe.hf_config import read_config
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import abstract_params
 from tests import tiny
+from tests.checkpoint.damage import change_metadata, made_old
 
 CONFIG = tiny.maverick_like(num_hidden_layers=4)
 MESHES = [
@@ -226,30 +226,23 @@ def test_missing_array(damaged):
 
 
 def test_config_that_contradicts_the_arrays(damaged):
-    path = damaged / "_CHECKPOINT_METADATA"
-    metadata = json.loads(path.read_text())
-    metadata["custom_metadata"]["jaxmoe"]["config"]["intermediate_size"] = 32
-    path.write_text(json.dumps(metadata))
-    refused(damaged, damaged, "layers.1.feed_forward.experts.down", "(8, 64, 64)", "(8, 32, 64)")
+    """Of an older checkpoint, whose metadata no manifest binds."""
+    made_old(damaged, store.KEY)
+    config = store.read_checkpoint(damaged).found.metadata["config"]
+    change_metadata(damaged, store.KEY, {"config": config | {"intermediate_size": 32}})
+    refused(damaged, damaged, "layers.1.feed_forward.experts.down", "[8, 64, 64]", "[8, 32, 64]")
 
 
 def test_config_with_more_layers_than_the_arrays(damaged):
-    path = damaged / "_CHECKPOINT_METADATA"
-    metadata = json.loads(path.read_text())
-    config = metadata["custom_metadata"]["jaxmoe"]["config"]
-    config["num_hidden_layers"] = 5
-    config["no_rope_layers"] += [1]
-    config["layer_types"] += ["chunked_attention"]
-    path.write_text(json.dumps(metadata))
+    made_old(damaged, store.KEY)
+    config = store.read_checkpoint(damaged).found.metadata["config"]
+    more = {
+        "num_hidden_layers": 5,
+        "no_rope_layers": [*config["no_rope_layers"], 1],
+        "layer_types": [*config["layer_types"], "chunked_attention"],
+    }
+    change_metadata(damaged, store.KEY, {"config": config | more})
     refused(damaged, damaged, "layers.4.")
-
-
-def test_newer_format(damaged):
-    path = damaged / "_CHECKPOINT_METADATA"
-    metadata = json.loads(path.read_text())
-    metadata["custom_metadata"]["jaxmoe"]["format"] = store.FORMAT + 1
-    path.write_text(json.dumps(metadata))
-    refused(damaged, damaged, "update jaxmoe")
 
 
 def test_orbax_checkpoint_of_something_else(tmp_path):

@@ -3,24 +3,28 @@
 import contextlib
 import dataclasses
 import filecmp
+import itertools
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint.writer import MARKER, STATE, Writer
+from jaxmoe.checkpoint.manifest import FORMAT, MANIFEST, MARKER, STATE
+from jaxmoe.checkpoint.writer import Writer
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate import token_logits
 from jaxmoe.generate.document import new_document, read
 from jaxmoe.generate.engine import Request, generate
 from jaxmoe.generate.sampling import Sampling
-from jaxmoe.generate.saved_document import load_document, read_document
+from jaxmoe.generate.saved_document import KEY, document_length, load_document, read_document
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import abstract_params, init_params
 from jaxmoe.model.transformer import forward, unembed
+from tests.checkpoint.damage import change_description, change_metadata, exchange, made_old
 from tests.model.test_paged_cache import CONFIG
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -220,11 +224,108 @@ def test_a_foreign_workspace(params, tokens, tmp_path):
     assert files(tmp_path) == ["text.partial/mine"]
 
 
-def test_a_damaged_array(params, tokens, tmp_path):
-    read_until(params, tokens, tmp_path / "text")
-    (tmp_path / "text" / STATE / "layers.3.k" / "c" / "0" / "0" / "0" / "0").unlink()
-    with pytest.raises(UserError, match="is damaged"):
-        load_document(tmp_path / "text", CONFIG, params, ASKED)
+@pytest.fixture(scope="module")
+def pristine(params, tokens, tmp_path_factory):
+    """A document that is not to be changed."""
+    folder = tmp_path_factory.mktemp("pristine") / "text"
+    read_until(params, tokens, folder)
+    return folder
+
+
+@pytest.fixture
+def text(pristine, tmp_path):
+    """One that may be changed."""
+    return shutil.copytree(pristine, tmp_path / "text")
+
+
+def refused(text, params, match="."):
+    with pytest.raises(UserError, match=match) as caught:
+        load_document(text, CONFIG, params, ASKED)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith("."), message
+
+
+def test_a_damaged_array(text, params):
+    (text / STATE / "layers.3.k" / "c" / "0" / "0" / "0" / "0").unlink()
+    refused(text, params, "is damaged")
+
+
+@pytest.mark.parametrize("part", ["", "c"])
+def test_arrays_that_were_exchanged(text, params, part):
+    """Of every two of one shape, in folders or in data alone."""
+    arrays = [f"layers.{n}.{x}" for n in range(4) for x in "kv"]
+    rings, logs = arrays[:6], arrays[6:]
+    for names in (*itertools.combinations(rings, 2), logs):
+        one, other = (text / STATE / name / part for name in names)
+        exchange(one, other)
+        refused(text, params, "another array's|is not the file that")
+        exchange(one, other)
+    assert load_document(text, CONFIG, params, ASKED).length == LENGTH
+
+
+def test_blocks_that_were_exchanged(text, params):
+    """Pages of the text in another order."""
+    one, other = (text / STATE / "layers.3.v/c" / str(block) for block in (0, 1))
+    exchange(one, other)
+    refused(text, params, "layers.3.v.*another array's, or of another time")
+
+
+@pytest.mark.parametrize("change", [{"length": LENGTH - 1}, {"format": 2}, {"text": ""}])
+def test_altered_metadata(text, params, change):
+    change_metadata(text, KEY, change)
+    refused(text, params, f"{MARKER} is not the file that {MANIFEST} lists")
+    with pytest.raises(UserError, match="is not the file"):
+        document_length(text)
+
+
+def test_a_newer_format(text, params):
+    change_metadata(text, KEY, {"format": FORMAT + 1})
+    refused(text, params, "update jaxmoe")
+
+
+def test_an_older_document(text, params, tokens, plain, caplog):
+    made_old(text, KEY)
+    document = load_document(text, CONFIG, params, ASKED)
+    assert abs(logits_after(params, document, tokens[LENGTH:]) - plain).max() < 1e-4
+    assert [record.message.startswith(f"{text} has no {MANIFEST}") for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"length": LENGTH + 64},
+        {"length": 10**12},
+        {"length": 0},
+        {"length": "700"},
+        {"length": ...},
+        {"kv": ...},
+        {"kv": ["int8"]},
+        {"kv": "int7"},
+        {"kv": "int8"},
+        {"config": []},
+        {"format": "2"},
+    ],
+)
+def test_metadata_that_make_no_sense(text, params, change):
+    change_metadata(made_old(text, KEY), KEY, change)
+    refused(text, params)
+
+
+def test_a_description_that_does_not_fit(text, params):
+    """More memory than there is."""
+    made_old(text, KEY)
+    change_description(text, "layers.3.k", lambda found: found["shape"].__setitem__(0, 10**12))
+    refused(text, params, "layers.3.k with shape")
+
+
+def test_a_note_that_was_altered(params, tokens, tmp_path):
+    """What an interrupted run says that it saved is not believed."""
+    read_until(params, tokens, tmp_path / "text", 300)
+    note = tmp_path / "text.partial/progress.json"
+    for content in (note.read_text().replace(": 384", ": 192"), "[]", '{"note": []}', "[" * 10**5):
+        note.write_text(content)
+        with pytest.raises(UserError, match="left from an interrupted run; delete"):
+            read_until(params, tokens, tmp_path / "text")
 
 
 def test_a_model_is_no_document(small):

@@ -1,0 +1,174 @@
+"""A finished checkpoint, model or document, and the manifest that binds what is read of it.
+
+The manifest lists the SHA-256 of the metadata and, under every array's name, of `zarr.json`, which
+has its shape and dtype, and of the checksums of its chunks. What is not as listed is refused before
+it is believed. The lines are those of `sha256sum`, which can check them, too.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.checkpoint.arrays import StoredArray, open_array
+from jaxmoe.checkpoint.checksums import CHECKSUMS
+from jaxmoe.errors import UserError
+from jaxmoe.parsing import parse_json, read_text
+
+FORMAT = 3  # of checkpoints and documents; before 3 there was no manifest
+MANIFEST = "manifest.sha256"
+MARKER = "_CHECKPOINT_METADATA"  # Orbax's own file in every finished checkpoint
+STATE = "state"  # the folder that Orbax gives to the tree of `ocp.save`
+ZARR = "zarr.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A finished checkpoint.
+
+    Attributes:
+        path: its folder.
+        metadata: what was saved with it, as the manifest lists it.
+        digests: of its files, by their paths in it; None: it has no manifest, and is older.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    digests: Mapping[str, str] | None
+
+    def field(self, name: str, kind: type) -> Any:
+        """A value of the metadata.
+
+        Raises:
+            UserError: if it is missing or of another kind.
+        """
+        value = self.metadata.get(name)
+        if type(value) is not kind:
+            raise UserError(
+                f"{self.path} has {value!r:.80} as {name} in its metadata; make it again."
+            )
+        return value
+
+    def count_arrays(self) -> int:
+        """How many there are."""
+        return sum(1 for _ in self.path.glob(f"{STATE}/*/{ZARR}"))
+
+    def open_array(self, name: str, shape: tuple[int, ...], dtypes: Collection[str]) -> StoredArray:
+        """An array, to be read in slices whose chunks are compared with those listed.
+
+        Args:
+            name: dotted.
+            shape: what it must have, as the metadata say.
+            dtypes: one of which it must have.
+
+        Raises:
+            UserError: if it is missing, damaged or another.
+        """
+        description = self._listed(f"{STATE}/{name}/{ZARR}")
+        held = parse_json(description, str(self.path / STATE / name / ZARR))
+        _check_description(held, f"{self.path} holds {name}", shape, dtypes)
+        listed = None if self.digests is None else self._listed(f"{STATE}/{name}/{CHECKSUMS}")
+        return open_array(self.path / STATE / name, listed)
+
+    def _listed(self, file: str) -> bytes:
+        """The content of a file, which is as the manifest lists it."""
+        try:
+            content = (self.path / file).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{self.path / file} cannot be read: {error.strerror}; make {self.path} again."
+            ) from None
+        if self.digests is not None and self.digests.get(file) != _sha256(content):
+            raise UserError(
+                f"{self.path / file} is not the file that {MANIFEST} lists; make {self.path} again."
+            )
+        return content
+
+
+def open_finished(path: Path, key: str, remedy: str) -> Finished:
+    """A finished checkpoint; Orbax would open every array to give its metadata.
+
+    Args:
+        path: its folder.
+        key: of the custom metadata.
+        remedy: how to make such a checkpoint, for messages.
+
+    Raises:
+        UserError: if `path` is no finished checkpoint with such metadata, was written by a newer
+            version, or has metadata other than its manifest lists.
+    """
+    if not (path / MARKER).is_file():
+        raise UserError(f"{path} is no finished checkpoint; {remedy}.")
+    metadata: Any = parse_json(read_text(path / MARKER), str(path / MARKER))
+    for part in ("custom_metadata", key):
+        metadata = metadata.get(part) if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} is no checkpoint of this kind; {remedy}.")
+    found = Finished(path, metadata, None)
+    if found.field("format", int) > FORMAT:
+        raise UserError(f"{path} was written by jaxmoe {metadata.get('version')!r}; update jaxmoe.")
+    if metadata["format"] < FORMAT and not (path / MANIFEST).exists():
+        _warn(path)
+        return found
+    found = dataclasses.replace(found, digests=_read_manifest(path))
+    found._listed(MARKER)
+    return found
+
+
+def write_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Lists what a checkpoint in `folder` holds, whose arrays have these names."""
+    arrays = [f"{STATE}/{name}/{each}" for name in sorted(names) for each in (ZARR, CHECKSUMS)]
+    lines = [f"{_sha256((folder / file).read_bytes())}  {file}\n" for file in (MARKER, *arrays)]
+    listed = "".join(lines)
+    (folder / MANIFEST).write_text(f"{listed}# {_sha256(listed.encode())}\n")
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    """Digests by file."""
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path} lacks its {MANIFEST}; make it again.")
+    listed, _, own = read_text(path / MANIFEST).rpartition("# ")
+    if own != _sha256(listed.encode()) + "\n":
+        raise UserError(f"{path / MANIFEST} is damaged; make {path} again.")
+    pairs = (line.split("  ", 1) for line in listed.splitlines())
+    return {file: digest for digest, file in pairs}
+
+
+@functools.cache
+def _warn(path: Path) -> None:
+    """Once for each checkpoint."""
+    logging.getLogger(__name__).warning(
+        "%s has no %s, as an older jaxmoe made it: files that were exchanged would not be noticed; "
+        "make it again.",
+        path,
+        MANIFEST,
+    )
+
+
+def _check_description(
+    found: Any, subject: str, shape: tuple[int, ...], dtypes: Collection[str]
+) -> None:
+    """Before TensorStore reads what a `zarr.json` says, which may be more than memory holds."""
+    try:
+        held, dtype = found["shape"], found["data_type"]
+        block = found["chunk_grid"]["configuration"]["chunk_shape"]
+    except (KeyError, TypeError):
+        raise UserError(f"{subject} in a way that cannot be read; make it again.") from None
+    if held != list(shape):
+        said = f"with shape {held!r:.80}, but its metadata say {list(shape)}"
+    elif dtype not in dtypes:
+        said = f"in {dtype!r:.40}, but its metadata say {' or '.join(dtypes)}"
+    elif not isinstance(block, list) or len(block) != len(shape):
+        said = f"in blocks of {block!r:.80}, which are no shape"
+    elif not all(isinstance(b, int) and 0 < b <= n for b, n in zip(block, shape, strict=True)):
+        said = f"in blocks of {block!r:.80}, which are larger than it is"
+    else:
+        return
+    raise UserError(f"{subject} {said}; make it again.")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
