@@ -95,19 +95,19 @@ def sample(
         index: how many tokens the row has generated before.
     """
     seed = jax.random.key(sampling.seed)
-    largest = logits.max(-1, keepdims=True)  # NaN if any is
 
     def choose(row, request, index):
         key = jax.random.fold_in(jax.random.fold_in(seed, request), index)
         return jax.random.categorical(key, row)
 
     def draw():
-        scaled = (logits - largest) / sampling.temperature
+        scaled = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
         return jax.vmap(choose)(keep_likely(sampling, scaled), request, index)
 
     greedy = sampling.temperature == 0
     token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), draw)
-    return jnp.where(jnp.isfinite(largest[:, 0]), token, NO_TOKEN).astype(jnp.int32)
+    finite = jnp.isfinite(logits).all(axis=-1)  # XLA's maximum may drop a NaN
+    return jnp.where(finite, token, NO_TOKEN).astype(jnp.int32)
 
 
 def keep_likely(sampling: Sampling, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:

@@ -356,7 +356,7 @@ def test_disk_too_small_is_refused_before_writing(tmp_path, monkeypatch):
     checkpoint(tmp_path / "hf")
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("jaxmoe.checkpoint.workspace.shutil.disk_usage", lambda _: usage)
-    refused(tmp_path, tmp_path, "GB are needed")
+    refused(tmp_path, tmp_path, "bytes free, but")
 
 
 def run_script(script, *arguments, limits=""):

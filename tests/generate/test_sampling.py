@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.generate.sampling import Sampling, keep_likely, request_hash, sample
+from jaxmoe.generate.sampling import NO_TOKEN, Sampling, keep_likely, request_hash, sample
 
 CHI_SQUARE_999 = {3: 16.27, 15: 37.70}  # exceeded once in 1000 by chance; degrees of freedom
 QUARTERS = [0.0, 0.0, 0.0, 0.0]  # four tokens of probability exactly 1/4
@@ -158,3 +158,13 @@ def test_the_hash_of_an_id_is_stable():
 def test_impossible_options_are_refused(options, words):
     with pytest.raises(UserError, match=words):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_logit_that_is_not_finite_gives_no_token(temperature):
+    """Catches one NaN among many numbers, which a maximum may drop."""
+    logits = np.random.default_rng(0).standard_normal((5, 1000), np.float32)
+    logits[1, 500], logits[2, 3], logits[3, 999] = np.nan, np.inf, -np.inf
+    sampling = Sampling(temperature=temperature)
+    tokens = jax.jit(sample)(sampling, logits, np.zeros(5, np.uint32), np.zeros(5, np.int32))
+    assert [token == NO_TOKEN for token in tokens] == [False, True, True, True, False]
