@@ -16,10 +16,10 @@ from importlib import metadata
 from jaxmoe.checkpoint.store import load, save
 from jaxmoe.config import MAVERICK, SCOUT, LayerKind, Llama4Config, RopeScaling
 from jaxmoe.errors import UserError
-from jaxmoe.generate.document import Document
-from jaxmoe.generate.engine import Request, Token, generate
-from jaxmoe.generate.sampling import Sampling
-from jaxmoe.generate.saved_document import load_document, read_document
+from jaxmoe.generation.document import Document
+from jaxmoe.generation.engine import Request, Token, generate
+from jaxmoe.generation.sampling import Sampling
+from jaxmoe.generation.saved_document import load_document, read_document
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import quantize_params
 from jaxmoe.model.transformer import Llama4, forward, unembed

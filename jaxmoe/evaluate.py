@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generate.document import SEGMENT, check_length, new_document, read
+from jaxmoe.generation.document import SEGMENT, check_length, new_document, read
 from jaxmoe.model.cache import init_cache, round_capacity
 from jaxmoe.model.transformer import forward, positions_of, unembed
 

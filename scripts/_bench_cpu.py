@@ -22,8 +22,8 @@ from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.export import export
 from jaxmoe.config import Llama4Config, RopeScaling, layer_kinds
 from jaxmoe.errors import UserError
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import init_params, num_params
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxmoe.checkpoint import store
 from jaxmoe.config import Llama4Config
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import num_params
 from jaxmoe.text import Tokenizer

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from jaxmoe.checkpoint import store
 from jaxmoe.errors import UserError
-from jaxmoe.generate.engine import Request, fit_context, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generation.engine import Request, fit_context, generate
+from jaxmoe.generation.sampling import Sampling
 from jaxmoe.outputs import check_writable, write_json
 from jaxmoe.repetition import find_loop, seen_fraction
 from jaxmoe.text import Tokenizer

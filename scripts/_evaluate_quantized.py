@@ -17,8 +17,8 @@ from rich.table import Table
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate import token_logits
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
 from jaxmoe.model.cache import FORMATS
 from jaxmoe.model.params import abstract_params, quantize_params
 from jaxmoe.outputs import check_writable, write_json

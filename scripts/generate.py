@@ -16,14 +16,14 @@ from _cli import byte_progress, run, task_progress
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.writer import MARKER
 from jaxmoe.errors import UserError
-from jaxmoe.generate import jobs
-from jaxmoe.generate.answers import Answers, job_digest
-from jaxmoe.generate.engine import ERROR, Request, fit_context, generate
-from jaxmoe.generate.sampling import Sampling, sampling_of
-from jaxmoe.generate.saved_document import document_length, load_document
+from jaxmoe.generation import jobs
+from jaxmoe.generation.answers import Answers, job_digest
+from jaxmoe.generation.engine import ERROR, Request, fit_context, generate
+from jaxmoe.generation.sampling import sampling_of
+from jaxmoe.generation.saved_document import document_length, load_document
 from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.model.cache import FORMATS
-from jaxmoe.text import StreamDecoder
+from jaxmoe.text import StreamDecoder, render
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("checkpoint", help="folder that convert.py wrote")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT")
+    parser.add_argument("--chat", action="store_true", help="--prompt is a user's turn of a chat")
     source.add_argument("--prompts", metavar="FILE.jsonl", help="one request a line; -: stdin")
     parser.add_argument(
         "--output",
@@ -68,6 +69,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.chat and (args.prompt is None or args.parse_special):
+        raise UserError("--chat goes with --prompt, and without --parse-special.")
     if args.document and (args.kv or args.cache_tokens is not None):
         raise UserError("--document brings its own cache; leave --kv and --cache-tokens out.")
     mesh = _devices.start(args)
@@ -87,8 +90,9 @@ def main() -> None:
         return fit_context(model, own, after)
 
     lines = _requests(args, tokenizer, check)
-    stop_ids = {*model.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())}
-    with _answers(args, sampling, lines) as answers:
+    stop_ids = sorted({*model.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())})
+    settings = [vars(sampling), stop_ids, args.kv, args.dtype]
+    with _answers(args, settings, lines) as answers:
         left = _left(lines, answers)
         if not left:
             return
@@ -120,19 +124,21 @@ def _requests(args, tokenizer, check) -> list[Request | jobs.Refusal]:
         )
     if tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer; use --prompts with tokens.")
-    tokens = tuple(tokenizer.encode(args.prompt, bos=True, parse_special=args.parse_special))
-    return [check(Request("0", tokens, args.max_new_tokens))]
+    if args.chat:
+        tokens = render([{"role": "user", "content": args.prompt}], tokenizer)
+    else:
+        tokens = tokenizer.encode(args.prompt, bos=True, parse_special=args.parse_special)
+    return [check(Request("0", tuple(tokens), args.max_new_tokens))]
 
 
-def _answers(args, sampling: Sampling, lines) -> contextlib.AbstractContextManager[Answers | None]:
+def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers | None]:
     """Where JSON lines go: not those of a prompt on the terminal, unless a file was asked for."""
     output = args.output or (None if args.prompts is None else "-")
     if output is None:
         return contextlib.nullcontext()
     folders = filter(None, (args.checkpoint, args.document))
     models = [hashlib.sha256(Path(folder, MARKER).read_bytes()).hexdigest() for folder in folders]
-    settings = [models, vars(sampling), args.kv, args.dtype]
-    return Answers(output, job_digest(settings, lines), lines)
+    return Answers(output, job_digest([*settings, models], lines), lines)
 
 
 def _left(lines, answers: Answers | None) -> list[Request]:

@@ -17,7 +17,7 @@ from _cli import run, task_progress
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.workspace import workspace_path
 from jaxmoe.errors import UserError
-from jaxmoe.generate import document, saved_document
+from jaxmoe.generation import document, saved_document
 from jaxmoe.model.cache import FORMATS
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxmoe.config import SCOUT
 from jaxmoe.errors import UserError
-from jaxmoe.generate.sampling import Sampling, sampling_of
+from jaxmoe.generation.sampling import Sampling, sampling_of
 from jaxmoe.generation_config import GenerationConfig, read_generation_config, with_stop_ids
 
 

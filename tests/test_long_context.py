@@ -5,8 +5,8 @@ import pytest
 
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate import greedy_answer, last_logits
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
 from jaxmoe.long_context import HAYSTACK, NEEDLE, QUESTION, is_found, make_needle, random_key
 from jaxmoe.text import Tokenizer
 from tests import reference

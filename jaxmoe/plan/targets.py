@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from typing import Annotated, Any
 
 from jaxmoe.errors import UserError
@@ -11,6 +10,7 @@ from jaxmoe.parsing import read_yaml
 
 RESERVE = 0.05  # of a device's memory; see `Target.reserve_reason`
 HOST = 8  # GPUs of one machine
+_COUNTS = [str(count) for count in range(1, HOST + 1)]
 _Rate = Annotated[float, Range(1.0, 1e20)]
 _Seconds = Annotated[float, Range(0.0, 1.0)]
 
@@ -102,16 +102,17 @@ def parse_target(text: str) -> Target:
     """
     if text.endswith((".yaml", ".yml")):
         return read_fields(Target, read_yaml(text), f"target file {text}")
-    gpu = re.fullmatch(r"(\w+)x(\d+)", text)
-    if gpu and gpu[1] in _GPUS and 1 <= int(gpu[2]) <= HOST:
-        figures: dict[str, Any] = {**_LAUNCHES, **_GPUS[gpu[1]]}
-        return Target(name=text, devices=int(gpu[2]), compiler=gpu[1], **figures)
+    gpu, times, count = text.partition("x")
+    count = count if times else "1"
+    if gpu in _GPUS and count in _COUNTS:
+        figures: dict[str, Any] = {**_LAUNCHES, **_GPUS[gpu]}
+        return Target(name=text, devices=int(count), compiler=gpu, **figures)
     tpu, _, size = text.partition("-")
     if size.isdecimal() and int(size) in _SLICES.get(tpu, {}):
         shape = _SLICES[tpu][int(size)]
         return Target(name=text, devices=_chips(shape), compiler=f"{tpu}:{shape}", **_TPUS[tpu])
     raise UserError(
-        f"target '{text}' is unknown: there are {', '.join(known_names())}, "
+        f"target {text!r:.80} is unknown: there are {', '.join(known_names())}, "
         f"GPUs in any number up to {HOST}, and YAML files that describe another."
     )
 

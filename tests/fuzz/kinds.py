@@ -18,10 +18,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.sources import open_source
-from jaxmoe.generate.answers import Answers, job_digest
-from jaxmoe.generate.engine import Request
-from jaxmoe.generate.jobs import read_requests
-from jaxmoe.generate.saved_document import document_length, load_document, read_document
+from jaxmoe.generation.answers import Answers, job_digest
+from jaxmoe.generation.engine import Request
+from jaxmoe.generation.jobs import read_requests
+from jaxmoe.generation.saved_document import document_length, load_document, read_document
 from jaxmoe.hf_config import from_hf
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import init_params

@@ -5,10 +5,10 @@ import contextlib
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.generate import answers as module
-from jaxmoe.generate.answers import Answers, encode, job_digest
-from jaxmoe.generate.engine import Request
-from jaxmoe.generate.jobs import Refusal
+from jaxmoe.generation import answers as module
+from jaxmoe.generation.answers import Answers, encode, job_digest
+from jaxmoe.generation.engine import Request
+from jaxmoe.generation.jobs import Refusal
 
 LINES = [Request("a", (1,), 9), Refusal(None, "no"), Request(2, (1,), 9), Request("ä", (1,), 9)]
 JOB = job_digest([0.5], LINES)

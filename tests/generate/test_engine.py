@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.generate.engine import Request, generate, step
-from jaxmoe.generate.sampling import NO_TOKEN, Sampling
+from jaxmoe.generation.engine import Request, generate, step
+from jaxmoe.generation.sampling import NO_TOKEN, Sampling
 from jaxmoe.mesh import MeshConfig
 from tests import reference, tiny
 from tests.conftest import load_tiny, one_device

@@ -8,8 +8,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from jaxmoe.errors import UserError
-from jaxmoe.generate.engine import ERROR, Request, Token
-from jaxmoe.generate.jobs import Refusal, finished, read_requests
+from jaxmoe.generation.engine import ERROR, Request, Token
+from jaxmoe.generation.jobs import Refusal, finished, read_requests
 from jaxmoe.text import Tokenizer
 
 CHAT = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from jaxmoe.evaluate import token_logits
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
-from jaxmoe.generate.saved_document import load_document, read_document
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
+from jaxmoe.generation.saved_document import load_document, read_document
 from jaxmoe.mesh import MeshConfig
 from tests import tiny
 from tests.conftest import load_tiny

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.generate.sampling import NO_TOKEN, Sampling, keep_likely, request_hash, sample
+from jaxmoe.generation.sampling import NO_TOKEN, Sampling, keep_likely, request_hash, sample
 
 CHI_SQUARE_999 = {3: 16.27, 15: 37.70}  # exceeded once in 1000 by chance; degrees of freedom
 QUARTERS = [0.0, 0.0, 0.0, 0.0]  # four tokens of probability exactly 1/4

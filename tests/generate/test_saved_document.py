@@ -17,10 +17,10 @@ from jaxmoe.checkpoint.manifest import FORMAT, MANIFEST, MARKER, STATE
 from jaxmoe.checkpoint.writer import Writer
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate import token_logits
-from jaxmoe.generate.document import new_document, read
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
-from jaxmoe.generate.saved_document import KEY, document_length, load_document, read_document
+from jaxmoe.generation.document import new_document, read
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
+from jaxmoe.generation.saved_document import KEY, document_length, load_document, read_document
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import abstract_params, init_params
 from jaxmoe.model.transformer import forward, unembed

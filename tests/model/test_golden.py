@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxmoe.evaluate import token_logits
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
 from tests import tiny
 from tests.conftest import load_tiny, one_device
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxmoe.evaluate import token_logits
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.cache import PAGE, init_cache, restart_rows
 from jaxmoe.model.transformer import forward

@@ -8,8 +8,8 @@ import pytest
 from jaxmoe.checkpoint import store
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate import token_logits
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.transformer import forward, positions_of, unembed
 from tests import tiny

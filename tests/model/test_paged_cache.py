@@ -9,8 +9,8 @@ import pytest
 
 from jaxmoe.config import SCOUT, layer_kinds
 from jaxmoe.evaluate import token_logits
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model import attention
 from jaxmoe.model.cache import init_cache, restart_rows

@@ -13,8 +13,8 @@ from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.export import export
 from jaxmoe.evaluate import token_logits
-from jaxmoe.generate.engine import Request, generate
-from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
 from tests import formats, tiny
 from tests.conftest import load_tiny, one_device
 from tests.oracle import draw

@@ -1,5 +1,6 @@
 """Targets by name and by file, and every mistake in one sentence."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -98,7 +99,11 @@ def test_a_file_that_lacks_a_field(file):
         parse_target(file(fields))
 
 
-@pytest.mark.parametrize("name", ["h100", "h100x16", "h100x0", "v5p-24", "tpu", "nowhere.yaml"])
+def test_one_gpu_needs_no_number():
+    assert dataclasses.replace(parse_target("h100"), name="h100x1") == parse_target("h100x1")
+
+
+@pytest.mark.parametrize("name", ["h100x", "h100x16", "h100x0", "v5p-24", "tpu", "nowhere.yaml"])
 def test_an_unknown_target(name):
     with pytest.raises(UserError) as caught:
         parse_target(name)

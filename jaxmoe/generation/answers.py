@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from jaxmoe import outputs
 from jaxmoe.errors import UserError
-from jaxmoe.generate.engine import Request
-from jaxmoe.generate.jobs import Refusal
+from jaxmoe.generation.engine import Request
+from jaxmoe.generation.jobs import Refusal
 from jaxmoe.parsing import parse_json
 
 Line = dict[str, Any]

@@ -17,8 +17,8 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generate.document import Document, bookmark, rewind
-from jaxmoe.generate.sampling import NO_TOKEN, Sampling, request_hash, sample
+from jaxmoe.generation.document import Document, bookmark, rewind
+from jaxmoe.generation.sampling import NO_TOKEN, Sampling, request_hash, sample
 from jaxmoe.model.cache import (
     Cache,
     init_cache,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import UserError
-from jaxmoe.generate.engine import ERROR, Request, Token
+from jaxmoe.generation.engine import ERROR, Request, Token
 from jaxmoe.parsing import parse_json, read_text
 from jaxmoe.text import Tokenizer, render
 

@@ -30,7 +30,7 @@ from jaxmoe.checkpoint.workspace import Resumable, writable
 from jaxmoe.checkpoint.writer import Writer
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generate.document import SEGMENT, Document, check_length, new_document, read
+from jaxmoe.generation.document import SEGMENT, Document, check_length, new_document, read
 from jaxmoe.mesh import current_mesh
 from jaxmoe.model.cache import (
     PAGE,
