@@ -73,6 +73,9 @@ def _convert(args: argparse.Namespace) -> None:
             ignore_unknown=args.ignore_unknown_config,
         )
     _print_notes(report.notes)
+    if report.resumed == report.nbytes:
+        print(f"{args.output} holds this conversion already: nothing is left to do.")
+        return
     rate = _rate(report.nbytes - report.resumed, start)
     before = f", {report.resumed / 1e9:.2f} GB before" if report.resumed else ""
     left_out = f", {report.left_out} tensors left out" if report.left_out else ""

@@ -52,7 +52,8 @@ def main() -> None:
     mesh = _devices.start(args)
     tokens = _tokens(args)
     document.check_length(store.read_config(args.checkpoint), len(tokens))
-    workspace_path(Path(args.output))  # refuses before anything is loaded
+    if not saved_document.is_finished(args.output):
+        workspace_path(Path(args.output))  # refuses before anything is loaded
     config, params = _devices.load(args, mesh)
     with jax.set_mesh(mesh), task_progress("Reading", len(tokens), "tokens") as advance:
         counts = saved_document.read_document(
@@ -70,6 +71,9 @@ def main() -> None:
         for count in counts:
             advance(count - done)
             done = count
+    if done == saved:
+        print(f"{args.output} holds this text already: nothing is left to do.", file=sys.stderr)
+        return
     rate = (done - saved) / (time.perf_counter() - start)
     before = f", {saved} of them before" if saved else ""
     print(f"Read {done} tokens{before}, {rate:.0f} tokens/s, to {args.output}.", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint.manifest import Finished, open_finished
+from jaxmoe.checkpoint.manifest import MARKER, Finished, open_finished
 from jaxmoe.checkpoint.sources import Source, open_source
 from jaxmoe.checkpoint.store import (
     KEY,
@@ -37,7 +37,7 @@ class Report:
         tensors: of the source that were read.
         nbytes: of these tensors.
         left_out: tensors of the source that were not.
-        resumed: bytes that an earlier run had done.
+        resumed: bytes that an earlier run had done; all, where it had finished.
         errors: what was quantized, by kind of parameter.
         notes: sentences about what a user may not expect.
     """
@@ -63,7 +63,8 @@ def convert(
 
     Names, shapes, dtypes and file sizes are checked before anything is written. Killed and called
     again with the same arguments it goes on, and repeats at most the tensor that was being read, or
-    after a restart of the system what that lost; the result is the same to the byte.
+    after a restart of the system what that lost; the result is the same to the byte. Finished and
+    called again, it does nothing.
 
     Args:
         source: a folder with `config.json` and safetensors, or with Meta's `consolidated.*.pth`.
@@ -83,6 +84,8 @@ def convert(
     jobs = plan(found, formats, weights)
     identity = _identity(found, weights, text_only)
     total = sum(job.nbytes for job in jobs)
+    if _is_finished(Path(output), _metadata(found, formats, identity, {})):
+        return Report(_count(found), total, len(found.left_out), total, notes=found.notes)
     with Resumable(Path(output)) as workspace:
         _check_same(workspace, identity)
         if not workspace.note:
@@ -98,6 +101,18 @@ def convert(
             copy_companions(Path(source), workspace.path / RESULT)
         workspace.finish()
     return Report(_count(found), total, len(found.left_out), resumed, errors, found.notes)
+
+
+def _is_finished(output: Path, metadata: dict[str, Any]) -> bool:
+    """Whether a conversion that gives such metadata has been made there."""
+    if not (output / MARKER).is_file():
+        return False
+    theirs = open_finished(output, KEY, REMEDY).metadata
+    conversion = theirs.get("conversion")
+    if not isinstance(conversion, dict):
+        return False
+    ours = json.loads(json.dumps(metadata))
+    return theirs | {"conversion": conversion | {"errors": {}}, "version": ours["version"]} == ours
 
 
 def _check_same(workspace: Resumable, identity: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxmoe import mesh as meshes
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.arrays import StoredArray
-from jaxmoe.checkpoint.manifest import Finished, open_finished
+from jaxmoe.checkpoint.manifest import MARKER, Finished, open_finished
 from jaxmoe.checkpoint.workspace import Resumable, writable
 from jaxmoe.checkpoint.writer import Writer
 from jaxmoe.config import Llama4Config
@@ -71,7 +71,7 @@ def read_document(
     """Reads a text on the current mesh and saves what `load_document` needs to go on from it.
 
     Interrupted and called again with the same arguments, on any mesh, it goes on after the last
-    save.
+    save; finished and called again, it does nothing.
 
     Args:
         tokens: the text, its begin-of-text token included.
@@ -90,6 +90,9 @@ def read_document(
     check_length(config, len(tokens))
     interval = _whole_chunks(config, interval)
     identity = _identity(config, params, kv) | _text(tokens)
+    if is_finished(output) and open_finished(Path(output), KEY, REMEDY).metadata == identity:
+        yield len(tokens)
+        return
     with Resumable(Path(output)) as workspace:
         saved = _saved(workspace, identity)
         with writable(workspace.output), Writer(workspace.path) as writer:
@@ -118,6 +121,11 @@ def read_document(
             _save_rings(config, document, arrays, writer)
             writer.finish(arrays, KEY, identity)
         workspace.finish()
+
+
+def is_finished(path: str | Path) -> bool:
+    """Whether there is a saved document, or any other finished checkpoint."""
+    return (Path(path) / MARKER).is_file()
 
 
 def document_length(path: str | Path) -> int:

@@ -346,6 +346,26 @@ def test_existing_output_is_refused_and_kept(tmp_path, job, kind):
     assert kept.read_text() == "mine"
 
 
+def read_files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_finished_is_not_done_again(tmp_path):
+    """Catches a loop that retries and sees a failure for ever."""
+    source, output = checkpoint(tmp_path / "hf"), tmp_path / "out"
+    first = convert(source, output, weights="int8")
+    before = read_files(output)
+    again = convert(source, output, weights="int8")
+    assert again.resumed == again.nbytes == first.nbytes and first.resumed == 0
+    assert read_files(output) == before
+    with pytest.raises(UserError, match="exists and is not empty"):
+        convert(source, output, weights="int4")
+    tiny.write_checkpoint(source, CONFIG, tiny.random_tensors(CONFIG, 77))
+    with pytest.raises(UserError, match="exists and is not empty"):
+        convert(source, output, weights="int8")
+    assert read_files(output) == before
+
+
 def test_empty_output_folder_is_filled(tmp_path):
     (tmp_path / "out").mkdir()
     convert(checkpoint(tmp_path / "hf"), tmp_path / "out")

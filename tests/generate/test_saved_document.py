@@ -339,3 +339,12 @@ def test_metadata(params, tokens, tmp_path):
     found = marker["custom_metadata"]["jaxmoe-document"]
     assert found["length"] == LENGTH
     assert found["kv"] == "int8"
+
+
+def test_what_is_finished_is_not_read_again(params, tokens, tmp_path):
+    """Another text is not written over it."""
+    output = tmp_path / "saved"
+    assert read_until(params, tokens, output)[-1] == LENGTH
+    assert read_until(params, tokens, output) == [LENGTH]
+    with pytest.raises(UserError, match="exists and is not empty"):
+        read_until(params, tokens[1:], output)
