@@ -3,6 +3,7 @@
 A file is a stranger's: what a parser of a library raises, or would swallow, is one sentence here.
 """
 
+import collections
 import json
 import re
 from collections.abc import Hashable
@@ -129,7 +130,7 @@ def _constant(name: str) -> Any:
 
 
 def _weigh(value: Any) -> int:
-    """How many values there are, each counted wherever it is; iterative where depth is refused.
+    """How many values there are; one that stands in several places counts in each.
 
     Raises:
         RecursionError: if it is nested more than `MAX_DEPTH` deep, or in itself.
@@ -152,12 +153,31 @@ def _weigh(value: Any) -> int:
 class _Loader(yaml.SafeLoader):
     """YAML's plain types, with YAML 1.2's numbers and no key twice."""
 
+    merged = 0  # values that `<<` has copied, in the whole file
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = {key for key in keys if keys.count(key) > 1 and key != "<<"}
+        keys = (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        counts = collections.Counter(keys)
+        twice = [key for key, count in counts.items() if count > 1 and key != "<<"]
         if twice:
             raise _Refused(f"it names {min(twice)!r:.80} twice")
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Puts what `<<` merges in its place, once it is known not to be too much."""
+        for key, merged in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                parts = merged.value if isinstance(merged, yaml.SequenceNode) else [merged]
+                for part in parts:
+                    if isinstance(part, yaml.MappingNode):
+                        self._merge(part)
+        super().flatten_mapping(node)
+
+    def _merge(self, part: yaml.MappingNode) -> None:
+        self.flatten_mapping(part)
+        self.merged += len(part.value)
+        if self.merged > MAX_YAML_VALUES:
+            raise _Refused(f"it merges more than {MAX_YAML_VALUES} values")
 
     def construct_number(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > MAX_DIGITS:

@@ -59,6 +59,47 @@ def test_aliases_that_grow_are_refused(tmp_path):
         read_yaml(file)
 
 
+def test_merges_that_grow_are_refused(tmp_path):
+    """Catches mappings that are merged into each other, which grow while YAML is read."""
+    file = tmp_path / "f.yaml"
+    lines = ["a0: &a0 {k: 1}"]
+    merged = ("[" + ", ".join([f"*a{i - 1}"] * 10) + "]" for i in range(1, 7))
+    lines += [f"a{i}: &a{i} {{<<: {each}}}" for i, each in enumerate(merged, 1)]
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="it merges more than 100000 values"):
+        read_yaml(file)
+    file.write_text("a: &a {<<: *a}")
+    with pytest.raises(UserError, match="is nested more than 64 deep"):
+        read_yaml(file)
+
+
+def test_many_keys_take_time_in_proportion(tmp_path, monkeypatch):
+    """Catches a search for keys named twice that compares each with each: minutes for 1 MiB."""
+
+    class Key(str):
+        compared = 0
+
+        def __eq__(self, other):
+            Key.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    count = 300
+    construct = parsing._Loader.construct_mapping
+
+    def counted(self, node, deep=False):
+        for key, _ in node.value:
+            key.value = Key(key.value)
+        return construct(self, node, deep)
+
+    monkeypatch.setattr(parsing._Loader, "construct_mapping", counted)
+    file = tmp_path / "f.yaml"
+    file.write_text("".join(f"k{i}: {i}\n" for i in range(count)))
+    assert len(read_yaml(file)) == count
+    assert Key.compared < 10 * count
+
+
 def test_yaml_numbers_and_merges(tmp_path):
     file = tmp_path / "f.yaml"
     file.write_text("x: &x {lr: 3e-4, eps: 1e-05, n: 3}\ny: {<<: *x, n: 4}\nz: .5E+1\nw: 1e\n")
