@@ -4,7 +4,6 @@
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 from _cli import byte_progress, run, task_progress
 
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.writer import MARKER
+from jaxmoe.checkpoint.manifest import digest_of
 from jaxmoe.errors import UserError
 from jaxmoe.generation import jobs
 from jaxmoe.generation.answers import Answers, job_digest
@@ -137,7 +136,7 @@ def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers
     if output is None:
         return contextlib.nullcontext()
     folders = filter(None, (args.checkpoint, args.document))
-    models = [hashlib.sha256(Path(folder, MARKER).read_bytes()).hexdigest() for folder in folders]
+    models = [digest_of(Path(folder)) for folder in folders]
     return Answers(output, job_digest([*settings, models], lines), lines)
 
 

@@ -118,6 +118,12 @@ def open_finished(path: Path, key: str, remedy: str) -> Finished:
     return found
 
 
+def digest_of(path: Path) -> str:
+    """Names a finished checkpoint by all that it holds; one without manifest by its metadata."""
+    listed = path / MANIFEST
+    return _sha256((listed if listed.exists() else path / MARKER).read_bytes())
+
+
 def write_manifest(folder: Path, names: Iterable[str]) -> None:
     """Lists what a checkpoint in `folder` holds, whose arrays have these names."""
     arrays = [f"{STATE}/{name}/{each}" for name in sorted(names) for each in (ZARR, CHECKSUMS)]
@@ -133,8 +139,8 @@ def _read_manifest(path: Path) -> dict[str, str]:
     listed, _, own = read_text(path / MANIFEST).rpartition("# ")
     if own != _sha256(listed.encode()) + "\n":
         raise UserError(f"{path / MANIFEST} is damaged; make {path} again.")
-    pairs = (line.split("  ", 1) for line in listed.splitlines())
-    return {file: digest for digest, file in pairs}
+    parts = (line.partition("  ") for line in listed.splitlines())
+    return {file: digest for digest, _, file in parts}
 
 
 @functools.cache

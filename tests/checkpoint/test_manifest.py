@@ -1,5 +1,6 @@
 """What a checkpoint holds under a name is what was written under it, or it is refused."""
 
+import hashlib
 import itertools
 import logging
 import shutil
@@ -12,7 +13,7 @@ from jaxmoe.checkpoint import arrays, checksums, store, tensors
 from jaxmoe.checkpoint.checksums import CHECKSUMS, Grid
 from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.checkpoint.export import export
-from jaxmoe.checkpoint.manifest import FORMAT, MANIFEST, MARKER, STATE, ZARR
+from jaxmoe.checkpoint.manifest import FORMAT, MANIFEST, MARKER, STATE, ZARR, digest_of
 from jaxmoe.errors import UserError
 from tests import tiny
 from tests.checkpoint.damage import (
@@ -216,6 +217,24 @@ def test_saved_twice_is_the_same(saved, tmp_path):
     config, params = store.load(saved, one_device())
     store.save(tmp_path / "again", config, params)
     assert (saved / MANIFEST).read_bytes() == (tmp_path / "again" / MANIFEST).read_bytes()
+
+
+def test_equal_models_of_other_numbers_have_other_names(saved, tmp_path):
+    """Catches a name that is of the metadata, which two runs of one config share."""
+    config, params = store.load(saved, one_device())
+    store.save(tmp_path / "same", config, params)
+    params["embed"] = params["embed"] + 1
+    store.save(tmp_path / "other", config, params)
+    markers = {(path / MARKER).read_bytes() for path in (saved, tmp_path / "other")}
+    assert len(markers) == 1
+    assert digest_of(saved) == digest_of(tmp_path / "same") != digest_of(tmp_path / "other")
+
+
+def test_a_line_of_the_manifest_that_lists_nothing(copy):
+    """Catches a traceback: a manifest's own digest is no secret."""
+    (copy / MANIFEST).write_text(f"x\n# {hashlib.sha256(b'x' + bytes([10])).hexdigest()}\n")
+    with pytest.raises(UserError, match=f"is not the file that {MANIFEST} lists"):
+        store.read_checkpoint(copy)
 
 
 def test_a_flipped_bit_in_what_was_saved(saved):
