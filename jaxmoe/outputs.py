@@ -87,19 +87,33 @@ def direct(path: str | Path) -> BinaryIO | None:
     Raises:
         UserError: if it is a folder.
     """
-    stdout = sys.stdout.fileno()
     if str(path) == "-":
-        return open(os.dup(stdout), "wb")
+        return open(os.dup(_stdout()), "wb")
     place_of(path)
     with contextlib.suppress(FileNotFoundError):
         there = os.stat(path)
         if stat.S_ISDIR(there.st_mode):
             raise UserError(f"{path} is a folder; give the name of a file.")
-        if os.path.samestat(there, os.fstat(stdout)):
-            return open(os.dup(stdout), "wb")
+        if _is_stdout(there):
+            return open(os.dup(_stdout()), "wb")
         if not stat.S_ISREG(there.st_mode):
             return open(path, "wb")
     return None
+
+
+def _stdout() -> int:
+    """The process's own where `sys.stdout` is no file, as in a notebook, or is closed."""
+    try:
+        return sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):
+        return 1
+
+
+def _is_stdout(there: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(there, os.fstat(_stdout()))
+    except OSError:  # it is closed
+        return False
 
 
 @contextlib.contextmanager
@@ -119,8 +133,9 @@ def locked(place: Path) -> Iterator[tuple[BinaryIO, Path]]:
         finally:
             with contextlib.suppress(OSError, ValueError):
                 file.flush()
-            with contextlib.suppress(OSError):
-                if not os.stat(partial).st_size:
+            with contextlib.suppress(OSError, ValueError):
+                there = os.stat(partial)  # which may be another process's by now
+                if not there.st_size and os.path.samestat(there, os.fstat(file.fileno())):
                     partial.unlink()
 
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import io
 import os
 import stat
+import sys
 import threading
 
 import pytest
@@ -78,6 +80,36 @@ def test_a_file_that_another_run_has_just_renamed_is_not_taken(tmp_path, monkeyp
     monkeypatch.setattr(outputs.fcntl, "flock", late)
     with pytest.raises(UserError, match="is being written by another run"):
         write_file(file, "x")
+
+
+def test_another_run_that_begins_meanwhile_keeps_its_file(tmp_path):
+    """Catches the end of one run that removes what the next has just begun."""
+    file = tmp_path / "a"
+    with outputs.locked(file) as (stream, partial):
+        stream.write(b"x")
+        outputs.publish(stream, partial, file)
+        partial.touch()
+    assert partial.exists()
+
+
+@pytest.mark.parametrize("stdout", [None, io.StringIO()])
+def test_without_a_standard_output_that_is_a_file(tmp_path, monkeypatch, stdout):
+    """Catches an error where stdout is closed, or a notebook's, and not written to."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    for _ in range(2):
+        write_file(tmp_path / "a", "x")
+    monkeypatch.setattr(outputs.os, "fstat", closed(os.fstat))
+    write_file(tmp_path / "a", "y")
+    assert (tmp_path / "a").read_text() == "y"
+
+
+def closed(fstat):
+    def without_stdout(descriptor):
+        if descriptor == 1:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return fstat(descriptor)
+
+    return without_stdout
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_old(tmp_path, monkeypatch):
