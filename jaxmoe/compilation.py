@@ -17,8 +17,12 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def default_folder() -> Path:
-    """Where users expect caches: `$XDG_CACHE_HOME/jaxmoe` or `~/.cache/jaxmoe`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmoe"
+    """Where users expect caches: `$XDG_CACHE_HOME/jaxmoe` or `~/.cache/jaxmoe`.
+
+    Of a user without a home, as in some containers, `~` stands for itself and nothing can be kept.
+    """
+    home = os.path.expanduser("~")
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")) / "jaxmoe"
 
 
 def keep_compiled(folder: str | Path | None = None) -> str | None:
@@ -38,7 +42,10 @@ def keep_compiled(folder: str | Path | None = None) -> str | None:
     """
     if folder is None and jax.config.jax_compilation_cache_dir:
         return jax.config.jax_compilation_cache_dir
-    place = Path(folder or default_folder()).absolute()
+    place = Path(folder or default_folder())
+    if folder is None and not place.is_absolute():
+        return None
+    place = place.absolute()
     try:
         place.mkdir(parents=True, exist_ok=True)
         refused = None if os.access(place, os.W_OK | os.X_OK) else "it may not be written to"

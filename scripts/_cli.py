@@ -15,6 +15,7 @@ from jaxmoe.errors import UserError
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script: a mistake of the user's is one line and exit 1, Ctrl-C is exit 130."""
+    _open_closed()
     for stream in (sys.stdout, sys.stderr):  # of a terminal that is not UTF-8
         cast(io.TextIOWrapper, stream).reconfigure(errors="replace")
     try:
@@ -34,6 +35,13 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _open_closed() -> None:
+    """Stands in for streams that were closed before, as some services do: what is said is lost."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # until the process ends
 
 
 def _forget_stdout() -> None:

@@ -33,10 +33,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="compute in this; default: as stored"
     )
+    default = str(compilation.default_folder()).replace("%", "%%")
     parser.add_argument(
         "--compilation-cache",
         metavar="FOLDER|off",
-        help=f"keeps compiled programs for later runs; default: {compilation.default_folder()}",
+        help=f"keeps compiled programs for later runs; default: {default}",
     )
     parser.add_argument(
         "--self-test",

@@ -1,5 +1,7 @@
 """Compiled programs are kept where users expect, and a word is said while one is compiled."""
 
+import pwd
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -32,6 +34,19 @@ def test_the_place_is_the_users(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_folder() == tmp_path / ".cache" / "jaxmoe"
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """Catches a traceback in a container whose user has no home."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert str(default_folder()) == "~/.cache/jaxmoe"
+    assert keep_compiled() is None
 
 
 def test_a_program_is_found_again(monkeypatch, tmp_path):

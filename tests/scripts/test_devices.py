@@ -34,6 +34,14 @@ def test_a_platform_that_is_not_here(monkeypatch, error, reason):
     assert "\n" not in str(found.value)
 
 
+def test_help_names_any_folder(monkeypatch):
+    """Catches a folder's name that argparse reads as a format."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/a%b")
+    parser = argparse.ArgumentParser()
+    _devices.add_flags(parser)
+    assert "/a%b/jaxmoe" in parser.format_help()
+
+
 @pytest.mark.parametrize("dtypes", [("bfloat16",), ("bfloat16", "float32")])
 def test_several_stored_dtypes_are_said(monkeypatch, capsys, dtypes):
     monkeypatch.setattr(_devices.store, "main_dtypes", lambda checkpoint: dtypes)
