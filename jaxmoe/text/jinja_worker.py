@@ -8,6 +8,7 @@ Run as a script it answers each line of its input, a JSON object of `template`, 
 imports Jinja and the standard library only, so it starts at once.
 """
 
+import contextlib
 import datetime
 import encodings.unicode_escape
 import functools
@@ -87,10 +88,15 @@ def main() -> None:
 
 def _limit(seconds: int, size: int) -> None:
     """Limits what the next rendering may take; the system ends a process that takes more."""
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, most))
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY + 64 * size, most))
+    _lower(resource.RLIMIT_CPU, int(time.process_time()) + 1 + seconds)
+    with contextlib.suppress(*((ValueError,) if sys.platform == "darwin" else ())):
+        _lower(resource.RLIMIT_AS, MEMORY + 64 * size)  # macOS has processes of any size
+
+
+def _lower(kind: int, limit: int) -> None:
+    """Limits something, to less if this process was given less."""
+    _, most = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
 
 
 def _line(error: Exception) -> int | None:

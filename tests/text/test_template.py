@@ -1,11 +1,13 @@
 """Chat templates of checkpoints: found, rendered as transformers does, and kept within bounds."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.text import Tokenizer, render, template
+from jaxmoe.text import Tokenizer, jinja_worker, render, template
 from jaxmoe.text.template import ChatTemplate
 
 LLAMA = """{{- bos_token }}
@@ -216,6 +218,39 @@ def test_a_hostile_template_is_stopped(written, monkeypatch, source, complaint):
     with pytest.raises(UserError, match=complaint):
         written(source)
     assert written(PLAIN) == "hi<|eot|>"
+
+
+def worker(prelude):
+    """Answers of a worker that begins so, to one request."""
+    run = f"import runpy\nrunpy.run_path({jinja_worker.__file__!r}, run_name='__main__')"
+    request = {"template": PLAIN, "variables": {"messages": [user("hi")]}, "seconds": 9}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{prelude}\n{run}"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+    )
+    return json.loads(done.stdout or "null")
+
+
+def test_a_worker_of_a_system_with_lower_limits():
+    """Catches a worker that dies where it may not have as much as it would."""
+    limits = "(resource.RLIMIT_CPU, (7, 7)), (resource.RLIMIT_AS, (2**29, 2**29))"
+    prelude = f"import resource\nfor limit in {limits}: resource.setrlimit(*limit)"
+    assert worker(prelude) == {"text": "hi<|eot|>"}
+
+
+def test_a_worker_of_a_system_without_limits_of_memory():
+    """Catches macOS, which refuses a limit below what a process has mapped."""
+    prelude = """
+import resource, sys
+sys.platform, limit = "darwin", resource.setrlimit
+def refusing(kind, limits):
+    if kind == resource.RLIMIT_AS:
+        raise ValueError("current limit exceeds maximum limit")
+    limit(kind, limits)
+resource.setrlimit = refusing"""
+    assert worker(prelude) == {"text": "hi<|eot|>"}
 
 
 @pytest.mark.parametrize(
