@@ -15,10 +15,12 @@ import yaml
 from jaxmoe.errors import UserError
 
 MAX_BYTES = 256 * 2**20  # a tokenizer.json of 200,000 words has 30
+MAX_TEXT_BYTES = 16 * 2**30  # of what is as long as a user's work: text, requests, records
 MAX_YAML_BYTES = 2**20  # written by hand, and parsed slowly
 MAX_DEPTH = 64
 MAX_DIGITS = 40  # a number of 128 bits has 39
 MAX_YAML_VALUES = 100_000  # with aliases written out
+_PIECE = 2**24  # bytes read at once
 
 
 class _Refused(ValueError):
@@ -44,15 +46,18 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     Raises:
         UserError: if it cannot be read or has more than `max_bytes`.
     """
+    pieces, size = [], 0  # not `read(max_bytes)`, which takes so much memory at once
     try:
         with open(path, "rb") as file:
-            content = file.read(max_bytes + 1)
+            while size <= max_bytes and (piece := file.read(_PIECE)):
+                pieces.append(piece)
+                size += len(piece)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL or half a surrogate pair
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{str(path)!r} cannot be read: {reason}; check its name.") from None
-    if len(content) > max_bytes:
+    if size > max_bytes:
         raise UserError(f"{path} has more than {max_bytes} bytes; is it the right file?")
-    return content
+    return b"".join(pieces)
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:

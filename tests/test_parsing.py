@@ -128,6 +128,13 @@ def test_other_bytes_and_too_many(tmp_path):
         read_json(file, max_bytes=2)
 
 
+def test_a_large_limit_takes_no_memory(tmp_path):
+    """Catches a buffer of the limit's size, which a small machine does not have."""
+    file = tmp_path / "f.json"
+    file.write_bytes(b"[1]")
+    assert read_json(file, max_bytes=2**60) == [1]
+
+
 def test_a_string_of_half_a_surrogate_pair_can_be_printed():
     with pytest.raises(UserError) as error:
         parse_json('{"\\ud800": 1, "\\ud800": 2}', "f")

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxmoe.errors import UserError
 from jaxmoe.generation.engine import ERROR, Request, Token
-from jaxmoe.parsing import parse_json, read_text
+from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_text
 from jaxmoe.text import Tokenizer, render
 
 KINDS = ("prompt", "messages", "tokens")
@@ -69,7 +69,7 @@ def read_requests(
 
 def _read(path: str | Path) -> str:
     if str(path) != "-":
-        return read_text(path)
+        return read_text(path, MAX_TEXT_BYTES)
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:

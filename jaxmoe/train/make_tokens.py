@@ -9,10 +9,9 @@ from jaxtyping import Integer
 from jaxmoe.checkpoint.workspace import writable
 from jaxmoe.errors import UserError
 from jaxmoe.outputs import locked, place_of, publish
-from jaxmoe.parsing import parse_json, read_text
+from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_text
 from jaxmoe.text import Tokenizer
 
-MAX_BYTES = 16 * 2**30  # of a text file, which is one document
 END_OF_TEXT = "<|end_of_text|>"
 
 
@@ -23,7 +22,7 @@ def documents(path: str | Path) -> Iterator[str]:
         UserError: naming the line that holds no text, or if the file cannot be read.
     """
     if Path(path).suffix != ".jsonl":
-        yield read_text(path, MAX_BYTES)
+        yield read_text(path, MAX_TEXT_BYTES)
         return
     try:
         with open(path, "rb") as file:

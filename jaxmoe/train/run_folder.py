@@ -14,7 +14,7 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.fields import read_fields
 from jaxmoe.outputs import PARTIAL, write_file
-from jaxmoe.parsing import parse_json, read_json, read_text
+from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_json, read_text
 from jaxmoe.train.config import TrainConfig
 
 
@@ -88,7 +88,7 @@ class RunFolder:
         """
         if not self.metrics.exists():
             return
-        lines = read_text(self.metrics).splitlines(keepends=True)
+        lines = read_text(self.metrics, MAX_TEXT_BYTES).splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         kept = (line for i, line in enumerate(lines, 1) if self._step_of(line, i) <= step)

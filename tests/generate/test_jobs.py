@@ -7,7 +7,9 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from jaxmoe import parsing
 from jaxmoe.errors import UserError
+from jaxmoe.generation import jobs as module
 from jaxmoe.generation.engine import ERROR, Request, Token
 from jaxmoe.generation.jobs import Refusal, finished, read_requests
 from jaxmoe.text import Tokenizer
@@ -42,6 +44,13 @@ def refused(path, text, *words, tokenizer=None):
     message = str(caught.value)
     assert all(word in message for word in (str(path), *words)), message
     assert "\n" not in message
+
+
+def test_a_file_of_requests_may_be_long(jobs, monkeypatch):
+    """Catches a limit that is meant for configurations."""
+    limited = lambda path, most=1: parsing.read_text(path, most)  # noqa: E731
+    monkeypatch.setattr(module, "read_text", limited)
+    assert read(jobs, '{"id": 2, "tokens": [4]}\n') == [Request(2, (4,), 9)]
 
 
 def test_tokens_need_no_tokenizer(jobs):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxmoe import parsing
 from jaxmoe.checkpoint import store
 from jaxmoe.config import SCOUT
 from jaxmoe.errors import UserError
@@ -138,6 +139,16 @@ def test_metrics_are_cut_back_to_a_step(folder):
             file.write('{"step": 8, "lo')
         folder.cut_back(4)
     assert folder.metrics.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_metrics_may_be_longer_than_a_config(folder, monkeypatch):
+    """Catches a long run that cannot be resumed."""
+    folder.path.mkdir()
+    folder.metrics.write_text('{"step": 2}\n')
+    limited = lambda path, most=1: parsing.read_text(path, most)  # noqa: E731
+    monkeypatch.setattr(run_folder, "read_text", limited)
+    folder.cut_back(4)
+    assert folder.metrics.read_text() == '{"step": 2}\n'
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "x", '{"step": "2"}', "[" * 9999])
