@@ -27,16 +27,26 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         UserError: if the file is a folder, is being written by another process, or cannot be
             written.
     """
-    data = content.encode() if isinstance(content, str) else content
+    with written(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def written(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to, whose content is there at the end of the context, or not at all.
+
+    Raises:
+        UserError: as `write_file`.
+    """
     with writable(path):
         if (stream := direct(path)) is not None:
             with stream:
-                stream.write(data)
+                yield stream
             return
         place = place_of(path)
         with locked(place) as (file, partial):
             file.truncate(0)
-            file.write(data)
+            yield file
             publish(file, partial, place)
 
 

@@ -32,6 +32,16 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {where}{error.strerror or error}.", file=sys.stderr)
         _forget_stdout()
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:  # of a device, JAX says it so
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        why = str(error).partition("\n")[0].rstrip(".")
+        print(
+            f"error: the memory does not suffice{f' ({why:.300})' if why else ''}; use more "
+            "devices, fewer tokens at once or smaller weights: scripts/plan.py says what fits.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

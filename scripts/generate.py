@@ -199,7 +199,8 @@ def _summary(times: list[float]) -> str:
 def _show_progress(stream, requests, tokenizer, args):
     """A bar over the tokens asked for; a request that stops early completes its share."""
     budget = sum(request.max_new_tokens for request in requests)
-    with task_progress("Generating", budget, "tokens", beside_answers=not args.output) as advance:
+    on_stdout = args.output in (None, "-")
+    with task_progress("Generating", budget, "tokens", beside_answers=on_stdout) as advance:
         for token, record in stream:
             advance(1)
             if record is not None:

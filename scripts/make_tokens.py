@@ -3,6 +3,7 @@
 
 import argparse
 import itertools
+import sys
 
 import _devices
 from _cli import run
@@ -31,7 +32,8 @@ def main() -> None:
     tokens = tokens_of(texts, tokenizer)
     save_tokens(args.output, tokens)
     count = int((tokens == tokenizer.bos_id).sum())
-    print(f"Wrote {len(tokens):,} tokens of {count:,} document(s) to {args.output}.")
+    aside = sys.stderr if args.output == "-" else sys.stdout
+    print(f"Wrote {len(tokens):,} tokens of {count:,} document(s) to {args.output}.", file=aside)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
-from jaxmoe.checkpoint.workspace import writable
 from jaxmoe.errors import UserError
-from jaxmoe.outputs import locked, place_of, publish
+from jaxmoe.outputs import written
 from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_text
 from jaxmoe.text import Tokenizer
 
@@ -63,9 +62,7 @@ def save_tokens(path: str | Path, tokens: Integer[np.ndarray, "tokens"]) -> None
     Raises:
         UserError: if it is being written by another process, or cannot be written.
     """
-    with writable(path):
-        place = place_of(path)
-        with locked(place) as (file, partial):
-            file.truncate(0)
-            np.save(file, tokens)
-            publish(file, partial, place)
+    header = np.lib.format.header_data_from_array_1_0(tokens)
+    with written(path) as file:  # not by numpy.save, which cannot write to a pipe
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(memoryview(np.ascontiguousarray(tokens)).cast("B"))

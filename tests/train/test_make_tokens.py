@@ -1,3 +1,5 @@
+import io
+import os
 import sys
 from pathlib import Path
 
@@ -57,13 +59,27 @@ def test_a_line_without_text_is_named(tmp_path, line):
         list(documents(path))
 
 
+def test_standard_output(tokenizer, capfdbinary, monkeypatch, tmp_path):
+    """Catches a file that is called `-`, and words between the numbers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    monkeypatch.setattr(sys, "argv", ["", str(MODEL), "a.txt", "--output", "-"])
+    script.main()
+    written = np.load(io.BytesIO(capfdbinary.readouterr().out))
+    np.testing.assert_array_equal(written, tokens_of(TEXTS[:1], tokenizer))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    reader, writer = os.pipe()  # which has no position
+    make_tokens.save_tokens(f"/dev/fd/{writer}", written)
+    assert np.load(io.BytesIO(os.read(reader, 2**16))).tolist() == written.tolist()
+
+
 def test_other_mistakes(tmp_path, tokenizer, monkeypatch):
     for name in ("absent.jsonl", "absent.txt"):
         with pytest.raises(UserError, match=rf"{name}.* cannot be read: No such file"):
             list(documents(tmp_path / name))
     with pytest.raises(UserError, match="no documents"):
         tokens_of([], tokenizer)
-    monkeypatch.setattr(make_tokens.np, "save", full_disk)
+    monkeypatch.setattr(make_tokens.np.lib.format, "write_array_header_1_0", full_disk)
     with pytest.raises(UserError, match="cannot be written: No space left"):
         make_tokens.save_tokens(tmp_path / "tokens.npy", np.arange(3))
     assert list(tmp_path.iterdir()) == []
