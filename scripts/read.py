@@ -19,6 +19,7 @@ from jaxmoe.checkpoint.workspace import workspace_path
 from jaxmoe.errors import UserError
 from jaxmoe.generation import document, saved_document
 from jaxmoe.model.cache import FORMATS
+from jaxmoe.parsing import MAX_TEXT_BYTES, read_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,10 +84,7 @@ def _tokens(args: argparse.Namespace) -> np.ndarray:
     tokenizer = _devices.tokenizer(args.checkpoint)
     if tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer; convert the model with its own.")
-    try:
-        text = Path(args.text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{args.text} cannot be read: {error}.") from None
+    text = read_text(args.text, MAX_TEXT_BYTES)
     if not text.strip():
         raise UserError(f"{args.text} is empty; give it some text.")
     return np.asarray(tokenizer.encode(text, bos=True), np.int32)

@@ -148,8 +148,8 @@ def writes(path: Path) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The first line of a library's message, without its appended details."""
-    return str(error).splitlines()[0].partition(" [")[0].rstrip(".")
+    """The first line of a library's message, without appended details; else its name."""
+    return str(error).partition("\n")[0].partition(" [")[0].rstrip(".") or type(error).__name__
 
 
 def _spec(path: Path, synced: bool) -> dict[str, Any]:

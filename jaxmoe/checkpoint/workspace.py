@@ -40,10 +40,12 @@ def workspace_of(output: Path) -> Path:
     """The same, where no earlier run may have left one.
 
     Raises:
-        UserError: as `workspace_path`, or if an earlier run was interrupted.
+        UserError: as `workspace_path`, or if an earlier run was interrupted or is going on.
     """
     workspace = workspace_path(output)
     if workspace.exists():
+        with writable(output), locked(workspace):
+            pass
         raise UserError(f"{workspace} is left from an interrupted run; delete it and run again.")
     return workspace
 
@@ -56,14 +58,14 @@ def prepared(output: Path) -> Iterator[Path]:
         UserError: as `workspace_of`, or if the file system refuses.
     """
     workspace = workspace_of(output)
-    with writable(output):
-        workspace.mkdir(parents=True)
-    try:
+    with contextlib.ExitStack() as stack:
+        with writable(output):
+            workspace.mkdir(parents=True)
+            stack.enter_context(locked(workspace))
+        stack.callback(shutil.rmtree, workspace, ignore_errors=True)
         with writable(output):
             yield workspace
             (workspace / RESULT).rename(output.resolve())
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
 
 
 class Resumable:
