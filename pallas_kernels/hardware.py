@@ -16,7 +16,7 @@ import jax
 
 _GOOGLE = "0x1ae0"  # the PCI vendor of TPUs
 _PCI = Path("/sys/bus/pci/devices")
-_NAMED = "PJRT_NAMES_AND_LIBRARY_PATHS"  # plugins that the user gives JAX
+_NAMED_BY_USER = {"PJRT_NAMES_AND_LIBRARY_PATHS", "JAX_FORCE_TPU_INIT"}
 
 
 @functools.cache
@@ -49,11 +49,12 @@ def leave_out_absent() -> None:
 
 
 def _plugins() -> set[str]:
-    """What JAX looks for besides TPUs, found where it looks."""
+    """What JAX looks for besides TPUs on the bus, found where it looks."""
     found = {plugin.name for plugin in metadata.entry_points(group="jax_plugins")}
     try:
         folders = importlib.import_module("jax_plugins").__path__
     except ImportError:
         folders = []
     found |= {module.name for module in pkgutil.iter_modules(folders)}
-    return found | ({"named by the user"} if os.environ.get(_NAMED) else set())
+    named = any(map(os.environ.get, _NAMED_BY_USER))
+    return found | ({"named by the user"} if named else set())

@@ -51,6 +51,13 @@ def test_only_what_is_absent_is_left_out(monkeypatch, driver, tpu, plugins, chos
         jax.config.update("jax_platforms", before)
 
 
+@pytest.mark.parametrize("name", ["PJRT_NAMES_AND_LIBRARY_PATHS", "JAX_FORCE_TPU_INIT"])
+def test_an_accelerator_that_the_user_names_is_not_left_out(monkeypatch, name):
+    """Catches the CPU in place of a TPU that is not on the PCI bus, as in some sandboxes."""
+    monkeypatch.setenv(name, "x")
+    assert "named by the user" in hardware._plugins()
+
+
 def test_a_tpu_is_known_by_its_maker(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "_PCI", tmp_path)
     for vendor, expected in (("0x10de\n", False), ("0x1ae0\n", True)):
