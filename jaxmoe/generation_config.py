@@ -29,6 +29,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "min_length": (0,),
     "min_new_tokens": (0,),
     "bad_words_ids": ([],),
+    "stop_strings": ([],),
     "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],),
     "sequence_bias": ([], {}),
@@ -111,5 +112,5 @@ def _sampling(values: dict[str, Any], path: Path) -> tuple[tuple[str, Any], ...]
         whole = key == "top_k"
         if type(value) is not int and (whole or type(value) is not float):
             raise UserError(f"{path} has {key} {value!r:.80}, which is no such number.")
-        given[key] = value if whole else float(value)
+        given[key] = max(value, 0) if whole else float(value)  # of top_k, -1 is all, too
     return tuple(given.items())

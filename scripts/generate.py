@@ -68,6 +68,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.rows < 1:
+        raise UserError(f"--rows {args.rows} is below 1.")
     if args.chat and (args.prompt is None or args.parse_special):
         raise UserError("--chat goes with --prompt, and without --parse-special.")
     if args.document and (args.kv or args.cache_tokens is not None):
@@ -111,9 +113,13 @@ def main() -> None:
                 document=_document(args, config, params, left) if after else None,
             )
             show = _stream_text if args.prompt is not None else _show_progress
+            failed = 0
             for record in show(jobs.finished(stream, tokenizer), left, tokenizer, args):
+                failed += "error" in record
                 if answers is not None:
                     answers.write(record)
+    if failed:
+        print(f"{failed} of {len(left)} requests ended with an error.", file=sys.stderr)
 
 
 def _requests(args, tokenizer, check) -> list[Request | jobs.Refusal]:
