@@ -101,7 +101,7 @@ def test_keys_before_the_queries(kind):
     check(lower_for(*absent_gpus(kind, 1), attend, *prefill(128, CHUNK, LONG)))
 
 
-@pytest.mark.parametrize(("kind", "format"), zip((*KINDS, "a100"), FORMATS, strict=True))
+@pytest.mark.parametrize(("kind", "format"), [*zip((*KINDS, "a100"), FORMATS, strict=True)])
 def test_decode(kind, format):
     lowered = lower_for(*absent_gpus(kind, 1), decode, *decode_arguments(format, 128))
     check(lowered)
