@@ -15,6 +15,7 @@ import numpy as np
 from _cli import run, task_progress
 
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.manifest import is_finished
 from jaxmoe.checkpoint.workspace import workspace_path
 from jaxmoe.errors import UserError
 from jaxmoe.generation import document, saved_document
@@ -53,7 +54,7 @@ def main() -> None:
     mesh = _devices.start(args)
     tokens = _tokens(args)
     document.check_length(store.read_config(args.checkpoint), len(tokens))
-    if not saved_document.is_finished(args.output):
+    if not is_finished(args.output):
         workspace_path(Path(args.output))  # refuses before anything is loaded
     config, params = _devices.load(args, mesh)
     with jax.set_mesh(mesh), task_progress("Reading", len(tokens), "tokens") as advance:

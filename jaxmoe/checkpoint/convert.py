@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint.manifest import MARKER, Finished, open_finished
+from jaxmoe.checkpoint.manifest import Finished, is_finished, open_finished
 from jaxmoe.checkpoint.sources import Source, open_source
 from jaxmoe.checkpoint.store import (
     KEY,
@@ -84,7 +84,7 @@ def convert(
     jobs = plan(found, formats, weights)
     identity = _identity(found, weights, text_only)
     total = sum(job.nbytes for job in jobs)
-    if _is_finished(Path(output), _metadata(found, formats, identity, {})):
+    if _is_made(Path(output), _metadata(found, formats, identity, {})):
         return Report(_count(found), total, len(found.left_out), total, notes=found.notes)
     with Resumable(Path(output)) as workspace:
         _check_same(workspace, identity)
@@ -103,9 +103,9 @@ def convert(
     return Report(_count(found), total, len(found.left_out), resumed, errors, found.notes)
 
 
-def _is_finished(output: Path, metadata: dict[str, Any]) -> bool:
+def _is_made(output: Path, metadata: dict[str, Any]) -> bool:
     """Whether a conversion that gives such metadata has been made there."""
-    if not (output / MARKER).is_file():
+    if not is_finished(output):
         return False
     theirs = open_finished(output, KEY, REMEDY).metadata
     conversion = theirs.get("conversion")

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ class Finished:
                 f"{self.path / file} is not the file that {MANIFEST} lists; make {self.path} again."
             )
         return content
+
+
+def is_finished(path: str | Path) -> bool:
+    """Whether there is a finished checkpoint, or a saved document; False where none can be."""
+    return os.path.isfile(Path(path) / MARKER)
 
 
 def open_finished(path: Path, key: str, remedy: str) -> Finished:

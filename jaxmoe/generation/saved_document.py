@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxmoe import mesh as meshes
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.arrays import StoredArray
-from jaxmoe.checkpoint.manifest import MARKER, Finished, open_finished
+from jaxmoe.checkpoint.manifest import Finished, is_finished, open_finished
 from jaxmoe.checkpoint.workspace import Resumable, writable
 from jaxmoe.checkpoint.writer import Writer
 from jaxmoe.config import Llama4Config
@@ -121,11 +121,6 @@ def read_document(
             _save_rings(config, document, arrays, writer)
             writer.finish(arrays, KEY, identity)
         workspace.finish()
-
-
-def is_finished(path: str | Path) -> bool:
-    """Whether there is a saved document, or any other finished checkpoint."""
-    return (Path(path) / MARKER).is_file()
 
 
 def document_length(path: str | Path) -> int:
