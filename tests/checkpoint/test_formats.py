@@ -138,8 +138,8 @@ def test_meta_with_a_flipped_bit(tmp_path, small_blocks, monkeypatch):
     file.write_bytes(damaged)
     with pytest.raises(UserError, match=r"damaged in the data of layers\.1\.attention\.wqkv"):
         convert(source, tmp_path / "orbax")
-    noted = json.loads((tmp_path / "orbax.partial/progress.json").read_text())["done"]
-    assert "layers.0.attention.v" in noted and "layers.1.attention.q" not in noted
+    note = json.loads((tmp_path / "orbax.partial/progress.json").read_text())["note"]
+    assert "layers.0.attention.v" in note["done"] and "layers.1.attention.q" not in note["done"]
     file.write_bytes(whole)
     assert convert(source, tmp_path / "orbax").resumed
     verify(source, tmp_path / "orbax")  # every byte is the mended file's
