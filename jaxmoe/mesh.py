@@ -211,7 +211,7 @@ def constrain_param(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def _lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The same while a function is traced and while it runs as it is written."""
+    """Lays an array out by a spec on the current mesh, under jit and outside it."""
     try:
         mesh = None if isinstance(x, jax.core.Tracer) else jax.sharding.get_mesh()
     except ValueError:  # a constant of a function that is traced, where there is no concrete mesh

@@ -51,7 +51,7 @@ def written(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """The same of JSON."""
+    """Replaces a file by `content` as indented JSON; raises as `write_file`."""
     write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -36,12 +36,12 @@ class StoredArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """The array's shape."""
         return self.tensor.shape
 
     @property
     def dtype(self) -> np.dtype:
-        """Of its elements."""
+        """The dtype of its elements."""
         return self.tensor.dtype.numpy_dtype
 
     @property

@@ -67,7 +67,7 @@ class Source:
         return main_dtype(nbytes, self.stated)
 
     def dtype(self, group: Group) -> np.dtype:
-        """Of the tensors of a group."""
+        """The stored dtype of a group's tensors."""
         return self.files.dtype(self.in_files[group.pieces[0].tensor])
 
     def read(self, tensor: str, start: int, count: int) -> np.ndarray:
@@ -255,7 +255,7 @@ def _quantized(
     files: TensorFiles,
     says: Collection[compressed.Kind],
 ) -> tuple[dict[str, Format], set[str], dict[str, int]]:
-    """Of the parameters that have scales: formats, which are packed, and outputs that share one."""
+    """Formats of the quantized parameters, which are packed, and how many outputs share a scale."""
     formats, packed, repeats = {}, set(), {}
     blocks = [kind.block for kind in says if kind.block]
     for name, spec in named_specs(config).items():
@@ -339,7 +339,7 @@ def _open_meta(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
 
 
 def _meta_formats(config: Llama4Config, files: PthFolder) -> dict[str, Format]:
-    """Of experts in fp8: a scale for each output, of `down` also for each rank's inputs."""
+    """Formats of fp8 experts: a scale for each output, in `down` also for each rank's inputs."""
     formats = {}
     for n in range(config.num_hidden_layers):
         entry = files.tensors.get(f"0:layers.{n}.feed_forward.experts.moe_w_in_eD_F")

@@ -169,13 +169,13 @@ class Checkpoint:
         return self.found.path
 
     def specs(self, vision: bool = False) -> dict[str, ParamSpec]:
-        """Of the text model's parameters by name, or also of the vision tower's if it is there."""
+        """Declarations of the parameters by name; with `vision`, also of a vision tower's."""
         tower = vision_from_hf(self.outer, str(self.path)) if vision and self.outer else None
         seen = vision_specs(self.config, tower) if tower is not None else {}
         return named_specs(self.config) | seen
 
     def shapes(self, vision: bool = False) -> dict[str, tuple[int, ...]]:
-        """Of the arrays, likewise."""
+        """Shapes of the stored arrays by name; `vision` as in `specs`."""
         return array_shapes(self.config, self.formats, self.specs(vision))
 
     def open_arrays(self, vision: bool = False) -> dict[str, StoredArray]:
@@ -230,7 +230,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _formats(found: Finished, config: Llama4Config) -> dict[str, Format]:
-    """Of the quantized parameters, by name."""
+    """The formats of the quantized parameters, by name."""
     specs = named_specs(config)
     stored = found.field("formats", dict) if "formats" in found.metadata else {}
     formats = {}

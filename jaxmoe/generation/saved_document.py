@@ -187,7 +187,7 @@ def _text(tokens) -> dict[str, Any]:
 
 
 def _fingerprint(params: dict) -> str:
-    """Of the bits of all parameters; the same on every mesh, as sums of integers are."""
+    """A digest of all parameters' bits, the same on every mesh, as sums of integers are."""
     sums = [int(x) for x in jax.tree.leaves(_sum_bits(params))]
     return hashlib.sha256(np.asarray(sums, "<u4").tobytes()).hexdigest()
 
@@ -254,7 +254,7 @@ def _parts(config: Llama4Config, cache: Cache) -> list[_Part]:
 
 
 def _stored_shape(part: _Part, cache: Cache, length: int) -> tuple[int, ...]:
-    """Of a part on disk: pages of the whole text, or of a ring."""
+    """The shape on disk of a part: the pages of the whole text, or of a ring."""
     pages = -(-length // PAGE) if part.spread else cache.ring.table.shape[2]
     return (pages, *part.keys.shape[1:])
 

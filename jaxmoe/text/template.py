@@ -138,7 +138,7 @@ class _Worker:
         with self._lock:
             try:
                 return self._exchange(json.dumps(request).encode() + b"\n")
-            except BaseException:  # Ctrl-C too: an answer that nobody read would be the next one
+            except BaseException:  # Ctrl-C too: the next request would get this answer
                 self.stop()
                 raise
 

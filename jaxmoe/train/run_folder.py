@@ -111,7 +111,7 @@ class RunFolder:
                 shutil.rmtree(folder)
 
     def _check_owner(self) -> None:
-        """Sees that the folder is this run's, or nobody's."""
+        """Raises a UserError if the folder holds another run."""
         file = self.path / "config.json"
         if file.exists():
             if not self._is_own(file):

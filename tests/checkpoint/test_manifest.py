@@ -88,7 +88,7 @@ def blocks(folder):
 
 @pytest.mark.parametrize("what", ["folder", "data", "block and checksums"])
 def test_arrays_that_were_exchanged(copy, what):
-    """Of every two of one shape; what is read is whole, but another array's."""
+    """Exchanges every two arrays of one shape: each file is whole, but belongs to the other."""
     pairs = equal_pairs(copy)
     assert len(pairs) > 30
     for names in pairs:
@@ -112,7 +112,7 @@ def test_blocks_of_one_array_that_were_exchanged(copy):
 
 
 def test_an_array_of_another_time(copy, tmp_path):
-    """The same model of other weights, or earlier in training: no two of its arrays are ours."""
+    """Puts arrays of a model with other weights in place of this one's."""
     tiny.write_checkpoint(tmp_path / "hf", CONFIG, tiny.random_tensors(CONFIG, seed=7))
     other = made(tmp_path / "hf", tmp_path / "other")
     shutil.rmtree(copy / STATE / "lm_head")

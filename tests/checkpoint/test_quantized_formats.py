@@ -118,7 +118,7 @@ def test_quantized_on_the_way(tmp_path, small_blocks, weights):
 
 
 def test_scales_of_activations_are_left_out_with_a_sentence(tmp_path):
-    """Those of matrices become one for each output, and are exported so."""
+    """Scales of a whole matrix become a scale for each output, and are exported so."""
     described, stored, _ = formats.in_fp8_tensors(*model("maverick"))
     source = tiny.write_checkpoint(tmp_path / "hf", described, stored)
     report = convert(source, tmp_path / "orbax")
