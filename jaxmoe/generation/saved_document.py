@@ -96,14 +96,13 @@ def read_document(
     with Resumable(Path(output)) as workspace:
         saved = _saved(workspace, identity)
         with writable(workspace.output), Writer(workspace.path) as writer:
-
-            def reopen(name: str, *_: object) -> StoredArray:
-                return writer.reopen(name)
-
             if saved:
                 room = len(tokens) - saved
-                document = _restore(config, identity["kv"], reopen, saved, room)
-                arrays = {part.name: reopen(part.name) for part in _parts(config, document.cache)}
+                document = _restore(
+                    config, identity["kv"], lambda name, *_: writer.reopen(name), saved, room
+                )
+                parts = _parts(config, document.cache)
+                arrays = {part.name: writer.reopen(part.name) for part in parts}
             else:
                 document = new_document(config, params, len(tokens), kv)
                 workspace.begin(sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)))

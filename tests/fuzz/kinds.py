@@ -11,9 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 import yaml
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
@@ -31,6 +29,7 @@ from jaxmoe.train.config import read_train_config
 from jaxmoe.train.data import read_tokens
 from tests import formats, tiny
 from tests.fuzz.runner import Kind
+from tests.small_tokenizers import byte_tokenizer
 
 CONFIG = tiny.scout_like(
     hidden_size=16,
@@ -44,7 +43,6 @@ CONFIG = tiny.scout_like(
     num_local_experts=2,
     vocab_size=320,
 )
-CHAT = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]
 
 
 def _all_files(folder: Path) -> list[Path]:
@@ -141,15 +139,7 @@ def _read_document(folder: Path) -> dict[str, np.ndarray]:
 # Text
 
 
-@functools.cache
-def _tokenizer() -> Tokenizer:
-    """One token a byte, and the special tokens of the chat format."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(name, special=True) for name in CHAT])
-    return Tokenizer(backend)
+_tokenizer = functools.cache(byte_tokenizer)
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -4,28 +4,18 @@ import io
 import json
 
 import pytest
-import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from jaxmoe import parsing
 from jaxmoe.errors import UserError
 from jaxmoe.generation import jobs as module
 from jaxmoe.generation.engine import ERROR, Request, Token
 from jaxmoe.generation.jobs import Refusal, finished, read_requests
-from jaxmoe.text import Tokenizer
-
-CHAT = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]
+from tests.small_tokenizers import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a byte, then the special tokens of the chat format."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(name, special=True) for name in CHAT])
-    return Tokenizer(backend)
+    return byte_tokenizer()
 
 
 @pytest.fixture

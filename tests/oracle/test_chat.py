@@ -3,11 +3,10 @@
 import json
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxmoe.text import Tokenizer, render
 from jaxmoe.text.template import ChatTemplate
+from tests.small_tokenizers import trained_backend
 
 SPECIALS = [
     *("<|begin_of_text|>", "<|eot|>", "<|header_start|>", "<|header_end|>"),
@@ -58,15 +57,8 @@ CASES.append(("llama4", [ITEMS], None, True))  # others would write the list as 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["the user asks the assistant\n\n the system"], trainer)
-    return Tokenizer(backend)
+    corpus = ["the user asks the assistant\n\n the system"]
+    return Tokenizer(trained_backend(corpus, 300, SPECIALS))
 
 
 @pytest.fixture(scope="module")

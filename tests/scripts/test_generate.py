@@ -3,16 +3,15 @@
 import json
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.text import Tokenizer
 from tests import tiny
 from tests.scripts import refuses, succeeds
+from tests.small_tokenizers import CHAT as SPECIALS
+from tests.small_tokenizers import trained_backend
 
 CONTEXT = 96
-SPECIALS = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]
 CONFIG = tiny.scout_like(
     num_hidden_layers=2,  # one local, one global
     no_rope_layer_interval=2,
@@ -25,15 +24,8 @@ CONFIG = tiny.scout_like(
 @pytest.fixture(scope="module")
 def tokenizer():
     """A small byte-level BPE; the embedding has more rows than it has tokens."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=290, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["the rain in the plain and the train in the drain"] * 9, trainer)
-    return Tokenizer(backend)
+    corpus = ["the rain in the plain and the train in the drain"] * 9
+    return Tokenizer(trained_backend(corpus, 290, SPECIALS))
 
 
 @pytest.fixture(scope="module")

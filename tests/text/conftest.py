@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxmoe.text import Tokenizer
+from tests.small_tokenizers import trained_backend
 
 CORPUS = [
     "the user asks the assistant, and the assistant answers\n\n",
@@ -28,17 +28,7 @@ CHAT_SPECIALS = [
 
 
 def _train(specials: list[str]) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    return backend
+    return trained_backend(CORPUS, 330, specials)
 
 
 @pytest.fixture
