@@ -1,4 +1,4 @@
-"""Configs that scripts/tune.py found, a file for each kind of device; nothing is tuned here."""
+"""Configs that jaxmoe tune found, a file for each kind of device; nothing is tuned here."""
 
 import functools
 import json

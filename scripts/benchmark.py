@@ -1,53 +1,8 @@
 #!/usr/bin/env python
-"""Benchmarks: `cpu` beside transformers, `convert` beside cp, others beside kernels on a GPU.
+"""`jaxmoe benchmark`, in a checkout."""
 
-`schedule` times nothing: it reads what the compiler for an absent GPU made of the kernels.
-"""
+import sys
 
-import argparse
-from collections.abc import Callable
+from jaxmoe.cli.main import run_command
 
-from _bench_attention import run_attention
-from _bench_convert import add_parser as add_convert
-from _bench_cpu import run_cpu
-from _bench_moe import run_moe
-from _bench_schedule import add_parser as add_schedule
-from _cli import run
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    cpu = commands.add_parser("cpu", help="beside transformers on this CPU; `make bench` runs it")
-    cpu.set_defaults(start=run_cpu)
-    cpu.add_argument("--output", metavar="FILE.json", help="where to write the figures")
-    cpu.add_argument("--prompt-tokens", type=int, default=2048)
-    cpu.add_argument("--new-tokens", type=int, default=64)
-    cpu.add_argument("--rounds", type=int, default=3, help="both sides, in turn")
-    cpu.add_argument("--repeats", type=int, default=3, help="of each side in a round")
-    add_convert(commands)
-    add_schedule(commands)
-    for name, start, of in (
-        ("attention", run_attention, "attention"),
-        ("moe", run_moe, "the mixture of experts"),
-    ):
-        _add_suite(commands.add_parser(name, help=f"checks, then times {of} on a GPU"), start)
-    args = parser.parse_args()
-    args.start(args)
-
-
-def _add_suite(parser: argparse.ArgumentParser, start: Callable) -> None:
-    parser.set_defaults(start=start)
-    parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
-    parser.add_argument("--cases", metavar="PATTERN", default="*", help="such as '*-int8'")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--check-only", action="store_true", help="time nothing")
-    parser.add_argument("--force", action="store_true", help="time even what fails its check")
-    parser.add_argument(
-        "--simulate", action="store_true", help="only the checks, tiny, on the CPU, in plain XLA"
-    )
-
-
-if __name__ == "__main__":
-    run(main)
+run_command("benchmark", sys.argv[1:], prog="benchmark.py")

@@ -1,34 +1,8 @@
 #!/usr/bin/env python
-"""Writes a checkpoint back in the Hugging Face layout."""
+"""`jaxmoe export`, in a checkout."""
 
-import argparse
-import os
-import time
+import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # copying files needs no accelerator
+from jaxmoe.cli.main import run_command
 
-from _cli import byte_progress, run
-
-from jaxmoe.checkpoint.export import export
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", help="folder that scripts/convert.py or train.py made")
-    parser.add_argument("output", help="folder of the model; must not exist or be empty")
-    parser.add_argument(
-        "--weights", choices=("bf16", "float32"), help="widen quantized matrices to this"
-    )
-    args = parser.parse_args()
-    start = time.perf_counter()
-    with byte_progress("Exporting") as progress:
-        report = export(args.checkpoint, args.output, progress, weights=args.weights)
-    seconds = time.perf_counter() - start
-    print(
-        f"Exported {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB, to {args.output} "
-        f"in {seconds:.1f} s ({report.nbytes / 1e9 / seconds:.2f} GB/s)."
-    )
-
-
-if __name__ == "__main__":
-    run(main)
+run_command("export", sys.argv[1:], prog="export.py")

@@ -1,40 +1,8 @@
 #!/usr/bin/env python
-"""Turns text into the token file that training reads (docs/training.md)."""
+"""`jaxmoe make-tokens`, in a checkout."""
 
-import argparse
-import itertools
 import sys
 
-import _devices
-from _cli import run
+from jaxmoe.cli.main import run_command
 
-from jaxmoe.errors import UserError
-from jaxmoe.outputs import check_writable
-from jaxmoe.train.make_tokens import documents, save_tokens, tokens_of
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder with the tokenizer")
-    parser.add_argument(
-        "inputs",
-        metavar="IN",
-        nargs="+",
-        help='.jsonl with {"text": ...} a line, each a document; any other file is one document',
-    )
-    parser.add_argument("--output", required=True, metavar="TOKENS.npy")
-    args = parser.parse_args()
-    check_writable(args.output, empty=True)
-    tokenizer = _devices.tokenizer(args.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{args.checkpoint} has no tokenizer; copy the model's one there.")
-    texts = itertools.chain.from_iterable(map(documents, args.inputs))
-    tokens = tokens_of(texts, tokenizer)
-    save_tokens(args.output, tokens)
-    count = int((tokens == tokenizer.bos_id).sum())
-    aside = sys.stderr if args.output == "-" else sys.stdout
-    print(f"Wrote {len(tokens):,} tokens of {count:,} document(s) to {args.output}.", file=aside)
-
-
-if __name__ == "__main__":
-    run(main)
+run_command("make-tokens", sys.argv[1:], prog="make_tokens.py")

@@ -1,57 +1,8 @@
 #!/usr/bin/env python
-"""Trains a model as one YAML file says; run it again to resume (docs/training.md)."""
+"""`jaxmoe train`, in a checkout."""
 
-import argparse
 import sys
 
-import _devices
-import jax
-from _cli import run, task_progress
+from jaxmoe.cli.main import run_command
 
-from jaxmoe.train.config import read_train_config
-from jaxmoe.train.run_folder import RunFolder
-from jaxmoe.train.trainer import Record, train
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", metavar="CONFIG.yaml", help="fields of TrainConfig")
-    args = parser.parse_args()
-    config = read_train_config(args.config)
-    folder = RunFolder(config)
-    if folder.is_finished():
-        print(f"{folder.checkpoint} is finished: nothing is left to do.")
-        return
-    mesh = _devices.start(argparse.Namespace(mesh=config.mesh, cpu_devices=config.cpu_devices))
-    tokens_a_step = config.data.batch_size * config.data.length
-    show_lines = not sys.stderr.isatty()
-    done = 0
-    with (
-        jax.set_mesh(mesh),
-        task_progress("Training", config.steps * tokens_a_step, "tokens") as advance,
-    ):
-        for record in train(config, mesh, args.config):
-            advance((record["step"] - done) * tokens_a_step, losses(record))
-            done = record["step"]
-            if show_lines:
-                print(line(record, config.steps), file=sys.stderr, flush=True)
-    print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
-
-
-def losses(record: Record) -> str:
-    """What a progress bar has room for."""
-    return numbers(record, ("loss", "held_out_loss"))
-
-
-def line(record: Record, steps: int) -> str:
-    """One line of a log."""
-    shown = ("loss", "held_out_loss", "gradient_norm", "router_peak", "tokens_per_second")
-    return f"step {record['step']}/{steps}  " + numbers(record, shown)
-
-
-def numbers(record: Record, names: tuple[str, ...]) -> str:
-    return "  ".join(f"{name} {record[name]:.4g}" for name in names if name in record)
-
-
-if __name__ == "__main__":
-    run(main)
+run_command("train", sys.argv[1:], prog="train.py")

@@ -157,7 +157,8 @@ def _scale_notes(left_out: list[str]) -> tuple[str, ...]:
         return ()
     return (
         f"{count} scales of activations, keys and values are left out: only matrices stay "
-        "quantized, and generate.py --kv says how keys and values are stored when the model runs.",
+        "quantized, and jaxmoe generate --kv says how keys and values are stored when the model "
+        "runs.",
     )
 
 

@@ -46,7 +46,7 @@ from jaxmoe.model.vision_params import vision_specs
 from pallas_kernels.quantized import QuantizedMatrix
 
 KEY = "jaxmoe"  # of the custom metadata
-REMEDY = "make one with scripts/convert.py"
+REMEDY = "make one with jaxmoe convert"
 FLOATS = ("bfloat16", "float32", "float16")  # what an array that is not quantized may be in
 QVALUES = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "int8"}  # dtypes by format
 

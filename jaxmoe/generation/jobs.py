@@ -175,7 +175,7 @@ def not_finite(request: Request, count: int) -> str:
     """What is said of a request that ended with `ERROR`."""
     return (
         f"request {request.id!r}: the model's logits after {count} new tokens are not finite; "
-        "look for NaN in its weights with convert.py --verify, or compute in float32."
+        "look for NaN in its weights with jaxmoe convert --verify, or compute in float32."
     )
 
 

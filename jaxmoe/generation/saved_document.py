@@ -45,7 +45,7 @@ from jaxmoe.model.cache import (
 from pallas_kernels.attention import Coords
 
 KEY = "jaxmoe-document"  # of the custom metadata
-REMEDY = "make one with scripts/read.py"
+REMEDY = "make one with jaxmoe read"
 INTERVAL = 65_536  # tokens between two saves, about
 
 

@@ -9,11 +9,11 @@ import jax
 
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.plan.absent import compiler_options
 from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.steps import abstract_arguments, lower_step
 from jaxmoe.plan.targets import Target, absent_devices
 from jaxmoe.plan.work import Work, capacity
+from pallas_kernels.compile.absent import compiler_options
 
 _TOO_LARGE = re.compile(r"Used (\S+) of (\S+) hbm")
 

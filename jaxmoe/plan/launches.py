@@ -1,6 +1,6 @@
 """How many operations and sums over devices a decode step is, which a bound on bytes leaves out.
 
-Counted in programs compiled for eight H100s (`benchmark.py schedule`); a test holds them to that.
+Counted in programs compiled for eight H100s (`jaxmoe benchmark schedule`); as a test checks.
 """
 
 from jaxmoe.mesh import MeshConfig

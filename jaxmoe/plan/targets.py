@@ -127,13 +127,16 @@ def absent_devices(target: Target) -> list:
     Raises:
         UserError: if no compiler serves it, or it is not installed.
     """
-    from jaxmoe.plan import absent  # a plan by formula needs no compiler
+    from pallas_kernels.compile import absent  # a plan by formula needs no compiler
 
-    if target.is_tpu:
-        return absent.absent_tpus(str(target.compiler))
-    if target.compiler not in absent.GPUS:
-        raise UserError(
-            f"--compile knows no compiler for {target.name}: it serves "
-            f"{', '.join(absent.GPUS)} and TPUs; leave it out to plan by formula."
-        )
-    return absent.absent_gpus(target.compiler, target.devices)
+    try:
+        if target.is_tpu:
+            return absent.absent_tpus(str(target.compiler))
+        if target.compiler in absent.GPUS:
+            return absent.absent_gpus(target.compiler, target.devices)
+    except absent.CompilerError as error:
+        raise UserError(str(error)) from error
+    raise UserError(
+        f"--compile knows no compiler for {target.name}: it serves "
+        f"{', '.join(absent.GPUS)} and TPUs; leave it out to plan by formula."
+    )

@@ -19,7 +19,7 @@ class DataConfig:
 
     Attributes:
         tokens: a file of token ids: an `.npy` array [tokens], or raw numbers of `dtype`. Every
-            document begins with the model's `bos_token_id`. `scripts/make_tokens.py` makes one.
+            document begins with the model's `bos_token_id`. `jaxmoe make-tokens` makes one.
         dtype: of raw numbers, such as nanoGPT's `.bin` of uint16; an `.npy` file names its own.
         length: tokens a row.
         batch_size: rows a step, over the whole mesh.
@@ -66,7 +66,7 @@ class TrainConfig:
 
     Attributes:
         model: a Hugging Face `config.json`, written out; the weights are drawn from `seed`.
-        init: instead of `model`, a checkpoint of `scripts/convert.py` or of another run: the run
+        init: instead of `model`, a checkpoint of `jaxmoe convert` or of another run: the run
             begins with its weights.
         output: the run's folder: checkpoint, metrics, and what a killed run resumes from.
         steps: optimizer steps in all.

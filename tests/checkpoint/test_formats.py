@@ -15,7 +15,7 @@ from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.checkpoint.export import export
 from jaxmoe.checkpoint.reader import DTYPES
 from jaxmoe.errors import UserError
-from jaxmoe.evaluate import token_logits
+from jaxmoe.eval.logits import token_logits
 from jaxmoe.hf_config import from_hf, read_config
 from jaxmoe.mesh import MeshConfig
 from pallas_kernels.quantized import QuantizedMatrix

@@ -15,7 +15,7 @@ from jaxmoe.checkpoint import arrays, names, store
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.tensors import array_shapes, expand
 from jaxmoe.config import SCOUT
-from jaxmoe.evaluate import token_logits
+from jaxmoe.eval.logits import token_logits
 from jaxmoe.model.params import named_specs
 from tests import tiny
 from tests.conftest import one_device

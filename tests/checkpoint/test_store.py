@@ -247,7 +247,7 @@ def test_config_with_more_layers_than_the_arrays(damaged):
 
 def test_orbax_checkpoint_of_something_else(tmp_path):
     ocp.save(str(tmp_path / "other"), {"a": np.zeros(3)})
-    refused(tmp_path / "other", tmp_path / "other", "scripts/convert.py")
+    refused(tmp_path / "other", tmp_path / "other", "jaxmoe convert")
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty", "hf"])
@@ -255,4 +255,4 @@ def test_folders_that_are_no_checkpoint(tmp_path, pristine, kind):
     folder = pristine.parent / "hf" if kind == "hf" else tmp_path / kind
     if kind == "empty":
         folder.mkdir()
-    refused(folder, folder, "scripts/convert.py")
+    refused(folder, folder, "jaxmoe convert")

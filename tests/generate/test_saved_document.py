@@ -16,7 +16,7 @@ import pytest
 from jaxmoe.checkpoint.manifest import FORMAT, MANIFEST, MARKER, STATE
 from jaxmoe.checkpoint.writer import Writer
 from jaxmoe.errors import UserError
-from jaxmoe.evaluate import token_logits
+from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.document import new_document, read
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
@@ -329,7 +329,7 @@ def test_a_note_that_was_altered(params, tokens, tmp_path):
 
 
 def test_a_model_is_no_document(small):
-    with pytest.raises(UserError, match="no checkpoint of this kind; make one with scripts/read"):
+    with pytest.raises(UserError, match="no checkpoint of this kind; make one with jaxmoe read"):
         load_document(small.checkpoint, small.config, small.params, 1)
 
 

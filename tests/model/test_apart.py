@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.config import layer_kinds
-from jaxmoe.evaluate import token_logits
+from jaxmoe.eval.logits import token_logits
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model import attention
 from jaxmoe.model.params import abstract_params, init_params

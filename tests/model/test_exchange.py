@@ -11,7 +11,7 @@ import pytest
 from jaxmoe.config import PRESETS
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model import moe
-from jaxmoe.plan.absent import absent_h100s, compiler_options
+from pallas_kernels.compile.absent import absent_h100s, compiler_options
 from tests.model import moe_layer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.evaluate import token_logits
+from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from tests import tiny

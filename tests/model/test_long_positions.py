@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.config import SCOUT, LayerKind
 from jaxmoe.errors import UserError
-from jaxmoe.evaluate import token_logits
+from jaxmoe.eval.logits import token_logits
 from jaxmoe.model.layers import temperature
 from tests import reference
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.config import SCOUT, layer_kinds
-from jaxmoe.evaluate import token_logits
+from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig

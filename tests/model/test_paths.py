@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.evaluate import token_logits
+from jaxmoe.eval.logits import token_logits
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.transformer import positions_of
 from tests import reference, tiny

@@ -12,7 +12,7 @@ import pytest
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.export import export
-from jaxmoe.evaluate import token_logits
+from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from tests import formats, tiny

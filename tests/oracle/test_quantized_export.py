@@ -8,7 +8,7 @@ import pytest
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.export import export
-from jaxmoe.evaluate import token_logits
+from jaxmoe.eval.logits import token_logits
 from tests import tiny
 from tests.conftest import one_device
 

@@ -11,8 +11,6 @@ import pytest
 
 import pallas_kernels
 from jaxmoe.mesh import MeshConfig, activation_spec, per_device, sharding
-from jaxmoe.plan.absent import absent_h100s, absent_h200s, compiler_options, lower_for, mesh_of
-from jaxmoe.plan.assembler import assembler_reports
 from pallas_kernels import ptxas
 from pallas_kernels.attention import (
     Coords,
@@ -23,6 +21,14 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.attention.flash_mosaic import Config
 from pallas_kernels.attention.mosaic_backward import BackwardConfig
+from pallas_kernels.compile.absent import (
+    absent_h100s,
+    absent_h200s,
+    compiler_options,
+    lower_for,
+    mesh_of,
+)
+from pallas_kernels.compile.assembler import assembler_reports
 from pallas_kernels.quantized import LARGEST, quantize
 
 pytestmark = pytest.mark.absent_gpu

@@ -12,8 +12,8 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from jaxmoe.plan.absent import absent_gpus, compiler_options, lower_for, mesh_of
 from pallas_kernels.attention import flash_attention, flash_implementation, flash_xla
+from pallas_kernels.compile.absent import absent_gpus, compiler_options, lower_for, mesh_of
 from pallas_kernels.quantized import LARGEST
 from tests.pallas_kernels.test_absent_gpu import (
     CHUNK,

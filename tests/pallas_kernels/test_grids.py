@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
 from jaxmoe.config import MAVERICK, SCOUT
-from jaxmoe.plan.absent import absent_h100s, lower_for, mesh_of
 from pallas_kernels.attention import Coords, decode_attention, flash_attention
+from pallas_kernels.compile.absent import absent_h100s, lower_for, mesh_of
 from pallas_kernels.experts import GroupPlan, combine, dispatch, gated_matmul, grouped_matmul
 from pallas_kernels.quantized import quantize, quantize_matrix
 from pallas_kernels.step import (

@@ -12,10 +12,10 @@ import jax
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxmoe.plan.absent import absent_h100s, compiler_options, lower_for
-from jaxmoe.plan.assembler import assembler_reports
 from pallas_kernels import ptxas
 from pallas_kernels.attention import flash_attention
+from pallas_kernels.compile.absent import absent_h100s, compiler_options, lower_for
+from pallas_kernels.compile.assembler import assembler_reports
 
 pytestmark = pytest.mark.absent_gpu
 

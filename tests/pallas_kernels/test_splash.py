@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.plan.absent import absent_tpus
 from pallas_kernels.attention import Coords, flash_attention, flash_implementation, reach, visible
 from pallas_kernels.attention.flash_splash import Config, _Slots
+from pallas_kernels.compile.absent import absent_tpus
 
 TPUS = ["v5p:2x2x1", "v6e:2x2"]
 TOKENS, CHUNK = 16384, 8192

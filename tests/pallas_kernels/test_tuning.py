@@ -7,9 +7,8 @@ import json
 
 import jax
 import pytest
-from _tune_problems import all_problems
 
-from jaxmoe.plan.absent import absent_h100s, absent_h200s, lower_for, mesh_of
+from jaxmoe.benchmarks.tuning_problems import all_problems
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.attention import coords_of, decode_attention, flash_mosaic
 from pallas_kernels.attention.decode import DecodeCase
@@ -23,6 +22,7 @@ from pallas_kernels.attention.decode_config import (
 from pallas_kernels.attention.flash import FlashCase
 from pallas_kernels.attention.mosaic_backward import BackwardConfig
 from pallas_kernels.attention.mosaic_forward import ForwardConfig
+from pallas_kernels.compile.absent import absent_h100s, absent_h200s, lower_for, mesh_of
 from pallas_kernels.platform import Target
 from tests.pallas_kernels.test_absent_gpu import FORMATS, cache, shaped
 

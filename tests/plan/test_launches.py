@@ -1,8 +1,8 @@
 """How many operations a decode step is, by the program compiled for eight absent H100s."""
 
 import pytest
-from _schedule_steps import PERIOD, Step
 
+from jaxmoe.benchmarks.schedule.steps import PERIOD, Step
 from jaxmoe.config import SCOUT
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.launches import FEW, SUMS_OF_FEW, is_few_launches, launch_seconds

@@ -12,9 +12,9 @@ from jaxmoe.config import PRESETS, layer_kinds
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.cache import round_capacity
 from jaxmoe.model.params import num_params
-from jaxmoe.plan.absent import absent_h100s, compiler_options
 from jaxmoe.plan.layout import device_bytes, layout_table
 from jaxmoe.plan.steps import abstract_arguments, lower_step
+from pallas_kernels.compile.absent import absent_h100s, compiler_options
 
 PARAMETERS = {"scout": 107_769_861_120, "maverick": 400_711_848_960}
 

@@ -4,20 +4,19 @@ import argparse
 import dataclasses
 import json
 
-import _attention_cases
-import _attention_checks
-import _bench_gpu
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tables
-from _attention_cases import Case, all_cases, random_inputs, visible_pairs
-from _attention_checks import TOY, checks_of, errors
-from _bench import Call, Effort, time_in_turn
-from _bench_attention import SUITE
-from _bench_checks import Outcome, largest_error, outcome
 
+from benchmarks import write_tables
+from jaxmoe.benchmarks import gpu, tables
+from jaxmoe.benchmarks.attention import cases, checks
+from jaxmoe.benchmarks.attention.cases import Case, all_cases, random_inputs, visible_pairs
+from jaxmoe.benchmarks.attention.checks import TOY, checks_of, errors
+from jaxmoe.benchmarks.attention.suite import SUITE
+from jaxmoe.benchmarks.checks import Outcome, largest_error, outcome
+from jaxmoe.benchmarks.timing import Call, Effort, time_in_turn
 from jaxmoe.errors import UserError
 from pallas_kernels.attention import coords_of, reach, visible
 from tests.scripts import refuses, succeeds
@@ -63,7 +62,7 @@ def test_pairs_are_those_of_the_rule(queries, keys, chunk):
 
 
 def work(name):
-    (case,) = _bench_gpu.matching(all_cases(), name)
+    (case,) = gpu.matching(all_cases(), name)
     return case.work
 
 
@@ -89,7 +88,7 @@ def test_caches_that_do_not_fit_are_left_out():
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "fp8", "int4"])
 def test_cached_arrays_are_as_large_as_counted(format, monkeypatch):
-    monkeypatch.setattr(_attention_cases, "COLD_BYTES", 50e6)
+    monkeypatch.setattr(cases, "COLD_BYTES", 50e6)
     case = Case("small", "decode", 1, 16384, format=format)
     found = sum(x.nbytes for x in jax.tree.leaves(random_inputs(case).caches))
     assert found == case.sets * case.cache_bytes
@@ -97,7 +96,7 @@ def test_cached_arrays_are_as_large_as_counted(format, monkeypatch):
 
 
 def test_a_wrong_result_fails_its_check(monkeypatch):
-    right = _attention_checks._outputs
+    right = checks._outputs
 
     def forgets_chunks(q, *args, chunk, **options):
         return right(q, *args, chunk=chunk if q.dtype == jnp.float32 else None, **options)
@@ -105,7 +104,7 @@ def test_a_wrong_result_fails_its_check(monkeypatch):
     check = checks_of("prefill-chunked", TOY)[0]
     assert outcome(check, "xla", errors).failure is None
     assert "raises ValueError" in outcome(check, "mosaic_gpu", errors).failure
-    monkeypatch.setattr(_attention_checks, "_outputs", forgets_chunks)
+    monkeypatch.setattr(checks, "_outputs", forgets_chunks)
     failure = outcome(check, "xla", errors).failure
     assert "prefill-chunked plain is off" in failure and "out by " in failure
 
@@ -123,11 +122,11 @@ def test_errors_see_nan_and_infinities():
 @pytest.fixture
 def figures(monkeypatch):
     """A run's, with the one case that a CPU is fast enough for; cuDNN is not there."""
-    monkeypatch.setattr(_bench_gpu, "KERNELS", "xla")
+    monkeypatch.setattr(gpu, "KERNELS", "xla")
     ceilings = {"TFLOP/s": 800.0, "TB/s": 4.0}
     case = Case("prefill-64-chunked", "prefill", 64, 64, chunk=16)
-    found = _bench_gpu.case_figures(SUITE, case, Effort(rounds=2, seconds=0.01), ceilings)
-    return _bench_gpu.header(jax.devices()[0]) | {
+    found = gpu.case_figures(SUITE, case, Effort(rounds=2, seconds=0.01), ceilings)
+    return gpu.header(jax.devices()[0]) | {
         "checks": {"run": 67, "failures": []},
         "rounds": 2,
         "ceilings": ceilings,
@@ -155,22 +154,22 @@ def test_tables_hold_the_figures(figures):
     }
     row = ["prefill-64-chunked", "TFLOP/s", "612", "0.77", "640", "0.234", "n/a"]
     assert tables.attention_grid(figures).rows == [row]
-    markdown = tables.attention_markdown({"attention-h200.json": figures})
+    markdown = write_tables.attention_markdown({"attention-h200.json": figures})
     assert f"| {' | '.join(row)} |" in markdown.splitlines()
     assert "800 TFLOP/s and 4.00 TB/s" in markdown
     assert "decode-1m-b64-bf16 is left out." in markdown
     assert "**" not in markdown
     figures["checks"]["failures"] = ["prefill plain is off"]
-    assert "**1 failed**" in tables.attention_markdown({"attention-h200.json": figures})
-    assert _bench_gpu.printed(tables.attention_grid(figures), figures).row_count == 1
+    assert "**1 failed**" in write_tables.attention_markdown({"attention-h200.json": figures})
+    assert gpu.printed(tables.attention_grid(figures), figures).row_count == 1
     assert tables.error_lines(figures, tables.ATTENTION_CONTENDERS) == [
         "prefill-64-chunked, torch: OutOfMemoryError: too much"
     ]
 
 
 def test_without_figures_the_document_says_so():
-    text = tables.attention_markdown({})
-    assert "nothing was measured" in text and "scripts/benchmark.py attention" in text
+    text = write_tables.attention_markdown({})
+    assert "nothing was measured" in text and "jaxmoe benchmark attention" in text
 
 
 def test_a_failing_contender_ends_nothing():
@@ -186,8 +185,8 @@ def test_a_failing_contender_ends_nothing():
 @pytest.fixture
 def device(monkeypatch):
     """Stands in for a GPU, on which nothing is checked and the ceilings are known."""
-    monkeypatch.setattr(_bench_gpu, "_ceilings", lambda effort: {"TFLOP/s": 800.0, "TB/s": 4.0})
-    monkeypatch.setattr(_bench_gpu, "header", lambda device: {"device": "stand-in"})
+    monkeypatch.setattr(gpu, "_ceilings", lambda effort: {"TFLOP/s": 800.0, "TB/s": 4.0})
+    monkeypatch.setattr(gpu, "header", lambda device: {"device": "stand-in"})
     return dataclasses.make_dataclass("Device", ["memory_stats"])(
         lambda: {"bytes_limit": 4 * 10**9}
     )
@@ -195,7 +194,7 @@ def device(monkeypatch):
 
 def measure(suite, device, path, **options):
     args = {"output": str(path), "force": False, "check_only": False, "quick": True} | options
-    _bench_gpu.measure(suite, argparse.Namespace(**args), suite.cases(), device)
+    gpu.measure(suite, argparse.Namespace(**args), suite.cases(), device)
 
 
 def short_suite(builders, checks=()):
@@ -233,9 +232,9 @@ def test_nothing_is_timed_after_a_failure(device, tmp_path):
 
 
 def test_only_runs_that_timed_something_have_tables(monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(write_tables, "ROOT", tmp_path)
     (tmp_path / "benchmarks").mkdir()
     for name, figures in {"a": {"checks": {}}, "b": {"cases": []}, "c": {"cases": [1]}}.items():
         (tmp_path / "benchmarks" / f"moe-{name}.json").write_text(json.dumps(figures))
-    assert tables._measured("moe") == {"moe-c.json": {"cases": [1]}}
-    assert tables._measured("attention") == {}
+    assert write_tables._measured("moe") == {"moe-c.json": {"cases": [1]}}
+    assert write_tables._measured("attention") == {}

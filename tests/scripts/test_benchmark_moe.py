@@ -4,31 +4,29 @@ import dataclasses
 import json
 import re
 
-import _bench_gpu
-import _moe_calls
-import _moe_cases
-import _moe_checks
-import benchmark
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tables
-from _bench import Effort
-from _bench_checks import TOLERANCE, largest_error, outcome
-from _bench_moe import SUITE
-from _moe_calls import Arguments, arguments, builders, only_longest
-from _moe_cases import Case, all_cases, matrix_bytes, matrix_shape
-from _moe_checks import FULL, TOY, checks_of, errors
-from _moe_inputs import random_inputs, random_matrix
-from _moe_routing import experts_of, group_sizes
-from _moe_ways import Blocks, Dense, Ragged
-from tables import ROUTINGS
 
+from benchmarks import write_tables
+from jaxmoe.benchmarks import gpu, tables
+from jaxmoe.benchmarks.checks import TOLERANCE, largest_error, outcome
+from jaxmoe.benchmarks.moe import calls, cases, checks, ways
+from jaxmoe.benchmarks.moe.calls import Arguments, arguments, builders, only_longest
+from jaxmoe.benchmarks.moe.cases import Case, all_cases, matrix_bytes, matrix_shape
+from jaxmoe.benchmarks.moe.checks import FULL, TOY, checks_of, errors
+from jaxmoe.benchmarks.moe.inputs import random_inputs, random_matrix
+from jaxmoe.benchmarks.moe.routing import experts_of, group_sizes
+from jaxmoe.benchmarks.moe.suite import SUITE
+from jaxmoe.benchmarks.moe.ways import Blocks, Dense, Ragged
+from jaxmoe.benchmarks.tables import ROUTINGS
+from jaxmoe.benchmarks.timing import Effort
+from jaxmoe.cli import benchmark
 from jaxmoe.config import MAVERICK, SCOUT
 from jaxmoe.errors import UserError
 from jaxmoe.model.moe import route
-from jaxmoe.plan.absent import absent_h100s, lower_for
+from pallas_kernels.compile.absent import absent_h100s, lower_for
 from pallas_kernels.experts import block_rows, grouped_xla
 from tests.scripts import refuses, succeeds
 
@@ -41,14 +39,14 @@ TINY = dataclasses.replace(SCOUT, hidden_size=128, intermediate_size=64, num_loc
 @pytest.fixture
 def tiny(monkeypatch):
     """Makes cases of a model that a CPU is fast enough for."""
-    monkeypatch.setitem(_moe_cases.MODELS, "tiny", TINY)
+    monkeypatch.setitem(cases.MODELS, "tiny", TINY)
     return lambda part, tokens=24, routing="skewed", format="bf16": Case(
         f"{part}-tiny-{tokens}-{routing}", part, "tiny", tokens, routing, format
     )
 
 
 def named(name):
-    (case,) = _bench_gpu.matching(all_cases(), name)
+    (case,) = gpu.matching(all_cases(), name)
     return case
 
 
@@ -157,7 +155,7 @@ def test_work():
     assert named("routed-maverick-1-random-int8").work["TB/s"] == one_in_int8
 
 
-@pytest.mark.parametrize("format", _moe_cases.FORMATS)
+@pytest.mark.parametrize("format", cases.FORMATS)
 @pytest.mark.parametrize("name", ["gate", "down"])
 def test_matrices_are_as_large_as_counted(name, format):
     config = dataclasses.replace(TINY, hidden_size=512, intermediate_size=256)
@@ -209,7 +207,7 @@ def test_the_longest_group_alone(tiny):
 
 def by_token(way, a, part):
     """Results in the order of tokens."""
-    out = _moe_calls._PARTS[part](way, a)
+    out = calls._PARTS[part](way, a)
     return out if part in ("routed", "layer") else way.back(a.plan, out)
 
 
@@ -237,7 +235,7 @@ def test_gradients_of_ragged_dot_are_the_same(tiny, part):
     for way in (Blocks(4, "xla"), Ragged(4)):
         plan = way.plan(inputs.experts[0])
         a = Arguments(inputs.weights, plan, way.rows(plan, x), dy=way.rows(plan, dy))
-        found = _moe_calls._PARTS[part](way, a)
+        found = calls._PARTS[part](way, a)
         results.append(way.back(plan, found) if part == "dx" else found["down"])
     assert_close(*results)
 
@@ -249,7 +247,7 @@ def test_dense_products_are_of_equal_work(tiny, part, routing):
     case = tiny(part, tokens=64, routing=routing)
     way = Dense(4, case.active)
     a = arguments(case, random_inputs(case), way, 0)
-    cost = jax.jit(lambda a: _moe_calls._PARTS[part](way, a)).lower(a).compile().cost_analysis()
+    cost = jax.jit(lambda a: calls._PARTS[part](way, a)).lower(a).compile().cost_analysis()
     assert 1 <= cost["flops"] / case.work["TFLOP/s"] < 1.1
     weights = sum(x.nbytes for x in a.weights["experts"].values())
     assert part == "dw" or weights == case.work["TB/s"]
@@ -301,9 +299,9 @@ def test_every_family_is_right(family):
 @pytest.fixture
 def traced_anew(monkeypatch):
     """Checks see what is patched."""
-    run = _moe_checks._run.__wrapped__
+    run = checks._run.__wrapped__
     monkeypatch.setattr(
-        _moe_checks, "_run", lambda part, way, a: jax.jit(lambda a: run(part, way, a))(a)
+        checks, "_run", lambda part, way, a: jax.jit(lambda a: run(part, way, a))(a)
     )
 
 
@@ -337,15 +335,15 @@ def test_mistakes_are_one_line(command):
 @pytest.fixture
 def figures(monkeypatch, tiny):
     """A run's, with the routings of one case."""
-    monkeypatch.setattr(_bench_gpu, "KERNELS", "xla")
+    monkeypatch.setattr(gpu, "KERNELS", "xla")
     ceilings, effort = {"TFLOP/s": 800.0, "TB/s": 4.0}, Effort(rounds=2, seconds=0.01)
     cases = [tiny("gated", routing=routing) for routing in ROUTINGS]
-    return _bench_gpu.header(jax.devices()[0]) | {
+    return gpu.header(jax.devices()[0]) | {
         "checks": {"run": 430, "failures": []},
         "rounds": 2,
         "ceilings": ceilings,
         "left_out": ["layer-maverick-64k-random is left out."],
-        "cases": [_bench_gpu.case_figures(SUITE, case, effort, ceilings) for case in cases],
+        "cases": [gpu.case_figures(SUITE, case, effort, ceilings) for case in cases],
     }
 
 
@@ -382,7 +380,7 @@ def test_tables_hold_the_figures(figures):
         hand_made("gated-scout-8k-worst", "worst", 6, 5.9),
         hand_made("layer-scout-1-random", "random", 7, None),
     ]
-    lines = tables.moe_markdown({"moe-h100.json": figures}).splitlines()
+    lines = write_tables.moe_markdown({"moe-h100.json": figures}).splitlines()
     row = "| gated-scout-8k-random | 5.5 | 612 | 0.123 | 0.77 | 100 | n/a | 4 | n/a |"
     assert row in lines
     assert not [line for line in lines if line.startswith("| gated-scout-8k-worst ")]
@@ -392,16 +390,16 @@ def test_tables_hold_the_figures(figures):
     assert "800 TFLOP/s and 4.00 TB/s" in text and "layer-maverick-64k-random is left out." in text
     assert "**" not in text
     figures["checks"]["failures"] = ["gated random is off"]
-    assert "**1 failed**" in tables.moe_markdown({"moe-h100.json": figures})
-    assert [_bench_gpu.printed(grid, figures).row_count for grid in SUITE.grids(figures)] == [4, 1]
+    assert "**1 failed**" in write_tables.moe_markdown({"moe-h100.json": figures})
+    assert [gpu.printed(grid, figures).row_count for grid in SUITE.grids(figures)] == [4, 1]
     assert tables.error_lines(figures, SUITE.contenders)[0] == (
         "gated-scout-8k-balanced, ragged_dot: XlaRuntimeError: RESOURCE_EXHAUSTED"
     )
 
 
 def test_without_figures_the_document_says_so():
-    text = tables.moe_markdown({})
-    assert "nothing was measured" in text and "scripts/benchmark.py moe" in text
+    text = write_tables.moe_markdown({})
+    assert "nothing was measured" in text and "jaxmoe benchmark moe" in text
 
 
 @pytest.mark.absent_gpu
@@ -412,12 +410,12 @@ def test_only_the_part_is_timed(monkeypatch, part):
     way = Blocks(16, "mosaic_gpu")
     hopper = dataclasses.make_dataclass("Target", ["is_hopper"])(True)
     monkeypatch.setattr("pallas_kernels.experts.plan.target", lambda: hopper)
-    monkeypatch.setattr("_moe_ways.block_rows", lambda *_: 8 if case.tokens == 1 else 128)
+    monkeypatch.setattr(ways, "block_rows", lambda *_: 8 if case.tokens == 1 else 128)
 
     def sets():
         return [arguments(case, random_inputs(case), way, i) for i in range(case.sets)]
 
-    monkeypatch.setattr("_moe_ways.dispatch", lambda plan, x, **_: x[plan.item_of_row])
-    run = _moe_calls._compiled.__wrapped__(part, way)
+    monkeypatch.setattr(ways, "dispatch", lambda plan, x, **_: x[plan.item_of_row])
+    run = calls._compiled.__wrapped__(part, way)
     text = lower_for(absent_h100s(1)[0], run, jax.eval_shape(sets)).as_text()
     assert text.count("custom_call @mosaic_gpu_v2") == case.sets

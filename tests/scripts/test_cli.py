@@ -3,9 +3,9 @@
 import subprocess
 import sys
 
-import _cli
 import pytest
 
+from jaxmoe.cli import terminal
 from tests.scripts import FOLDER
 
 
@@ -23,7 +23,7 @@ def test_too_little_memory_is_one_sentence(capsys, error, words):
         raise error
 
     with pytest.raises(SystemExit, match="1"):
-        _cli.run(main)
+        terminal.run(main)
     said = capsys.readouterr().err
     assert said.startswith("error: ") and words in said and said.count("\n") == 1
 
@@ -33,10 +33,12 @@ def test_other_errors_of_jax_stay_what_they_are():
         raise RuntimeError("INTERNAL: no")
 
     with pytest.raises(RuntimeError, match="INTERNAL"):
-        _cli.run(main)
+        terminal.run(main)
 
 
 def test_a_closed_stdout_is_no_traceback():
-    command = f"'{sys.executable}' -c 'from _cli import run; run(lambda: print(1))' >&-"
-    done = subprocess.run(["sh", "-c", command], cwd=FOLDER, capture_output=True, text=True)
+    command = (
+        f"'{sys.executable}' -c 'from jaxmoe.cli.terminal import run; run(lambda: print(1))' >&-"
+    )
+    done = subprocess.run(["sh", "-c", command], cwd=FOLDER.parent, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -2,10 +2,10 @@
 
 import argparse
 
-import _devices
 import jax
 import pytest
 
+from jaxmoe.cli import devices
 from jaxmoe.errors import UserError
 
 
@@ -14,7 +14,7 @@ def test_the_number_of_simulated_devices_is_bounded(count):
     """Catches a number with which starting takes minutes."""
     args = argparse.Namespace(cpu_devices=count, mesh=None)
     with pytest.raises(UserError, match=f"--cpu-devices {count} is not between 1 and 1024"):
-        _devices.start(args)
+        devices.start(args)
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,12 @@ def test_the_number_of_simulated_devices_is_bounded(count):
     ],
 )
 def test_a_platform_that_is_not_here(monkeypatch, error, reason):
-    def devices():
+    def fail():
         raise error
 
-    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(jax, "devices", fail)
     with pytest.raises(UserError, match=f"JAX_PLATFORMS=cpu cannot be used .*{reason}") as found:
-        _devices.devices()
+        devices.devices()
     assert "\n" not in str(found.value)
 
 
@@ -38,14 +38,14 @@ def test_help_names_any_folder(monkeypatch):
     """Catches a folder's name that argparse reads as a format."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/a%b")
     parser = argparse.ArgumentParser()
-    _devices.add_flags(parser)
+    devices.add_flags(parser)
     assert "/a%b/jaxmoe" in parser.format_help()
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16",), ("bfloat16", "float32")])
 def test_several_stored_dtypes_are_said(monkeypatch, capsys, dtypes):
-    monkeypatch.setattr(_devices.store, "main_dtypes", lambda checkpoint: dtypes)
-    assert _devices._one_dtype("checkpoint") == "bfloat16"
+    monkeypatch.setattr(devices.store, "main_dtypes", lambda checkpoint: dtypes)
+    assert devices._one_dtype("checkpoint") == "bfloat16"
     said = capsys.readouterr().err
     assert said.count("\n") == len(dtypes) - 1
     assert ("loaded in bfloat16" in said) == (len(dtypes) > 1)

@@ -1,9 +1,9 @@
 """evaluate.py logits: every path agrees with float64 NumPy, and every mistake is one line."""
 
-import _evaluate_logits
 import numpy as np
 import pytest
 
+from jaxmoe.cli import evaluate_logits
 from jaxmoe.errors import UserError
 from tests import reference, tiny
 from tests.conftest import load_tiny
@@ -102,7 +102,7 @@ def test_mistakes(model, tokens, tmp_path, arrays, options, words):
 @pytest.fixture
 def read_tokens():
     """The script's own function: a process for each bad array would take a minute."""
-    return _evaluate_logits.read_tokens
+    return evaluate_logits.read_tokens
 
 
 @pytest.mark.parametrize(

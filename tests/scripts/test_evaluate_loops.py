@@ -2,10 +2,10 @@
 
 import json
 
-import _evaluate_loops
 import pytest
 
 from jaxmoe.checkpoint.convert import convert
+from jaxmoe.cli import evaluate_loops
 from jaxmoe.errors import UserError
 from tests.scripts import FOLDER, refuses, succeeds
 
@@ -26,7 +26,7 @@ def test_a_model(tmp_path):
 
 
 def test_a_loop_is_measured():
-    measured = _evaluate_loops.measure([9, 8, 7] + 20 * [1, 2])
+    measured = evaluate_loops.measure([9, 8, 7] + 20 * [1, 2])
     assert measured["loop_period"] == 2
     assert measured["loop_length"] == 40
     assert measured["repeated_suffix"] == 38
@@ -35,9 +35,9 @@ def test_a_loop_is_measured():
 
 def test_the_summary_leaves_out_what_is_too_short():
     short, long = ({"temperature": 0.0, "tokens": n} for n in (10, 40))
-    records = [short | _evaluate_loops.measure(list(range(10)))]
-    records.append(long | _evaluate_loops.measure(40 * [5]))
-    (line,) = _evaluate_loops.summary(records)
+    records = [short | evaluate_loops.measure(list(range(10)))]
+    records.append(long | evaluate_loops.measure(40 * [5]))
+    (line,) = evaluate_loops.summary(records)
     assert line["seen_ngrams"]["32"] == pytest.approx(8 / 9)
     assert line["seen_ngrams"]["4"] == pytest.approx((0 + 36 / 37) / 2)
     assert (line["continuations"], line["tokens"], line["end_in_a_loop"]) == (2, 50, 1)
@@ -47,7 +47,7 @@ def test_the_summary_leaves_out_what_is_too_short():
 @pytest.mark.parametrize("temperatures", ["x", "0,,1", "nan", "-1"])
 def test_temperatures_must_be_numbers(temperatures):
     with pytest.raises(UserError, match="temperature"):
-        _evaluate_loops.read_samplings(temperatures, 0.9, 0)
+        evaluate_loops.read_samplings(temperatures, 0.9, 0)
 
 
 def test_a_checkpoint_without_tokenizer_is_named(small):

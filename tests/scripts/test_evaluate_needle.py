@@ -4,13 +4,13 @@ import argparse
 import json
 import math
 
-import _evaluate_needle
-import _needle_report
 import numpy as np
 import pytest
 
 from jaxmoe.checkpoint.convert import convert
+from jaxmoe.cli import evaluate_needle
 from jaxmoe.errors import UserError
+from jaxmoe.eval import needle_report
 from jaxmoe.text import Tokenizer
 from tests import tiny
 from tests.conftest import load_tiny
@@ -43,7 +43,7 @@ def test_the_needle_model_finds_its_key(checkpoint, tmp_path):
     assert [line["found_by_depth"] for line in report["summary"]] == 2 * [[1, 1, 1, 1]]
     assert png.read_bytes().startswith(b"\x89PNG")
     again = arguments(checkpoint=checkpoint, lengths="2k,16k", depths="4", json=str(output))
-    _evaluate_needle.main(again)  # nothing is left to run
+    evaluate_needle.main(again)  # nothing is left to run
     assert json.loads(output.read_text())["trials"] == report["trials"]
 
 
@@ -76,7 +76,7 @@ def trial(length, depth, found, **more):
 def arguments(**changes):
     """What the parser gives, in-process: a process for each mistake would take a minute."""
     parser = argparse.ArgumentParser()
-    _evaluate_needle.add_parser(parser.add_subparsers())
+    evaluate_needle.add_parser(parser.add_subparsers())
     args = parser.parse_args(["needle", str(changes.pop("checkpoint"))])
     return argparse.Namespace(**{**vars(args), **changes})
 
@@ -99,25 +99,25 @@ def arguments(**changes):
 )
 def test_mistakes(checkpoint, changes, words):
     with pytest.raises(UserError) as caught:
-        _evaluate_needle.main(arguments(checkpoint=checkpoint, **changes))
+        evaluate_needle.main(arguments(checkpoint=checkpoint, **changes))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_without_tokenizer_is_named(small):
     with pytest.raises(UserError, match="no tokenizer") as caught:
-        _evaluate_needle.main(arguments(checkpoint=small.checkpoint))
+        evaluate_needle.main(arguments(checkpoint=small.checkpoint))
     assert small.checkpoint in str(caught.value)
 
 
 def test_contexts_do_not_depend_on_the_other_cases(checkpoint):
     """So a run of one length can be added to a run of the others."""
     tokenizer, args = Tokenizer.load(checkpoint), arguments(checkpoint=checkpoint)
-    depths = _evaluate_needle.read_depths("10")
-    many = _evaluate_needle.make_cases([100, 200], depths, 2)
-    made = dict(zip(many, _evaluate_needle.make_needles(many, tokenizer, args), strict=True))
-    few = _evaluate_needle.make_cases([200], depths[3:4], 2)
-    assert [made[case] for case in few] == _evaluate_needle.make_needles(few, tokenizer, args)
+    depths = evaluate_needle.read_depths("10")
+    many = evaluate_needle.make_cases([100, 200], depths, 2)
+    made = dict(zip(many, evaluate_needle.make_needles(many, tokenizer, args), strict=True))
+    few = evaluate_needle.make_cases([200], depths[3:4], 2)
+    assert [made[case] for case in few] == evaluate_needle.make_needles(few, tokenizer, args)
     assert len({needle.key for needle in made.values()}) > 35
 
 
@@ -134,7 +134,7 @@ def test_a_file_of_another_run_is_not_continued(checkpoint, tmp_path, content, w
     path.write_text(content)
     changes = {"lengths": "200", "depths": "50,50", "json": str(path)}
     with pytest.raises(UserError, match=words) as caught:
-        _evaluate_needle.main(arguments(checkpoint=checkpoint, **changes))
+        evaluate_needle.main(arguments(checkpoint=checkpoint, **changes))
     assert str(path) in str(caught.value)
     assert path.read_text() == content
 
@@ -143,9 +143,9 @@ def test_a_haystack_file_is_the_filler(checkpoint, tmp_path):
     path = tmp_path / "hay.txt"
     path.write_text("zebra\n\nzebra\tzebra")
     args = arguments(checkpoint=checkpoint, haystack=str(path))
-    case = _evaluate_needle.Case(200, (0.5, 0.5), 0)
+    case = evaluate_needle.Case(200, (0.5, 0.5), 0)
     tokenizer = Tokenizer.load(checkpoint)
-    (needle,) = _evaluate_needle.make_needles([case], tokenizer, args)
+    (needle,) = evaluate_needle.make_needles([case], tokenizer, args)
     text = tokenizer.decode(needle.prompt)
     filler = (" zebra" * 100).find(text[:20])  # begins at a random token of it
     assert 0 <= filler < len(" zebra") and "river" not in text
@@ -153,9 +153,9 @@ def test_a_haystack_file_is_the_filler(checkpoint, tmp_path):
 
 
 def test_lengths_and_depths():
-    assert _evaluate_needle.read_lengths("1k, 300,1M") == [1024, 300, 2**20]
-    assert _evaluate_needle.read_depths("2") == [(0.0, 0.5), (0.5, 1.0)]
-    assert _evaluate_needle.read_depths("0,12.5") == [(0.0, 0.0), (0.125, 0.125)]
+    assert evaluate_needle.read_lengths("1k, 300,1M") == [1024, 300, 2**20]
+    assert evaluate_needle.read_depths("2") == [(0.0, 0.5), (0.5, 1.0)]
+    assert evaluate_needle.read_depths("0,12.5") == [(0.0, 0.0), (0.125, 0.125)]
 
 
 def test_the_summary_counts_by_length_and_depth():
@@ -168,7 +168,7 @@ def test_the_summary_counts_by_length_and_depth():
         trial(20, first, False),
         trial(20, second, True),
     ]
-    short, long = _needle_report.summary(records)
+    short, long = needle_report.summary(records)
     assert (short["found"], short["trials"], short["found_by_depth"]) == (2, 3, [1, 1])
     assert (short["max_logit_difference"], short["same_greedy"]) == (0.5, 2)
     assert (long["found"], long["found_by_depth"]) == (1, [0, 1])
@@ -181,12 +181,12 @@ def test_the_heat_map_has_a_cell_for_each_length_and_depth(tmp_path):
     depths = [(0.0, 0.5), (0.5, 1.0)]
     records = [trial(10, depths[0], True), trial(10, depths[1], False), trial(20, depths[0], True)]
     records.append(trial(20, depths[1], True))
-    _needle_report.write_png(str(tmp_path / "map.png"), records)
+    needle_report.write_png(str(tmp_path / "map.png"), records)
     image = Image.open(tmp_path / "map.png").convert("RGB")
-    (width, height), left, top = _needle_report.CELL, _needle_report.LEFT, _needle_report.TOP
+    (width, height), left, top = needle_report.CELL, needle_report.LEFT, needle_report.TOP
     corners = [image.getpixel((left + width * x + 3, top + 3)) for x in range(2)]
     corners.append(image.getpixel((left + width + 3, top + height + 3)))
-    green, red = _needle_report.GREEN, _needle_report.RED
+    green, red = needle_report.GREEN, needle_report.RED
     for pixel, want in zip(corners, (green, red, green), strict=True):
         assert math.dist(pixel, want) < 10
     assert np.asarray(image).shape[0] > top + 2 * height

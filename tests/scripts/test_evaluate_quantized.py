@@ -2,10 +2,10 @@
 
 import json
 
-import _evaluate_quantized
 import numpy as np
 
 from jaxmoe.checkpoint.convert import convert
+from jaxmoe.cli import evaluate_quantized
 from tests.scripts import FOLDER, refuses, succeeds
 
 
@@ -30,4 +30,4 @@ def test_nats():
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     rows, columns = np.indices((2, 4))
     expected = -np.log(p[rows, columns, tokens[:, 1:]]).mean()
-    np.testing.assert_allclose(_evaluate_quantized.nats(logits, tokens), expected, rtol=1e-5)
+    np.testing.assert_allclose(evaluate_quantized.nats(logits, tokens), expected, rtol=1e-5)

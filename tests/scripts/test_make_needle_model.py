@@ -3,17 +3,15 @@
 import json
 from pathlib import Path
 
-import _needle_data
-import _needle_report
-import _needle_training
 import jax
-import make_needle_model
 import numpy as np
 import pytest
 
+from demo.needle import make_needle_model, needle_data, needle_training
 from jaxmoe.config import Llama4Config
+from jaxmoe.eval import needle_report
+from jaxmoe.eval.needle import is_found
 from jaxmoe.hf_config import from_hf
-from jaxmoe.long_context import is_found
 from tests.conftest import one_device
 
 CHUNK = 8192
@@ -21,7 +19,7 @@ CHUNK = 8192
 
 @pytest.fixture(scope="module")
 def task():
-    return _needle_data.Task(make_needle_model.make_tokenizer(), CHUNK)
+    return needle_data.Task(make_needle_model.make_tokenizer(), CHUNK)
 
 
 def test_the_committed_tokenizer_is_the_scripts(task):
@@ -36,10 +34,10 @@ def test_rows_ask_for_the_key_that_they_tell(task, length):
         for tokens, answer in zip(rows.tokens, rows.answer, strict=True):
             assert len(tokens) == length
             text = task.tokenizer.decode(tokens.tolist())
-            key = text.split("The pass key is ")[1][: _needle_data.DIGITS]
+            key = text.split("The pass key is ")[1][: needle_data.DIGITS]
             assert is_found(key, task.tokenizer.decode(tokens[answer == 1].tolist()))
             assert text.count(key) == 2  # told, and answered
-            assert answer[-_needle_training.TAIL] == 0  # the loss looks at no more
+            assert answer[-needle_training.TAIL] == 0  # the loss looks at no more
 
 
 def test_positions_grow_and_the_needle_stays_whole(task):
@@ -47,7 +45,7 @@ def test_positions_grow_and_the_needle_stays_whole(task):
     for step in range(40):
         rows = task.rows(0, step, 4, 128)
         assert rows.positions.min() >= 0
-        assert rows.positions.max() < _needle_data.LONGEST
+        assert rows.positions.max() < needle_data.LONGEST
         gaps = np.diff(rows.positions)
         assert (gaps >= 1).all()
         told = np.array(
@@ -74,9 +72,9 @@ def test_rows_follow_from_the_seed_and_the_step(task):
 
 @pytest.fixture
 def model(task, monkeypatch) -> Llama4Config:
-    monkeypatch.setattr(_needle_training, "STAGES", (_needle_training.Stage(3, 64, 1),))
-    monkeypatch.setattr(_needle_training, "LOG_EVERY", 1)
-    monkeypatch.setattr(_needle_training, "SAVE_EVERY", 1)
+    monkeypatch.setattr(needle_training, "STAGES", (needle_training.Stage(3, 64, 1),))
+    monkeypatch.setattr(needle_training, "LOG_EVERY", 1)
+    monkeypatch.setattr(needle_training, "SAVE_EVERY", 1)
     config = make_needle_model.model_config(task.tokenizer) | {"num_hidden_layers": 2}
     return from_hf(config, "MODEL")
 
@@ -85,7 +83,7 @@ def test_a_killed_run_takes_the_same_steps(task, model, tmp_path):
     mesh = one_device()
 
     def train(name, report):
-        return _needle_training.train(model, task, tmp_path / name, 0, mesh, report)
+        return needle_training.train(model, task, tmp_path / name, 0, mesh, report)
 
     def kill(record):
         if record["step"] == 2:
@@ -105,5 +103,5 @@ def test_the_readme_is_made_from_the_json():
     folder = Path(make_needle_model.DEMO)
     readme = (folder / "README.md").read_text()
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert readme == _needle_report.with_numbers(readme, metrics)
-    assert metrics["summary"] == _needle_report.summary(metrics["trials"])
+    assert readme == needle_report.with_numbers(readme, metrics)
+    assert metrics["summary"] == needle_report.summary(metrics["trials"])

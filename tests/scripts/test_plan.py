@@ -4,11 +4,11 @@ import json
 import sys
 from pathlib import Path
 
-import plan
-import plan_table
 import pytest
 from PIL import Image
 
+from benchmarks import plan_table
+from jaxmoe.cli import plan
 from jaxmoe.errors import UserError
 from tests import tiny
 from tests.scripts import refuses, succeeds

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxmoe.checkpoint.convert import convert
-from jaxmoe.long_context import HAYSTACK, NEEDLE, QUESTION
+from jaxmoe.eval.needle import HAYSTACK, NEEDLE, QUESTION
 from tests.scripts import FOLDER, refuses, succeeds
 
 MODEL = Path(__file__).parents[2] / "demo/needle/model"
@@ -86,4 +86,4 @@ def test_a_document_brings_its_own_cache(checkpoint, tmp_path):
 
 def test_no_document(checkpoint, tmp_path):
     args = (checkpoint, "--document", tmp_path, "--prompt", "x")
-    refuses("generate.py", *args, words=["is no finished checkpoint", "scripts/read.py"])
+    refuses("generate.py", *args, words=["is no finished checkpoint", "jaxmoe read"])

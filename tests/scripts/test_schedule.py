@@ -4,13 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-import _bench_schedule
 import jax
 import pytest
-import tables
-from _schedule_cases import OURS, Case, all_cases
-from _schedule_steps import Step, all_steps
 
+from benchmarks import write_tables
+from jaxmoe.benchmarks import tables
+from jaxmoe.benchmarks.schedule import command
+from jaxmoe.benchmarks.schedule.cases import OURS, Case, all_cases
+from jaxmoe.benchmarks.schedule.steps import Step, all_steps
 from jaxmoe.errors import UserError
 from jaxmoe.plan.targets import parse_target
 from pallas_kernels.attention import flash_attention
@@ -35,7 +36,7 @@ def test_names_are_one_to_one():
 @pytest.mark.parametrize("target", ["v5p", "b200", "h100x8"])
 def test_other_targets_are_refused(target):
     with pytest.raises(UserError, match=f"--target {target} is not served: .* h100 and h200"):
-        _bench_schedule._target(target)
+        command._target(target)
 
 
 def test_mistakes_are_one_line():
@@ -47,9 +48,9 @@ def test_a_missing_tool_is_named(monkeypatch):
     def missing():
         raise UserError("nvidia-cuda-nvdisasm is not installed")
 
-    monkeypatch.setattr(_bench_schedule, "require_disassembler", missing)
+    monkeypatch.setattr(command, "require_disassembler", missing)
     with pytest.raises(UserError, match="nvdisasm"):
-        _bench_schedule.schedule(H100, [], None)
+        command.schedule(H100, [], None)
 
 
 def small(by=OURS, **changes):
@@ -68,7 +69,7 @@ def test_figures_are_written_after_every_case(tmp_path, monkeypatch):
     """Also of one that fails, which does not end the run."""
     output = tmp_path / "figures.json"
     counted = []
-    write = _bench_schedule.write_json
+    write = command.write_json
 
     def counting(path, figures):
         write(path, figures)
@@ -77,9 +78,9 @@ def test_figures_are_written_after_every_case(tmp_path, monkeypatch):
     def fails(x):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(_bench_schedule, "write_json", counting)
+    monkeypatch.setattr(command, "write_json", counting)
     cases = [small(), small("other", function=fails)]
-    figures = _bench_schedule.schedule(H100, cases, str(output))
+    figures = command.schedule(H100, cases, str(output))
     assert counted == [1, 2] and json.loads(output.read_text()) == figures
     assert "not a measurement" in figures["static"]
     done, failed = figures["kernels"]
@@ -95,7 +96,7 @@ def test_figures_are_written_after_every_case(tmp_path, monkeypatch):
 def test_the_last_kernel_is_meant():
     """Catches JAX's kernels without names that are taken for one another."""
     (dq,) = [case for case in all_cases() if case.name == "flash-dq-attention_mgpu"]
-    kernel = _bench_schedule.schedule(H100, [dq], None)["kernels"][0]
+    kernel = command.schedule(H100, [dq], None)["kernels"][0]
     (loop,) = kernel["loops"]
     assert loop["counts"]["products"] == 20  # of dkv, 24
 
@@ -119,8 +120,8 @@ def test_operations_of_a_step(monkeypatch):
 
 def test_the_document_is_made_from_the_figures():
     text = (ROOT / "docs" / "schedule.md").read_text()
-    assert tables.filled(text) == text
-    assert tables.schedule_markdown(FIGURES) in text
+    assert write_tables.filled(text) == text
+    assert write_tables.schedule_markdown(FIGURES) in text
 
 
 def test_all_cases_have_figures():

@@ -7,14 +7,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-import tune
-from _tune_problems import Problem, all_problems
 
+from jaxmoe.benchmarks.tuning_problems import Problem, all_problems
+from jaxmoe.cli import tune
 from jaxmoe.errors import UserError
-from jaxmoe.plan.absent import absent_h100s
 from pallas_kernels.attention import coords_of
 from pallas_kernels.attention.mosaic_backward import BackwardConfig
 from pallas_kernels.attention.mosaic_forward import ForwardConfig
+from pallas_kernels.compile.absent import absent_h100s
 from pallas_kernels.quantized import Quantized
 
 SMALL, LARGE, LARGEST = ForwardConfig(64), ForwardConfig(128), ForwardConfig(256)

@@ -3,10 +3,10 @@ import os
 import sys
 from pathlib import Path
 
-import make_tokens as script
 import numpy as np
 import pytest
 
+from jaxmoe.cli import make_tokens as script
 from jaxmoe.errors import UserError
 from jaxmoe.text import Tokenizer
 from jaxmoe.train import make_tokens

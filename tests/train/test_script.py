@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import train as script
 import yaml
-from _cli import task_progress
 
 from jaxmoe.checkpoint import store
+from jaxmoe.cli import train as script
+from jaxmoe.cli.terminal import task_progress
 from tests import tiny
 from tests.conftest import one_device
 

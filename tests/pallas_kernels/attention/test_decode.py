@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxmoe.plan.absent import absent_h100s, lower_for
 from pallas_kernels.attention import decode_attention, flash_xla
 from pallas_kernels.attention.decode_config import DecodeConfig
+from pallas_kernels.compile.absent import absent_h100s, lower_for
 from tests.pallas_kernels.attention.cases import (
     SCALE,
     TOLERANCE,

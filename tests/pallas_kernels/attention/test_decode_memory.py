@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from jaxmoe.plan import assembler
-from jaxmoe.plan.absent import absent_h100s, compiler_options, lower_for
+from pallas_kernels.compile import assembler
+from pallas_kernels.compile.absent import absent_h100s, compiler_options, lower_for
 from tests.pallas_kernels.test_absent_gpu import decode, decode_arguments
 
 pytestmark = pytest.mark.absent_gpu

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.plan.absent import absent_h100s, lower_for
 from pallas_kernels.attention import flash_attention
+from pallas_kernels.compile.absent import absent_h100s, lower_for
 from tests.pallas_kernels.attention.cases import (
     CASES,
     MORE_CASES,

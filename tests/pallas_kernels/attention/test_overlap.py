@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmoe.plan.absent import absent_h100s, compiler_options, lower_for
 from pallas_kernels.attention import flash_attention
+from pallas_kernels.compile.absent import absent_h100s, compiler_options, lower_for
 
 pytestmark = pytest.mark.absent_gpu
 

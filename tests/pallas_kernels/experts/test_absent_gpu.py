@@ -9,8 +9,14 @@ import pytest
 from jaxmoe.config import SCOUT
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.moe import moe
-from jaxmoe.plan.absent import absent_h100s, absent_h200s, compiler_options, lower_for, mesh_of
-from jaxmoe.plan.assembler import assembler_reports
+from pallas_kernels.compile.absent import (
+    absent_h100s,
+    absent_h200s,
+    compiler_options,
+    lower_for,
+    mesh_of,
+)
+from pallas_kernels.compile.assembler import assembler_reports
 from pallas_kernels.experts import gated_matmul, grouped_implementation, grouped_matmul
 from pallas_kernels.experts.grouped_mosaic import Config
 from pallas_kernels.experts.mosaic_kernels import TileConfig

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.config import SCOUT
-from jaxmoe.plan.absent import absent_tpus, lower_for, mesh_of
+from pallas_kernels.compile.absent import absent_tpus, lower_for, mesh_of
 from pallas_kernels.experts import (
     block_rows,
     gated_matmul,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmoe.plan.absent import absent_h100s, compiler_options, lower_for
-from jaxmoe.plan.assembler import assembler_reports
+from pallas_kernels.compile.absent import absent_h100s, compiler_options, lower_for
+from pallas_kernels.compile.assembler import assembler_reports
 from pallas_kernels.quantized import quantize
 from pallas_kernels.step import (
     HeadPlan,

@@ -1,0 +1,244 @@
+"""Writes the tables of figures into the documents, from the committed JSON."""
+
+import argparse
+import json
+from pathlib import Path
+
+from jaxmoe.benchmarks import tables
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for document in (ROOT / "README.md", ROOT / "docs" / "schedule.md"):
+        document.write_text(filled(document.read_text()))
+
+
+def filled(text: str) -> str:
+    """A document with the table of each pair of markers made anew."""
+    makers = {
+        "cpu": _cpu,
+        "convert": _convert,
+        "attention": _attention,
+        "moe": _moe,
+        "quantized": _quantized,
+        "schedule": _schedule,
+    }
+    for name, made in makers.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        head, found, rest = text.partition(begin)
+        if found:
+            text = f"{head}{begin}\n{made()}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def _cpu() -> str:
+    return cpu_markdown(json.loads((ROOT / "benchmarks" / "cpu.json").read_text()))
+
+
+def _convert() -> str:
+    return convert_markdown(json.loads((ROOT / "benchmarks" / "convert.json").read_text()))
+
+
+def _attention() -> str:
+    return attention_markdown(_measured("attention"))
+
+
+def _moe() -> str:
+    return moe_markdown(_measured("moe"))
+
+
+def _quantized() -> str:
+    return quantized_markdown(json.loads((ROOT / "demo" / "quantized.json").read_text()))
+
+
+def _schedule() -> str:
+    return schedule_markdown(json.loads((ROOT / "benchmarks" / "schedule-h100.json").read_text()))
+
+
+def _measured(benchmark: str) -> dict[str, dict]:
+    """By file, those of its runs that timed anything."""
+    files = sorted((ROOT / "benchmarks").glob(f"{benchmark}-*.json"))
+    runs = {file.name: json.loads(file.read_text()) for file in files}
+    return {name: figures for name, figures in runs.items() if figures.get("cases")}
+
+
+def convert_markdown(figures: dict) -> str:
+    """The figures of `jaxmoe benchmark convert`."""
+    nbytes, cp = figures["run"]["bytes"], figures["ways"]["cp, sync"]["seconds"]
+    bare = figures["bare_interpreter_bytes"]
+    rows = []
+    for way, found in figures["ways"].items():
+        memory = f"{(found['peak_bytes'] - bare) / 1e9:.2f} GB" if way in figures["loads"] else ""
+        rate = f"{nbytes / found['seconds'] / 1e9:.2f} | {cp / found['seconds']:.2f}"
+        rows.append(f"| `{way}` | {rate} | {memory} |")
+    for way, found in figures["loads"].items():
+        rate = found["bytes"] / found["seconds"] / 1e9
+        memory = f"{found['peak_bytes'] / found['bytes']:.2f} of its size"
+        rows.append(f"| loading what `{way}` made | {rate:.2f} | | {memory} |")
+    for way, found in figures["answers"].items():
+        memory = (
+            f"{found['bytes'] / 1e9:.2f} + {(found['peak_bytes'] - found['bytes']) / 1e9:.2f} GB"
+        )
+        rows.append(f"| running what `{way}` made | | | {memory} |")
+    run = figures["run"]
+    return f"""\
+| | GB/s | times the rate of `cp, sync` | peak memory |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+A synthetic checkpoint of {nbytes / 1e9:.1f} GB: one layer of Scout with all its experts, and a
+vocabulary of 65,536. Whole processes, Python's start included. `cp, sync` also waits until its copy
+is on disk, as converting does. Memory of converting is beyond that of a bare interpreter; loading
+goes onto eight simulated devices (`fsdp=8`); running is on one: the weights, and what is beyond
+them in a process that loads them, reads 16 tokens and writes 4. Matrices in 8 or 4 bits are not
+widened beside their stored form: that would take gigabytes more than bf16 does, not less. Medians
+of {run["rounds"]} runs taken in turn on 2 cores, {run["date"]}; all read from the page cache."""
+
+
+def quantized_markdown(figures: dict) -> str:
+    """The figures of `jaxmoe evaluate quantized`."""
+    rows = "\n".join(
+        f"| {each['part']} | {each['format']} | {each['logit_error']:.1e} "
+        f"| {each['perplexity']:+.3%} |"
+        for each in figures["results"]
+    )
+    return f"""\
+| what | format | logit error | perplexity |
+|---|---|---|---|
+{rows}
+
+The demo model in float32 on {figures["tokens"]:,} tokens that it sampled itself,
+{figures["nats_per_token"]:.3f} nats a token; root mean square errors over those of the logits. Its
+heads have 24 elements, Llama 4's 128 with one scale for all: expect a little more there.
+`jaxmoe evaluate quantized` measures it; `scripts/tables.py` makes this table from
+`demo/quantized.json`."""
+
+
+def cpu_markdown(figures: dict) -> str:
+    """The figures of `jaxmoe benchmark cpu`."""
+    seconds, rate = figures["median_seconds"], figures["decode_tokens_per_second"]
+    ratio, versions, machine = figures["times_faster"], figures["versions"], figures["machine"]
+    million = figures["parameters"] / 1e6
+    return f"""\
+| | jaxmoe | transformers | times faster |
+|---|---|---|---|
+| prefill of {figures["prompt_tokens"]} tokens, s | {seconds["jaxmoe"]["prefill"]:.2f} \
+| {seconds["transformers"]["prefill"]:.2f} | {ratio["prefill"]:.1f} |
+| greedy decode after it, tokens/s | {rate["jaxmoe"]:.1f} \
+| {rate["transformers"]:.1f} | {ratio["decode"]:.1f} |
+
+{million:.0f}M random parameters (hidden 512, 8 layers, 16 experts), float32, batch 1, the same
+weights and the same greedy tokens on both sides; medians of {figures["repeats"]} runs taken in
+turn on {machine["cores"]} cores of an {machine["processor"]}, {figures["date"]}, jax
+{versions["jax"]}, torch {versions["torch"]}, transformers {versions["transformers"]}, which
+computes every expert for every token. `make bench` measures it again; `scripts/tables.py` makes
+this table from `benchmarks/cpu.json`."""
+
+
+def attention_markdown(by_file: dict[str, dict]) -> str:
+    """The figures of `jaxmoe benchmark attention`, a table for each device that was at hand."""
+    if not by_file:
+        return _unmeasured("attention", "cuDNN, XLA and torch")
+    return "\n\n".join(_attention_of(name, figures) for name, figures in by_file.items())
+
+
+def _unmeasured(benchmark: str, others: str) -> str:
+    return f"""\
+No GPU was at hand, so nothing was measured. On a machine with an H100 or H200,
+`jaxmoe benchmark {benchmark} --output benchmarks/{benchmark}-h100.json` checks every kernel
+there, times it beside {others}, and writes the figures;
+`scripts/tables.py` then puts them here."""
+
+
+def _attention_of(name: str, figures: dict) -> str:
+    versions = _versions(figures)
+    return f"""\
+{_markdown(tables.attention_grid(figures))}
+
+{_run(figures)}, cuDNN {versions["cudnn"]}, torch {versions["torch"]};
+XLA is this package's own path in plain XLA, and n/a is what cannot express a case or failed.
+{_method(figures)}
+40 query and 8 key heads of 128, bf16, causal, chunks of 8,192. Operations are those that the mask
+leaves, 2.5 times as many backward; bytes are those of the cache. {_source(name, figures)}"""
+
+
+def moe_markdown(by_file: dict[str, dict]) -> str:
+    """The figures of `jaxmoe benchmark moe`, two tables for each file."""
+    if not by_file:
+        return _unmeasured("moe", "ragged_dot, dense products, XLA and transformers")
+    return "\n\n".join(_moe_of(name, figures) for name, figures in by_file.items())
+
+
+def _moe_of(name: str, figures: dict) -> str:
+    versions = _versions(figures)
+    random = {**figures, "cases": [x for x in figures["cases"] if x["routing"] == "random"]}
+    return f"""\
+{_markdown(tables.moe_grid(random))}
+
+{_run(figures)}, torch {versions["torch"]},
+transformers {versions["transformers"]}. {_method(figures)}
+Width 5,120, 16 (Scout) or 128 experts (Maverick) of width 8,192, top-1, bf16; each token's expert
+is drawn uniformly. Others are in ms, and n/a is what cannot express a case or failed. XLA is this
+package's own path in plain XLA; ragged_dot is `jax.lax.ragged_dot` on sorted rows; dense has no
+groups: it multiplies fewer rows with all matrices that are in use side by side, so that operations
+and weights are the same; transformers computes every expert for every token. TB/s are of weights
+read, of their gradient written or, for a move, of rows. Of ceiling: the time of the nearer ceiling
+over that of jaxmoe. {_source(name, figures)}
+
+{_markdown(tables.skew_grid(figures))}
+
+The same kernels by how tokens choose experts, in ms; in brackets, times what the longest group
+costs alone. Skewed: the nth most popular expert gets 1/n as many tokens as the first; worst: all
+tokens choose one."""
+
+
+def schedule_markdown(figures: dict) -> str:
+    """The figures of `jaxmoe benchmark schedule`."""
+    versions, processor = _versions(figures), figures["processor"]
+    return f"""\
+{_markdown(tables.schedule_grid(figures))}
+
+{_markdown(tables.steps_grid(figures))}
+
+Static: {figures["static"]}. {figures["target"].upper()}:
+{processor["cores"]} multiprocessors at {processor["clock"] / 1e9:.2f} GHz and \
+{processor["bandwidth"] / 1e12:.2f} TB/s. jax {versions["jax"]}, ptxas {versions["ptxas"]},
+{figures["date"]}. `scripts/tables.py` makes these tables from `benchmarks/schedule-h100.json`."""
+
+
+def _markdown(grid: tables.Grid) -> str:
+    rows = [grid.columns, ["---"] * len(grid.columns), *grid.rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _versions(figures: dict) -> dict[str, str]:
+    return {of: version or "none" for of, version in figures["versions"].items()}
+
+
+def _run(figures: dict) -> str:
+    versions = _versions(figures)
+    return (
+        f"{figures['device']}, {figures['date']}, jax {versions['jax']}, driver "
+        f"{versions['driver']}, ptxas {versions['ptxas']}"
+    )
+
+
+def _method(figures: dict) -> str:
+    checks = figures["checks"]
+    failed = f"; **{len(checks['failures'])} failed**" if checks["failures"] else ""
+    return (
+        f"Medians of {figures['rounds']} rounds taken in turn, after {checks['run']} checks "
+        f"against float32{failed}."
+    )
+
+
+def _source(name: str, figures: dict) -> str:
+    left_out = "".join(f"\n{line}" for line in figures["left_out"])
+    return (
+        f"Ceilings of the same run:\n{tables.ceilings_text(figures)}, "
+        "of a matrix product and of a copy, whose writes count too.\n"
+        f"`scripts/tables.py` makes this table from `benchmarks/{name}`."
+        f"{left_out}"
+    )

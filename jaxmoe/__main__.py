@@ -1,0 +1,5 @@
+"""`python -m jaxmoe`."""
+
+from jaxmoe.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""Benchmarks: speed beside other libraries, and static figures from the compilers' output."""

@@ -1,0 +1,1 @@
+"""Llama 4's attention, checked and timed on a GPU."""

@@ -1,0 +1,161 @@
+"""`jaxmoe benchmark cpu`: prefill and greedy decode beside transformers, on the same weights."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxmoe.benchmarks.timing import today, versions, write_json
+from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.export import export
+from jaxmoe.cli.terminal import task_progress
+from jaxmoe.config import Llama4Config, RopeScaling, layer_kinds
+from jaxmoe.errors import UserError
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.params import init_params, num_params
+
+MODEL = Llama4Config(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1024,
+    intermediate_size_mlp=2048,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_local_experts=16,
+    layers=layer_kinds(8),
+    rope_scaling=RopeScaling(),
+    bos_token_id=0,
+    eos_token_ids=(1,),
+    pad_token_id=2,
+)
+
+
+def run_cpu(args: argparse.Namespace) -> None:
+    """Measures, writes the figures and prints them."""
+    oracle = os.environ.get("JAXMOE_ORACLE_PYTHON")
+    if not oracle:
+        raise UserError("JAXMOE_ORACLE_PYTHON is not set; run `make bench`, which sets it.")
+    jax.config.update("jax_platforms", "cpu")
+    figures = benchmark_cpu(args, oracle)
+    write_json(args.output, figures)
+    Console().print(cpu_table(figures))
+
+
+def benchmark_cpu(args: argparse.Namespace, oracle: str) -> dict:
+    """Both sides in turn on the same weights and prompt, in one run."""
+    params = init_params(MODEL, jax.random.key(0), jnp.float32)
+    prompt = np.random.default_rng(0).integers(3, MODEL.vocab_size, (1, args.prompt_tokens))
+    sides: dict[str, list[dict]] = {"jaxmoe": [], "transformers": []}
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokens = _write_model(Path(folder), params), Path(folder) / "tokens.npy"
+        np.save(tokens, prompt.astype(np.int32))
+        with task_progress("Rounds", args.rounds, "rounds") as advance:
+            for _ in range(args.rounds):
+                sides["jaxmoe"].append(_time_ours(params, prompt, args))
+                sides["transformers"].append(_time_oracle(oracle, model, tokens, args))
+                advance(1)
+    return _figures(args, sides)
+
+
+def _write_model(folder: Path, params: dict) -> Path:
+    mesh = MeshConfig().make()
+    laid_out = jax.device_put(
+        params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
+    store.save(folder / "checkpoint", MODEL, laid_out)
+    export(folder / "checkpoint", folder / "model")
+    return folder / "model"
+
+
+def _time_ours(params: dict, prompt: np.ndarray, args: argparse.Namespace) -> dict:
+    """As `_hf_speed.measure`: the prefill ends with the first token on the host."""
+    prefill, decode, found = [], [], []
+    request = Request("0", tuple(prompt[0].tolist()), args.new_tokens)
+    for repeat in range(args.repeats + 1):
+        found, times = [], [time.perf_counter()]
+        for token in generate(
+            MODEL, params, [request], Sampling(temperature=0), segment=prompt.shape[1], stop_ids=()
+        ):
+            found.append(token.token)
+            times.append(time.perf_counter())
+        if repeat:  # the first compiles
+            prefill.append(times[1] - times[0])
+            decode.append(times[-1] - times[1])
+    return {"prefill": prefill, "decode": decode, "tokens": found}
+
+
+def _time_oracle(oracle: str, model: Path, tokens: Path, args: argparse.Namespace) -> dict:
+    script = Path(__file__).with_name("hf_speed.py")
+    command = [oracle, script, model, tokens]
+    command += ["--new-tokens", str(args.new_tokens), "--repeats", str(args.repeats)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{oracle} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _figures(args: argparse.Namespace, sides: dict[str, list[dict]]) -> dict:
+    def median(side: str, what: str) -> float:
+        return statistics.median(second for runs in sides[side] for second in runs[what])
+
+    seconds = {side: {what: median(side, what) for what in ("prefill", "decode")} for side in sides}
+    ours, theirs = seconds["jaxmoe"], seconds["transformers"]
+    return {
+        "date": today(),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "dtype": "float32"},
+        "versions": {
+            **versions(),
+            "torch": sides["transformers"][0]["torch"],
+            "transformers": sides["transformers"][0]["transformers"],
+        },
+        "parameters": num_params(MODEL),
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "repeats": args.rounds * args.repeats,
+        "median_seconds": seconds,
+        "decode_tokens_per_second": {
+            side: (args.new_tokens - 1) / seconds[side]["decode"] for side in seconds
+        },
+        "times_faster": {what: theirs[what] / ours[what] for what in ours},
+        "same_tokens": sides["jaxmoe"][0]["tokens"] == sides["transformers"][0]["tokens"],
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def cpu_table(figures: dict) -> Table:
+    """The figures as a table to print."""
+    table = Table(title=f"{figures['parameters'] / 1e6:.0f}M parameters, float32, batch 1")
+    for column in ("", "jaxmoe", "transformers", "times faster"):
+        table.add_column(column, justify="left" if not column else "right")
+    seconds, rate = figures["median_seconds"], figures["decode_tokens_per_second"]
+    ratio = figures["times_faster"]
+    prompt = f"prefill of {figures['prompt_tokens']} tokens, s"
+    prefill = [f"{seconds[side]['prefill']:.2f}" for side in ("jaxmoe", "transformers")]
+    table.add_row(prompt, *prefill, f"{ratio['prefill']:.1f}")
+    decode = [f"{rate[side]:.1f}" for side in ("jaxmoe", "transformers")]
+    table.add_row("greedy decode, tokens/s", *decode, f"{ratio['decode']:.1f}")
+    same = "identical" if figures["same_tokens"] else "DIFFERENT"
+    table.caption = f"Greedy tokens: {same}. Medians of {figures['repeats']} runs."
+    return table

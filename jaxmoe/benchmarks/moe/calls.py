@@ -1,0 +1,166 @@
+"""Who is timed on a case of `jaxmoe benchmark moe`: jaxmoe's kernels and others.
+
+Each builder makes a `Call`, or is absent where its library cannot express the case.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.benchmarks import tables
+from jaxmoe.benchmarks.moe.cases import PARTS, Case, widths
+from jaxmoe.benchmarks.moe.inputs import Inputs
+from jaxmoe.benchmarks.moe.ways import Blocks, Dense, Ragged
+from jaxmoe.benchmarks.timing import Call, torch_with_cuda
+
+
+def builders(case: Case, inputs: Inputs, implementation: str) -> dict[str, Callable[[], Call]]:
+    """By contender."""
+    E = case.config.num_local_experts
+    ours = Blocks(E, implementation)
+    found = {
+        "jaxmoe": lambda: _call(case, inputs, ours),
+        "xla": lambda: _call(case, inputs, Blocks(E, "xla")),
+    }
+    if case.format == "bf16":
+        found["ragged"] = lambda: _call(case, inputs, Ragged(E))
+    if case.format == "bf16" and case.part not in ("move", "layer"):  # what is grouped is products
+        found["dense"] = lambda: _call(case, inputs, Dense(E, case.active))
+    if case.part not in ("move", "layer"):  # a layer's router decides alone
+        found["longest"] = lambda: _call(case, only_longest(case, inputs), ours)
+    if case.part == "layer" and (torch := torch_with_cuda()) and find_spec("transformers"):
+        found["transformers"] = lambda: _transformers_call(torch, case, inputs)
+    names = tables.MOE_CONTENDERS | tables.LONGEST
+    return {name: found[name] for name in names if name in found}
+
+
+def only_longest(case: Case, inputs: Inputs) -> Inputs:
+    """Tokens of all other groups stay away."""
+    E = case.config.num_local_experts
+    longest = int(np.bincount(case.experts).argmax())
+    there = [(longest + i) % E for i in range(case.sets)]
+    pairs = zip(inputs.experts, there, strict=True)
+    experts = [jnp.where(expert == longest, expert, E) for expert, longest in pairs]
+    return Inputs(inputs.x, inputs.score, experts, inputs.weights)
+
+
+class Arguments(NamedTuple):
+    """Of one call; what its part does not take is None."""
+
+    weights: dict
+    plan: Any = None
+    x: Any = None  # rows, in the order of the plan; or tokens, where that is part of the call
+    scale: jax.Array | None = None  # of each of them
+    expert: jax.Array | None = None
+    dy: jax.Array | None = None
+
+
+def _call(case: Case, inputs: Inputs, way) -> Call:
+    """All sets in turn, as in the layers of a model."""
+    sets = [arguments(case, inputs, way, i) for i in range(len(inputs.experts))]
+    run = _compiled(case.part, way)
+    return Call(lambda: run(sets), count=len(sets))
+
+
+@functools.cache  # routings share a compilation
+def _compiled(part: str, way) -> Callable[[list[Arguments]], list]:
+    run = functools.partial(_PARTS[part], way)
+    return jax.jit(lambda sets: [run(each) for each in sets])
+
+
+def arguments(case: Case, inputs: Inputs, way, number: int) -> Arguments:
+    """Of one set. What one layer computes once for all its products is there already."""
+    weights = way.weights(inputs.weights, number)
+    expert = inputs.experts[number]
+    if case.part in ("move", "routed", "layer"):
+        return Arguments(weights, None, inputs.x, inputs.score, expert)
+    plan = way.plan(expert)
+    rows = way.rows(plan, inputs.x)
+    if case.part == "gated":
+        scale = way.rows(plan, inputs.score[:, None])[:, 0]
+        return Arguments(weights, plan, rows, scale)
+    F = case.config.intermediate_size
+    hidden_key, dy_key = jax.random.split(jax.random.key(1))
+    hidden = jax.random.normal(hidden_key, (len(rows), way.across * F), rows.dtype)
+    dy = jax.random.normal(dy_key, rows.shape, rows.dtype) if case.part in ("dx", "dw") else None
+    return Arguments(weights, plan, hidden, dy=dy)
+
+
+def _gated(way, a: Arguments) -> jax.Array:
+    return way.gated(a.weights["experts"], a.x, a.scale, a.plan)
+
+
+def _down(way, a: Arguments) -> jax.Array:
+    return way.down(a.weights["experts"], a.x, a.plan)
+
+
+def _dx(way, a: Arguments) -> jax.Array:
+    """Alone: the product itself, which its gradient does not need, is left out in compiling."""
+    return jax.vjp(lambda x: way.down(a.weights["experts"], x, a.plan), a.x)[1](a.dy)[0]
+
+
+def _dw(way, a: Arguments) -> dict:
+    """Likewise."""
+    return jax.vjp(lambda p: way.down(p, a.x, a.plan), a.weights["experts"])[1](a.dy)[0]
+
+
+def _move(way, a: Arguments) -> tuple[jax.Array, jax.Array]:
+    """There and back, with the plan for it; the rows are a result, not to be left out."""
+    plan = way.plan(a.expert)
+    rows = way.rows(plan, a.x)
+    return rows, way.back(plan, rows)
+
+
+def _routed(way, a: Arguments) -> jax.Array:
+    return way.routed(a.weights["experts"], a.x, a.expert, a.scale)
+
+
+def _layer(way, a: Arguments) -> jax.Array:
+    return way.layer(a.weights, a.x, jnp.ones(a.x.shape[0], bool))
+
+
+_PARTS = {
+    "gated": _gated,
+    "down": _down,
+    "dx": _dx,
+    "dw": _dw,
+    "move": _move,
+    "routed": _routed,
+    "layer": _layer,
+}
+assert _PARTS.keys() == PARTS.keys()
+
+
+def _transformers_call(torch, case: Case, inputs: Inputs) -> Call:
+    layer = transformers_layer(torch, case.config, inputs.weights)
+    x = torch.from_dlpack(inputs.x)
+
+    def start():
+        with torch.no_grad():
+            return layer(x)
+
+    return Call(start, lambda _: torch.cuda.synchronize())
+
+
+def transformers_layer(torch, config, weights: dict):
+    """Its Llama4TextMoe with these weights, in JAX's memory."""
+    llama4 = importlib.import_module("transformers.models.llama4.modeling_llama4")
+    D, F, E = widths(config)
+    sizes = {"hidden_size": D, "intermediate_size": F, "num_local_experts": E}
+    with torch.device("meta"):
+        layer = llama4.Llama4TextMoe(llama4.Llama4TextConfig(**sizes, num_experts_per_tok=1))
+    experts, shared = weights["experts"], weights["shared"]
+    gate_up = jnp.concatenate([experts["gate"], experts["up"]], axis=-1)
+    state = {"experts.gate_up_proj": gate_up, "experts.down_proj": experts["down"]}
+    transposed = {"router.weight": weights["router"]}
+    transposed |= {f"shared_expert.{name}_proj.weight": w for name, w in shared.items()}
+    tensors = {name: torch.from_dlpack(x) for name, x in state.items()}
+    tensors |= {name: torch.from_dlpack(x).T for name, x in transposed.items()}
+    layer.load_state_dict(tensors, assign=True)
+    return layer

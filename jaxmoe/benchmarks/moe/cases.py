@@ -1,0 +1,164 @@
+"""The cases of `jaxmoe benchmark moe`: Llama 4's experts, and the work that each case asks for."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+
+from jaxmoe.benchmarks.gpu import COLD_BYTES, SPARE_BYTES
+from jaxmoe.benchmarks.moe.routing import experts_of
+from jaxmoe.benchmarks.tables import ROUTINGS
+from jaxmoe.config import PRESETS, Llama4Config
+from pallas_kernels.quantized import scale_width
+
+MODELS = dict(PRESETS)
+FORMATS = ("bf16", "int8", "fp8", "int4")  # of experts' matrices
+BITS = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
+TOKENS = {"1": 1, "64": 64, "1k": 1024, "8k": 8192, "64k": 65536}
+FEW_TOKENS = 64  # up to so many, as in decoding, time goes into reading weights
+ALL = ("gate", "up", "down")
+PARTS = {  # and the matrices of an expert that they take
+    "gated": ("gate", "up"),
+    "down": ("down",),
+    "dx": ("down",),
+    "dw": ("down",),
+    "move": (),  # to experts and back
+    "routed": ALL,
+    "layer": ALL,  # with router and shared expert
+}
+GRADIENTS = ("dx", "dw")  # of `down`
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One part of a layer, on tokens that choose experts in one way."""
+
+    name: str
+    part: str  # of PARTS
+    model: str
+    tokens: int
+    routing: str  # of ROUTINGS
+    format: str = "bf16"
+
+    @property
+    def config(self) -> Llama4Config:
+        return MODELS[self.model]
+
+    @property
+    def family(self) -> str:
+        """Cases of one family run the same kernels, and share their checks."""
+        part = "gradients" if self.part in GRADIENTS else self.part
+        return part if self.format == "bf16" else f"{part}-{self.format}"
+
+    @property
+    def experts(self) -> np.ndarray:
+        """Of each token."""
+        return experts_of(self.routing, self.tokens, self.config.num_local_experts)
+
+    @property
+    def active(self) -> int:
+        """How many experts have tokens."""
+        return len(np.unique(self.experts))
+
+    @property
+    def facts(self) -> dict:
+        """What the figures say of it."""
+        longest = int(np.bincount(self.experts).max())
+        return dataclasses.asdict(self) | {"active_experts": self.active, "longest_group": longest}
+
+    @property
+    def work(self) -> dict[str, float]:
+        """Useful operations, and bytes of weights; of a move, bytes of rows read and written."""
+        if self.part == "move":
+            return {"TB/s": 4 * self.tokens * self.config.hidden_size * 2}
+        return {"TFLOP/s": self.operations, "TB/s": self.weight_bytes}
+
+    @property
+    def operations(self) -> float:
+        """Of all products, each a multiplication and a sum."""
+        D, F, E = widths(self.config)
+        products = len(PARTS[self.part]) * D * F
+        if self.part == "layer":
+            products = 2 * products + D * E
+        return 2 * self.tokens * products
+
+    @property
+    def weight_bytes(self) -> int:
+        """Read, of experts that have tokens; or written, of the gradient of all."""
+        D, F, E = widths(self.config)
+        count = E if self.part == "dw" else self.active
+        found = count * self._expert_bytes
+        if self.part == "layer":
+            found += 2 * D * (E + 3 * F)
+        return found
+
+    @property
+    def sets(self) -> int:
+        """How often to go over to other experts, so that none is served from L2."""
+        if self.tokens > FEW_TOKENS or not PARTS[self.part] or self.part == "layer":
+            return 1
+        most = self.config.num_local_experts // self.active
+        return min(most, math.ceil(COLD_BYTES / self.weight_bytes))
+
+    @property
+    def memory(self) -> int:
+        """Bytes of weights, their gradient, and rows in and between products, roughly."""
+        D, F, E = widths(self.config)
+        weights = E * self._expert_bytes * (2 if self.part == "dw" else 1)
+        shared = 2 * D * (E + 3 * F) if self.part == "layer" else 0
+        return weights + shared + 6 * self.tokens * (D + F)
+
+    @property
+    def _expert_bytes(self) -> int:
+        return sum(matrix_bytes(self.config, name, self.format) for name in PARTS[self.part])
+
+    def left_out(self, memory: int) -> str | None:
+        """Why the case does not run on a device with so many bytes, or None."""
+        if self.memory + SPARE_BYTES <= memory:
+            return None
+        return (
+            f"{self.name} is left out: its {self.memory / 1e9:.1f} GB of weights and tokens do not "
+            f"fit in the {memory / 1e9:.1f} GB that JAX may use."
+        )
+
+
+def widths(config: Llama4Config) -> tuple[int, int, int]:
+    """D, F and E."""
+    return config.hidden_size, config.intermediate_size, config.num_local_experts
+
+
+def matrix_shape(config: Llama4Config, name: str) -> tuple[int, int]:
+    """Inputs and outputs of an expert's matrix."""
+    D, F, _ = widths(config)
+    return (F, D) if name == "down" else (D, F)
+
+
+def matrix_bytes(config: Llama4Config, name: str, format: str) -> int:
+    """Of one expert's matrix as it is stored, with its scales."""
+    inputs, outputs = matrix_shape(config, name)
+    values = inputs * outputs * BITS[format] // 8
+    scales = 0 if format == "bf16" else 4 * outputs * (inputs // scale_width(format, inputs))
+    return values + scales
+
+
+def all_cases() -> list[Case]:
+    """Every case, in the order of the table."""
+    return [
+        case
+        for part, model, size in itertools.product(PARTS, MODELS, TOKENS)
+        for case in _cases(part, model, size)
+    ]
+
+
+def _cases(part: str, model: str, size: str):
+    """With one token every routing is the same; quantized matrices are for decoding."""
+    tokens = TOKENS[size]
+    if part in GRADIENTS and tokens <= FEW_TOKENS:
+        return
+    for routing in ROUTINGS if tokens > 1 else ("random",):
+        name = f"{part}-{model}-{size}-{routing}"
+        yield Case(name, part, model, tokens, routing)
+        if tokens <= FEW_TOKENS and part in ("gated", "down", "routed"):
+            for format in FORMATS[1:]:
+                yield Case(f"{name}-{format}", part, model, tokens, routing, format)

@@ -1,0 +1,144 @@
+"""`jaxmoe benchmark schedule`: what the compiler for an absent GPU made of kernels and of steps."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxmoe.benchmarks import tables
+from jaxmoe.benchmarks.gpu import matching
+from jaxmoe.benchmarks.schedule.cases import Case, all_cases
+from jaxmoe.benchmarks.schedule.steps import Step, all_steps
+from jaxmoe.benchmarks.timing import (
+    git_commit,
+    one_line,
+    package_version,
+    today,
+    versions,
+    write_json,
+)
+from jaxmoe.cli.terminal import task_progress
+from jaxmoe.errors import UserError
+from jaxmoe.plan.targets import Target, absent_devices, parse_target
+from pallas_kernels import ptxas
+from pallas_kernels.compile.absent import compiler_options, lower_for
+from pallas_kernels.compile.assembler import KernelReport, assembler_reports, require_disassembler
+from pallas_kernels.compile.schedule import HotLoop, Processor, hot_loops
+
+TARGETS = ("h100", "h200")
+WIDTH = 136  # of the tables, at least
+
+
+def add_parser(commands) -> None:
+    """Adds the subcommand and its flags."""
+    parser = commands.add_parser(
+        "schedule", help="what bounds each kernel by its machine code, beside JAX's; needs no GPU"
+    )
+    parser.set_defaults(start=run_schedule)
+    parser.add_argument("--target", default="h100", help=" or ".join(TARGETS))
+    parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
+    parser.add_argument("--cases", metavar="PATTERN", default="*", help="such as 'flash-*'")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+
+
+def run_schedule(args: argparse.Namespace) -> None:
+    """Compiles, writes the figures after every case and prints them."""
+    jax.config.update("jax_platforms", "cpu")
+    cases = matching([*all_cases(), *all_steps()], args.cases)
+    if args.list:
+        print("\n".join(case.name for case in cases))
+        return
+    figures = schedule(_target(args.target), cases, args.output)
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    for grid in (tables.schedule_grid(figures), tables.steps_grid(figures)):
+        if grid.rows:
+            console.print(_table(grid))
+    console.print(
+        *(f"{x['name']}: {x['error']}" for x in figures["kernels"] if "error" in x), sep="\n"
+    )
+
+
+def _target(name: str) -> Target:
+    if name not in TARGETS:
+        raise UserError(
+            f"--target {name} is not served: schedule reads NVIDIA's machine code for "
+            f"{' and '.join(TARGETS)}, and that of no other target yet."
+        )
+    return parse_target(f"{name}x1")
+
+
+def schedule(target: Target, cases: list, output: str | None) -> dict[str, Any]:
+    """The content of the file."""
+    require_disassembler()
+    (device,) = absent_devices(target)
+    processor = Processor.of(device.core_count, target.flops, target.bandwidth)
+    figures = _header(target, processor) | {"kernels": [], "steps": []}
+    with task_progress("Compiling", len(cases), "cases") as advance:
+        for case in cases:
+            if isinstance(case, Step):
+                figures["steps"].append(case.figures(target))
+            else:
+                figures["kernels"].append(_kernel(device, processor, case))
+            write_json(output, figures)
+            advance(1)
+    return figures
+
+
+def _header(target: Target, processor: Processor) -> dict[str, Any]:
+    tools = {
+        "ptxas": ".".join(map(str, ptxas.version(ptxas.select() or ""))) or None,
+        "nvdisasm": package_version("nvidia-cuda-nvdisasm"),
+    }
+    return {
+        "static": "from the compiler's output, not a measurement",
+        "date": today(),
+        "target": target.compiler,
+        "commit": git_commit(),
+        "versions": versions() | tools,
+        "processor": dataclasses.asdict(processor),
+    }
+
+
+def _kernel(device, processor: Processor, case: Case) -> dict[str, Any]:
+    facts = {"name": case.name, "kernel": case.kernel, "by": case.by}
+    try:
+        lowered = lower_for(device, case.function, *case.shapes)
+        report = _meant(assembler_reports(lowered, compiler_options(), disassemble=True))
+        loops = hot_loops(report, case.element)
+    except Exception as error:  # whatever another library raises is a finding, not an end
+        return facts | {"error": one_line(error)}
+    return facts | _assembled(report) | {"loops": [_loop(each, processor) for each in loops]}
+
+
+def _meant(reports: list[KernelReport]) -> KernelReport:
+    """The last kernel of a program that multiplies: after it, results may be put together."""
+    return [report for report in reports if report.wgmma][-1]
+
+
+def _assembled(report: KernelReport) -> dict[str, Any]:
+    fields = "registers", "spill_stores", "spill_loads"
+    return {name: getattr(report, name) for name in fields} | {"warnings": [*report.warnings]}
+
+
+def _loop(loop: HotLoop, processor: Processor) -> dict[str, Any]:
+    cycles = loop.cycles(processor)
+    return {
+        "name": loop.name,
+        "counts": loop.counts,
+        "cycles": cycles,
+        "bound_by": max(cycles, key=cycles.__getitem__),
+        "read_rate": loop.read_rate(processor),
+        "mufu_under_products": loop.mufu_under_products,
+        "between_waits": loop.between_waits,
+    }
+
+
+def _table(grid: tables.Grid) -> Table:
+    table = Table(*grid.columns, title="static: from the compiler's output, not a measurement")
+    for row in grid.rows:
+        table.add_row(*row)
+    return table

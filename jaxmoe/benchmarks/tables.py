@@ -1,0 +1,142 @@
+"""Tables of measured and of static figures: for the terminal, and for the documents."""
+
+from typing import NamedTuple
+
+ATTENTION_CONTENDERS = {"jaxmoe": "jaxmoe", "cudnn": "cuDNN", "xla": "XLA", "torch": "torch"}
+MOE_CONTENDERS = {
+    "jaxmoe": "jaxmoe",
+    "xla": "XLA",
+    "ragged": "ragged_dot",
+    "dense": "dense",
+    "transformers": "transformers",
+}
+LONGEST = {"longest": "longest group alone"}  # jaxmoe, with all other groups' tokens left out
+ROUTINGS = ("balanced", "random", "skewed", "worst")
+
+
+class Grid(NamedTuple):
+    """A table of figures."""
+
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+
+
+def schedule_grid(figures: dict) -> Grid:
+    """A row for each hot loop: the cycles of a turn by resource, and what they say."""
+    resources = ("issue", "tensor", "mufu", "alu", "memory")
+    rows = []
+    for kernel in figures["kernels"]:
+        registers = f"{kernel.get('registers')}{' (spills)' if kernel.get('spill_stores') else ''}"
+        for loop in kernel.get("loops", []):
+            name = f"{kernel['kernel']}{', masked' if loop['name'] else ''}"
+            cycles = [
+                f"{loop['cycles'][x]:.0f}" if loop["cycles"].get(x) else "" for x in resources
+            ]
+            rows.append([name, kernel["by"], registers, *cycles, *_findings(loop)])
+    return Grid(
+        ("kernel", "by", "registers", *resources, "bound by", "MUFU overlapped", "TB/s"), rows
+    )
+
+
+def _findings(loop: dict) -> list[str]:
+    mufu, rate = loop["counts"]["mufu"], loop["read_rate"]
+    overlapped = f"{loop['mufu_under_products']} of {mufu}" if mufu else ""
+    return [loop["bound_by"], overlapped, "" if rate is None else f"{rate / 1e12:.1f}"]
+
+
+def steps_grid(figures: dict) -> Grid:
+    """A row for each step: the device operations that a further layer adds."""
+    found = {kind for step in figures["steps"] for kind in step["a_layer"]}
+    kinds = sorted(found, key=lambda kind: (-figures["steps"][0]["a_layer"].get(kind, 0), kind))
+    rows = [
+        [
+            f"{step['model']}, {step['rows']} row{'s' if step['rows'] > 1 else ''}",
+            f"{sum(step['a_layer'].values()):g}",
+            *(f"{step['a_layer'].get(kind, 0):g}" for kind in kinds),
+            "; ".join(f"{kind}: {count}" for kind, count in step["by_layer"].items()),
+        ]
+        for step in figures["steps"]
+    ]
+    return Grid(("decoding", "operations a layer", *kinds, "by kind of layer"), rows)
+
+
+def ceilings_text(figures: dict) -> str:
+    """What the device did on a large matrix product and a large copy."""
+    ceilings = figures["ceilings"]
+    return f"{ceilings['TFLOP/s']:.0f} TFLOP/s and {ceilings['TB/s']:.2f} TB/s"
+
+
+def attention_grid(figures: dict) -> Grid:
+    """Rates of each case; n/a where there is no figure."""
+    first, *others = ATTENTION_CONTENDERS.values()
+    rows = []
+    for case in figures["cases"]:
+        (unit,) = case["work"]
+        ours, *theirs = (_rate(case["rates"][name], unit) for name in ATTENTION_CONTENDERS)
+        rows.append([case["name"], unit, ours, _ratio(case["of_ceiling"]), *theirs])
+    return Grid(("case", "unit", first, "of ceiling", *others), rows)
+
+
+def moe_grid(figures: dict) -> Grid:
+    """Of each case the time, the rates and the others' times."""
+    _, *others = MOE_CONTENDERS
+    units = ("TFLOP/s", "TB/s")
+    rows = []
+    for case in figures["cases"]:
+        seconds, rates = case["seconds"], case["rates"]["jaxmoe"]
+        ours = [_ms(seconds["jaxmoe"]), *(_rate(rates, unit) for unit in units)]
+        theirs = [_ms(seconds[name]) for name in others]
+        rows.append([case["name"], *ours, _ratio(case["of_ceiling"]), *theirs])
+    names = [MOE_CONTENDERS[name] for name in others]
+    return Grid(("case", "ms", *units, "of ceiling", *names), rows)
+
+
+def skew_grid(figures: dict) -> Grid:
+    """Times of jaxmoe by routing, and how many times the longest group's alone."""
+    by_case: dict[str, dict[str, dict]] = {}
+    for case in figures["cases"]:
+        by_routing = by_case.setdefault(case["name"].replace(f"-{case['routing']}", ""), {})
+        by_routing[case["routing"]] = case["seconds"]
+    rows = [
+        [name, *(_skewed(found.get(routing)) for routing in ROUTINGS), _worst(found)]
+        for name, found in by_case.items()
+        if len(found) > 1
+    ]
+    return Grid(("case", *ROUTINGS, "worst / balanced"), rows)
+
+
+def _skewed(seconds: dict | None) -> str:
+    if not seconds or not seconds["jaxmoe"]:
+        return "n/a"
+    alone = seconds["longest"]
+    return _ms(seconds["jaxmoe"]) + (f" ({seconds['jaxmoe'] / alone:.2f})" if alone else "")
+
+
+def _worst(by_routing: dict[str, dict]) -> str:
+    worst, balanced = (by_routing.get(x, {}).get("jaxmoe") for x in ("worst", "balanced"))
+    return _ratio(worst / balanced if worst and balanced else None)
+
+
+def _ratio(ratio: float | None) -> str:
+    return "n/a" if ratio is None else f"{ratio:.2f}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "n/a" if seconds is None else _three_digits(1e3 * seconds)
+
+
+def _rate(rates: dict[str, float] | None, unit: str) -> str:
+    return "n/a" if not rates or unit not in rates else _three_digits(rates[unit])
+
+
+def _three_digits(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def error_lines(figures: dict, contenders: dict[str, str]) -> list[str]:
+    """A line for each contender that raised on a case."""
+    return [
+        f"{case['name']}, {contenders[name]}: {error}"
+        for case in figures["cases"]
+        for name, error in case["errors"].items()
+    ]

@@ -1,0 +1,1 @@
+"""The commands: `jaxmoe NAME`, `python -m jaxmoe NAME` and, in a checkout, `scripts/NAME.py`."""

@@ -1,0 +1,48 @@
+"""Benchmarks: `cpu` beside transformers, `convert` beside cp, others beside kernels on a GPU.
+
+`schedule` times nothing: it reads what the compiler for an absent GPU made of the kernels.
+"""
+
+import argparse
+from collections.abc import Callable
+
+from jaxmoe.benchmarks.attention.suite import run_attention
+from jaxmoe.benchmarks.convert import add_parser as add_convert
+from jaxmoe.benchmarks.cpu import run_cpu
+from jaxmoe.benchmarks.moe.suite import run_moe
+from jaxmoe.benchmarks.schedule.command import add_parser as add_schedule
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    cpu = commands.add_parser("cpu", help="beside transformers on this CPU; `make bench` runs it")
+    cpu.set_defaults(start=run_cpu)
+    cpu.add_argument("--output", metavar="FILE.json", help="where to write the figures")
+    cpu.add_argument("--prompt-tokens", type=int, default=2048)
+    cpu.add_argument("--new-tokens", type=int, default=64)
+    cpu.add_argument("--rounds", type=int, default=3, help="both sides, in turn")
+    cpu.add_argument("--repeats", type=int, default=3, help="of each side in a round")
+    add_convert(commands)
+    add_schedule(commands)
+    for name, start, of in (
+        ("attention", run_attention, "attention"),
+        ("moe", run_moe, "the mixture of experts"),
+    ):
+        _add_suite(commands.add_parser(name, help=f"checks, then times {of} on a GPU"), start)
+    args = parser.parse_args()
+    args.start(args)
+
+
+def _add_suite(parser: argparse.ArgumentParser, start: Callable) -> None:
+    parser.set_defaults(start=start)
+    parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
+    parser.add_argument("--cases", metavar="PATTERN", default="*", help="such as '*-int8'")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--check-only", action="store_true", help="time nothing")
+    parser.add_argument("--force", action="store_true", help="time even what fails its check")
+    parser.add_argument(
+        "--simulate", action="store_true", help="only the checks, tiny, on the CPU, in plain XLA"
+    )

@@ -1,0 +1,121 @@
+"""The flags that choose devices, mesh and dtype, and loading a checkpoint onto them."""
+
+import argparse
+import os
+import sys
+
+import jax
+from rich.console import Console
+
+from jaxmoe import compilation
+from jaxmoe.checkpoint import store
+from jaxmoe.cli.terminal import byte_progress
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.eval.self_test import self_test
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.plan.layout import layout_table
+from jaxmoe.text import Tokenizer
+
+MOST_CPU_DEVICES = 1024  # starting 100,000 takes minutes
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `start` and `load` read."""
+    parser.add_argument(
+        "--mesh",
+        metavar="SPEC",
+        help="axes and sizes, as in expert=4,sequence=2, or a YAML file; default: data=-1",
+    )
+    parser.add_argument(
+        "--cpu-devices", type=int, metavar="N", help="simulate N devices on the CPU"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="compute in this; default: as stored"
+    )
+    default = str(compilation.default_folder()).replace("%", "%%")
+    parser.add_argument(
+        "--compilation-cache",
+        metavar="FOLDER|off",
+        help=f"keeps compiled programs for later runs; default: {default}",
+    )
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="once loaded, run a sentence that a wrong layout does not survive",
+    )
+
+
+def start(args: argparse.Namespace) -> jax.sharding.Mesh:
+    """Starts JAX as the flags say and returns the mesh."""
+    if args.cpu_devices is not None:
+        if not 1 <= args.cpu_devices <= MOST_CPU_DEVICES:
+            given = f"--cpu-devices {args.cpu_devices}"
+            raise UserError(f"{given} is not between 1 and {MOST_CPU_DEVICES}.")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    _prepare_compiling(getattr(args, "compilation_cache", None))
+    return MeshConfig.parse(args.mesh or "data=-1").make(devices())
+
+
+def devices() -> list[jax.Device]:
+    """JAX's devices.
+
+    Raises:
+        UserError: if JAX was told to use a platform that is not here.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # of an unknown name, JAX only asserts
+        reason = str(error).partition("\n")[0] or "there is none"
+        wanted = jax.config.jax_platforms
+        raise UserError(
+            f"JAX_PLATFORMS={wanted} cannot be used ({reason.rstrip('.')}); unset it, or set it to "
+            "cpu."
+        ) from None
+
+
+def _prepare_compiling(cache: str | None) -> None:
+    folder = None if cache == "off" else compilation.keep_compiled(cache)
+    kept = f"; kept in {folder} for later runs" if folder else ""
+    if sys.stderr.isatty():
+        compilation.on_long_compilation(lambda: print(f"[compiling{kept}]", file=sys.stderr))
+
+
+def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Config, dict]:
+    """The checkpoint's configuration and parameters, laid out over the mesh.
+
+    With --mesh, first prints what lands where.
+    """
+    dtype = args.dtype or _one_dtype(args.checkpoint)
+    if args.mesh:
+        params = store.abstract(args.checkpoint, mesh, dtype)
+        config = store.read_config(args.checkpoint)
+        Console(stderr=True).print(layout_table(config, params, mesh))
+    with byte_progress("Loading") as progress:
+        config, params = store.load(args.checkpoint, mesh, dtype, progress)
+    if args.self_test:
+        with jax.set_mesh(mesh):
+            speech = self_test(config, params, tokenizer(args.checkpoint))
+        known = "" if speech.surprise is None else f", surprise {speech.surprise:.2f}"
+        print(f"[self-test: entropy {speech.entropy:.2f}{known} of guessing]", file=sys.stderr)
+    return config, params
+
+
+def _one_dtype(checkpoint: str) -> str:
+    """For all parameters, also where a checkpoint mixes dtypes."""
+    dtype, *others = store.main_dtypes(checkpoint)
+    if others:
+        stored = " and ".join([dtype, *others])
+        print(f"[stored in {stored}; loaded in {dtype}, or as --dtype says]", file=sys.stderr)
+    return dtype
+
+
+def tokenizer(checkpoint: str) -> Tokenizer | None:
+    """The checkpoint's tokenizer, or None if it has none."""
+    if not os.path.isdir(checkpoint):
+        raise UserError(f"{checkpoint} is no folder; give one that jaxmoe convert wrote.")
+    if not any(os.path.exists(os.path.join(checkpoint, file)) for file in TOKENIZER_FILES):
+        return None
+    return Tokenizer.load(checkpoint)

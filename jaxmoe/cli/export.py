@@ -1,0 +1,29 @@
+"""Writes a checkpoint back in the Hugging Face layout."""
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # copying files needs no accelerator
+
+from jaxmoe.checkpoint.export import export
+from jaxmoe.cli.terminal import byte_progress
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="folder that jaxmoe convert or jaxmoe train made")
+    parser.add_argument("output", help="folder of the model; must not exist or be empty")
+    parser.add_argument(
+        "--weights", choices=("bf16", "float32"), help="widen quantized matrices to this"
+    )
+    args = parser.parse_args()
+    start = time.perf_counter()
+    with byte_progress("Exporting") as progress:
+        report = export(args.checkpoint, args.output, progress, weights=args.weights)
+    seconds = time.perf_counter() - start
+    print(
+        f"Exported {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB, to {args.output} "
+        f"in {seconds:.1f} s ({report.nbytes / 1e9 / seconds:.2f} GB/s)."
+    )

@@ -1,0 +1,217 @@
+"""Generates text from a checkpoint: one prompt to the terminal, or many as JSON lines."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.manifest import digest_of
+from jaxmoe.cli import devices
+from jaxmoe.cli.terminal import byte_progress, task_progress
+from jaxmoe.errors import UserError
+from jaxmoe.generation import jobs
+from jaxmoe.generation.answers import Answers, job_digest
+from jaxmoe.generation.engine import ERROR, Request, fit_context, generate
+from jaxmoe.generation.sampling import sampling_of
+from jaxmoe.generation.saved_document import document_length, load_document
+from jaxmoe.generation_config import FILE, read_generation_config
+from jaxmoe.model.cache import FORMATS
+from jaxmoe.text import StreamDecoder, render
+
+
+def parse_args() -> argparse.Namespace:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="folder that jaxmoe convert wrote")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT")
+    parser.add_argument("--chat", action="store_true", help="--prompt is a user's turn of a chat")
+    source.add_argument("--prompts", metavar="FILE.jsonl", help="one request a line; -: stdin")
+    parser.add_argument(
+        "--output",
+        metavar="FILE.jsonl",
+        help="answers in the order of the requests; killed and run again, it goes on where it was",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="a prompt may name special tokens, such as <|eot|>; of messages none can",
+    )
+    own = "default: the checkpoint's, else"
+    parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {own} 0.6")
+    parser.add_argument("--top-p", type=float, metavar="P", help=f"{own} 0.9")
+    parser.add_argument("--top-k", type=int, metavar="K", help=f"0: all; {own} 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=8,
+        metavar="N",
+        help="requests at once, at most; in bfloat16, other roundings may change answers",
+    )
+    parser.add_argument("--kv", choices=FORMATS, help="how the cache stores keys and values")
+    parser.add_argument(
+        "--cache-tokens", type=int, metavar="N", help="of all rows together; requests wait for room"
+    )
+    parser.add_argument(
+        "--document",
+        metavar="FOLDER",
+        help="that jaxmoe read wrote; each request comes after its text",
+    )
+    devices.add_flags(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the command."""
+    args = parse_args()
+    if args.rows < 1:
+        raise UserError(f"--rows {args.rows} is below 1.")
+    if args.chat and (args.prompt is None or args.parse_special):
+        raise UserError("--chat goes with --prompt, and without --parse-special.")
+    if args.document and (args.kv or args.cache_tokens is not None):
+        raise UserError("--document brings its own cache; leave --kv and --cache-tokens out.")
+    mesh = devices.start(args)
+    sampling = sampling_of(
+        args.checkpoint,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+    )
+    tokenizer = devices.tokenizer(args.checkpoint)
+    model = store.read_config(args.checkpoint)
+    after = document_length(args.document) if args.document else 0
+
+    def check(request: Request) -> Request:
+        own = _without_begin(request, tokenizer) if after else request
+        return fit_context(model, own, after)
+
+    lines = _requests(args, tokenizer, check)
+    stop_ids = sorted({*model.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())})
+    settings = [vars(sampling), stop_ids, args.kv, args.dtype]
+    with _answers(args, settings, lines) as answers:
+        left = _left(lines, answers)
+        if not left:
+            return
+        for name in read_generation_config(args.checkpoint).unsupported:
+            print(f"[{FILE} has {name}, which is not supported]", file=sys.stderr)
+        config, params = devices.load(args, mesh)
+        with jax.set_mesh(mesh):
+            stream = generate(
+                config,
+                params,
+                left,
+                sampling,
+                rows=args.rows,
+                stop_ids=tuple(stop_ids),
+                kv=args.kv,
+                cache_tokens=args.cache_tokens,
+                document=_document(args, config, params, left) if after else None,
+            )
+            show = _stream_text if args.prompt is not None else _show_progress
+            failed = 0
+            for record in show(jobs.finished(stream, tokenizer), left, tokenizer, args):
+                failed += "error" in record
+                if answers is not None:
+                    answers.write(record)
+    if failed:
+        print(f"{failed} of {len(left)} requests ended with an error.", file=sys.stderr)
+
+
+def _requests(args, tokenizer, check) -> list[Request | jobs.Refusal]:
+    if args.prompts is not None:
+        return jobs.read_requests(
+            args.prompts, tokenizer, args.max_new_tokens, check, args.parse_special
+        )
+    if tokenizer is None:
+        raise UserError(f"{args.checkpoint} has no tokenizer; use --prompts with tokens.")
+    if args.chat:
+        tokens = render([{"role": "user", "content": args.prompt}], tokenizer)
+    else:
+        tokens = tokenizer.encode(args.prompt, bos=True, parse_special=args.parse_special)
+    return [check(Request("0", tuple(tokens), args.max_new_tokens))]
+
+
+def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers | None]:
+    """Where JSON lines go: not those of a prompt on the terminal, unless a file was asked for."""
+    output = args.output or (None if args.prompts is None else "-")
+    if output is None:
+        return contextlib.nullcontext()
+    folders = filter(None, (args.checkpoint, args.document))
+    models = [digest_of(Path(folder)) for folder in folders]
+    return Answers(output, job_digest([*settings, models], lines), lines)
+
+
+def _left(lines, answers: Answers | None) -> list[Request]:
+    """The requests that have no answer yet; says on stderr what became of the others."""
+    requests = [line for line in lines if isinstance(line, Request)]
+    refused = [line for line in lines if not isinstance(line, Request)]
+    if answers is not None and answers.complete:
+        print(f"{answers.path} has all answers already.", file=sys.stderr)
+        return []
+    if refused:
+        print(
+            f"{len(refused)} of {len(lines)} lines are refused: {refused[0].error}", file=sys.stderr
+        )
+    if answers is None or not answers.done:
+        return requests
+    left = [request for request in requests if str(request.id) not in answers.done]
+    print(f"{len(requests) - len(left)} of {len(requests)} were answered before.", file=sys.stderr)
+    return left
+
+
+def _without_begin(request: Request, tokenizer) -> Request:
+    """A request that goes on with a document, which has the begin-of-text token."""
+    if tokenizer is None or request.tokens[:1] != (tokenizer.bos_id,):
+        return request
+    return dataclasses.replace(request, tokens=request.tokens[1:])
+
+
+def _document(args, config, params, requests):
+    room = max(request.length for request in requests)
+    with byte_progress("Loading the document") as progress:
+        return load_document(args.document, config, params, room, progress)
+
+
+def _stream_text(stream, requests, tokenizer, args):
+    """Prints text as it comes: the prompt and the closing line on stderr, the answer on stdout."""
+    decoder, times = StreamDecoder(tokenizer), []
+    for token, record in stream:
+        if not times:  # the first step has been compiled
+            print(args.prompt, end="", file=sys.stderr, flush=True)
+        times.append(time.perf_counter())
+        if token.finish_reason == ERROR:
+            print(decoder.flush())
+            raise UserError(record["error"])
+        print(decoder.push(token.token), end="", flush=True)
+        if record is not None:
+            print(decoder.flush())
+            print(f"[{_summary(times)}, {token.finish_reason}]", file=sys.stderr)
+            yield record
+
+
+def _summary(times: list[float]) -> str:
+    """How many tokens, and how fast once both the prompt's and one token's step are compiled."""
+    compiled = times[1:]
+    if len(compiled) < 2:
+        return f"{len(times)} tokens"
+    return f"{len(times)} tokens, {(len(compiled) - 1) / (compiled[-1] - compiled[0]):.1f} tokens/s"
+
+
+def _show_progress(stream, requests, tokenizer, args):
+    """A bar over the tokens asked for; a request that stops early completes its share."""
+    budget = sum(request.max_new_tokens for request in requests)
+    on_stdout = args.output in (None, "-")
+    with task_progress("Generating", budget, "tokens", beside_answers=on_stdout) as advance:
+        for token, record in stream:
+            advance(1)
+            if record is not None:
+                advance(token.request.max_new_tokens - len(record["tokens"]))
+                yield record

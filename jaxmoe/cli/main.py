@@ -1,0 +1,50 @@
+"""The `jaxmoe` command and its subcommands."""
+
+import argparse
+import importlib
+import sys
+
+from jaxmoe.cli.terminal import run
+
+COMMANDS = {
+    "convert": "any published Llama 4 checkpoint to an Orbax one",
+    "generate": "text from a checkpoint, for a prompt or a file of requests",
+    "read": "a long text once, for any number of questions",
+    "evaluate": "logits, needles in long contexts, repetition, quantization",
+    "export": "a checkpoint back to the Hugging Face layout",
+    "make-tokens": "text or JSON lines to the tokens that training reads",
+    "train": "a model as one YAML file says",
+    "plan": "what fits on hardware before it is rented",
+    "benchmark": "speed, and what bounds each kernel by its machine code",
+    "tune": "the sizes of the GPU kernels",
+}
+
+
+def main() -> None:
+    """Runs the subcommand that the first argument names, with the others as its own."""
+    lines = "\n".join(f"  {name:<12} {what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="jaxmoe",
+        description="Llama 4 in JAX: `jaxmoe COMMAND --help` says more of each command.",
+        epilog=f"commands:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=_version())
+    command = parser.parse_args(sys.argv[1:2]).command
+    run_command(command, sys.argv[2:], prog=f"jaxmoe {command}")
+
+
+def run_command(name: str, arguments: list[str], prog: str) -> None:
+    """Runs a command as if it were a program `prog` of its own, and ends the process on errors.
+
+    A command's module, and with it JAX, is imported only once it is known which one runs.
+    """
+    sys.argv = [prog, *arguments]
+    run(lambda: importlib.import_module(f"jaxmoe.cli.{name.replace('-', '_')}").main())
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    return metadata.version("jaxmoe")

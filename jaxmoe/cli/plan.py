@@ -1,0 +1,103 @@
+"""Says before the hardware is rented what fits on it: memory, context and bounds on speed."""
+
+import argparse
+import json
+import sys
+
+import jax
+
+from jaxmoe.errors import UserError
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.plan import planner
+from jaxmoe.plan.models import read_dtype, read_model
+from jaxmoe.plan.targets import Target, parse_target
+from jaxmoe.plan.text import print_plan
+from jaxmoe.plan.work import FORMATS, SEGMENT, TASKS, Work
+
+
+def parse_args() -> argparse.Namespace:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="scout, maverick, or a checkpoint's folder")
+    parser.add_argument(
+        "--target",
+        required=True,
+        help="such as h100x8, h200x1, v5p-16 or v6e-64, or a YAML file that describes one",
+    )
+    parser.add_argument("--task", choices=TASKS, default="decode")
+    parser.add_argument(
+        "--context", metavar="N|max", help="tokens a row; default: max, in training 8192"
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows")
+    parser.add_argument("--weights", choices=FORMATS, default="bf16")
+    parser.add_argument("--kv", choices=FORMATS, default="bf16")
+    parser.add_argument(
+        "--segment",
+        type=int,
+        default=SEGMENT,
+        metavar="N",
+        help="tokens that prefill feeds at once",
+    )
+    parser.add_argument(
+        "--mesh",
+        default="auto",
+        metavar="SPEC|auto",
+        help="as in expert=4,tensor=2, or a YAML file",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="ask the target's real compiler, in minutes"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--png", metavar="FILE", help="draw memory by context")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the command."""
+    jax.config.update("jax_platforms", "cpu")  # plans need no accelerator
+    args = parse_args()
+    target = parse_target(args.target)
+    mesh = None if args.mesh == "auto" else MeshConfig.parse(args.mesh)
+    plan = planner.make_plan(args.model, _work(args, target, mesh), target, mesh)
+    if args.task != "train" and read_dtype(args.model) == "float32":
+        print(
+            f"note: {args.model} is in float32, as it is loaded without --dtype bfloat16, which is "
+            "what is planned.",
+            file=sys.stderr,
+        )
+    if args.compile and plan.fits:
+        plan = planner.with_compiler(plan)
+    if args.json:  # also of what does not fit: a machine can do with the figures
+        print(json.dumps(planner.to_json(plan), indent=2))
+    planner.check_fits(plan)
+    if not args.json:
+        print_plan(plan)
+    if args.png:
+        _draw(plan, args.png)
+
+
+def _draw(plan: planner.Plan, path: str) -> None:
+    try:
+        from jaxmoe.plan.png import draw
+    except ImportError:  # nothing else needs it
+        raise UserError("--png needs Pillow; run pip install pillow.") from None
+    draw(plan, path)
+
+
+def _work(args: argparse.Namespace, target: Target, mesh: MeshConfig | None) -> Work:
+    config = read_model(args.model)
+    context = args.context or (str(SEGMENT) if args.task == "train" else "max")
+    if context != "max" and not context.isdecimal():
+        raise UserError(f"--context {context} is neither a number of tokens nor 'max'.")
+    work = Work(
+        config=config,
+        task=args.task,
+        context=config.max_position_embeddings if context == "max" else int(context),
+        rows=args.batch,
+        weights=args.weights,
+        kv=args.kv,
+        segment=args.segment,
+    )
+    if args.compile and args.task == "train":
+        raise UserError("--compile serves decode and prefill; leave it out to plan training.")
+    return planner.with_longest_context(work, target, mesh) if context == "max" else work

@@ -1,0 +1,1 @@
+"""Compiles kernels for accelerators that are not there, and reads the machine code."""

@@ -1,0 +1,151 @@
+"""Devices of accelerators that this machine does not have, good for compiling only.
+
+The compiler is the real one, so its memory analysis is what the hardware would get. GPUs need the
+extra `absent-gpu`: the CUDA plugin of jax, without a driver. TPUs need `absent-tpu`: libtpu.
+"""
+
+import functools
+import importlib.util
+import os
+import string
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from pallas_kernels.compile.errors import CompilerError
+from pallas_kernels.ptxas import packaged_toolkit
+
+# What XLA wants to know of a GPU, in the text form of its GpuTargetConfigProto.
+_GPU = string.Template("""
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: $shared threads_per_core_limit: $threads core_count: $cores
+  fpus_per_core: $fpus block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64 l2_cache_size: $l2 clock_rate_ghz: $clock
+  shared_memory_per_block_optin: $optin
+  cuda_compute_capability { major: $major minor: $minor } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  memory_bandwidth: $bandwidth device_memory_size: $memory
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
+device_description_str: "$name"
+""")
+
+# Sizes as in XLA's sources, xla/backends/gpu/target_config/specs; it has no L40S, whose are the
+# published ones of its chip, AD102.
+_HOPPER = {
+    "major": 9, "minor": 0, "cores": 132, "fpus": 128, "threads": 2048, "clock": 1.98,
+    "l2": 52428800, "shared": 233472, "optin": 232448,
+}  # fmt: skip
+_GPUS: dict[str, dict] = {
+    "a100": {
+        "name": "NVIDIA A100-SXM4-80GB", "major": 8, "minor": 0, "cores": 108, "fpus": 64,
+        "threads": 2048, "clock": 1.41, "l2": 41943040, "shared": 167936, "optin": 166912,
+        "bandwidth": 2039040000000, "memory": 85100068864,
+    },
+    "l40s": {
+        "name": "NVIDIA L40S", "major": 8, "minor": 9, "cores": 142, "fpus": 128,
+        "threads": 1536, "clock": 2.52, "l2": 100663296, "shared": 102400, "optin": 101376,
+        "bandwidth": 864000000000, "memory": 48305799168,
+    },
+    "h100": {
+        "name": "NVIDIA H100 80GB HBM3", **_HOPPER,
+        "bandwidth": 3352320000000, "memory": 84978434048,
+    },
+    "h200": {"name": "NVIDIA H200", **_HOPPER, "bandwidth": 4800000000000, "memory": 151397597184},
+    "b200": {
+        "name": "NVIDIA B200", "major": 10, "minor": 0, "cores": 148, "fpus": 128,
+        "threads": 2048, "clock": 1.965, "l2": 132644864, "shared": 233472, "optin": 232448,
+        "bandwidth": 7672320000000, "memory": 191514411008,
+    },
+}  # fmt: skip
+GPUS = tuple(_GPUS)
+
+# libtpu looks for no TPU hosts, and loads beside other processes that use it.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+_LOWERED_AS = {"gpu": "cuda"}  # JAX's name of a platform -> that of its lowering rules
+
+
+def absent_gpus(kind: str, count: int) -> list[jax.Device]:
+    """`count` GPUs of one host.
+
+    Args:
+        kind: one of `GPUS`, such as "a100".
+
+    Raises:
+        CompilerError: if the CUDA plugin is not installed.
+    """
+    _require("jax_plugins.xla_cuda13", "jax-cuda13-plugin", "absent-gpu")
+    described = _GPUS[kind]
+    topology = topologies.get_topology_desc(
+        described["name"],
+        "cuda",
+        target_config=_GPU.substitute(described),
+        topology=f"1x{count}x1",
+    )
+    return list(topology.devices)
+
+
+absent_h100s = functools.partial(absent_gpus, "h100")
+absent_h200s = functools.partial(absent_gpus, "h200")
+
+
+def absent_tpus(topology: str) -> list[jax.Device]:
+    """All TPUs of a slice.
+
+    Args:
+        topology: generation and chips along each axis, such as "v5p:2x2x1" or "v6e:2x2".
+
+    Raises:
+        CompilerError: if libtpu is not installed, or knows no such slice.
+    """
+    _require("libtpu", "libtpu", "absent-tpu")
+    for name, value in _LIBTPU.items():
+        os.environ.setdefault(name, value)
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise CompilerError(f"libtpu knows no topology '{topology}': {error}") from error
+
+
+def mesh_of(device: jax.Device) -> jax.sharding.Mesh:
+    """One device as a mesh; under its abstract mesh, functions are traced for that device."""
+    axis_types = (jax.sharding.AxisType.Explicit,)
+    return jax.sharding.Mesh(np.array([device]), ("device",), axis_types=axis_types)
+
+
+def lower_for(device: jax.Device, function: Callable, *arguments) -> jax.stages.Lowered:
+    """Lowers a function of ShapeDtypeStructs for one device."""
+    mesh = mesh_of(device)
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), arguments
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(function).trace(*placed)
+        return traced.lower(lowering_platforms=(_LOWERED_AS.get(device.platform, device.platform),))
+
+
+def _require(module: str, package: str, extra: str) -> None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # the package that it is in
+        found = None
+    if found is None:
+        raise CompilerError(f"{package} is not installed; run pip install 'jaxmoe[{extra}]'.")
+
+
+def compiler_options() -> dict[str, str | int]:
+    """For `.compile()` on GPUs: no trial runs of kernels, and nvidia-cuda-nvcc's assembler."""
+    options: dict[str, str | int] = {"xla_gpu_autotune_level": 0}
+    if toolkit := packaged_toolkit():
+        options["xla_gpu_cuda_data_dir"] = toolkit
+    return options
