@@ -85,7 +85,7 @@ def test_nothing_compiles(compiled, problem):
         entry(problem)
 
 
-def test_only_present_devices_are_timed(problem):
+def test_only_present_devices_are_timed(problem, untyped):
     (here,) = jax.devices()[:1]
     assert tune._seconds(here, problem, [SMALL, LARGE]).keys() == {SMALL, LARGE}
     absent = dataclasses.make_dataclass("Device", ["device_kind"])("NVIDIA H200")
