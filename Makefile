@@ -1,22 +1,26 @@
 # make            the environment                make oracle   agreement with torch and transformers
-# make demo       a small Llama 4 writes text    make bench    speed on this CPU
+# make demo       a small Llama 4 writes text    make newest   main tests on the newest jax
+# make check      lint and the quick tests       make bench    speed on this CPU
 # make test       every test but the oracle's    make lock     newest versions into requirements/
-# make lint       style and types                make clean    removes what was built
+# make lint       style, types, architecture     make clean    removes what was built
 #
 # Settable, as in `make VENV=/tmp/venv test`: PYTHON and ORACLE_PYTHON (which build the environments),
-# VENV, VENV_ORACLE, BUILD.
+# VENV, VENV_ORACLE, VENV_NEWEST, BUILD.
 
 VENV = .venv
 VENV_ORACLE = .venv-oracle
+VENV_NEWEST = .venv-newest
 BUILD = build
 
 python = $(VENV)/bin/python
 in_parallel = --numprocesses 2 --dist loadfile
+newest_tests = tests/model/test_golden.py tests/generate/test_engine.py tests/train/test_trainer.py \
+    tests/checkpoint/test_convert.py tests/checkpoint/test_formats.py
 ORACLE_SEED := $(or $(JAXMOE_ORACLE_SEED),$(shell date +%s))
 with_oracle = JAXMOE_ORACLE_PYTHON="$(abspath $(VENV_ORACLE))/bin/python"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo test lint oracle bench lock clean
+.PHONY: venv demo check test lint oracle newest bench lock clean
 .DEFAULT_GOAL = venv
 
 venv: $(VENV)/.project
@@ -25,6 +29,9 @@ demo: $(VENV)/.project $(BUILD)/demo.converted
 	$(python) scripts/generate.py $(BUILD)/demo --prompt "In the beginning" \
 	    --mesh expert=4,sequence=2 --cpu-devices 8 --max-new-tokens 120 --temperature 0.8
 
+check: lint
+	$(python) -m pytest -m quick $(in_parallel)
+
 test: $(VENV)/.project
 	$(python) -m pytest -m "not oracle" $(in_parallel)
 
@@ -32,10 +39,14 @@ lint: $(VENV)/.project
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m pyrefly check --python-interpreter-path $(python)
+	$(VENV)/bin/lint-imports --no-cache
 
 oracle: $(VENV)/.project $(VENV_ORACLE)/.locked
 	@echo "JAXMOE_ORACLE_SEED=$(ORACLE_SEED)"
 	@$(with_oracle) JAXMOE_ORACLE_SEED=$(ORACLE_SEED) $(python) -m pytest -m oracle --numprocesses 2
+
+newest: $(VENV_NEWEST)/.project
+	$(VENV_NEWEST)/bin/python -m pytest $(in_parallel) $(newest_tests)
 
 bench: $(VENV)/.project $(VENV_ORACLE)/.locked
 	$(with_oracle) $(python) scripts/benchmark.py cpu
@@ -60,13 +71,15 @@ new_venv = python=$$(.ci/find-python $2 $3 $4) && \
     "$$python" -m venv $$(test ! -e $1/pyvenv.cfg || echo --clear) $1
 
 $(VENV)/.locked: requirements/dev.lock
-	@$(call new_venv,$(VENV),PYTHON,3.12,3.14)
-	@echo "Installing $< into $(VENV): about 2 GB, once."
-	@$(python) -m pip install --quiet --require-hashes --requirement $<
+$(VENV_NEWEST)/.locked: requirements/newest.lock
+$(VENV)/.locked $(VENV_NEWEST)/.locked:
+	@$(call new_venv,$(@D),PYTHON,3.12,3.14)
+	@echo "Installing $< into $(@D): up to 2 GB, once."
+	@$(@D)/bin/python -m pip install --quiet --require-hashes --requirement $<
 	@touch $@
 
-$(VENV)/.project: $(VENV)/.locked pyproject.toml $(wildcard */__init__.py)
-	@$(python) -m pip install --quiet --no-deps --no-build-isolation --editable .
+$(VENV)/.project $(VENV_NEWEST)/.project: %/.project: %/.locked pyproject.toml $(wildcard */__init__.py)
+	@$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV_ORACLE)/.locked: requirements/oracle.lock

@@ -1,14 +1,11 @@
 """Llama 4 (Scout, Maverick) in JAX and Flax: exact, long, and on your own mesh.
 
-import jax, jaxmoe
+import jaxmoe
 
 mesh = jaxmoe.MeshConfig.parse("fsdp=-1").make()  # all devices; on 8 GPUs tensor=8 is faster
-config, params = jaxmoe.load("checkpoint", mesh)
+config, params = jaxmoe.load("checkpoint", mesh)  # a folder that `jaxmoe convert` wrote
 tokenizer = jaxmoe.Tokenizer.load("checkpoint")
-request = jaxmoe.Request("0", tuple(tokenizer.encode("Hello", bos=True)), max_new_tokens=32)
-with jax.set_mesh(mesh):
-    stream = jaxmoe.generate(config, params, [request], jaxmoe.Sampling(temperature=0.0))
-    print(tokenizer.decode([token.token for token in stream]))
+print(jaxmoe.generate_text(config, params, tokenizer, "In the beginning", max_new_tokens=32))
 """
 
 from importlib import metadata
@@ -20,6 +17,7 @@ from jaxmoe.generation.document import Document
 from jaxmoe.generation.engine import Request, Token, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.generation.saved_document import load_document, read_document
+from jaxmoe.generation.text import generate_text
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import quantize_params
 from jaxmoe.model.transformer import Llama4, forward, unembed
@@ -43,6 +41,7 @@ __all__ = [
     "UserError",
     "forward",
     "generate",
+    "generate_text",
     "load",
     "load_document",
     "quantize_params",

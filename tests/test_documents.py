@@ -23,7 +23,7 @@ def test_snippets_run_as_they_are_written(tmp_path, monkeypatch, capsys):
     convert(ROOT / "demo" / "model", tmp_path / "build" / "demo")
     monkeypatch.chdir(tmp_path)
     first, *others = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(first.strip().splitlines()) <= 11
+    assert len(first.strip().splitlines()) <= 6
     names: dict = {}
     exec(compile(first, "README.md", "exec"), names)
     assert len(capsys.readouterr().out.split()) > 3
