@@ -1,5 +1,7 @@
 """generate_text: one prompt's answer is that of the engine and the decoder, wherever params lie."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -33,13 +35,14 @@ def model(tmp_path_factory):
     ids=["text", "chat"],
 )
 def test_the_answer_is_the_engines(model, prompt, tokens):
-    request = Request("0", tuple(tokens), 8)
+    request, stop_ids = Request("0", tuple(tokens), 8), (0, 1, *TOKENIZER.stop_ids)
+    config = dataclasses.replace(model.config, eos_token_ids=(0, 1))
     with jax.set_mesh(one_device()):
-        stream = generate(model.config, model.params, [request], GREEDY, stop_ids=())
+        stream = generate(config, model.params, [request], GREEDY, stop_ids=stop_ids)
         expected = TOKENIZER.decode([token.token for token in stream])
     options = {"max_new_tokens": 8, "sampling": GREEDY}
     params = model.on(MeshConfig.parse("tensor=2").make(jax.devices()[:2]))
-    assert generate_text(model.config, params, TOKENIZER, prompt, **options) == expected
+    assert generate_text(config, params, TOKENIZER, prompt, **options) == expected
 
 
 def test_logits_that_are_not_finite_are_an_error(model):
