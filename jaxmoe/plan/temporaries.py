@@ -64,7 +64,7 @@ def _experts(work: Work, mesh: MeshConfig, share: Spread) -> int:
 
 
 def expert_rows(items: int, experts: int, here: int) -> int:
-    """R: as `pallas_kernels.experts.plan` places items in blocks."""
+    """R: as `pallas_kernels.experts.group_metadata` places items in blocks."""
     half = max(1, items // (2 * experts))
     block = min(BLOCK, max(8, 1 << (half.bit_length() - 1)))
     return min(items, items // block + here) * block

@@ -27,7 +27,7 @@ from jaxmoe.plan.work import (
 from jaxmoe.train.config import OptimizerConfig
 from jaxmoe.train.optimizer import make_optimizer
 from jaxmoe.train.state import abstract_state
-from pallas_kernels.experts import plan_groups
+from pallas_kernels.experts import make_group_metadata
 
 MESHES = ["data=1", "tensor=8", "expert=4,sequence=2", "data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"]
 
@@ -96,7 +96,7 @@ def test_a_vocabulary_that_the_mesh_does_not_divide():
 def test_rows_of_experts_are_those_of_the_kernels_plan(items, experts, here):
     block = min(128, items // (2 * experts))
     group = jax.ShapeDtypeStruct((items,), jnp.int32)
-    plan = jax.eval_shape(lambda group: plan_groups(group, here, block), group)
+    plan = jax.eval_shape(lambda group: make_group_metadata(group, here, block), group)
     assert expert_rows(items, experts, here) == plan.item_of_row.shape[0]
 
 

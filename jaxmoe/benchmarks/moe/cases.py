@@ -10,7 +10,7 @@ from jaxmoe.benchmarks.gpu import COLD_BYTES, SPARE_BYTES
 from jaxmoe.benchmarks.moe.routing import experts_of
 from jaxmoe.benchmarks.tables import ROUTINGS
 from jaxmoe.config import PRESETS, Llama4Config
-from pallas_kernels.quantized import scale_width
+from pallas_kernels.quantized import default_group_size
 
 MODELS = dict(PRESETS)
 FORMATS = ("bf16", "int8", "fp8", "int4")  # of experts' matrices
@@ -138,7 +138,7 @@ def matrix_bytes(config: Llama4Config, name: str, format: str) -> int:
     """Of one expert's matrix as it is stored, with its scales."""
     inputs, outputs = matrix_shape(config, name)
     values = inputs * outputs * BITS[format] // 8
-    scales = 0 if format == "bf16" else 4 * outputs * (inputs // scale_width(format, inputs))
+    scales = 0 if format == "bf16" else 4 * outputs * (inputs // default_group_size(format, inputs))
     return values + scales
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.experts import plan_groups
+from pallas_kernels.experts import make_group_metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def named(name):
 
 
 def planned(case):
-    return jax.jit(plan_groups, static_argnums=(1, 2))(case.items, case.E, case.block)
+    return jax.jit(make_group_metadata, static_argnums=(1, 2))(case.items, case.E, case.block)
 
 
 class Arrays(NamedTuple):

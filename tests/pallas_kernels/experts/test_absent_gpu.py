@@ -18,7 +18,7 @@ from pallas_kernels.compile.absent import (
 )
 from pallas_kernels.compile.assembler import assembler_reports
 from pallas_kernels.experts import gated_matmul, grouped_implementation, grouped_matmul
-from pallas_kernels.experts.grouped_mosaic import Config
+from pallas_kernels.experts.grouped_mosaic import GroupedMosaicConfig
 from pallas_kernels.experts.mosaic_kernels import TileConfig
 from pallas_kernels.quantized import quantize_matrix
 
@@ -155,7 +155,9 @@ def test_memory_of_a_layer():
 
 def test_spills_are_seen():
     """Catches a check that nothing fails: sums of 2 x 256 columns leave no register free."""
-    function = functools.partial(gated, config=Config(TileConfig(columns=512, slots=1)))
+    function = functools.partial(
+        gated, config=GroupedMosaicConfig(TileConfig(columns=512, slots=1))
+    )
     lowered = lower_for(*absent_h100s(1), function, *arguments("scout"))
     with pytest.raises(AssertionError):
         check(lowered, [TILES])

@@ -107,11 +107,12 @@ MISTAKES = {
 # What `grouped_implementation`, which takes no config, does not see.
 CONFIGS = {
     "config of another implementation": (
-        {"implementation": "xla", "config": grouped_mosaic.Config()},
-        "not for implementation 'xla', which takes pallas_kernels.experts.grouped_xla.Config",
+        {"implementation": "xla", "config": grouped_mosaic.GroupedMosaicConfig()},
+        "not for implementation 'xla', which takes "
+        r"pallas_kernels\.experts\.grouped_xla\.GroupedXlaConfig",
     ),
     "config of what is not chosen": (
-        {"config": grouped_mosaic.Config()},
+        {"config": grouped_mosaic.GroupedMosaicConfig()},
         "not for implementation 'xla'",
     ),
 }
@@ -183,7 +184,7 @@ def test_the_call_without_a_mistake():
     assert grouped_implementation(**CALL, interpret=True) == "megablox"
     scale = {"row_scale": array(16)}
     for out in (
-        traced(grouped_matmul, **CALL, config=grouped_xla.Config()),
+        traced(grouped_matmul, **CALL, config=grouped_xla.GroupedXlaConfig()),
         traced(gated_matmul, **gate_and_up(**CALL), **scale),
     ):
         assert (out.shape, out.dtype) == ((16, 128), jnp.bfloat16)

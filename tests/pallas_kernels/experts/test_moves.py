@@ -112,7 +112,7 @@ def test_kernels_in_float32(width, case):
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_blocks_of_rows(rows, case):
     """Those that divide nothing, and one that is larger than all."""
-    check((*GPU, ("config", moves_mosaic.Config(rows=rows))), case, "bfloat16", 128)
+    check((*GPU, ("config", moves_mosaic.MoveMosaicConfig(rows=rows))), case, "bfloat16", 128)
 
 
 @pytest.mark.parametrize("options", [XLA, GPU])
@@ -182,12 +182,12 @@ MISTAKES = {
     "interpreter of another": (KERNEL | {"interpret": True}, "plgpu.InterpretGPUParams"),
     "integers": ({"dtype": jnp.int8}, "is int8.*; it must be floating"),
     "config of another implementation": (
-        {"implementation": "xla", "config": moves_mosaic.Config()},
-        "not for implementation 'xla', which takes pallas_kernels.experts.moves.XlaConfig",
+        {"implementation": "xla", "config": moves_mosaic.MoveMosaicConfig()},
+        "not for implementation 'xla', which takes pallas_kernels.experts.moves.MoveXlaConfig",
     ),
-    "no rows": (KERNEL | {"config": moves_mosaic.Config(rows=0)}, "config has rows=0"),
+    "no rows": (KERNEL | {"config": moves_mosaic.MoveMosaicConfig(rows=0)}, "config has rows=0"),
     "too many rows": (
-        KERNEL | {"config": moves_mosaic.Config(rows=23), "width": 5120},
+        KERNEL | {"config": moves_mosaic.MoveMosaicConfig(rows=23), "width": 5120},
         "config has rows=23; a block of such rows has from 1 to 22",
     ),
 }
@@ -242,6 +242,6 @@ def test_shared_rows_of_another_type(untyped):
 def test_the_call_without_a_mistake():
     """That all the others differ from by their mistake alone."""
     rows = array(rows_of_plan(), 128)
-    for options in ({}, dict(GPU), dict(XLA) | {"config": moves.XlaConfig()}):
+    for options in ({}, dict(GPU), dict(XLA) | {"config": moves.MoveXlaConfig()}):
         assert traced(dispatch, array(50, 128), **options).shape == rows.shape
         assert traced(combine, rows, array(50, 128), **options).shape == (50, 128)

@@ -17,8 +17,8 @@ from pallas_kernels.compile.absent import (
     mesh_of,
 )
 from pallas_kernels.compile.assembler import assembler_reports
-from pallas_kernels.experts import GroupPlan, combine, dispatch, move_implementation
-from pallas_kernels.experts.moves_mosaic import Config
+from pallas_kernels.experts import GroupMetadata, combine, dispatch, move_implementation
+from pallas_kernels.experts.moves_mosaic import MoveMosaicConfig
 from tests.pallas_kernels.experts.test_absent_gpu import layer_arguments
 
 pytestmark = pytest.mark.absent_gpu
@@ -36,7 +36,7 @@ def shaped(*shape, dtype=jnp.bfloat16):
 def arguments(size, width=D, dtype=jnp.bfloat16):
     """A plan, its items and its rows."""
     N, R = SIZES[size]
-    plan = GroupPlan(*(shaped(count, dtype=jnp.int32) for count in (N, R, E, E)))
+    plan = GroupMetadata(*(shaped(count, dtype=jnp.int32) for count in (N, R, E, E)))
     return plan, shaped(N, width, dtype=dtype), shaped(R, width, dtype=dtype)
 
 
@@ -97,7 +97,7 @@ def test_other_sizes(size, width, dtype, move):
 @pytest.mark.parametrize(("move", "rows"), [(go, 22), (back_to_shared, 11)])
 def test_largest_blocks(move, rows):
     """As many rows as the check of a config lets pass do fit."""
-    function = functools.partial(move, config=Config(rows=rows))
+    function = functools.partial(move, config=MoveMosaicConfig(rows=rows))
     lowered = lower_for(*absent_h200s(1), function, *arguments("scout"))
     assert len(assembler_reports(lowered, compiler_options())) == 1
 

@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.choice import Implementation
 from pallas_kernels.experts import combine, dispatch, gated_matmul, grouped_matmul
 from pallas_kernels.experts.grouped import IMPLEMENTATIONS, GroupedCase
-from pallas_kernels.experts.grouped_megablox import Config as MegabloxConfig
-from pallas_kernels.experts.grouped_mosaic import Config as MosaicConfig
+from pallas_kernels.experts.grouped_megablox import GroupedMegabloxConfig
+from pallas_kernels.experts.grouped_mosaic import GroupedMosaicConfig
 from pallas_kernels.experts.mosaic_kernels import StreamConfig, TileConfig
 from pallas_kernels.experts.mosaic_quantized import QuantizedConfig
 from tests.pallas_kernels.attention.cases import no_races
@@ -52,14 +52,16 @@ NAMED = {each.name: each for each in IMPLEMENTATIONS}
 XLA = Way(NAMED["xla"])
 MOSAIC_GPU = Way(
     NAMED["mosaic_gpu"],
-    MosaicConfig(
+    GroupedMosaicConfig(
         TileConfig(slots=2, together=2), StreamConfig(slots=2), QuantizedConfig(slots=2, together=2)
     ),
     plgpu.InterpretGPUParams(detect_races=True),
     no_races,
 )
 MEGABLOX = Way(
-    NAMED["megablox"], MegabloxConfig(row_bytes=512, columns=128, gradient=128), interpret=True
+    NAMED["megablox"],
+    GroupedMegabloxConfig(row_bytes=512, columns=128, gradient=128),
+    interpret=True,
 )
 
 

@@ -12,10 +12,10 @@ from pallas_kernels.quantized import quantize
 from pallas_kernels.step import (
     HeadPlan,
     add_rms_norm,
+    busy_experts,
     experts_down,
     experts_gate_up,
     matmul_few,
-    slots_of,
     write_heads,
 )
 from pallas_kernels.step.heads import _rows_tile
@@ -94,7 +94,7 @@ def test_heads(format, local):
 def test_experts(tokens, experts):
     def run(x, gate, down, shared_gate, shared_down, expert, score):
         routed = (gate, gate) if experts else None
-        slots = slots_of(expert, experts) if experts else jnp.zeros(1, jnp.int32)
+        slots = busy_experts(expert, experts) if experts else jnp.zeros(1, jnp.int32)
         hidden = experts_gate_up(x, routed, (shared_gate, shared_gate), expert, score, slots)
         return experts_down(hidden, down, shared_down, expert, slots)
 

@@ -14,10 +14,10 @@ from pallas_kernels.quantized import quantize
 from pallas_kernels.step import (
     HeadPlan,
     add_rms_norm,
+    busy_experts,
     experts_down,
     experts_gate_up,
     matmul_few,
-    slots_of,
     write_heads,
 )
 from pallas_kernels.step.heads import swap_pairs
@@ -139,7 +139,7 @@ def feed_forward(x, routed, shared, expert, score, shared_here=True, **run):
     slots = jnp.zeros(1, jnp.int32)
     gate_up, down = None, None
     if routed:
-        slots = slots_of(expert, len(routed[2]), shared_here)
+        slots = busy_experts(expert, len(routed[2]), shared_here)
         gate_up, down = routed[:2], routed[2]
     hidden = experts_gate_up(x, gate_up, shared[:2], expert, score, slots, **run)
     return experts_down(hidden, down, shared[2], expert, slots, **run)
@@ -208,5 +208,8 @@ def test_what_is_bad_in_the_experts_stays_there(where, bad):
     ],
 )
 def test_slots(expert, num_experts, slots):
-    assert slots_of(jnp.array(expert), num_experts).tolist() == slots
-    assert slots_of(jnp.array(expert), num_experts, False).tolist() == [*slots[:-1], num_experts]
+    assert busy_experts(jnp.array(expert), num_experts).tolist() == slots
+    assert busy_experts(jnp.array(expert), num_experts, False).tolist() == [
+        *slots[:-1],
+        num_experts,
+    ]
