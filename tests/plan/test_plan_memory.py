@@ -16,7 +16,7 @@ from jaxmoe.plan.memory import STEP, largest_context, memory
 from jaxmoe.plan.targets import parse_target
 from jaxmoe.plan.temporaries import expert_rows
 from jaxmoe.plan.work import (
-    FORMATS,
+    STORAGE_FORMATS,
     Work,
     abstract_mesh,
     cache_bytes,
@@ -37,7 +37,7 @@ def work(name="scout", **fields):
 
 
 @pytest.mark.parametrize("spec", MESHES)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_weights_are_those_of_all_abstract_parameters(name, format, spec):
     """Catches a kind of layer that is counted wrongly, or an array that is left out."""
@@ -48,7 +48,7 @@ def test_weights_are_those_of_all_abstract_parameters(name, format, spec):
     assert weight_bytes(planned, mesh) == device_bytes(params)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", STORAGE_FORMATS)
 def test_parameters_are_counted_once_in_any_format(format):
     stored = [x for x in stored_params(PRESETS["maverick"], None if format == "bf16" else format)]
     counted = sum(x.numbers(MeshConfig()) for x in stored if not x.name.endswith(".scale"))
@@ -67,7 +67,7 @@ def test_cache_is_that_of_all_layers(kv, spec, rows, context):
     assert cache_bytes(planned, mesh) == device_bytes(cache)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("spec", ["tensor=16", "expert=3", "fsdp=7", "tensor=8,expert=16"])
 def test_a_mesh_divides_as_abstract_parameters_say(spec, format):
     planned, mesh = work(weights=format), MeshConfig.parse(spec)

@@ -122,7 +122,7 @@ def test_a_ring_sends_its_array_twice():
 @pytest.mark.parametrize("segment, layers", [(8 * 8192, 12), (8 * 4096, 48)])
 def test_devices_with_whole_chunks_send_no_keys_of_local_layers(segment, layers):
     """Of `layers` keys and values, of 12 global ones queries and results, but for one's own."""
-    work = Work(config=SCOUT, task="prefill", context=10 * 8 * 8192, segment=segment)
+    work = Work(config=SCOUT, task="prefill", context=10 * 8 * 8192, prefill_chunk=segment)
     numbers = layers * 8 * (2 + 2) + 12 * 40 * (2 + 4)
     sent = demand(work, MeshConfig(sequence=8)).sent
     assert sent == pytest.approx(7 / 8 * segment * 128 * numbers)

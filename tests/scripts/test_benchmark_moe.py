@@ -155,7 +155,7 @@ def test_work():
     assert named("routed-maverick-1-random-int8").work["TB/s"] == one_in_int8
 
 
-@pytest.mark.parametrize("format", cases.FORMATS)
+@pytest.mark.parametrize("format", cases.MATRIX_FORMATS)
 @pytest.mark.parametrize("name", ["gate", "down"])
 def test_matrices_are_as_large_as_counted(name, format):
     config = dataclasses.replace(TINY, hidden_size=512, intermediate_size=256)
