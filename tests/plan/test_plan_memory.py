@@ -1,4 +1,4 @@
-"""Bytes of a plan: those of the model's own abstract arrays, and what fits of them."""
+"""A plan's bytes equal those of the model's abstract arrays, and decide what fits."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def work(name="scout", **fields):
 @pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_weights_are_those_of_all_abstract_parameters(name, format, spec):
-    """Catches a kind of layer that is counted wrongly, or an array that is left out."""
+    """Catches a kind of layer counted wrongly, and an array left out."""
     planned, mesh = work(name, weights=format), MeshConfig.parse(spec)
     params = abstract_params(
         PRESETS[name], abstract_mesh(mesh), jnp.bfloat16, None if format == "bf16" else format
@@ -59,7 +59,7 @@ def test_parameters_are_counted_once_in_any_format(format):
 @pytest.mark.parametrize("spec", MESHES)
 @pytest.mark.parametrize("kv", ["bf16", "int8", "int4"])
 def test_cache_is_that_of_all_layers(kv, spec, rows, context):
-    """Catches axes that are taken for alike, and tables or coordinates that are left out."""
+    """Catches axes wrongly taken as equivalent, and page tables or coordinates left out."""
     mesh = MeshConfig.parse(spec)
     abstract, planned = abstract_mesh(mesh), work(rows=rows, context=context, kv=kv)
     capacity = round_capacity(context, abstract)
@@ -81,7 +81,7 @@ def test_a_mesh_divides_as_abstract_parameters_say(spec, format):
 
 
 def test_a_vocabulary_that_the_mesh_does_not_divide():
-    """Filled up on the mesh, but not in training, where a state would not fit another mesh."""
+    """The vocabulary is padded, except in training, whose states must fit other meshes."""
     config, mesh = dataclasses.replace(SCOUT, vocab_size=201135), MeshConfig.parse("tensor=8")
     planned = Work(config=config, context=8192, rows=1)
     check_mesh(planned, mesh)
@@ -123,7 +123,7 @@ def test_the_largest_context_is_none_or_the_models_own():
 
 @pytest.mark.parametrize("spec", ["fsdp=8", "tensor=4,expert=2"])
 def test_training_keeps_what_the_trainer_keeps(spec):
-    """Beside some scalars."""
+    """Weights and optimizer are those of the trainer's state, except for some scalars."""
     config = PRESETS["maverick"]
     optimizer = make_optimizer(OptimizerConfig(peak_lr=1.0), config, 1)
     mesh = MeshConfig.parse(spec)
