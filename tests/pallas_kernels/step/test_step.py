@@ -84,7 +84,7 @@ def empty(format, kv_heads):
 
 
 def head_plan(tokens, local, place):
-    """A HeadPlan of random angles or temperatures and the given busy."""
+    """A HeadPlan of random angles or temperatures and the given slots."""
     pad = functools.partial(np.pad, pad_width=((0, 64 - tokens), (0, 0)))
     angle = np.asarray(draw(5, tokens, d // 2, dtype=jnp.float32)) * 3
     cos, sin = (np.repeat(f(angle), 2, -1) for f in (np.cos, np.sin))
@@ -161,7 +161,7 @@ def gated(x, weights, router_weight=1.0):
     ("experts", "expert", "shared_here"),
     [
         (4, [2], True),  # fewer tokens than experts
-        (4, [3, 4, 3], True),  # one token is padding
+        (4, [3, 4, 3], True),  # one token has no expert here
         (4, [2, 1, -1, 0, 0, 2, 0, 2, 3], True),  # more tokens than experts
         (4, [1, 1], False),  # another device has the shared expert
         (0, [0, 0, 0], True),  # a dense layer
@@ -213,7 +213,7 @@ def test_what_is_bad_in_the_experts_stays_there(where, bad):
         ([2, 2, 0, 2, 9], 4, [0, 4, 2, 4, 0]),
     ],
 )
-def test_slots(expert, num_experts, busy):
+def test_busy_experts(expert, num_experts, busy):
     assert busy_experts(jnp.array(expert), num_experts).tolist() == busy
     assert busy_experts(jnp.array(expert), num_experts, False).tolist() == [
         *busy[:-1],
