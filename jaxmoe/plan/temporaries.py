@@ -59,7 +59,8 @@ def _experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> int:
     D, F = config.hidden_size, config.intermediate_size // mesh.tensor
     items = share.group * config.num_experts_per_tok
     rows = expert_rows(items, config.num_local_experts, config.num_local_experts // mesh.expert)
-    buffers = {"stay": 0, "gather": 1, "exchange": 3}[share.exchange]  # of all tokens of the group
+    # Buffers of all tokens of the expert group.
+    buffers = {"stay": 0, "gather": 1, "exchange": 3}[share.exchange]
     return (2 * rows * D + rows * F + buffers * items * D) * BF16
 
 
