@@ -22,10 +22,10 @@ _LOCAL, _SYSTEM = "cuda_sdk_lib/bin/ptxas", "/usr/local/cuda/bin/ptxas"
 def packaged_toolkit() -> str | None:
     """The folder of the package nvidia-cuda-nvcc that holds `bin/ptxas`; None if not installed."""
     try:
-        found = importlib.util.find_spec("nvidia.cu13")
+        spec = importlib.util.find_spec("nvidia.cu13")
     except ModuleNotFoundError:
         return None
-    folders = (found.submodule_search_locations or []) if found else []
+    folders = (spec.submodule_search_locations or []) if spec else []
     return next((folder for folder in folders if (Path(folder) / "bin" / "ptxas").exists()), None)
 
 
@@ -35,8 +35,8 @@ def select() -> str | None:
         first = os.path.join(toolkit, "bin")
         others = [x for x in os.environ.get("PATH", "").split(os.pathsep) if x != first]
         os.environ["PATH"] = os.pathsep.join([first, *others])
-    found = _LOCAL if os.path.exists(_LOCAL) else shutil.which("ptxas")
-    return found or (_SYSTEM if os.path.exists(_SYSTEM) else None)
+    path = _LOCAL if os.path.exists(_LOCAL) else shutil.which("ptxas")
+    return path or (_SYSTEM if os.path.exists(_SYSTEM) else None)
 
 
 @functools.cache
@@ -56,9 +56,9 @@ def why_not() -> str | None:
     release = version(ptxas) if ptxas else ()
     if release >= OLDEST:
         return None
-    found = f"{'.'.join(map(str, release)) or 'an unknown release'} at {ptxas}" if ptxas else "none"
+    used = f"{'.'.join(map(str, release)) or 'an unknown release'} at {ptxas}" if ptxas else "none"
     mend = f"remove {_LOCAL}" if ptxas == _LOCAL else "pip install 'nvidia-cuda-nvcc>=13.3'"
-    return f"it needs ptxas 13.3 or newer, and JAX would use {found}; {mend}"
+    return f"it needs ptxas 13.3 or newer, and JAX would use {used}; {mend}"
 
 
 select()

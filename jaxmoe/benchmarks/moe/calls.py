@@ -1,7 +1,7 @@
 """The contenders of `jaxmoe benchmark moe`: jaxmoe's kernels, ragged_dot, dense, transformers.
 
-A builder makes a contender's `Call`, and is absent if its library cannot express the case. A `way`
-is a class of `jaxmoe.benchmarks.moe.ways`, one contender's way to compute the parts of a layer.
+A builder makes a contender's `Call`, and is absent if its library cannot express the case. The
+argument `contender` of the functions here is an object of a class of `jaxmoe.benchmarks.moe.ways`.
 """
 
 import functools
@@ -56,7 +56,7 @@ class Arguments(NamedTuple):
 
     Attributes:
         weights: the layer's parameters.
-        plan: which row each token takes, in the form of the contender's way.
+        plan: which row each token takes, in the contender's own form.
         x: rows in the order of the plan; tokens, if moving them is part of the call.
         scale: the router weight of each row or token.
         expert: the expert of each token.
@@ -71,72 +71,72 @@ class Arguments(NamedTuple):
     dy: jax.Array | None = None
 
 
-def _call(case: Case, inputs: Inputs, way) -> Call:
+def _call(case: Case, inputs: Inputs, contender) -> Call:
     """Times a case on all of its sets in sequence, as in the layers of a model."""
-    sets = [arguments(case, inputs, way, i) for i in range(len(inputs.experts))]
-    run = _compiled(case.part, way)
+    sets = [arguments(case, inputs, contender, i) for i in range(len(inputs.experts))]
+    run = _compiled(case.part, contender)
     return Call(lambda: run(sets), count=len(sets))
 
 
 @functools.cache  # cases that differ only in routing share a compilation
-def _compiled(part: str, way) -> Callable[[list[Arguments]], list]:
-    run = functools.partial(_PARTS[part], way)
+def _compiled(part: str, contender) -> Callable[[list[Arguments]], list]:
+    run = functools.partial(_PARTS[part], contender)
     return jax.jit(lambda sets: [run(a) for a in sets])
 
 
-def arguments(case: Case, inputs: Inputs, way, number: int) -> Arguments:
+def arguments(case: Case, inputs: Inputs, contender, number: int) -> Arguments:
     """The arguments for one of the sets, by number.
 
     What a layer computes once for all of its products, such as the plan, is computed here and not
     timed.
     """
-    weights = way.weights(inputs.weights, number)
+    weights = contender.weights(inputs.weights, number)
     expert = inputs.experts[number]
     if case.part in ("move", "routed", "layer"):
         return Arguments(weights, None, inputs.x, inputs.router_weight, expert)
-    plan = way.plan(expert)
-    rows = way.rows(plan, inputs.x)
+    plan = contender.plan(expert)
+    rows = contender.rows(plan, inputs.x)
     if case.part == "gated":
-        scale = way.rows(plan, inputs.router_weight[:, None])[:, 0]
+        scale = contender.rows(plan, inputs.router_weight[:, None])[:, 0]
         return Arguments(weights, plan, rows, scale)
     F = case.config.intermediate_size
     hidden_key, dy_key = jax.random.split(jax.random.key(1))
-    hidden = jax.random.normal(hidden_key, (len(rows), way.across * F), rows.dtype)
+    hidden = jax.random.normal(hidden_key, (len(rows), contender.across * F), rows.dtype)
     dy = jax.random.normal(dy_key, rows.shape, rows.dtype) if case.part in ("dx", "dw") else None
     return Arguments(weights, plan, hidden, dy=dy)
 
 
-def _gated(way, a: Arguments) -> jax.Array:
-    return way.gated(a.weights["experts"], a.x, a.scale, a.plan)
+def _gated(contender, a: Arguments) -> jax.Array:
+    return contender.gated(a.weights["experts"], a.x, a.scale, a.plan)
 
 
-def _down(way, a: Arguments) -> jax.Array:
-    return way.down(a.weights["experts"], a.x, a.plan)
+def _down(contender, a: Arguments) -> jax.Array:
+    return contender.down(a.weights["experts"], a.x, a.plan)
 
 
-def _dx(way, a: Arguments) -> jax.Array:
+def _dx(contender, a: Arguments) -> jax.Array:
     """The gradient of `down` by its rows; the compiler drops the product itself as unused."""
-    return jax.vjp(lambda x: way.down(a.weights["experts"], x, a.plan), a.x)[1](a.dy)[0]
+    return jax.vjp(lambda x: contender.down(a.weights["experts"], x, a.plan), a.x)[1](a.dy)[0]
 
 
-def _dw(way, a: Arguments) -> dict:
+def _dw(contender, a: Arguments) -> dict:
     """The gradient of `down` by its matrices; the compiler drops the product itself as unused."""
-    return jax.vjp(lambda p: way.down(p, a.x, a.plan), a.weights["experts"])[1](a.dy)[0]
+    return jax.vjp(lambda p: contender.down(p, a.x, a.plan), a.weights["experts"])[1](a.dy)[0]
 
 
-def _move(way, a: Arguments) -> tuple[jax.Array, jax.Array]:
+def _move(contender, a: Arguments) -> tuple[jax.Array, jax.Array]:
     """Plans, moves tokens to rows and back; returns the rows too, so that they are computed."""
-    plan = way.plan(a.expert)
-    rows = way.rows(plan, a.x)
-    return rows, way.back(plan, rows)
+    plan = contender.plan(a.expert)
+    rows = contender.rows(plan, a.x)
+    return rows, contender.back(plan, rows)
 
 
-def _routed(way, a: Arguments) -> jax.Array:
-    return way.routed(a.weights["experts"], a.x, a.expert, a.scale)
+def _routed(contender, a: Arguments) -> jax.Array:
+    return contender.routed(a.weights["experts"], a.x, a.expert, a.scale)
 
 
-def _layer(way, a: Arguments) -> jax.Array:
-    return way.layer(a.weights, a.x, jnp.ones(a.x.shape[0], bool))
+def _layer(contender, a: Arguments) -> jax.Array:
+    return contender.layer(a.weights, a.x, jnp.ones(a.x.shape[0], bool))
 
 
 _PARTS = {

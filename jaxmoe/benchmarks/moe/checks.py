@@ -95,8 +95,8 @@ def _tokens_of(family: str, size: Size) -> tuple[int, ...]:
 def errors(check: Check, implementation: str) -> dict[str, float]:
     """The largest error of each result against XLA's on the same inputs in float32."""
     arrays = _random(check)
-    way = Blocks(check.size.experts, implementation)
-    got = _run(check.part, way, arrays)
+    contender = Blocks(check.size.experts, implementation)
+    got = _run(check.part, contender, arrays)
     want = _reference(check.part, _exact(arrays))
     return largest_errors(got, want)
 
@@ -170,23 +170,27 @@ def _exact(arrays: Arrays) -> Arrays:
     return jax.tree.map(widened, arrays, is_leaf=lambda x: hasattr(x, "qvalue"))
 
 
-@functools.partial(jax.jit, static_argnames=("part", "way"))
-def _run(part: str, way: Blocks, a: Arrays) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("part", "contender"))
+def _run(part: str, contender: Blocks, a: Arrays) -> dict[str, jax.Array]:
     """The results of a part of the layer, by name, in the order of tokens."""
-    p, plan = a.weights["experts"], way.plan(a.expert)
-    scale = way.rows(plan, a.router_weight[:, None])[:, 0]
+    p, plan = a.weights["experts"], contender.plan(a.expert)
+    scale = contender.rows(plan, a.router_weight[:, None])[:, 0]
     if part == "move":
-        rows = way.rows(plan, a.x)
-        return {"out": way.back(plan, rows), "rows": rows}
+        rows = contender.rows(plan, a.x)
+        return {"out": contender.back(plan, rows), "rows": rows}
     if part == "gated":
-        return {"out": way.back(plan, way.gated(p, way.rows(plan, a.x), scale, plan))}
+        return {
+            "out": contender.back(plan, contender.gated(p, contender.rows(plan, a.x), scale, plan))
+        }
     if part == "down":
-        return {"out": way.back(plan, way.down(p, way.rows(plan, a.hidden), plan))}
+        return {
+            "out": contender.back(plan, contender.down(p, contender.rows(plan, a.hidden), plan))
+        }
     if part == "layer":
-        return {"out": way.layer(a.weights, a.x, a.expert < way.num_experts)}
+        return {"out": contender.layer(a.weights, a.x, a.expert < contender.num_experts)}
     if part == "gradients":
-        return _gradients(way.routed, a)
-    return {"out": way.routed(p, a.x, a.expert, a.router_weight)}
+        return _gradients(contender.routed, a)
+    return {"out": contender.routed(p, a.x, a.expert, a.router_weight)}
 
 
 def _gradients(routed, a: Arrays) -> dict[str, jax.Array]:
