@@ -1,4 +1,4 @@
-"""Writes docs/plan.md's table of plans from benchmarks/plan.json; with --plan, plans anew first."""
+"""Writes docs/plan.md's table of plans from benchmarks/plan.json; with --plan, plans them first."""
 
 import argparse
 import json
@@ -28,9 +28,9 @@ PLANS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plan", action="store_true", help="plan anew, by formula")
+    parser.add_argument("--plan", action="store_true", help="plan all by formula first")
     parser.add_argument(
-        "--compile", metavar="N", type=int, nargs="*", help="with the compiler too: these plans"
+        "--compile", metavar="N", type=int, nargs="*", help="plan these with the compiler too"
     )
     args = parser.parse_args()
     if args.plan:
@@ -45,7 +45,7 @@ def main() -> None:
 def _planned(case: tuple[str, ...], compiles: bool = False) -> dict:
     import jax
 
-    from jaxmoe.plan import planner  # only planning needs JAX
+    from jaxmoe.plan import planner  # imports JAX, which writing the table does not need
     from jaxmoe.plan.models import read_model
     from jaxmoe.plan.targets import parse_target
     from jaxmoe.plan.work import Work
@@ -56,7 +56,7 @@ def _planned(case: tuple[str, ...], compiles: bool = False) -> dict:
     longest = config.max_position_embeddings
     work = Work(
         config=config,
-        task=task,  # pyrefly: ignore  # one of its literals
+        task=task,  # pyrefly: ignore  # a str that is one of the literals of Task
         context=longest if context == "max" else int(context),
         weights=weights,
         kv=kv,
@@ -72,13 +72,13 @@ def _write(plans: list[dict]) -> None:
 
 
 def filled(text: str, plans: list[dict]) -> str:
-    """The document with its table made anew."""
+    """The document's text with its table replaced by one of these plans."""
     head, _, rest = text.partition(BEGIN)
     return f"{head}{BEGIN}\n{markdown(plans)}\n{END}{rest.partition(END)[2]}"
 
 
 def markdown(plans: list[dict]) -> str:
-    """A line for each plan."""
+    """A Markdown table with a line for each plan."""
     columns = (
         "model, weights, cache",
         "target",

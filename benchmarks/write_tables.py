@@ -1,4 +1,4 @@
-"""Writes the tables of figures into the documents, from the committed JSON."""
+"""Writes the tables of figures into the documents, from the committed JSON files."""
 
 import argparse
 import json
@@ -16,8 +16,8 @@ def main() -> None:
 
 
 def filled(text: str) -> str:
-    """A document with the table of each pair of markers made anew."""
-    makers = {
+    """The text of a document with the table between each pair of markers replaced."""
+    writers = {
         "cpu": _cpu,
         "convert": _convert,
         "attention": _attention,
@@ -25,11 +25,11 @@ def filled(text: str) -> str:
         "quantized": _quantized,
         "schedule": _schedule,
     }
-    for name, made in makers.items():
+    for name, table in writers.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        head, found, rest = text.partition(begin)
-        if found:
-            text = f"{head}{begin}\n{made()}\n{end}{rest.partition(end)[2]}"
+        head, marker, rest = text.partition(begin)
+        if marker:
+            text = f"{head}{begin}\n{table()}\n{end}{rest.partition(end)[2]}"
     return text
 
 
@@ -58,30 +58,29 @@ def _schedule() -> str:
 
 
 def _measured(benchmark: str) -> dict[str, dict]:
-    """By file, those of its runs that timed anything."""
+    """The figures of a benchmark's runs that timed anything, by file name."""
     files = sorted((ROOT / "benchmarks").glob(f"{benchmark}-*.json"))
     runs = {file.name: json.loads(file.read_text()) for file in files}
     return {name: figures for name, figures in runs.items() if figures.get("cases")}
 
 
 def convert_markdown(figures: dict) -> str:
-    """The figures of `jaxmoe benchmark convert`."""
+    """The figures of `jaxmoe benchmark convert` as Markdown."""
     nbytes, cp = figures["run"]["bytes"], figures["ways"]["cp, sync"]["seconds"]
     bare = figures["bare_interpreter_bytes"]
     rows = []
-    for way, found in figures["ways"].items():
-        memory = f"{(found['peak_bytes'] - bare) / 1e9:.2f} GB" if way in figures["loads"] else ""
-        rate = f"{nbytes / found['seconds'] / 1e9:.2f} | {cp / found['seconds']:.2f}"
-        rows.append(f"| `{way}` | {rate} | {memory} |")
-    for way, found in figures["loads"].items():
-        rate = found["bytes"] / found["seconds"] / 1e9
-        memory = f"{found['peak_bytes'] / found['bytes']:.2f} of its size"
-        rows.append(f"| loading what `{way}` made | {rate:.2f} | | {memory} |")
-    for way, found in figures["answers"].items():
-        memory = (
-            f"{found['bytes'] / 1e9:.2f} + {(found['peak_bytes'] - found['bytes']) / 1e9:.2f} GB"
-        )
-        rows.append(f"| running what `{way}` made | | | {memory} |")
+    for name, run in figures["ways"].items():
+        memory = f"{(run['peak_bytes'] - bare) / 1e9:.2f} GB" if name in figures["loads"] else ""
+        rate = f"{nbytes / run['seconds'] / 1e9:.2f} | {cp / run['seconds']:.2f}"
+        rows.append(f"| `{name}` | {rate} | {memory} |")
+    for name, run in figures["loads"].items():
+        rate = run["bytes"] / run["seconds"] / 1e9
+        memory = f"{run['peak_bytes'] / run['bytes']:.2f} of its size"
+        rows.append(f"| loading what `{name}` made | {rate:.2f} | | {memory} |")
+    for name, run in figures["answers"].items():
+        beyond = (run["peak_bytes"] - run["bytes"]) / 1e9
+        memory = f"{run['bytes'] / 1e9:.2f} + {beyond:.2f} GB"
+        rows.append(f"| running what `{name}` made | | | {memory} |")
     run = figures["run"]
     return f"""\
 | | GB/s | times the rate of `cp, sync` | peak memory |
@@ -98,11 +97,10 @@ of {run["rounds"]} runs taken in turn on 2 cores, {run["date"]}; all read from t
 
 
 def quantized_markdown(figures: dict) -> str:
-    """The figures of `jaxmoe evaluate quantized`."""
+    """The figures of `jaxmoe evaluate quantized` as Markdown."""
     rows = "\n".join(
-        f"| {each['part']} | {each['format']} | {each['logit_error']:.1e} "
-        f"| {each['perplexity']:+.3%} |"
-        for each in figures["results"]
+        f"| {x['part']} | {x['format']} | {x['logit_error']:.1e} | {x['perplexity']:+.3%} |"
+        for x in figures["results"]
     )
     return f"""\
 | what | format | logit error | perplexity |
@@ -117,7 +115,7 @@ heads have 24 elements, Llama 4's 128 with one scale for all: expect a little mo
 
 
 def cpu_markdown(figures: dict) -> str:
-    """The figures of `jaxmoe benchmark cpu`."""
+    """The figures of `jaxmoe benchmark cpu` as Markdown."""
     seconds, rate = figures["median_seconds"], figures["decode_tokens_per_second"]
     ratio, versions, machine = figures["times_faster"], figures["versions"], figures["machine"]
     million = figures["parameters"] / 1e6
@@ -138,7 +136,7 @@ this table from `benchmarks/cpu.json`."""
 
 
 def attention_markdown(by_file: dict[str, dict]) -> str:
-    """The figures of `jaxmoe benchmark attention`, a table for each device that was at hand."""
+    """The figures of `jaxmoe benchmark attention` as Markdown, a table for each file."""
     if not by_file:
         return _unmeasured("attention", "cuDNN, XLA and torch")
     return "\n\n".join(_attention_of(name, figures) for name, figures in by_file.items())
@@ -165,7 +163,7 @@ leaves, 2.5 times as many backward; bytes are those of the cache. {_source(name,
 
 
 def moe_markdown(by_file: dict[str, dict]) -> str:
-    """The figures of `jaxmoe benchmark moe`, two tables for each file."""
+    """The figures of `jaxmoe benchmark moe` as Markdown, two tables for each file."""
     if not by_file:
         return _unmeasured("moe", "ragged_dot, dense products, XLA and transformers")
     return "\n\n".join(_moe_of(name, figures) for name, figures in by_file.items())
@@ -195,7 +193,7 @@ tokens choose one."""
 
 
 def schedule_markdown(figures: dict) -> str:
-    """The figures of `jaxmoe benchmark schedule`."""
+    """The figures of `jaxmoe benchmark schedule` as Markdown."""
     versions, processor = _versions(figures), figures["processor"]
     return f"""\
 {_markdown(tables.schedule_grid(figures))}
@@ -214,7 +212,7 @@ def _markdown(grid: tables.Grid) -> str:
 
 
 def _versions(figures: dict) -> dict[str, str]:
-    return {of: version or "none" for of, version in figures["versions"].items()}
+    return {name: version or "none" for name, version in figures["versions"].items()}
 
 
 def _run(figures: dict) -> str:

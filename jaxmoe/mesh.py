@@ -1,6 +1,7 @@
-"""The device mesh, and the one table that says which mesh axis each logical axis lies on.
+"""The device mesh, and the table that maps logical axes to mesh axes.
 
-Nothing else names a mesh axis: parameters and activations name logical axes (`embed`, `heads`).
+Only this module names mesh axes: parameters and activations name logical axes, such as `embed` and
+`heads`.
 """
 
 import dataclasses
@@ -15,10 +16,11 @@ from jaxmoe.parsing import read_yaml
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
-PADDED = ("vocab",)  # logical axes of parameters that are filled up on the mesh until it divides
+# Logical axes of parameters that are padded to a multiple of the mesh axes' sizes.
+PADDED = ("vocab",)
 
-# Logical axis -> mesh axes. Other parameters must divide; an activation is replicated over an axis
-# that does not.
+# Logical axis -> mesh axes that shard it. The mesh must divide parameters, except along PADDED
+# axes; activations are replicated over mesh axes that do not divide them.
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "vocab": ("tensor",),
@@ -28,7 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "expert": ("expert",),
     # activations and cache
-    "batch": ("data", "fsdp", "expert"),  # outside the experts, the expert axis holds rows too
+    "batch": ("data", "fsdp", "expert"),  # outside the experts, the expert axis shards rows too
     "length": ("sequence",),
     "slots": ("sequence",),
 }
@@ -61,7 +63,11 @@ class MeshConfig:
 
     @classmethod
     def from_mapping(cls, sizes: dict, source: str) -> "MeshConfig":
-        """Reads sizes by axis; `source` is what an error names."""
+        """Reads a mapping from axis to size; errors name `source`.
+
+        Raises:
+            UserError: for an unknown axis, or a size that is no number or not possible.
+        """
         parsed = {}
         for axis, size in sizes.items():
             if axis not in AXES:
@@ -81,7 +87,11 @@ class MeshConfig:
         return cls(**parsed)
 
     def resolve(self, num_devices: int) -> "MeshConfig":
-        """Fills in the axis given as -1 and checks that the product is `num_devices`."""
+        """Replaces an axis of -1 by its size.
+
+        Raises:
+            UserError: if several axes are -1, or the sizes do not multiply to `num_devices`.
+        """
         sizes = dataclasses.asdict(self)
         inferred = [axis for axis, size in sizes.items() if size == -1]
         if len(inferred) > 1:
@@ -99,13 +109,13 @@ class MeshConfig:
         return MeshConfig(**sizes)
 
     def make(self, devices=None) -> Mesh:
-        """A `jax.sharding.Mesh` over `devices` (default: all)."""
+        """A `jax.sharding.Mesh` over `devices`, by default all of JAX's devices."""
         devices = jax.devices() if devices is None else devices
         sizes = dataclasses.astuple(self.resolve(len(devices)))
         axis_types = (AxisType.Auto,) * len(AXES)
         try:
             return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
-        except NotImplementedError:  # an axis takes part of a TPU torus's axis, as 8 of 4x4
+        except NotImplementedError:  # raised if an axis needs part of a TPU torus axis, as 8 of 4x4
             grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
             return Mesh(grid, AXES, axis_types=axis_types)
 
@@ -123,24 +133,24 @@ def _read_yaml(path: str) -> dict:
 
 
 def axis_size(mesh, logical: str) -> int:
-    """How many devices the logical axis spreads over."""
+    """How many devices a parameter's logical axis is sharded over."""
     return math.prod(mesh.shape[axis] for axis in RULES[logical])
 
 
 def param_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Where a parameter lies, from its logical axes."""
+    """The sharding of a stored parameter, from its logical axes."""
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
 
 
 def param_spec_at_use(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Where a parameter lies inside its layer: gathered over fsdp, otherwise as stored."""
+    """The sharding of a parameter inside its layer: gathered over fsdp, otherwise as stored."""
     return param_spec(tuple(None if axis == "embed" else axis for axis in axes))
 
 
 def padded_shape(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> tuple[int, ...]:
-    """A parameter's shape on the mesh: the next that the mesh divides, along `PADDED` axes."""
-    steps = (axis_size(mesh, axis) if axis in PADDED else 1 for axis in axes)
-    return tuple(-(-size // step) * step for size, step in zip(shape, steps, strict=True))
+    """A parameter's shape on the mesh: `PADDED` axes rounded up to a size that the mesh divides."""
+    multiples = (axis_size(mesh, axis) if axis in PADDED else 1 for axis in axes)
+    return tuple(-(-size // n) * n for size, n in zip(shape, multiples, strict=True))
 
 
 def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> None:
@@ -154,7 +164,10 @@ def check_divides(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...
 
 
 def activation_axes(mesh, logical: str | None, size: int) -> tuple[str, ...]:
-    """The mesh axes an activation's dimension is spread over: the longest run that divides it."""
+    """The mesh axes that shard a dimension of an activation.
+
+    They are the first of its logical axis's mesh axes, as many as together divide its size.
+    """
     chosen: tuple[str, ...] = ()
     product = 1
     for axis in RULES[logical] if logical else ():
@@ -166,25 +179,29 @@ def activation_axes(mesh, logical: str | None, size: int) -> tuple[str, ...]:
 
 
 def activation_spec(mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
-    """Where an activation or cache array lies, from its logical axes and shape."""
+    """The sharding of an activation or cache array, from its logical axes and shape."""
     return spread_spec(
         mesh, *(activation_axes(mesh, axis, size) for axis, size in zip(axes, shape, strict=True))
     )
 
 
 def spread_spec(mesh, *dimensions: tuple[str, ...]) -> PartitionSpec:
-    """Each dimension over some mesh axes, spelled as compiled programs do: jit tells them apart."""
-    places: list = []
+    """The PartitionSpec of dimensions that are sharded over mesh axes, in jit's canonical form.
+
+    The form is that of compiled programs' outputs: without axes of one device, tuples of one axis
+    and trailing Nones. jit would compile again for a spec that is equal but written differently.
+    """
+    entries: list = []
     for axes in dimensions:
         chosen = tuple(axis for axis in axes if mesh.shape[axis] > 1)
-        places.append(chosen if len(chosen) > 1 else next(iter(chosen), None))
-    while places and places[-1] is None:
-        places.pop()
-    return PartitionSpec(*places)
+        entries.append(chosen if len(chosen) > 1 else next(iter(chosen), None))
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def spread_axes(logical: str) -> tuple[str, ...]:
-    """The current mesh's axes of more than one device that a parameter's axis is spread over."""
+    """The axes of the current mesh, of more than one device, that shard a parameter's axis."""
     mesh = current_mesh()
     return () if mesh is None else tuple(axis for axis in RULES[logical] if mesh.shape[axis] > 1)
 
@@ -196,7 +213,7 @@ def current_mesh():
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Lays an activation out over the current mesh; does nothing without one."""
+    """Constrains an activation to the sharding of its logical axes; does nothing without a mesh."""
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -204,17 +221,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_param(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Gathers a parameter over fsdp for its use; does nothing without a mesh."""
+    """Constrains a parameter to be gathered over fsdp; does nothing without a mesh."""
     if current_mesh() is None:
         return w
     return _lay_out(w, param_spec_at_use(axes))
 
 
 def _lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Lays an array out by a spec on the current mesh, under jit and outside it."""
+    """Shards an array by a spec on the current mesh, under jit and outside it."""
     try:
         mesh = None if isinstance(x, jax.core.Tracer) else jax.sharding.get_mesh()
-    except ValueError:  # a constant of a function that is traced, where there is no concrete mesh
+    except ValueError:  # raised for a constant in a traced function: the mesh is abstract there
         mesh = None
     if mesh is None:
         return jax.lax.with_sharding_constraint(x, spec)
@@ -222,12 +239,12 @@ def _lay_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def sharding(mesh, spec: PartitionSpec) -> NamedSharding:
-    """`spec` on `mesh`."""
+    """The NamedSharding of a spec on a mesh."""
     return NamedSharding(mesh, spec)
 
 
 def per_device(body, in_specs, out_specs):
-    """`jax.shard_map` over the whole current mesh; `body` itself where there is no mesh."""
+    """`jax.shard_map` of `body` over all axes of the current mesh; without a mesh `body` itself."""
     mesh = current_mesh()
     if mesh is None:
         return body

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """Zeros up to a multiple; x itself where it is one."""
+    """Appends zeros along an axis until its size is a multiple of `multiple`."""
     extra = -x.shape[axis] % multiple
     pads = [(0, extra if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, pads) if extra else x

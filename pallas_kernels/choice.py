@@ -1,4 +1,4 @@
-"""Choosing among the implementations of one operation, at trace time."""
+"""Chooses among the implementations of an operation at trace time."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,29 +7,41 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute an operation."""
+    """One implementation of an operation.
+
+    A case is a dataclass that holds what is known of a call at trace time.
+
+    Attributes:
+        name: what callers ask for it by.
+        why_not: says why the implementation cannot serve a case; None if it can.
+        run: the function that computes the operation, or a module of such functions.
+        config_type: the dataclass of its tunable sizes.
+        config: the config for a case: the tuned one if there is one, else a default.
+    """
 
     name: str
-    why_not: Callable[[Any], str | None]  # given a case: why it cannot serve it, or None
-    run: Any  # the function, or a module of the functions, that compute it
+    why_not: Callable[[Any], str | None]
+    run: Any
     config_type: type
-    config: Callable[[Any], Any]  # given a case: the config tuned for it, or a sensible one
+    config: Callable[[Any], Any]
 
 
 def choose(
     implementations: Sequence[Implementation], case: Any, name: str | None = None
 ) -> Implementation:
-    """The implementation called `name`, or the first that serves the case.
+    """The implementation called `name`, or with None the first one that serves the case.
 
     Args:
         implementations: fastest first; the last one serves every case.
+        case: what is known of the call at trace time.
+        name: the implementation that the caller asks for.
 
     Raises:
-        ValueError: if there is none of that name, or it does not serve the case.
+        ValueError: if no implementation has that name, or it does not serve the case.
     """
     if name is None:
-        return next(each for each in implementations if each.why_not(case) is None)
-    named = {each.name: each for each in implementations}
+        return next(choice for choice in implementations if choice.why_not(case) is None)
+    named = {choice.name: choice for choice in implementations}
     if name not in named:
         raise ValueError(f"implementation '{name}' is unknown; there are {', '.join(named)}.")
     if reason := named[name].why_not(case):
@@ -38,10 +50,10 @@ def choose(
 
 
 def resolve_config(implementation: Implementation, case: Any, config: Any = None) -> Any:
-    """The caller's config, checked, or the one tuned for the case.
+    """The caller's `config`, or with None the implementation's own for the case.
 
     Raises:
-        ValueError: if `config` belongs to another implementation.
+        ValueError: if `config` is the config of another implementation.
     """
     if config is None:
         return implementation.config(case)

@@ -1,9 +1,9 @@
-"""Which ptxas, NVIDIA's assembler, Mosaic GPU hands kernels to; the package's comes first.
+"""Selects the ptxas, NVIDIA's assembler, that Mosaic GPU compiles kernels with.
 
-Mosaic GPU takes the first of ./cuda_sdk_lib/bin, the folders of PATH and /usr/local/cuda/bin.
-MOSAIC_GPU_CUDA_ROOT and --xla_gpu_cuda_data_dir steer what XLA itself compiles, and not that. It
-looks once a process, at its first kernel: importing this module decides, unless another library's
-kernel was compiled before.
+Mosaic GPU takes the first ptxas in ./cuda_sdk_lib/bin, the folders of PATH and /usr/local/cuda/bin.
+MOSAIC_GPU_CUDA_ROOT and --xla_gpu_cuda_data_dir affect only XLA's own kernels. It looks once per
+process, before its first kernel. Importing this module puts the ptxas of the package
+nvidia-cuda-nvcc first on PATH, which takes effect unless another library compiled a kernel before.
 """
 
 import functools
@@ -14,34 +14,34 @@ import shutil
 import subprocess
 from pathlib import Path
 
-# Older assemblers reuse registers that a wgmma still reads: wrong values, silently.
+# Older releases reuse registers that a wgmma still reads, which gives wrong values silently.
 OLDEST = (13, 3)
 _LOCAL, _SYSTEM = "cuda_sdk_lib/bin/ptxas", "/usr/local/cuda/bin/ptxas"
 
 
 def packaged_toolkit() -> str | None:
-    """The folder of the package nvidia-cuda-nvcc, if it is installed: `bin/ptxas` is in it."""
+    """The folder of the package nvidia-cuda-nvcc that holds `bin/ptxas`; None if not installed."""
     try:
-        found = importlib.util.find_spec("nvidia.cu13")
+        spec = importlib.util.find_spec("nvidia.cu13")
     except ModuleNotFoundError:
         return None
-    folders = (found.submodule_search_locations or []) if found else []
+    folders = (spec.submodule_search_locations or []) if spec else []
     return next((folder for folder in folders if (Path(folder) / "bin" / "ptxas").exists()), None)
 
 
 def select() -> str | None:
-    """Puts the package's ptxas first on this process's PATH; the one that Mosaic GPU then finds."""
+    """Puts the package's ptxas first on PATH; returns the path Mosaic GPU will find, or None."""
     if toolkit := packaged_toolkit():
         first = os.path.join(toolkit, "bin")
         others = [x for x in os.environ.get("PATH", "").split(os.pathsep) if x != first]
         os.environ["PATH"] = os.pathsep.join([first, *others])
-    found = _LOCAL if os.path.exists(_LOCAL) else shutil.which("ptxas")
-    return found or (_SYSTEM if os.path.exists(_SYSTEM) else None)
+    path = _LOCAL if os.path.exists(_LOCAL) else shutil.which("ptxas")
+    return path or (_SYSTEM if os.path.exists(_SYSTEM) else None)
 
 
 @functools.cache
 def version(ptxas: str) -> tuple[int, ...]:
-    """The release of an assembler, such as (13, 3); empty if it does not say."""
+    """The release of a ptxas, such as (13, 3); empty if it cannot be run or prints none."""
     try:
         printed = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -51,14 +51,14 @@ def version(ptxas: str) -> tuple[int, ...]:
 
 
 def why_not() -> str | None:
-    """Why the assembler that compiling finds cannot be trusted with the kernels, or None."""
+    """Says why the ptxas that Mosaic GPU will find cannot compile the kernels; None if it can."""
     ptxas = select()
     release = version(ptxas) if ptxas else ()
     if release >= OLDEST:
         return None
-    found = f"{'.'.join(map(str, release)) or 'an unknown release'} at {ptxas}" if ptxas else "none"
+    used = f"{'.'.join(map(str, release)) or 'an unknown release'} at {ptxas}" if ptxas else "none"
     mend = f"remove {_LOCAL}" if ptxas == _LOCAL else "pip install 'nvidia-cuda-nvcc>=13.3'"
-    return f"it needs ptxas 13.3 or newer, and JAX would use {found}; {mend}"
+    return f"it needs ptxas 13.3 or newer, and JAX would use {used}; {mend}"
 
 
 select()

@@ -1,4 +1,8 @@
-"""Arrays stored in 8 or 4 bits: vectors with a scale each, and matrices laid out for kernels."""
+"""Symmetric quantization to int8, fp8 (e4m3) and int4, with float32 scales.
+
+`Quantized` has a scale for each vector of the last axis, and stores the KV cache. `QuantizedMatrix`
+has a scale for each group of inputs of an output, and stores weights.
+"""
 
 import dataclasses
 import functools
@@ -8,24 +12,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Largest magnitude of each format: a vector's largest element is stored as this.
+# The largest magnitude that each format stores: the scale maps a vector's largest element to it.
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
-INT4_WIDTH = 128  # inputs of a matrix that share a scale
+INT4_GROUP_SIZE = 128  # inputs that share a scale in int4 matrices, unless it does not divide them
 STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": jnp.int8}
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["qvalue", "scale"], meta_fields=["format"]
 )
-@typing.no_type_check  # JAX rebuilds it with shapes or shardings for arrays
+@typing.no_type_check  # JAX rebuilds pytrees with shapes or shardings in place of arrays
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """An array as `qvalue * scale`. Field names are those of qwix.
+    """An array [..., d] stored as `qvalue * scale`. The field names are those of qwix.
 
     Attributes:
         qvalue: [..., d] int8 or float8_e4m3fn; for int4 [..., d / 2] int8, where byte i holds
-            element i in its low and element i + d / 2 in its high half.
-        scale: [...] float32.
+            element i in its low and element i + d / 2 in its high four bits.
+        scale: [...] float32, one for each vector of the last axis.
         format: "int8", "fp8" (e4m3) or "int4".
     """
 
@@ -35,13 +39,19 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array that this stands for."""
+        """The shape [..., d] of the dequantized array."""
         *outer, stored = self.qvalue.shape
         return (*outer, 2 * stored if self.format == "int4" else stored)
 
 
 def quantize(x: Float[Array, "... d"], format: str) -> Quantized:
-    """Rounds to the nearest value of the format, symmetrically about zero.
+    """Quantizes each vector of the last axis to the nearest values of the format.
+
+    The scale is the vector's largest magnitude over the format's largest (absmax quantization).
+
+    Args:
+        x: the vectors.
+        format: "int8", "fp8" or "int4".
 
     Raises:
         ValueError: for an unknown format, or an odd d with int4.
@@ -60,7 +70,7 @@ def quantize(x: Float[Array, "... d"], format: str) -> Quantized:
 
 
 def dequantize(x: Quantized, dtype=jnp.float32) -> jax.Array:
-    """The array that `x` stands for."""
+    """The array [..., d] that `x` stores, qvalue * scale, in the given dtype."""
     values = unpack(x.qvalue) if x.format == "int4" else x.qvalue
     return (values.astype(jnp.float32) * x.scale[..., None]).astype(dtype)
 
@@ -68,19 +78,19 @@ def dequantize(x: Quantized, dtype=jnp.float32) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["qvalue", "scale"], meta_fields=["format"]
 )
-@typing.no_type_check  # as above
+@typing.no_type_check  # for the reason given at `Quantized`
 @dataclasses.dataclass(frozen=True)
 class QuantizedMatrix:
-    """Matrices [..., in, out], of which `width` inputs of an output share a scale.
+    """Matrices [..., in, out] in which each group of `group_size` inputs of an output has a scale.
 
-    Stored by output, so that what a product sums over is contiguous: tensor cores take 8-bit
-    operands in no other way. Scales are stored by input, so that a tile's are contiguous.
+    Values are stored [out, in], because tensor cores require the summed axis of 8-bit operands to
+    be contiguous. Scales are stored [groups, out], so that the scales of a tile are contiguous.
 
     Attributes:
-        qvalue: [..., out, in]; for int4 [..., out, in / 2], each `width` inputs packed as a vector
-            of `Quantized`.
-        scale: [..., in / width, out] float32.
-        format: as of `Quantized`.
+        qvalue: [..., out, in]; for int4 [..., out, in / 2], where each group of inputs is packed
+            like a vector of `Quantized`.
+        scale: [..., in / group_size, out] float32.
+        format: "int8", "fp8" (e4m3) or "int4".
     """
 
     qvalue: jax.Array
@@ -89,49 +99,53 @@ class QuantizedMatrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrices that this stands for."""
+        """The shape [..., in, out] of the dequantized matrices."""
         *outer, out, stored = self.qvalue.shape
         return (*outer, 2 * stored if self.format == "int4" else stored, out)
 
     @property
-    def width(self) -> int:
-        """How many inputs share a scale."""
+    def group_size(self) -> int:
+        """How many inputs of an output share a scale."""
         return self.shape[-2] // self.scale.shape[-2]
 
 
-def scale_width(format: str, inputs: int) -> int:
-    """How many inputs of a matrix share a scale: 4 bits are too few for a whole column.
+def default_group_size(format: str, inputs: int) -> int:
+    """How many inputs of an output share a scale, unless `quantize_matrix` is told otherwise.
 
-    Of int4 128, which kernels take, or the largest even number below that divides the inputs.
+    All of them for 8-bit formats. For int4, which is too coarse for one scale, 128, the size that
+    the kernels serve, or else the largest smaller even number that divides the inputs.
     """
     if format != "int4":
         return inputs
-    return next((width for width in range(INT4_WIDTH, 0, -2) if inputs % width == 0), inputs)
+    return next((size for size in range(INT4_GROUP_SIZE, 0, -2) if inputs % size == 0), inputs)
 
 
 def quantize_matrix(
-    w: Float[Array, "*outer inputs outputs"], format: str, width: int | None = None
+    w: Float[Array, "*outer inputs outputs"], format: str, group_size: int | None = None
 ) -> QuantizedMatrix:
-    """Rounds matrices as `quantize` does vectors.
+    """Quantizes each group of inputs of an output of matrices, as `quantize` does a vector.
 
     Args:
-        width: how many inputs of an output share a scale; None for `scale_width`.
+        w: the matrices.
+        format: "int8", "fp8" or "int4".
+        group_size: how many inputs of an output share a scale; None for `default_group_size`.
 
     Raises:
-        ValueError: as `quantize`; or if the width does not divide the inputs.
+        ValueError: for an unknown format, an odd group_size with int4, or a group_size that does
+            not divide the inputs.
     """
     *outer, inputs, outputs = w.shape
-    width = width or scale_width(format, inputs)
-    if inputs % width:
-        raise ValueError(f"{inputs} inputs are no multiple of the {width} that share a scale.")
-    vectors = jnp.swapaxes(w, -1, -2).reshape(*outer, outputs, inputs // width, width)
+    size = group_size or default_group_size(format, inputs)
+    if inputs % size:
+        raise ValueError(f"{inputs} inputs are no multiple of the {size} that share a scale.")
+    vectors = jnp.swapaxes(w, -1, -2).reshape(*outer, outputs, inputs // size, size)
     stored = quantize(vectors, format)
     qvalue = stored.qvalue.reshape(*outer, outputs, -1)
     return QuantizedMatrix(qvalue, jnp.swapaxes(stored.scale, -1, -2), format)
 
 
 def dequantize_matrix(w: QuantizedMatrix, dtype=jnp.float32) -> jax.Array:
-    """The matrices [..., in, out] that `w` stands for."""
+    """The matrices [..., in, out] that `w` stores, in the given dtype."""
     *outer, groups, outputs = w.scale.shape
     vectors = w.qvalue.reshape(*outer, outputs, groups, -1)
     by_output = dequantize(Quantized(vectors, jnp.swapaxes(w.scale, -1, -2), w.format), dtype)
@@ -144,5 +158,5 @@ def _pack(x: jax.Array) -> jax.Array:
 
 
 def unpack(x: jax.Array) -> jax.Array:
-    """Both halves of each byte, sign-extended."""
+    """The int4 elements [..., d] of packed bytes [..., d / 2], sign-extended to int8."""
     return jnp.concatenate([(x << 4) >> 4, x >> 4], axis=-1)

@@ -1,4 +1,7 @@
-"""Configs that jaxmoe tune found, a file for each kind of device; nothing is tuned here."""
+"""Looks up kernel configs in the files of `tuned/`, one for each kind of device.
+
+The files are written by `jaxmoe tune`.
+"""
 
 import functools
 import json
@@ -11,23 +14,23 @@ FOLDER = Path(__file__).parent / "tuned"
 
 
 def file_of(device_kind: str) -> Path:
-    """Where the configs of such devices are, if there are any."""
+    """The path of a device kind's configs, such as `tuned/nvidia-h200.json`; it may not exist."""
     return FOLDER / f"{re.sub('[^a-z0-9]+', '-', device_kind.lower()).strip('-')}.json"
 
 
 def lookup(op: str, **key) -> dict | None:
-    """The fields of the config for the current device; None if there is no entry with this key.
+    """The fields of the config tuned for the current device; None if there is no such entry.
 
     Args:
         op: a kernel's name, such as "decode".
-        key: what its config depends on, such as head_dim=128.
+        **key: everything that the entry's config depends on, such as head_dim=128.
     """
     return _configs(target().device_kind).get((op, frozenset(key.items())))
 
 
 @functools.cache
 def _configs(device_kind: str) -> dict[tuple, dict]:
-    """By op and key."""
+    """A device kind's configs, by (op, frozenset of the key's items)."""
     path = file_of(device_kind)
     entries = json.loads(path.read_text())["entries"] if path.exists() else []
     return {(entry["op"], frozenset(entry["key"].items())): entry["config"] for entry in entries}

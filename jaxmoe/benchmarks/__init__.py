@@ -1,1 +1,1 @@
-"""Benchmarks: speed beside other libraries, and static figures from the compilers' output."""
+"""Benchmarks: speed against other libraries, and static figures from the compilers' output."""

@@ -1,4 +1,4 @@
-"""`jaxmoe benchmark convert`: rate and peak memory beside `cp`, of loading and running."""
+"""`jaxmoe benchmark convert`: rate and peak memory of converting against `cp`, loading, running."""
 
 import argparse
 import dataclasses
@@ -29,7 +29,7 @@ from jaxmoe.hf_config import from_hf, to_hf
 
 CONVERT = [sys.executable, "-m", "jaxmoe", "convert"]
 COPIES = ("cp", "cp, sync")
-LAYERS, VOCAB = 1, 65536  # of Scout's shapes: 6 GB
+LAYERS, VOCAB = 1, 65536  # with Scout's other sizes this is 6 GB
 LOAD = """
 import sys
 import jax
@@ -54,7 +54,7 @@ with jax.set_mesh(mesh):
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the subcommand and its flags."""
     parser = commands.add_parser(
-        "convert", help="converting beside cp, loading, running; on this CPU"
+        "convert", help="converting against cp, loading, running; on this CPU"
     )
     parser.set_defaults(start=run_convert)
     parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
@@ -71,29 +71,34 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def benchmark_convert(folder: Path, rounds: int) -> dict:
-    """All of it in one run; the source lies in the page cache for all."""
+    """Measures everything in one run, with the source in the page cache.
+
+    Args:
+        folder: an empty folder for 24 GB of files.
+        rounds: how often each command runs; figures are medians.
+    """
     nbytes = write_source(folder / "hf")
-    ways = {
+    commands = {
         "cp": ["cp", "-r"],
-        "cp, sync": ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"'],  # converting ends synced, too
+        "cp, sync": ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"'],  # conversion syncs too
         "convert": CONVERT,
         "convert --weights int8": [*CONVERT, "--weights=int8"],
         "convert --weights int4": [*CONVERT, "--weights=int4"],
     }
-    runs = rounds * len(ways) + 2 * (len(ways) - len(COPIES))
+    runs = rounds * len(commands) + 2 * (len(commands) - len(COPIES))
     with task_progress("Measuring", runs, "runs") as advance:
-        found = [_convert_round(ways, i, folder, advance) for i in range(rounds)]
-        made = {way: _kept(folder, way) for way in ways if way not in COPIES}
+        measured = [_convert_round(commands, i, folder, advance) for i in range(rounds)]
+        made = {name: _output(folder, name) for name in commands if name not in COPIES}
         used = {
-            name: {way: _use(code, checkpoint, advance) for way, checkpoint in made.items()}
-            for name, code in (("loads", LOAD), ("answers", RUN))
+            use: {name: _use(code, checkpoint, advance) for name, checkpoint in made.items()}
+            for use, code in (("loads", LOAD), ("answers", RUN))
         }
     summary = {
-        way: {
-            "seconds": statistics.median(each[way][0] for each in found),
-            "peak_bytes": max(each[way][1] for each in found),
+        name: {
+            "seconds": statistics.median(x[name][0] for x in measured),
+            "peak_bytes": max(x[name][1] for x in measured),
         }
-        for way in ways
+        for name in commands
     }
     run = {"date": today(), "versions": versions(), "rounds": rounds, "bytes": nbytes}
     bare = bare_interpreter()
@@ -101,36 +106,39 @@ def benchmark_convert(folder: Path, rounds: int) -> dict:
 
 
 def _convert_round(
-    ways: dict[str, list], first: int, folder: Path, advance: Callable[[int], None]
+    commands: dict[str, list], first: int, folder: Path, advance: Callable[[int], None]
 ) -> dict[str, tuple[float, int]]:
-    """Each way once, a different one first each time; what the conversions made is kept."""
-    measured, order = {}, list(ways.items())
+    """Runs each command once, starting with number `first`; (seconds, peak bytes) by name.
+
+    Outputs of conversions are kept for loading, copies are deleted.
+    """
+    measured, order = {}, list(commands.items())
     for i in range(len(order)):
-        way, command = order[(first + i) % len(order)]
-        output = _kept(folder, way)
+        name, command = order[(first + i) % len(order)]
+        output = _output(folder, name)
         shutil.rmtree(output, ignore_errors=True)
-        measured[way] = measure([*command, folder / "hf", output])
+        measured[name] = measure([*command, folder / "hf", output])
         advance(1)
-        if way in COPIES:
+        if name in COPIES:
             shutil.rmtree(output)
     return measured
 
 
-def _kept(folder: Path, way: str) -> Path:
-    return folder / re.sub(r"\W", "", way)
+def _output(folder: Path, name: str) -> Path:
+    return folder / re.sub(r"\W", "", name)
 
 
 def _use(code: str, checkpoint: Path, advance: Callable[[int], None]) -> dict[str, float]:
-    """What a process of its own takes to load a checkpoint, and perhaps to run it."""
+    """Runs code on a checkpoint in a new process: the checkpoint's bytes, seconds, peak bytes."""
     seconds, peak = measure([sys.executable, "-c", code, checkpoint])
     advance(1)
     return {"bytes": size_of(checkpoint), "seconds": seconds, "peak_bytes": peak}
 
 
 def measure(command: list) -> tuple[float, int]:
-    """Seconds, and the peak of resident memory in bytes, of a process.
+    """Runs a command; returns its seconds and its peak resident memory in bytes.
 
-    What earlier ones wrote is on disk before it starts, and no longer in its way.
+    The disk is synced first, so that earlier processes' writes do not slow it down.
     """
     os.sync()
     start = time.perf_counter()
@@ -148,14 +156,20 @@ def measure(command: list) -> tuple[float, int]:
 
 
 def bare_interpreter() -> int:
-    """Peak of Python alone, as it says itself: what `measure` sees begins with this process's."""
+    """Peak resident bytes of a bare Python process, as its /proc/self/status says.
+
+    `measure` cannot be used: a child's peak starts at the size of the process that forked it.
+    """
     code = "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     return int(done.stdout) * 1024
 
 
 def write_source(folder: Path) -> int:
-    """Scout's tensors of fewer layers, of random numbers; returns their bytes."""
+    """Writes a Hugging Face checkpoint of LAYERS layers of Scout with random values.
+
+    Returns the bytes of its tensors.
+    """
     folder.mkdir()
     config = dataclasses.replace(SCOUT, layers=layer_kinds(LAYERS), vocab_size=VOCAB)
     mapping = to_hf(config, "bfloat16") | {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
@@ -175,7 +189,7 @@ def write_source(folder: Path) -> int:
 
 
 def _write_numbers(file, nbytes: int) -> None:
-    """bfloat16 numbers between 0.002 and 2, of either sign."""
+    """Writes random bfloat16 numbers with magnitudes from 0.002 to 2."""
     numbers = np.random.default_rng(0)
     while nbytes:
         bits = numbers.integers(0, 2**16, 2**23, np.uint16)
@@ -185,26 +199,26 @@ def _write_numbers(file, nbytes: int) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files."""
+    """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def convert_table(figures: dict) -> Table:
-    """As the README has it."""
+    """A table of the figures, as in the README."""
     table = Table()
     for column in ("", "GB/s", "of cp, sync", "peak memory, GB"):
         table.add_column(column, justify="left" if not column else "right")
     nbytes, cp = figures["run"]["bytes"], figures["ways"]["cp, sync"]["seconds"]
-    for way, found in figures["ways"].items():
-        rate, part = nbytes / found["seconds"] / 1e9, cp / found["seconds"]
-        peak = f"{found['peak_bytes'] / 1e9:.2f}" if way in figures["loads"] else ""
-        table.add_row(way, f"{rate:.2f}", f"{part:.2f}", peak)
-    for way, found in figures["loads"].items():
-        rate = found["bytes"] / found["seconds"] / 1e9
-        part = found["peak_bytes"] / found["bytes"]
-        peak = f"{found['peak_bytes'] / 1e9:.2f}, {part:.2f} of its size"
-        table.add_row(f"loading {way} onto 8 devices", f"{rate:.2f}", "", peak)
-    for way, found in figures["answers"].items():
-        beyond = (found["peak_bytes"] - found["bytes"]) / 1e9
-        table.add_row(f"running {way}", "", "", f"{beyond:.2f} beyond the weights")
+    for name, run in figures["ways"].items():
+        rate, part = nbytes / run["seconds"] / 1e9, cp / run["seconds"]
+        peak = f"{run['peak_bytes'] / 1e9:.2f}" if name in figures["loads"] else ""
+        table.add_row(name, f"{rate:.2f}", f"{part:.2f}", peak)
+    for name, run in figures["loads"].items():
+        rate = run["bytes"] / run["seconds"] / 1e9
+        part = run["peak_bytes"] / run["bytes"]
+        peak = f"{run['peak_bytes'] / 1e9:.2f}, {part:.2f} of its size"
+        table.add_row(f"loading {name} onto 8 devices", f"{rate:.2f}", "", peak)
+    for name, run in figures["answers"].items():
+        beyond = (run["peak_bytes"] - run["bytes"]) / 1e9
+        table.add_row(f"running {name}", "", "", f"{beyond:.2f} beyond the weights")
     return table

@@ -1,4 +1,4 @@
-"""`jaxmoe benchmark cpu`: prefill and greedy decode beside transformers, on the same weights."""
+"""`jaxmoe benchmark cpu`: prefill and greedy decode against transformers, on the same weights."""
 
 import argparse
 import json
@@ -56,7 +56,7 @@ def run_cpu(args: argparse.Namespace) -> None:
 
 
 def benchmark_cpu(args: argparse.Namespace, oracle: str) -> dict:
-    """Both sides in turn on the same weights and prompt, in one run."""
+    """Times both libraries alternately on the same weights and prompt; returns the figures."""
     params = init_params(MODEL, jax.random.key(0), jnp.float32)
     prompt = np.random.default_rng(0).integers(3, MODEL.vocab_size, (1, args.prompt_tokens))
     sides: dict[str, list[dict]] = {"jaxmoe": [], "transformers": []}
@@ -82,20 +82,23 @@ def _write_model(folder: Path, params: dict) -> Path:
 
 
 def _time_ours(params: dict, prompt: np.ndarray, args: argparse.Namespace) -> dict:
-    """As `_hf_speed.measure`: the prefill ends with the first token on the host."""
-    prefill, decode, found = [], [], []
+    """Seconds of prefill and decode of each repeat, as `hf_speed.py` prints for transformers.
+
+    The prefill ends when the first token is on the host.
+    """
+    prefill, decode, tokens = [], [], []
     request = Request("0", tuple(prompt[0].tolist()), args.new_tokens)
     for repeat in range(args.repeats + 1):
-        found, times = [], [time.perf_counter()]
+        tokens, times = [], [time.perf_counter()]
         for token in generate(
             MODEL, params, [request], Sampling(temperature=0), segment=prompt.shape[1], stop_ids=()
         ):
-            found.append(token.token)
+            tokens.append(token.token)
             times.append(time.perf_counter())
-        if repeat:  # the first compiles
+        if repeat:  # the first run compiles
             prefill.append(times[1] - times[0])
             decode.append(times[-1] - times[1])
-    return {"prefill": prefill, "decode": decode, "tokens": found}
+    return {"prefill": prefill, "decode": decode, "tokens": tokens}
 
 
 def _time_oracle(oracle: str, model: Path, tokens: Path, args: argparse.Namespace) -> dict:
@@ -109,10 +112,11 @@ def _time_oracle(oracle: str, model: Path, tokens: Path, args: argparse.Namespac
 
 
 def _figures(args: argparse.Namespace, sides: dict[str, list[dict]]) -> dict:
-    def median(side: str, what: str) -> float:
-        return statistics.median(second for runs in sides[side] for second in runs[what])
+    def median(side: str, phase: str) -> float:
+        return statistics.median(second for runs in sides[side] for second in runs[phase])
 
-    seconds = {side: {what: median(side, what) for what in ("prefill", "decode")} for side in sides}
+    phases = ("prefill", "decode")
+    seconds = {side: {phase: median(side, phase) for phase in phases} for side in sides}
     ours, theirs = seconds["jaxmoe"], seconds["transformers"]
     return {
         "date": today(),
@@ -130,7 +134,7 @@ def _figures(args: argparse.Namespace, sides: dict[str, list[dict]]) -> dict:
         "decode_tokens_per_second": {
             side: (args.new_tokens - 1) / seconds[side]["decode"] for side in seconds
         },
-        "times_faster": {what: theirs[what] / ours[what] for what in ours},
+        "times_faster": {phase: theirs[phase] / ours[phase] for phase in ours},
         "same_tokens": sides["jaxmoe"][0]["tokens"] == sides["transformers"][0]["tokens"],
     }
 

@@ -1,4 +1,4 @@
-"""A benchmark of kernels on a GPU: checks every kernel there, then times it beside others."""
+"""Runs a benchmark suite on a GPU: checks every kernel, then times it against other libraries."""
 
 import argparse
 import dataclasses
@@ -32,49 +32,55 @@ from jaxmoe.errors import UserError
 from pallas_kernels import ptxas
 
 KERNELS = "mosaic_gpu"
-COLD_BYTES = 256e6  # read in turn where memory bounds: five times the L2 of an H100 or H200
-SPARE_BYTES = 2**30  # of memory, beside what a case is known to need
-MATRIX = 8192  # side of the product that sets the ceiling of arithmetic
-COPY_ELEMENTS = 2**30  # of the copy that sets the ceiling of memory: 2 GiB read, 2 GiB written
+COLD_BYTES = 256e6  # read in rotation by memory-bound cases: five times an H100's L2 cache
+SPARE_BYTES = 2**30  # memory that a case may need beyond its arrays
+MATRIX = 8192  # rows and columns of the matrix product that measures the peak of arithmetic
+COPY_ELEMENTS = 2**30  # 16-bit elements of the copy that measures memory: 2 GiB read and written
 QUICK = Effort(rounds=3, seconds=0.03)
 
 
 @runtime_checkable
 class Case(Protocol):
-    """One call that is timed."""
+    """A call to time."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def family(self) -> str:
-        """Cases of one family run the same kernels, and share their checks."""
+        """The name of the kernels that the case runs; cases of a family share their checks."""
         ...
 
     @property
     def work(self) -> dict[str, float]:
-        """What one call takes, by the unit of its rate: operations, or bytes."""
+        """The operations or bytes of one call, by the unit of the rate (TFLOP/s, TB/s)."""
         ...
 
     @property
     def facts(self) -> dict:
-        """What the figures say of the case."""
+        """The case's fields in the file of figures."""
         ...
 
     def left_out(self, memory: int) -> str | None:
-        """Why the case does not run on a device with so many bytes, or None."""
+        """Says why the case does not run on a device with `memory` bytes; None if it does."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """What a benchmark is made of.
+    """The parts of a benchmark.
 
     Attributes:
-        full, toy: what `checks` takes as size, on a GPU and on a CPU.
-        errors: of a check by an implementation, the largest of each result.
-        contenders: names of all that may be timed.
-        grids: the tables of figures.
+        cases: lists the cases to time.
+        checks: lists the checks of (family, size).
+        full: the size of checks on a GPU.
+        toy: the size of checks on a CPU.
+        errors: the largest error of each result of (check, implementation).
+        inputs: makes a case's arrays.
+        builders: the functions that make a call to time, by contender, of (case, inputs,
+            implementation).
+        contenders: the title of everything that may be timed, by name.
+        grids: makes the tables of the figures.
     """
 
     cases: Callable[[], list]
@@ -89,7 +95,7 @@ class Suite:
 
 
 def run_suite(suite: Suite, args: argparse.Namespace) -> None:
-    """Lists, checks or measures, as the options say."""
+    """Lists the cases, runs the checks, or measures, by the command line's arguments."""
     cases = matching(suite.cases(), args.cases)
     if args.list:
         print("\n".join(case.name for case in cases))
@@ -101,11 +107,15 @@ def run_suite(suite: Suite, args: argparse.Namespace) -> None:
 
 
 def matching(cases: list, pattern: str) -> list:
-    """The cases whose names match a shell pattern."""
-    found = [case for case in cases if fnmatch.fnmatchcase(case.name, pattern)]
-    if not found:
+    """The cases whose names match a shell pattern.
+
+    Raises:
+        UserError: if there is none.
+    """
+    matches = [case for case in cases if fnmatch.fnmatchcase(case.name, pattern)]
+    if not matches:
         raise UserError(f"--cases '{pattern}' matches no case; --list names them.")
-    return found
+    return matches
 
 
 def _gpu() -> jax.Device:
@@ -121,7 +131,11 @@ def _gpu() -> jax.Device:
 
 
 def measure(suite: Suite, args: argparse.Namespace, cases: list, device: jax.Device) -> None:
-    """Writes what is known after every case: a run that is cut off leaves its figures."""
+    """Checks and times the cases, and prints the figures.
+
+    The file of figures is rewritten after every case, so that an aborted run leaves what it
+    measured.
+    """
     figures = header(device)
     write_json(args.output, figures)
     outcomes = _check(suite, cases, suite.full, KERNELS)
@@ -139,13 +153,13 @@ def measure(suite: Suite, args: argparse.Namespace, cases: list, device: jax.Dev
         for case in (case for case in cases if case.name not in left_out):
             figures["cases"].append(case_figures(suite, case, effort, figures["ceilings"]))
             write_json(args.output, figures)
-            gc.collect()  # an error's traceback would hold arrays of many GB
+            gc.collect()  # frees the arrays that the traceback of an error refers to
             advance(1)
     _print(suite, figures)
 
 
 def header(device: jax.Device) -> dict:
-    """When, where and with what a run is made."""
+    """The date, device, commit and versions of a run."""
     torch = torch_with_cuda()
     driver = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
     return {
@@ -165,7 +179,7 @@ def header(device: jax.Device) -> dict:
 
 
 def _check(suite: Suite, cases: list, size: Any, implementation: str) -> list[Outcome]:
-    """Every check of the cases' families, run and printed."""
+    """Runs every check of the cases' families, and prints a table of the outcomes."""
     families = dict.fromkeys(case.family for case in cases)
     checks = [check for family in families for check in suite.checks(family, size)]
     outcomes = []
@@ -178,32 +192,32 @@ def _check(suite: Suite, cases: list, size: Any, implementation: str) -> list[Ou
 
 
 def _refuse_failures(outcomes: list[Outcome], hint: str) -> None:
-    failures = [each.failure for each in outcomes if each.failure]
+    failures = [x.failure for x in outcomes if x.failure]
     if failures:
         more = f", and {len(failures) - 1} more fail" if failures[1:] else ""
         raise UserError(f"{failures[0]}{more}{hint}.")
 
 
 def _check_figures(outcomes: list[Outcome]) -> dict:
-    passed = [error for each in outcomes if not each.failure for error in each.errors.values()]
+    passed = [error for x in outcomes if not x.failure for error in x.errors.values()]
     return {
         "run": len(outcomes),
-        "failures": [each.failure for each in outcomes if each.failure],
+        "failures": [x.failure for x in outcomes if x.failure],
         "largest_error_of_those_that_passed": max(passed, default=None),
     }
 
 
 def _ceilings(effort: Effort) -> dict[str, float]:
-    """What this device does on a large matrix product and on a large copy, by unit."""
+    """The rates that the device reaches in a large matrix product and a large copy, by unit."""
     a, b = jax.random.normal(jax.random.key(0), (2, MATRIX, MATRIX), jnp.bfloat16)
     multiplied = time_call(jnp.dot, (a, b), effort)
     x = jax.random.bits(jax.random.key(1), (COPY_ELEMENTS,), jnp.uint16)
-    copied = time_call(lambda x: ~x, (x,), effort)  # XLA might leave out a plain copy
+    copied = time_call(lambda x: ~x, (x,), effort)  # a plain copy could be optimized away
     return {"TFLOP/s": 2 * MATRIX**3 / multiplied / 1e12, "TB/s": 2 * x.nbytes / copied / 1e12}
 
 
 def case_figures(suite: Suite, case: Case, effort: Effort, ceilings: dict[str, float]) -> dict:
-    """Seconds and rates by contender; null for one that cannot express the case or fails."""
+    """Times a case; seconds and rates by contender, None for one that cannot run it or fails."""
     inputs = suite.inputs(case)
     seconds, errors = time_in_turn(suite.builders(case, inputs, KERNELS), effort)
     least = max(amount / ceilings[unit] / 1e12 for unit, amount in case.work.items())
@@ -232,7 +246,7 @@ def _print(suite: Suite, figures: dict) -> None:
 
 
 def printed(grid: tables.Grid, figures: dict) -> Table:
-    """A table to print."""
+    """The figures of a grid as a table for the terminal."""
     table = Table(title=f"{figures['device']}; ceilings {tables.ceilings_text(figures)}")
     for column in grid.columns:
         name = column == "case"

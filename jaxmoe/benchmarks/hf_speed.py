@@ -14,21 +14,21 @@ import transformers
 
 @torch.inference_mode()
 def measure(model, tokens, new_tokens):
-    """(seconds of the prefill with its last logits, seconds of the decode, the tokens)."""
+    """Generates greedily; returns (seconds of prefill, seconds of decode, the new tokens)."""
     start = time.perf_counter()
     out = model(tokens, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1:].argmax(-1)
     prefilled = time.perf_counter()
-    found = [token]
+    generated = [token]
     for _ in range(new_tokens - 1):
         out = model(token, past_key_values=out.past_key_values, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
-        found.append(token)
-    return prefilled - start, time.perf_counter() - prefilled, torch.cat(found, 1)[0].tolist()
+        generated.append(token)
+    return prefilled - start, time.perf_counter() - prefilled, torch.cat(generated, 1)[0].tolist()
 
 
 def main():
-    """Prints the JSON object."""
+    """Times the checkpoint and prints the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("tokens", help="npy file, int32 [1, length]")
@@ -41,9 +41,9 @@ def main():
     tokens = torch.as_tensor(np.load(args.tokens)).long()
     measure(model, tokens, 2)  # warm-up
     runs = [measure(model, tokens, args.new_tokens) for _ in range(args.repeats)]
-    prefill, decode, found = zip(*runs, strict=True)
+    prefill, decode, generated = zip(*runs, strict=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps({"prefill": prefill, "decode": decode, "tokens": found[0], **versions}))
+    print(json.dumps({"prefill": prefill, "decode": decode, "tokens": generated[0], **versions}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of measured and of static figures: for the terminal, and for the documents."""
+"""Makes the tables of figures that are printed to the terminal and written to the documents."""
 
 from typing import NamedTuple
 
@@ -10,19 +10,19 @@ MOE_CONTENDERS = {
     "dense": "dense",
     "transformers": "transformers",
 }
-LONGEST = {"longest": "longest group alone"}  # jaxmoe, with all other groups' tokens left out
+LONGEST = {"longest": "longest group alone"}  # jaxmoe with the tokens of the longest group only
 ROUTINGS = ("balanced", "random", "skewed", "worst")
 
 
 class Grid(NamedTuple):
-    """A table of figures."""
+    """A table of figures: the titles of its columns, and rows of texts."""
 
     columns: tuple[str, ...]
     rows: list[list[str]]
 
 
 def schedule_grid(figures: dict) -> Grid:
-    """A row for each hot loop: the cycles of a turn by resource, and what they say."""
+    """A table with a row for each hot loop: cycles of an iteration by resource, and its bound."""
     resources = ("issue", "tensor", "mufu", "alu", "memory")
     rows = []
     for kernel in figures["kernels"]:
@@ -45,9 +45,9 @@ def _findings(loop: dict) -> list[str]:
 
 
 def steps_grid(figures: dict) -> Grid:
-    """A row for each step: the device operations that a further layer adds."""
-    found = {kind for step in figures["steps"] for kind in step["a_layer"]}
-    kinds = sorted(found, key=lambda kind: (-figures["steps"][0]["a_layer"].get(kind, 0), kind))
+    """A table with a row for each step: the device operations that a further layer adds."""
+    names = {kind for step in figures["steps"] for kind in step["a_layer"]}
+    kinds = sorted(names, key=lambda kind: (-figures["steps"][0]["a_layer"].get(kind, 0), kind))
     rows = [
         [
             f"{step['model']}, {step['rows']} row{'s' if step['rows'] > 1 else ''}",
@@ -61,13 +61,13 @@ def steps_grid(figures: dict) -> Grid:
 
 
 def ceilings_text(figures: dict) -> str:
-    """What the device did on a large matrix product and a large copy."""
+    """The device's rates in a large matrix product and a large copy, as text."""
     ceilings = figures["ceilings"]
     return f"{ceilings['TFLOP/s']:.0f} TFLOP/s and {ceilings['TB/s']:.2f} TB/s"
 
 
 def attention_grid(figures: dict) -> Grid:
-    """Rates of each case; n/a where there is no figure."""
+    """A table of the rates of each attention case by contender; n/a where there is no figure."""
     first, *others = ATTENTION_CONTENDERS.values()
     rows = []
     for case in figures["cases"]:
@@ -78,7 +78,7 @@ def attention_grid(figures: dict) -> Grid:
 
 
 def moe_grid(figures: dict) -> Grid:
-    """Of each case the time, the rates and the others' times."""
+    """A table of the time and rates of each case of experts, and of the other libraries' times."""
     _, *others = MOE_CONTENDERS
     units = ("TFLOP/s", "TB/s")
     rows = []
@@ -92,15 +92,15 @@ def moe_grid(figures: dict) -> Grid:
 
 
 def skew_grid(figures: dict) -> Grid:
-    """Times of jaxmoe by routing, and how many times the longest group's alone."""
+    """A table of jaxmoe's times by routing, with their ratios to the longest group's time alone."""
     by_case: dict[str, dict[str, dict]] = {}
     for case in figures["cases"]:
         by_routing = by_case.setdefault(case["name"].replace(f"-{case['routing']}", ""), {})
         by_routing[case["routing"]] = case["seconds"]
     rows = [
-        [name, *(_skewed(found.get(routing)) for routing in ROUTINGS), _worst(found)]
-        for name, found in by_case.items()
-        if len(found) > 1
+        [name, *(_skewed(by_routing.get(routing)) for routing in ROUTINGS), _worst(by_routing)]
+        for name, by_routing in by_case.items()
+        if len(by_routing) > 1
     ]
     return Grid(("case", *ROUTINGS, "worst / balanced"), rows)
 

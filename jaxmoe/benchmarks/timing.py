@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turn, and where and with what a run was made."""
+"""What the benchmarks share: timing of calls in rotation, and the versions of a run."""
 
 import dataclasses
 import datetime
@@ -25,23 +25,34 @@ SLOW_SECONDS = 1.0  # a call that takes longer is timed once
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Work on a device that `start` begins and that is over once `wait` has its result."""
+    """Asynchronous work on a device.
+
+    Attributes:
+        start: begins the work and returns a result that may not be ready.
+        wait: waits until such a result is ready.
+        count: how many times one start does the work to time.
+    """
 
     start: Callable[[], Any]
     wait: Callable[[Any], Any] = jax.block_until_ready
-    count: int = 1  # how often one start does the work
+    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How much to time."""
+    """How long to time.
+
+    Attributes:
+        rounds: how many samples are taken of each call.
+        seconds: how long one sample takes.
+    """
 
     rounds: int = 7
-    seconds: float = 0.1  # of one round of one call
+    seconds: float = 0.1
 
 
 def time_call(function: Callable, args: tuple, effort: Effort) -> float:
-    """Median seconds of a function of arrays, compiled."""
+    """Median seconds of a jitted function of arrays."""
     compiled = jax.jit(function)
     seconds, errors = time_in_turn({"": lambda: Call(lambda: compiled(*args))}, effort)
     if errors:
@@ -52,13 +63,16 @@ def time_call(function: Callable, args: tuple, effort: Effort) -> float:
 def time_in_turn[Name](
     builders: dict[Name, Callable[[], Call]], effort: Effort
 ) -> tuple[dict[Name, float], dict[Name, str]]:
-    """Median seconds of each call, taken in turn; of those that raise, the error in one line."""
+    """Times several calls in rotation, so that drifts of the device affect all alike.
+
+    Returns the median seconds of each call, and for calls that raised the error in one line.
+    """
     times, starts, errors = {}, {}, {}
 
     def guarded(name: Name, step: Callable[[], None]) -> None:
         try:
             step()
-        except Exception as error:  # whatever another library raises is a finding, not an end
+        except Exception as error:  # another library's failure is recorded and ends nothing
             errors[name] = one_line(error)
 
     def first(name: Name) -> None:
@@ -79,7 +93,7 @@ def time_in_turn[Name](
 
 
 def _sample(call: Call, starts: int) -> float:
-    """Seconds of the work done once, over a number of starts with one wait at the end."""
+    """Seconds of the work, as the mean over a number of starts with one wait at the end."""
     begin, result = time.perf_counter(), None
     for _ in range(starts):
         result = call.start()
@@ -88,18 +102,18 @@ def _sample(call: Call, starts: int) -> float:
 
 
 def one_line(error: Exception) -> str:
-    """Its type and the first line of its message."""
+    """An exception's type and the first line of its message, at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 def today() -> str:
-    """The date, as in ISO 8601."""
+    """Today's date in ISO 8601 format."""
     return datetime.date.today().isoformat()
 
 
 def versions() -> dict[str, str]:
-    """Of what every benchmark runs on."""
+    """The versions of Python, jax and jaxlib."""
     return {
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -108,7 +122,7 @@ def versions() -> dict[str, str]:
 
 
 def first_line_of(*command: str) -> str | None:
-    """What a command prints first; None if it fails or is not there."""
+    """The first line that a command prints; None if it fails or does not exist."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -117,7 +131,7 @@ def first_line_of(*command: str) -> str | None:
 
 
 def package_version(name: str) -> str | None:
-    """Of an installed package, or None."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -126,22 +140,22 @@ def package_version(name: str) -> str | None:
 
 @functools.cache
 def torch_with_cuda():
-    """The module; None if it is not there or sees no GPU."""
+    """The module `torch`; None if it cannot be imported or sees no GPU."""
     try:
         torch = importlib.import_module("torch")
-    except Exception:  # absent, or broken beside this CUDA
+    except Exception:  # not installed, or built for another CUDA than the installed one
         return None
     return torch if torch.cuda.is_available() else None
 
 
 def git_commit() -> str | None:
-    """The commit that runs, marked if files differ from it; None outside a repository."""
-    if not (ROOT / ".git").exists():  # an installed package may lie in someone else's repository
+    """The checked-out commit, with "-dirty" if files differ from it; None outside a checkout."""
+    if not (ROOT / ".git").exists():  # an installed package may be inside another repository
         return None
     return first_line_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def write_json(path: str | None, figures: dict) -> None:
-    """Writes the figures, if a path was given."""
+    """Writes the figures to a JSON file; does nothing if `path` is None."""
     if path is not None:
         outputs.write_json(path, figures)

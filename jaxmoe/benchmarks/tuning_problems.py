@@ -1,4 +1,4 @@
-"""What jaxmoe tune finds a config for: each kernel at Llama 4's sizes, with the configs to try."""
+"""The problems of `jaxmoe tune`: each kernel at Llama 4's sizes, with the configs to try."""
 
 import dataclasses
 import itertools
@@ -21,17 +21,19 @@ from pallas_kernels.attention.mosaic_backward import BackwardConfig, flash_backw
 from pallas_kernels.attention.mosaic_forward import ForwardConfig
 from pallas_kernels.quantized import quantize
 
-ROWS, LONG = 8, 131072  # of decoding
-QUERIES = (1, 4)  # a row
+ROWS, LONG = 8, 131072  # decoding's rows, and its cached tokens per row
+QUERIES = (1, 4)  # decoding's new tokens per row
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One entry of the file.
+    """A kernel and size to choose a config for, one entry of a file in `pallas_kernels/tuned`.
 
     Attributes:
-        candidates: in order of preference, which decides where nothing is timed.
-        call: takes a config, coordinates of the queries and of the keys, and other arrays.
+        op: the kernel's name.
+        key: what the config depends on, such as the head size.
+        candidates: configs in order of preference, which decides if nothing is timed.
+        call: runs the kernel on a config, coordinates of queries and keys, and other arrays.
         coords: makes the coordinates.
         shapes: of the other arrays.
     """
@@ -44,22 +46,22 @@ class Problem:
     shapes: tuple
 
     def arguments(self) -> tuple:
-        """What `call` takes after the config, as shapes."""
+        """The arguments of `call` after the config, as ShapeDtypeStructs."""
         return *jax.eval_shape(self.coords), *self.shapes
 
 
 def all_problems() -> list[Problem]:
-    """In the order of the file."""
+    """All problems, in the order of the file."""
     return [*map(_forward, HEAD_DIMS), *map(_backward, HEAD_DIMS), *_decode()]
 
 
 def _grid(first, **choices) -> list:
-    """`first`, then all others that the choices make, earlier ones first."""
-    made = (
+    """The config `first`, then it with every combination of the choices, earlier ones first."""
+    combinations = (
         dataclasses.replace(first, **dict(zip(choices, values, strict=True)))
         for values in itertools.product(*choices.values())
     )
-    return list(dict.fromkeys([first, *made]))
+    return list(dict.fromkeys([first, *combinations]))
 
 
 def _shaped(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -106,7 +108,7 @@ def _backward(head_dim: int) -> Problem:
 def _decode() -> Iterator[Problem]:
     for cache, head_dim in itertools.product(("bfloat16", *STORED), HEAD_DIMS):
         if (cache, head_dim) == ("int4", 64):
-            continue  # not served
+            continue  # the kernel does not serve int4 heads of 64
         for queries in QUERIES:
             yield _decode_problem(cache, head_dim, queries)
 
@@ -130,6 +132,6 @@ def _decode_problem(cache: str, head_dim: int, queries: int) -> Problem:
 
 
 def _cache(cache: str, head_dim: int):
-    """Keys or values."""
+    """The shape of a cache's keys or values, quantized in the cache's format."""
     tokens = _shaped(ROWS, KV_HEADS, LONG, head_dim)
     return tokens if cache == "bfloat16" else jax.eval_shape(lambda x: quantize(x, cache), tokens)

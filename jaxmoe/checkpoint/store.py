@@ -85,7 +85,7 @@ def save(path: str | Path, config: Llama4Config, params: dict) -> None:
     """
     path, arrays = Path(path), _named_arrays(config, unpadded(config, params))
     formats = {
-        name: Format(w.format, w.width)
+        name: Format(w.format, w.group_size)
         for name, (_, w) in named_params(config, params).items()
         if isinstance(w, QuantizedMatrix)
     }

@@ -21,9 +21,9 @@ from jaxmoe.errors import UserError
 from jaxmoe.model.params import ParamSpec
 from pallas_kernels.quantized import (
     QuantizedMatrix,
+    default_group_size,
     dequantize_matrix,
     quantize_matrix,
-    scale_width,
 )
 
 COLUMN_BYTES = 2**22  # of float32 numbers that are quantized at once
@@ -91,7 +91,7 @@ def target_formats(source: Source, weights: str | None) -> dict[str, Format]:
         if weights == "int4" and inputs % 2:
             raise UserError(f"{name} has {inputs} inputs, which int4 cannot pair; use int8.")
         if held is None or held.name != weights:
-            held = Format(weights, scale_width(weights, inputs))
+            held = Format(weights, default_group_size(weights, inputs))
         formats[name] = held
     return formats
 

@@ -1,1 +1,1 @@
-"""The commands: `jaxmoe NAME`, `python -m jaxmoe NAME` and, in a checkout, `scripts/NAME.py`."""
+"""The command line: `jaxmoe NAME`, `python -m jaxmoe NAME`, or in a checkout `scripts/NAME.py`."""

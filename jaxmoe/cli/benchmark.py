@@ -1,6 +1,6 @@
-"""Benchmarks: `cpu` beside transformers, `convert` beside cp, others beside kernels on a GPU.
+"""Benchmarks: `cpu` against transformers, `convert` against cp, others against kernels on a GPU.
 
-`schedule` times nothing: it reads what the compiler for an absent GPU made of the kernels.
+`schedule` measures nothing: it analyzes the kernels' machine code, compiled for an absent GPU.
 """
 
 import argparse
@@ -17,7 +17,7 @@ def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    cpu = commands.add_parser("cpu", help="beside transformers on this CPU; `make bench` runs it")
+    cpu = commands.add_parser("cpu", help="against transformers on this CPU; `make bench` runs it")
     cpu.set_defaults(start=run_cpu)
     cpu.add_argument("--output", metavar="FILE.json", help="where to write the figures")
     cpu.add_argument("--prompt-tokens", type=int, default=2048)
@@ -26,11 +26,11 @@ def main() -> None:
     cpu.add_argument("--repeats", type=int, default=3, help="of each side in a round")
     add_convert(commands)
     add_schedule(commands)
-    for name, start, of in (
+    for name, start, subject in (
         ("attention", run_attention, "attention"),
         ("moe", run_moe, "the mixture of experts"),
     ):
-        _add_suite(commands.add_parser(name, help=f"checks, then times {of} on a GPU"), start)
+        _add_suite(commands.add_parser(name, help=f"checks, then times {subject} on a GPU"), start)
     args = parser.parse_args()
     args.start(args)
 

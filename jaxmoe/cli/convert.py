@@ -1,7 +1,7 @@
 """Converts a Llama 4 checkpoint to one that loads onto any mesh.
 
 Reads Hugging Face safetensors (bf16; FP8, INT8 and W4A16 of compressed-tensors) and Meta's
-consolidated.*.pth. Killed and run again, it goes on where it was.
+consolidated.*.pth. A run that was killed resumes when it is started again.
 """
 
 import argparse
@@ -19,29 +19,29 @@ from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.cli.terminal import byte_progress
 from jaxmoe.errors import UserError
 
-FORMATS = ("bf16", "float32", "fp8", "int8", "int4")
+WEIGHT_FORMATS = ("bf16", "float32", "fp8", "int8", "int4")
 
 
 def parse_args() -> argparse.Namespace:
-    """The command's arguments."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder with config.json or params.json, and the tensors")
     parser.add_argument("output", help="folder of the new checkpoint; must not exist or be empty")
     parser.add_argument(
         "--weights",
-        choices=FORMATS,
-        help="quantize the matrices, or widen quantized ones; default: every byte as it is",
+        choices=WEIGHT_FORMATS,
+        help="quantize the matrices, or widen quantized ones; default: copy every byte unchanged",
     )
     parser.add_argument("--text-only", action="store_true", help="leave the vision tower out")
     parser.add_argument(
         "--ignore-unknown-config",
         action="store_true",
-        help="go on without the keys of the configuration that are not known",
+        help="ignore unknown keys of the configuration instead of refusing them",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read both again and compare; without converting if the output is there",
+        help="read both checkpoints again and compare them; converts first if there is no output",
     )
     return parser.parse_args()
 

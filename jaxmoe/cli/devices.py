@@ -1,4 +1,4 @@
-"""The flags that choose devices, mesh and dtype, and loading a checkpoint onto them."""
+"""The flags that choose devices, mesh and dtype, and the loading of a checkpoint by them."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.layout import layout_table
 from jaxmoe.text import Tokenizer
 
-MOST_CPU_DEVICES = 1024  # starting 100,000 takes minutes
+MOST_CPU_DEVICES = 1024  # a mistyped 100,000 would take minutes to start
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -43,12 +43,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--self-test",
         action="store_true",
-        help="once loaded, run a sentence that a wrong layout does not survive",
+        help="after loading, check a sentence's entropy and loss, which a bad conversion fails",
     )
 
 
 def start(args: argparse.Namespace) -> jax.sharding.Mesh:
-    """Starts JAX as the flags say and returns the mesh."""
+    """Configures JAX by the flags of `add_flags`, and returns the mesh."""
     if args.cpu_devices is not None:
         if not 1 <= args.cpu_devices <= MOST_CPU_DEVICES:
             given = f"--cpu-devices {args.cpu_devices}"
@@ -63,11 +63,11 @@ def devices() -> list[jax.Device]:
     """JAX's devices.
 
     Raises:
-        UserError: if JAX was told to use a platform that is not here.
+        UserError: if JAX was told to use a platform that this machine does not have.
     """
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # of an unknown name, JAX only asserts
+    except (RuntimeError, AssertionError) as error:  # JAX asserts if a platform's name is unknown
         reason = str(error).partition("\n")[0] or "there is none"
         wanted = jax.config.jax_platforms
         raise UserError(
@@ -84,9 +84,9 @@ def _prepare_compiling(cache: str | None) -> None:
 
 
 def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Config, dict]:
-    """The checkpoint's configuration and parameters, laid out over the mesh.
+    """Loads the checkpoint's configuration, and its parameters sharded over the mesh.
 
-    With --mesh, first prints what lands where.
+    With --mesh it first prints how parameters are sharded, and with --self-test it checks them.
     """
     dtype = args.dtype or _one_dtype(args.checkpoint)
     if args.mesh:
@@ -97,14 +97,14 @@ def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Confi
         config, params = store.load(args.checkpoint, mesh, dtype, progress)
     if args.self_test:
         with jax.set_mesh(mesh):
-            speech = self_test(config, params, tokenizer(args.checkpoint))
-        known = "" if speech.surprise is None else f", surprise {speech.surprise:.2f}"
-        print(f"[self-test: entropy {speech.entropy:.2f}{known} of guessing]", file=sys.stderr)
+            result = self_test(config, params, tokenizer(args.checkpoint))
+        known = "" if result.surprise is None else f", surprise {result.surprise:.2f}"
+        print(f"[self-test: entropy {result.entropy:.2f}{known} of guessing]", file=sys.stderr)
     return config, params
 
 
 def _one_dtype(checkpoint: str) -> str:
-    """For all parameters, also where a checkpoint mixes dtypes."""
+    """The dtype to load all parameters in: the checkpoint's main one if it mixes several."""
     dtype, *others = store.main_dtypes(checkpoint)
     if others:
         stored = " and ".join([dtype, *others])

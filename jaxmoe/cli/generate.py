@@ -1,4 +1,4 @@
-"""Generates text from a checkpoint: one prompt to the terminal, or many as JSON lines."""
+"""Generates text from a checkpoint, for one prompt on the terminal or for a file of requests."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ from jaxmoe.text import StreamDecoder, render
 
 
 def parse_args() -> argparse.Namespace:
-    """The command's arguments."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="folder that jaxmoe convert wrote")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -35,13 +35,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         metavar="FILE.jsonl",
-        help="answers in the order of the requests; killed and run again, it goes on where it was",
+        help="answers in the order of the requests; a killed run resumes when started again",
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument(
         "--parse-special",
         action="store_true",
-        help="a prompt may name special tokens, such as <|eot|>; of messages none can",
+        help="parse special tokens such as <|eot|> in prompts; in messages they are never parsed",
     )
     own = "default: the checkpoint's, else"
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {own} 0.6")
@@ -53,16 +53,19 @@ def parse_args() -> argparse.Namespace:
         type=int,
         default=8,
         metavar="N",
-        help="requests at once, at most; in bfloat16, other roundings may change answers",
+        help="the most requests in a batch; in bfloat16 it may change answers by rounding",
     )
     parser.add_argument("--kv", choices=FORMATS, help="how the cache stores keys and values")
     parser.add_argument(
-        "--cache-tokens", type=int, metavar="N", help="of all rows together; requests wait for room"
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="capacity for all rows; requests wait for room",
     )
     parser.add_argument(
         "--document",
         metavar="FOLDER",
-        help="that jaxmoe read wrote; each request comes after its text",
+        help="folder that jaxmoe read wrote; every request follows its text",
     )
     devices.add_flags(parser)
     return parser.parse_args()
@@ -140,7 +143,10 @@ def _requests(args, tokenizer, check) -> list[Request | jobs.Refusal]:
 
 
 def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers | None]:
-    """Where JSON lines go: not those of a prompt on the terminal, unless a file was asked for."""
+    """The file or standard output that answers are written to as JSON lines.
+
+    Without --output, a --prompt writes none: its answer goes to the terminal as text.
+    """
     output = args.output or (None if args.prompts is None else "-")
     if output is None:
         return contextlib.nullcontext()
@@ -150,7 +156,7 @@ def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers
 
 
 def _left(lines, answers: Answers | None) -> list[Request]:
-    """The requests that have no answer yet; says on stderr what became of the others."""
+    """The requests that have no answer yet; prints the counts of the others to stderr."""
     requests = [line for line in lines if isinstance(line, Request)]
     refused = [line for line in lines if not isinstance(line, Request)]
     if answers is not None and answers.complete:
@@ -168,7 +174,7 @@ def _left(lines, answers: Answers | None) -> list[Request]:
 
 
 def _without_begin(request: Request, tokenizer) -> Request:
-    """A request that goes on with a document, which has the begin-of-text token."""
+    """The request without its begin-of-text token, since the document before it has one."""
     if tokenizer is None or request.tokens[:1] != (tokenizer.bos_id,):
         return request
     return dataclasses.replace(request, tokens=request.tokens[1:])
@@ -181,10 +187,13 @@ def _document(args, config, params, requests):
 
 
 def _stream_text(stream, requests, tokenizer, args):
-    """Prints text as it comes: the prompt and the closing line on stderr, the answer on stdout."""
+    """Prints an answer to stdout as it is generated, its prompt and a summary to stderr.
+
+    Yields the answer's record.
+    """
     decoder, times = StreamDecoder(tokenizer), []
     for token, record in stream:
-        if not times:  # the first step has been compiled
+        if not times:  # printed only now, so that it does not precede a long compilation
             print(args.prompt, end="", file=sys.stderr, flush=True)
         times.append(time.perf_counter())
         if token.finish_reason == ERROR:
@@ -198,7 +207,7 @@ def _stream_text(stream, requests, tokenizer, args):
 
 
 def _summary(times: list[float]) -> str:
-    """How many tokens, and how fast once both the prompt's and one token's step are compiled."""
+    """The number of tokens, and their rate after both prefill and decoding were compiled."""
     compiled = times[1:]
     if len(compiled) < 2:
         return f"{len(times)} tokens"
@@ -206,10 +215,13 @@ def _summary(times: list[float]) -> str:
 
 
 def _show_progress(stream, requests, tokenizer, args):
-    """A bar over the tokens asked for; a request that stops early completes its share."""
+    """Yields the records of answers, and shows a progress bar over the tokens asked for.
+
+    An answer that stops early completes its share of the bar.
+    """
     budget = sum(request.max_new_tokens for request in requests)
     on_stdout = args.output in (None, "-")
-    with task_progress("Generating", budget, "tokens", beside_answers=on_stdout) as advance:
+    with task_progress("Generating", budget, "tokens", stdout_in_use=on_stdout) as advance:
         for token, record in stream:
             advance(1)
             if record is not None:

@@ -9,7 +9,7 @@ from jaxmoe.cli.terminal import run
 COMMANDS = {
     "convert": "any published Llama 4 checkpoint to an Orbax one",
     "generate": "text from a checkpoint, for a prompt or a file of requests",
-    "read": "a long text once, for any number of questions",
+    "read": "a long text into a saved KV cache, for any number of questions",
     "evaluate": "logits, needles in long contexts, repetition, quantization",
     "export": "a checkpoint back to the Hugging Face layout",
     "make-tokens": "text or JSON lines to the tokens that training reads",
@@ -21,8 +21,8 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the subcommand that the first argument names, with the others as its own."""
-    lines = "\n".join(f"  {name:<12} {what}" for name, what in COMMANDS.items())
+    """Runs the subcommand that the first argument names; it parses the other arguments itself."""
+    lines = "\n".join(f"  {name:<12} {summary}" for name, summary in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="jaxmoe",
         description="Llama 4 in JAX: `jaxmoe COMMAND --help` says more of each command.",
@@ -36,9 +36,14 @@ def main() -> None:
 
 
 def run_command(name: str, arguments: list[str], prog: str) -> None:
-    """Runs a command as if it were a program `prog` of its own, and ends the process on errors.
+    """Runs a command with its own argument list, and exits the process on errors.
 
-    A command's module, and with it JAX, is imported only once it is known which one runs.
+    The command's module, which imports JAX, is imported here, so that `jaxmoe --help` is quick.
+
+    Args:
+        name: one of COMMANDS.
+        arguments: what the command parses.
+        prog: the program's name in its usage text.
     """
     sys.argv = [prog, *arguments]
     run(lambda: importlib.import_module(f"jaxmoe.cli.{name.replace('-', '_')}").main())

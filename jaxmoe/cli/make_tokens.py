@@ -18,7 +18,7 @@ def main() -> None:
         "inputs",
         metavar="IN",
         nargs="+",
-        help='.jsonl with {"text": ...} a line, each a document; any other file is one document',
+        help='.jsonl files have a document on each line, {"text": ...}; other files are one each',
     )
     parser.add_argument("--output", required=True, metavar="TOKENS.npy")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Says before the hardware is rented what fits on it: memory, context and bounds on speed."""
+"""Plans a model on hardware before it is rented: memory, largest context and bounds on speed."""
 
 import argparse
 import json
@@ -12,11 +12,11 @@ from jaxmoe.plan import planner
 from jaxmoe.plan.models import read_dtype, read_model
 from jaxmoe.plan.targets import Target, parse_target
 from jaxmoe.plan.text import print_plan
-from jaxmoe.plan.work import FORMATS, SEGMENT, TASKS, Work
+from jaxmoe.plan.work import PREFILL_CHUNK, STORAGE_FORMATS, TASKS, Work
 
 
 def parse_args() -> argparse.Namespace:
-    """The command's arguments."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="scout, maverick, or a checkpoint's folder")
     parser.add_argument(
@@ -29,14 +29,15 @@ def parse_args() -> argparse.Namespace:
         "--context", metavar="N|max", help="tokens a row; default: max, in training 8192"
     )
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows")
-    parser.add_argument("--weights", choices=FORMATS, default="bf16")
-    parser.add_argument("--kv", choices=FORMATS, default="bf16")
+    parser.add_argument("--weights", choices=STORAGE_FORMATS, default="bf16")
+    parser.add_argument("--kv", choices=STORAGE_FORMATS, default="bf16")
     parser.add_argument(
-        "--segment",
+        "--prefill-chunk",
+        "--segment",  # the flag's old name
         type=int,
-        default=SEGMENT,
+        default=PREFILL_CHUNK,
         metavar="N",
-        help="tokens that prefill feeds at once",
+        help="tokens of each row that one step of prefill processes; default: %(default)s",
     )
     parser.add_argument(
         "--mesh",
@@ -67,7 +68,7 @@ def main() -> None:
         )
     if args.compile and plan.fits:
         plan = planner.with_compiler(plan)
-    if args.json:  # also of what does not fit: a machine can do with the figures
+    if args.json:  # printed even if the plan does not fit, since programs can use its figures
         print(json.dumps(planner.to_json(plan), indent=2))
     planner.check_fits(plan)
     if not args.json:
@@ -79,14 +80,14 @@ def main() -> None:
 def _draw(plan: planner.Plan, path: str) -> None:
     try:
         from jaxmoe.plan.png import draw
-    except ImportError:  # nothing else needs it
+    except ImportError:  # Pillow is no dependency, since only --png needs it
         raise UserError("--png needs Pillow; run pip install pillow.") from None
     draw(plan, path)
 
 
 def _work(args: argparse.Namespace, target: Target, mesh: MeshConfig | None) -> Work:
     config = read_model(args.model)
-    context = args.context or (str(SEGMENT) if args.task == "train" else "max")
+    context = args.context or (str(PREFILL_CHUNK) if args.task == "train" else "max")
     if context != "max" and not context.isdecimal():
         raise UserError(f"--context {context} is neither a number of tokens nor 'max'.")
     work = Work(
@@ -96,7 +97,7 @@ def _work(args: argparse.Namespace, target: Target, mesh: MeshConfig | None) -> 
         rows=args.batch,
         weights=args.weights,
         kv=args.kv,
-        segment=args.segment,
+        prefill_chunk=args.prefill_chunk,
     )
     if args.compile and args.task == "train":
         raise UserError("--compile serves decode and prefill; leave it out to plan training.")

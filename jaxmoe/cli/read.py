@@ -1,6 +1,6 @@
-"""Reads a long text once and saves what the model keeps of it, for `jaxmoe generate --document`.
+"""Prefills a long text once and saves its KV cache, for `jaxmoe generate --document`.
 
-Interrupted and run again, it goes on where it was.
+A run that was interrupted resumes when it is started again.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from jaxmoe.parsing import MAX_TEXT_BYTES, read_text
 
 
 def parse_args() -> argparse.Namespace:
-    """The command's arguments."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="folder that jaxmoe convert wrote")
     parser.add_argument("text", help="file of text, in UTF-8")
@@ -56,7 +56,7 @@ def main() -> None:
     tokens = _tokens(args)
     document.check_length(store.read_config(args.checkpoint), len(tokens))
     if not is_finished(args.output):
-        workspace_path(Path(args.output))  # refuses before anything is loaded
+        workspace_path(Path(args.output))  # raises for an unusable folder before the model loads
     config, params = devices.load(args, mesh)
     with jax.set_mesh(mesh), task_progress("Reading", len(tokens), "tokens") as advance:
         counts = saved_document.read_document(

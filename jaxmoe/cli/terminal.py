@@ -1,4 +1,4 @@
-"""What every script shares: how errors and interrupts end, and how progress is shown."""
+"""What all commands share: exit codes for errors and interrupts, and progress bars."""
 
 import contextlib
 import io
@@ -15,9 +15,13 @@ from pallas_kernels.compile.errors import CompilerError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a script: a mistake of the user's is one line and exit 1, Ctrl-C is exit 130."""
+    """Runs a command, and exits the process if it fails.
+
+    A mistake of the user is printed as one line, with exit code 1, and so are a full disk and lack
+    of memory; Ctrl-C ends with exit code 130.
+    """
     _open_closed()
-    for stream in (sys.stdout, sys.stderr):  # of a terminal that is not UTF-8
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not be able to print all of Unicode
         cast(io.TextIOWrapper, stream).reconfigure(errors="replace")
     try:
         main()
@@ -25,15 +29,15 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, CompilerError) as error:
         print(f"error: {UserError(str(error))}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # the reader, such as head, has had enough
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has ended
         _forget_stdout()
         sys.exit(1)
-    except OSError as error:  # a disk that is full, or may not be written
+    except OSError as error:  # such as a full disk
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}.", file=sys.stderr)
         _forget_stdout()
         sys.exit(1)
-    except (MemoryError, RuntimeError) as error:  # of a device, JAX says it so
+    except (MemoryError, RuntimeError) as error:  # JAX raises RuntimeError for a device's memory
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         why = str(error).partition("\n")[0].rstrip(".")
@@ -49,19 +53,19 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _open_closed() -> None:
-    """Stands in for streams that were closed before, as some services do: what is said is lost."""
+    """Opens /dev/null in place of stdout and stderr if they are closed, as under some services."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # until the process ends
+            setattr(sys, name, open(os.devnull, "w"))  # stays open until the process ends
 
 
 def _forget_stdout() -> None:
-    """What is left in its buffer would fail again when Python ends."""
+    """Redirects stdout to /dev/null: flushing its buffer at exit would raise the error again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _bar(columns: tuple, disable: bool = False) -> bars.Progress:
-    """On stderr if that is a terminal; stdout, which is for answers, is left alone."""
+    """A progress bar on stderr, shown only if that is a terminal; stdout is left unchanged."""
     return bars.Progress(
         *columns,
         console=Console(stderr=True),
@@ -72,7 +76,7 @@ def _bar(columns: tuple, disable: bool = False) -> bars.Progress:
 
 @contextlib.contextmanager
 def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left, fed with (bytes done, bytes in all); none off a terminal."""
+    """Shows a progress bar of bytes; yields the function update(bytes done, bytes in all)."""
     columns = (
         bars.TextColumn(label),
         bars.BarColumn(),
@@ -87,12 +91,16 @@ def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def task_progress(
-    label: str, total: int, unit: str, beside_answers: bool = False
+    label: str, total: int, unit: str, stdout_in_use: bool = False
 ) -> Iterator[Callable[..., None]]:
-    """A bar with rate and time left, fed with (units done, a few words); none off a terminal.
+    """Shows a progress bar; yields the function advance(units done since the last call, note="").
 
     Args:
-        beside_answers: whether answers go to stdout meanwhile: no bar is drawn into them.
+        label: what is in progress.
+        total: how many units there are.
+        unit: the name of a unit, in the plural.
+        stdout_in_use: whether results are written to stdout meanwhile; if that is a terminal too,
+            no bar is shown.
     """
     columns = (
         bars.TextColumn(label),
@@ -102,7 +110,7 @@ def task_progress(
         bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[note]}"),
     )
-    with _bar(columns, disable=beside_answers and sys.stdout.isatty()) as bar:
+    with _bar(columns, disable=stdout_in_use and sys.stdout.isatty()) as bar:
         task = bar.add_task(label, total=total, rate="", note="")
 
         def advance(count: int, note: str = "") -> None:

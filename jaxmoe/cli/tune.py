@@ -1,4 +1,4 @@
-"""Finds the configs of the GPU kernels: compiles for a GPU, there or not; times if it is there."""
+"""Chooses the configs of the GPU kernels: compiles for a GPU, and if it is present times them."""
 
 import argparse
 import dataclasses
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=DEVICES, default="h100")
     parser.add_argument(
-        "--output", metavar="FILE.json", help="default: where the kernels look for it"
+        "--output", metavar="FILE.json", help="default: the file that the kernels read"
     )
     args = parser.parse_args()
     (device,) = DEVICES[args.device](1)
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def tuned(device: jax.Device, problems: list[Problem]) -> dict:
-    """The content of the file."""
+    """Chooses a config for each problem; returns the content of the file."""
     with task_progress("Compiling", sum(len(p.candidates) for p in problems), "configs") as advance:
         entries = [_entry(device, problem, advance) for problem in problems]
     return {
@@ -51,7 +51,7 @@ def _entry(device: jax.Device, problem: Problem, advance: Callable[[int], None])
     for config in problem.candidates:
         try:
             registers[config] = _registers(device, problem, config)
-        except Exception as error:  # whatever the compiler raises is a finding, not an end
+        except Exception as error:  # any failure to compile drops the config, and is recorded
             reason = str(error) if isinstance(error, UserError) else one_line(error)
             dropped.append({"config": dataclasses.asdict(config), "reason": reason})
         advance(1)
@@ -72,10 +72,10 @@ def _entry(device: jax.Device, problem: Problem, advance: Callable[[int], None])
 
 
 def _registers(device: jax.Device, problem: Problem, config) -> int:
-    """The most that one of its kernels takes.
+    """The most registers per thread that a kernel of the problem takes with a config.
 
     Raises:
-        UserError: if a kernel spills, or ptxas warns of it.
+        UserError: if a kernel spills registers, or ptxas warns of anything.
     """
     lowered = lower_for(device, functools.partial(problem.call, config), *problem.arguments())
     reports = assembler_reports(lowered, compiler_options())
@@ -92,7 +92,7 @@ def _fault(report: KernelReport) -> str | None:
 
 
 def _seconds(device: jax.Device, problem: Problem, configs: list) -> dict:
-    """Of one call with each config; nothing without such a device."""
+    """Median seconds of a call with each config; empty if no such device is present."""
     present = [d for d in jax.devices() if d.device_kind == device.device_kind]
     if not present:
         return {}
@@ -108,7 +108,7 @@ def _seconds(device: jax.Device, problem: Problem, configs: list) -> dict:
 def _random(shapes: tuple):
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    return tree.unflatten([_random_array(*each) for each in zip(keys, leaves, strict=True)])
+    return tree.unflatten([_random_array(*pair) for pair in zip(keys, leaves, strict=True)])
 
 
 def _random_array(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:

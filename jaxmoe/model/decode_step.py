@@ -41,10 +41,10 @@ from pallas_kernels.step import (
     MAX_TOKENS,
     HeadPlan,
     add_rms_norm,
+    busy_experts,
     experts_down,
     experts_gate_up,
     matmul_few,
-    slots_of,
     why_not_few,
     why_not_norm,
     write_heads,
@@ -234,7 +234,7 @@ def _moe(config: Llama4Config, run, p, x, real):
     routing = choose(config, logits.astype(x.dtype)[:, None], real)
     first = lax.axis_index(meshes.RULES["expert"]) * here if here < E else 0
     expert = routing.expert[:, 0, 0] - first
-    slots = slots_of(expert, here, first == 0)
+    slots = busy_experts(expert, here, first == 0)
     routed, shared = p["experts"], p["shared"]
     of_routed, of_shared = ((kind["gate"], kind["up"]) for kind in (routed, shared))
     hidden = experts_gate_up(x, of_routed, of_shared, expert, routing.score[:, 0, 0], slots, **run)

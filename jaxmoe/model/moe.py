@@ -22,8 +22,8 @@ from pallas_kernels.experts import (
     dispatch,
     gated_matmul,
     grouped_matmul,
+    make_group_metadata,
     plan_exchange,
-    plan_groups,
     send,
     send_back,
 )
@@ -227,7 +227,7 @@ def run_experts(
     here = p["down"].shape[0]
     group = (expert - first).reshape(-1)
     group = jnp.where((group >= 0) & (group < here), group, here)
-    plan = plan_groups(group, here, block_rows(group.shape[0], num_experts))
+    plan = make_group_metadata(group, here, block_rows(group.shape[0], num_experts))
     choices = (*expert.shape, x.shape[-1])
     items = jnp.broadcast_to(x[:, :, None], choices).reshape(-1, x.shape[-1])
     rows, scale = dispatch(plan, items), dispatch(plan, score.reshape(-1, 1))[:, 0]

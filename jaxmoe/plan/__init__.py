@@ -1,1 +1,1 @@
-"""What lands where and what fits: by formula, and by the compilers of absent hardware."""
+"""Plans memory and speed on hardware that need not be present, by formula and by its compiler."""

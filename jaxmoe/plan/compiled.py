@@ -1,4 +1,4 @@
-"""What the compiler of hardware that need not be there says of a step's memory."""
+"""Compiles a step for hardware that may be absent, and reads the compiler's memory analysis."""
 
 import dataclasses
 import re
@@ -20,15 +20,16 @@ _TOO_LARGE = re.compile(r"Used (\S+) of (\S+) hbm")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """Bytes of one device, by the compiler's memory analysis.
+    """Bytes of a step on one device, by the compiler's memory analysis.
 
     Attributes:
-        weights, cache: of the arguments' shapes.
-        arguments: all of them, as the compiler counts.
-        temporaries: what is allocated for a step.
-        outputs: those that take no argument's place.
-        code: the program.
-        seconds: that lowering and compiling took.
+        weights: bytes of the parameters, computed from their shapes.
+        cache: bytes of the cache, computed from its shapes.
+        arguments: bytes of all arguments, as the compiler counts them.
+        temporaries: bytes that are allocated during the step.
+        outputs: bytes of results that reuse no argument's memory.
+        code: bytes of the program.
+        seconds: how long lowering and compiling took.
     """
 
     weights: int
@@ -41,7 +42,7 @@ class Compiled:
 
     @property
     def peak(self) -> int:
-        """All that must be there at once."""
+        """Bytes that are allocated at the same time: arguments, temporaries, outputs and code."""
         return self.arguments + self.temporaries + self.outputs + self.code
 
 
@@ -49,8 +50,8 @@ def compile_step(work: Work, mesh: MeshConfig, target: Target) -> Compiled:
     """Compiles one step of decoding or prefill for the target.
 
     Raises:
-        UserError: if no compiler serves the target or the task, or the compiler finds too little
-            memory.
+        UserError: if no compiler serves the target or the task, or if the step does not fit into
+            a device's memory.
     """
     if work.task == "train":
         raise UserError("--compile serves decode and prefill; leave it out to plan training.")
@@ -82,10 +83,10 @@ def _compile(lowered: jax.stages.Lowered, target: Target) -> jax.stages.Compiled
     try:
         return lowered.compile({} if target.is_tpu else compiler_options())
     except jax.errors.JaxRuntimeError as error:
-        found = _TOO_LARGE.search(str(error))
-        if found is None:
+        too_large = _TOO_LARGE.search(str(error))
+        if too_large is None:
             raise
         raise UserError(
-            f"the compiler for {target.name} finds no room: the step uses {found[1]}iB of the "
-            f"{found[2]}iB that a device has; use more devices or a shorter context."
+            f"the compiler for {target.name} finds no room: the step uses {too_large[1]}iB of the "
+            f"{too_large[2]}iB that a device has; use more devices or a shorter context."
         ) from error

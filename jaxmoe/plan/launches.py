@@ -1,26 +1,29 @@
-"""How many operations and sums over devices a decode step is, which a bound on bytes leaves out.
+"""Estimates the time that a decode step spends on launches, which bounds on bytes leave out.
 
-Counted in programs compiled for eight H100s (`jaxmoe benchmark schedule`); as a test checks.
+The numbers of operations and all-reduces per layer were counted in programs compiled for eight
+H100s (`jaxmoe benchmark schedule`); tests/plan/test_launches.py checks them.
 """
 
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.decode_step import why_not_sizes
-from jaxmoe.plan.spread import spread
+from jaxmoe.plan.share import device_share
 from jaxmoe.plan.targets import Target
 from jaxmoe.plan.work import Work
 
-# Of a layer without its sums: by the kernels of `jaxmoe/model/decode_step.py`, and otherwise.
+# Operations of a layer by its feed-forward, without all-reduces: FEW with the fused kernels of
+# `jaxmoe/model/decode_step.py`, MANY without. The SUMS are all-reduces of a layer.
 FEW = {"moe": 14, "dense": 9}
 MANY = {"moe": 50, "dense": 33}
 SUMS_OF_FEW, SUMS_OF_MANY = {"moe": 2, "dense": 2}, {"moe": 3, "dense": 2}
-SUMS_OF_SEQUENCE = 3  # that put a global layer's attention together
+SUMS_OF_SEQUENCE = 3  # all-reduces that merge a global layer's attention over `sequence`
 HOPPER = ("h100", "h200")
 
 
 def launch_seconds(work: Work, mesh: MeshConfig, target: Target) -> float:
-    """Seconds that the layers' operations of a decode step wait for one another.
+    """Seconds of a decode step between operations: launches, and latencies of all-reduces.
 
-    0 for other steps, which are long beside it, and for targets that say no times.
+    It is 0 for prefill and training, whose steps are much longer, and for targets whose `launch`
+    and `latency` are 0.
     """
     if work.task != "decode":
         return 0.0
@@ -31,17 +34,17 @@ def launch_seconds(work: Work, mesh: MeshConfig, target: Target) -> float:
     if mesh.tensor * mesh.expert * mesh.fsdp > 1:
         seconds += target.latency * sum(sums[kind] for kind in kinds)
     if mesh.sequence > 1:
-        logs = sum(kind.attention == "global" for kind in work.config.layers)
-        seconds += target.latency * SUMS_OF_SEQUENCE * logs
+        global_layers = sum(kind.attention == "global" for kind in work.config.layers)
+        seconds += target.latency * SUMS_OF_SEQUENCE * global_layers
     return seconds
 
 
 def is_few_launches(work: Work, mesh: MeshConfig, target: Target) -> bool:
-    """Whether a decode step runs by the kernels of `jaxmoe/model/decode_step.py`."""
-    share = spread(work, mesh)
+    """Whether a decode step runs with the fused kernels of `jaxmoe/model/decode_step.py`."""
+    share = device_share(work, mesh)
     return (
         target.compiler in HOPPER
         and work.format is None
-        and share.way == "stay"
+        and share.exchange == "stay"
         and why_not_sizes(work.config, mesh.tensor, share.tokens) is None
     )

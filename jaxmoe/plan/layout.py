@@ -1,4 +1,4 @@
-"""What lands where: each parameter's place on the mesh and its bytes on a device."""
+"""How parameters are sharded over a mesh, and their bytes on a device."""
 
 import math
 import re
@@ -15,17 +15,19 @@ from pallas_kernels.quantized import QuantizedMatrix
 
 
 def device_bytes(tree) -> int:
-    """Bytes on one device of a tree of sharded arrays or ShapeDtypeStructs."""
+    """Bytes on one device of a pytree of sharded arrays or ShapeDtypeStructs."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def layout_table(config: Llama4Config, params: dict, mesh: Mesh) -> Table:
-    """A table to print: one line for each kind of parameter, and the sum.
+    """A table with a line for each kind of parameter: its shape, format, sharding and bytes.
 
     Args:
-        params: arrays or ShapeDtypeStructs, placed on the mesh.
+        config: the model.
+        params: its parameters as arrays or ShapeDtypeStructs, sharded over the mesh.
+        mesh: the mesh.
     """
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     title = f"Parameters on {mesh.size} device(s): {sizes or 'one'}"
@@ -33,19 +35,19 @@ def layout_table(config: Llama4Config, params: dict, mesh: Mesh) -> Table:
     for column in ("parameter", "n", "shape", "stored as", "spread over", "MiB each"):
         number = column in ("n", "MiB each")
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for (pattern, form), found in _kinds(config, params).items():
-        spec, _ = found[0]
+    for (pattern, form), members in _kinds(config, params).items():
+        spec, _ = members[0]
         shape = "x".join(map(str, spec.shape))
-        nbytes = sum(device_bytes(w) for _, w in found)
-        spread = _spread(mesh, spec.axes)
-        table.add_row(pattern, str(len(found)), shape, form, spread, f"{nbytes / 2**20:,.1f}")
+        nbytes = sum(device_bytes(w) for _, w in members)
+        sharded = _sharded_axes(mesh, spec.axes)
+        table.add_row(pattern, str(len(members)), shape, form, sharded, f"{nbytes / 2**20:,.1f}")
     table.add_section()
     table.add_row("all", "", "", "", "", f"{device_bytes(params) / 2**20:,.1f}")
     return table
 
 
 def _kinds(config: Llama4Config, params: dict) -> dict[tuple[str, str], list]:
-    """Parameters that differ only in their layer, by pattern and how they are stored."""
+    """Groups parameters that differ only in their layer: (spec, array) by (pattern, format)."""
     kinds: dict[tuple[str, str], list] = {}
     for name, (spec, w) in named_params(config, params).items():
         pattern = re.sub(r"^layers\.\d+\.", "*.", name)
@@ -54,7 +56,7 @@ def _kinds(config: Llama4Config, params: dict) -> dict[tuple[str, str], list]:
     return kinds
 
 
-def _spread(mesh: Mesh, axes: tuple[str | None, ...]) -> str:
-    """Such as `expert/4`, the dimensions that are divided; `replicated` if none is."""
-    spread = [(axis, axis_size(mesh, axis)) for axis in axes if axis]
-    return ", ".join(f"{axis}/{size}" for axis, size in spread if size > 1) or "replicated"
+def _sharded_axes(mesh: Mesh, axes: tuple[str | None, ...]) -> str:
+    """The logical axes that are sharded and over how many devices: `expert/4`, or `replicated`."""
+    sizes = [(axis, axis_size(mesh, axis)) for axis in axes if axis]
+    return ", ".join(f"{axis}/{size}" for axis, size in sizes if size > 1) or "replicated"

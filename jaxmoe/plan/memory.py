@@ -1,4 +1,4 @@
-"""Bytes of a step on one device by formula, and the largest context that they leave room for."""
+"""Computes a step's memory on one device by formula, and the largest context that fits."""
 
 import dataclasses
 
@@ -7,19 +7,19 @@ from jaxmoe.plan.targets import Target
 from jaxmoe.plan.temporaries import temporaries, training_temporaries
 from jaxmoe.plan.work import Work, cache_bytes, stored_params, weight_bytes
 
-INDEX = 4  # bytes of a token's id, position or segment
-STEP = 1024  # tokens
+INDEX = 4  # bytes of a token's id, of its position, and of its segment id
+STEP = 1024  # tokens: contexts are searched in multiples of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device.
+    """Bytes on one device, by use.
 
     Attributes:
-        weights: parameters; in training in float32.
-        cache: keys and values with what says where they lie.
-        optimizer: Adam's two moments.
-        temporaries: new tokens, and all that is there only during a step.
+        weights: the parameters, in training in float32.
+        cache: keys, values, scales, page tables and coordinates of the KV cache.
+        optimizer: Adam's two moments, in training only.
+        temporaries: the new tokens, and everything that is allocated only during a step.
     """
 
     weights: int
@@ -29,12 +29,12 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """All of it."""
+        """The sum of all uses."""
         return sum(dataclasses.astuple(self))
 
 
 def memory(work: Work, mesh: MeshConfig) -> Memory:
-    """Of one step of the work on one device of the mesh."""
+    """The memory that one step of the work takes on one device of the mesh."""
     new = 3 * work.rows * work.tokens * INDEX
     if work.task == "train":
         weights = sum(x.nbytes(mesh) for x in stored_params(work.config, None, "float32"))
@@ -51,7 +51,7 @@ def memory(work: Work, mesh: MeshConfig) -> Memory:
 
 
 def largest_context(work: Work, mesh: MeshConfig, target: Target) -> int:
-    """Tokens that each row can hold there, in steps of `STEP`; 0 if not one step fits."""
+    """The largest context of each row that fits, a multiple of `STEP`; 0 if `STEP` does not fit."""
     most = work.config.max_position_embeddings
     low, high = 1, -(-most // STEP)
     first, last = (peak_at(work, mesh, min(most, steps * STEP)) for steps in (low, high))
@@ -59,7 +59,7 @@ def largest_context(work: Work, mesh: MeshConfig, target: Target) -> int:
         return most
     if first > target.limit:
         return 0
-    while high - low > 1:  # memory grows evenly: the first guess is good
+    while high - low > 1:  # interpolation search: memory is almost linear in the context
         guess = low + int((target.limit - first) / (last - first) * (high - low))
         guess = min(max(guess, low + 1), high - 1)
         peak = peak_at(work, mesh, guess * STEP)
@@ -71,5 +71,5 @@ def largest_context(work: Work, mesh: MeshConfig, target: Target) -> int:
 
 
 def peak_at(work: Work, mesh: MeshConfig, context: int) -> int:
-    """The peak with another context."""
+    """Peak bytes of the work with its context replaced by `context`."""
     return memory(dataclasses.replace(work, context=context), mesh).peak

@@ -1,4 +1,4 @@
-"""The model to plan for: a preset by name, or a checkpoint's folder."""
+"""Reads the model to plan for: a preset by name, or a checkpoint's folder."""
 
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,21 @@ def read_model(text: str) -> Llama4Config:
         )
     if (folder / "config.json").exists():
         return read_config(folder)
-    from jaxmoe.checkpoint import store  # loads Orbax, which takes longer than a plan
+    from jaxmoe.checkpoint import store  # imports Orbax, which takes longer than a plan
 
     return store.read_config(folder)
 
 
 def read_dtype(text: str) -> Any:
-    """The dtype that a model of `read_model` is stated to be in; None of a preset."""
+    """The dtype that a model's configuration or checkpoint states; None for a preset.
+
+    Args:
+        text: as of `read_model`.
+    """
     if text in PRESETS:
         return None
     if (Path(text) / "config.json").exists():
         return stated_dtype(read_object(text, "config.json"))
-    from jaxmoe.checkpoint import store  # as above
+    from jaxmoe.checkpoint import store  # imports Orbax, which takes longer than a plan
 
     return store.read_checkpoint(text).stated

@@ -1,10 +1,11 @@
-"""The operations that a device runs for a compiled program: what kind, of which layer, from where.
+"""Lists the operations that a device runs for a compiled program: their kind, layer and source.
 
     operations = entry_operations(lowered.compile(options))
     print(count_kinds(of_layer(operations, 3)))
-    print(marginal_operations(compile_layers, 4))  # of each further layer, by kind
+    print(marginal_operations(compile_layers, 4))  # what each further layer adds, by kind
 
-Static: read from the optimized HLO, not measured. Each is at least one launch on a GPU.
+All is static: read from the optimized HLO, not measured. On a GPU each operation is at least one
+launch.
 """
 
 import collections
@@ -39,13 +40,14 @@ class Operation:
     """One operation of a device.
 
     Attributes:
-        kind: of HLO, such as "fusion" or "all-reduce"; one that is started and later done is one.
-        name: of the instruction.
-        op: the scopes and the JAX primitive that it comes from, within its layer if it has one.
+        kind: the HLO opcode, such as "fusion" or "all-reduce". An asynchronous pair, such as
+            all-reduce-start and all-reduce-done, is one operation.
+        name: the HLO instruction's name.
+        op: the scopes and the JAX primitive that it comes from, relative to its layer's scope.
         layer: the number in the scope `layer_<number>`; None outside layers, or if the compiler
-            does not say. Work that layers share is the first one's.
+            does not say. Work that layers share counts for the first of them.
         source: file and line of the caller in this project, or "".
-        inside: what one turn of a `while`, or all branches of a `conditional` together, run.
+        inside: the operations of one iteration of a `while`, or of all branches of a `conditional`.
     """
 
     kind: str
@@ -66,7 +68,7 @@ class _Instruction:
 
     @functools.cached_property
     def called(self) -> list[str]:
-        """The computations that it calls."""
+        """Names of the computations that the instruction calls."""
         return [
             name.strip().lstrip("%")
             for several, one in _CALLED.findall(self.line)
@@ -75,20 +77,20 @@ class _Instruction:
 
     @property
     def op_name(self) -> str:
-        """The scopes and the primitive of JAX; "" if the compiler made it of its own."""
-        found = _OP_NAME.search(self.line)
-        return found[1] if found and "/" in found[1] else ""
+        """The scopes and the JAX primitive it comes from; "" if the compiler does not say."""
+        op_name = _OP_NAME.search(self.line)
+        return op_name[1] if op_name and "/" in op_name[1] else ""
 
     @property
     def frame(self) -> str | None:
-        found = _FRAME.search(self.line)
-        return found[1] if found else None
+        frame = _FRAME.search(self.line)
+        return frame[1] if frame else None
 
 
 def entry_operations(compiled: jax.stages.Compiled | str) -> list[Operation]:
-    """The operations of a compiled program, or of its HLO text, as scheduled.
+    """The operations of a compiled program, or of its HLO text, in scheduled order.
 
-    Those of loops and branches are not among them but inside theirs.
+    Operations in the body of a loop or branch are listed in that operation's `inside` only.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
     program = _Program(text)
@@ -96,26 +98,26 @@ def entry_operations(compiled: jax.stages.Compiled | str) -> list[Operation]:
 
 
 def of_layer(operations: Iterable[Operation], layer: int | None) -> list[Operation]:
-    """The operations of one layer; with None, those outside layers."""
-    return [each for each in operations if each.layer == layer]
+    """The operations of one layer; with None, the operations outside layers."""
+    return [operation for operation in operations if operation.layer == layer]
 
 
 def count_kinds(operations: Iterable[Operation]) -> collections.Counter[str]:
-    """How many there are of each kind."""
-    return collections.Counter(each.kind for each in operations)
+    """The number of operations of each kind."""
+    return collections.Counter(operation.kind for operation in operations)
 
 
 def marginal_operations(
     compile_layers: Callable[[int], jax.stages.Compiled | str], layers: int
 ) -> dict[str, float]:
-    """What each further layer adds, by kind: of twice as many layers less of so many, a layer.
+    """The number of operations of each kind that one further layer adds.
 
-    What layers share, such as a list of tasks, is computed once, and so is what surrounds them: the
-    difference has neither. Their sum is the number of operations a layer.
+    It is the difference of a program with 2 * layers layers and one with `layers`, divided by
+    `layers`. Work that layers share, and work outside them, cancels out.
 
     Args:
-        compile_layers: gives the program with so many layers.
-        layers: a whole number of periods, if the kinds of layers follow a pattern.
+        compile_layers: compiles the program with a given number of layers.
+        layers: the number of layers; a multiple of the period in which kinds of layers repeat.
     """
     once, twice = (count_kinds(entry_operations(compile_layers(n))) for n in (layers, 2 * layers))
     twice.subtract(once)
@@ -123,7 +125,7 @@ def marginal_operations(
 
 
 class _Program:
-    """The computations of an HLO text, and where its instructions come from."""
+    """A parsed HLO text: its computations, and its tables of source locations."""
 
     def __init__(self, text: str):
         self.computations: dict[str, list[_Instruction]] = {}
@@ -131,50 +133,55 @@ class _Program:
         self._tables: dict[str, dict[str, str]] = collections.defaultdict(dict)
         table = name = ""
         for line in text.splitlines():
-            if found := _COMPUTATION.match(line):
-                name = found["name"]
+            if header := _COMPUTATION.match(line):
+                name = header["name"]
                 self.computations[name] = []
-                self.entry = name if found["entry"] else self.entry
-            elif found := _INSTRUCTION.match(line):
-                self.computations[name].append(_Instruction(found["name"], found["kind"], line))
-            elif found := _TABLE_ROW.match(line):
-                self._tables[table][found[1]] = found[2] or found[3]
+                self.entry = name if header["entry"] else self.entry
+            elif fields := _INSTRUCTION.match(line):
+                self.computations[name].append(_Instruction(fields["name"], fields["kind"], line))
+            elif row := _TABLE_ROW.match(line):
+                self._tables[table][row[1]] = row[2] or row[3]
             elif line.isalpha():
                 table = line
 
     def operations(self, computation: str) -> list[Operation]:
-        """The operations of one computation; a plain call counts as what it calls."""
+        """The operations of one computation; a `call` is replaced by the operations it calls."""
         instructions = self.computations[computation]
         users = _users(instructions)
         result = []
-        for each in instructions:
-            if each.kind == "call":
-                result += self.operations(each.called[0])
-            elif each.kind not in _NO_WORK and not each.kind.endswith(("-done", "-update")):
-                result.append(self._operation(each, users))
+        for x in instructions:
+            if x.kind == "call":
+                result += self.operations(x.called[0])
+            elif x.kind not in _NO_WORK and not x.kind.endswith(("-done", "-update")):
+                result.append(self._operation(x, users))
         return result
 
-    def _operation(self, each: _Instruction, users: dict[str, list[_Instruction]]) -> Operation:
+    def _operation(
+        self, instruction: _Instruction, users: dict[str, list[_Instruction]]
+    ) -> Operation:
         inside: list[Operation] = []
-        if each.kind in ("while", "conditional"):
-            inside = [op for name in each.called for op in self.operations(name)]
-        origin = self._origin(each, users)
+        if instruction.kind in ("while", "conditional"):
+            inside = [op for name in instruction.called for op in self.operations(name)]
+        origin = self._origin(instruction, users)
         layer = _LAYER.search(origin.op_name)
         return Operation(
-            each.kind.removesuffix("-start"),
-            each.name,
+            instruction.kind.removesuffix("-start"),
+            instruction.name,
             origin.op_name[layer.end() + 1 :] if layer else origin.op_name,
             int(layer[1]) if layer else None,
             self._source(origin.frame),
             tuple(inside),
         )
 
-    def _origin(self, each: _Instruction, users: dict[str, list[_Instruction]]) -> _Instruction:
-        """The one whose metadata says where an instruction comes from.
+    def _origin(
+        self, instruction: _Instruction, users: dict[str, list[_Instruction]]
+    ) -> _Instruction:
+        """The instruction whose metadata says where the given one comes from.
 
-        The compiler gives none to some fusions, whose parts have it, and to copies, whose users do.
+        It is the instruction itself, unless the compiler gave it no metadata: then it is a part of
+        a fusion, or the nearest instruction that uses its result, such as that of a copy.
         """
-        waiting, seen = [each], set()
+        waiting, seen = [instruction], set()
         while waiting:
             this = waiting.pop(0)
             if this.op_name:
@@ -182,16 +189,16 @@ class _Program:
             if this.name not in seen:
                 seen.add(this.name)
                 waiting += self._fused(this) or users[this.name]
-        return each
+        return instruction
 
     def _fused(self, fusion: _Instruction) -> list[_Instruction]:
-        """The parts of a fusion that say where they come from, last first."""
+        """The parts of a fusion that have metadata, last first; empty for other instructions."""
         called = fusion.called if fusion.kind == "fusion" else []
         parts = [part for name in called for part in reversed(self.computations[name])]
         return [part for part in parts if part.op_name]
 
     def _source(self, frame: str | None) -> str:
-        """File and line of a stack frame, relative to this project where it is of it."""
+        """FILE:LINE of a stack frame, relative to this project if the file is in it; else ""."""
         location = self._row("FileLocations", self._row("StackFrames", frame)["file_location_id"])
         file = self._tables["FileNames"].get(location["file_name_id"], "")
         if not file:
@@ -206,9 +213,9 @@ class _Program:
 
 
 def _users(instructions: list[_Instruction]) -> dict[str, list[_Instruction]]:
-    """By the name of an instruction, those that take what it gives."""
+    """For each instruction's name, the instructions that use its result."""
     users = collections.defaultdict(list)
-    for each in instructions:
-        for operand in _OPERAND.findall(each.line):
-            users[operand].append(each)
+    for instruction in instructions:
+        for operand in _OPERAND.findall(instruction.line):
+            users[operand].append(instruction)
     return users

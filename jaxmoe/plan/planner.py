@@ -1,4 +1,4 @@
-"""A plan: what a step needs on a target, whether it fits, and how fast it can be."""
+"""Plans a step on a target: the mesh, the memory it needs, whether it fits, bounds on its speed."""
 
 import dataclasses
 from typing import Any
@@ -18,14 +18,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One step of some work on a target.
+    """The plan of one step.
 
     Attributes:
-        model: its name.
-        chosen: the mesh, with what it needs by formula.
-        reason: why this mesh.
-        largest_context: tokens a row that the mesh has room for.
-        compiled: what the compiler says, if it was asked.
+        model: the model's name.
+        work: the step.
+        target: the hardware.
+        chosen: the mesh, with memory and speed by formula.
+        reason: why this mesh was chosen, in words.
+        largest_context: the most tokens per row that fit on the mesh.
+        compiled: the figures of the compiler, a `jaxmoe.plan.compiled.Compiled`; None if it was
+            not asked.
     """
 
     model: str
@@ -34,11 +37,11 @@ class Plan:
     chosen: Candidate
     reason: str
     largest_context: int
-    compiled: Any = None  # a `jaxmoe.plan.compiled.Compiled`: its module loads compilers
+    compiled: Any = None  # untyped, since importing its module imports the compilers
 
     @property
     def peak(self) -> int:
-        """Bytes a device: the compiler's figure if it was asked."""
+        """Peak bytes on a device: the compiler's figure, or the formula's if it was not asked."""
         return self.compiled.peak if self.compiled else self.chosen.memory.peak
 
     @property
@@ -48,32 +51,35 @@ class Plan:
 
     @property
     def difference_percent(self) -> float | None:
-        """How much the formula's peak is above the compiler's."""
+        """How many percent the formula's peak is above the compiler's; None if not compiled."""
         if not self.compiled:
             return None
         return 100 * (self.chosen.memory.peak / self.compiled.peak - 1)
 
     @property
     def launches(self) -> float:
-        """Seconds of a step in which its operations wait for one another."""
+        """Estimated seconds of a step between operations, as of `launch_seconds`."""
         return launch_seconds(self.work, self.chosen.mesh, self.target)
 
     @property
     def estimate(self) -> float:
-        """Seconds of a step: the bound and the launches, which nothing hides."""
+        """Estimated seconds of a step: the bound plus the launches, which overlap with nothing."""
         return self.chosen.bounds.seconds + self.launches
 
     @property
     def tokens(self) -> int:
-        """New tokens of all rows in a step."""
+        """The number of new tokens in a step, over all rows."""
         return self.work.rows * self.work.tokens
 
 
 def make_plan(model: str, work: Work, target: Target, mesh: MeshConfig | None) -> Plan:
-    """By formula.
+    """Plans a step by formula.
 
     Args:
-        mesh: None for the best one.
+        model: the model's name, for messages.
+        work: the step.
+        target: the hardware.
+        mesh: the mesh; None for the best one.
 
     Raises:
         UserError: if the mesh does not match the target's devices or does not divide the model.
@@ -95,7 +101,13 @@ def make_plan(model: str, work: Work, target: Target, mesh: MeshConfig | None) -
 
 
 def with_longest_context(work: Work, target: Target, mesh: MeshConfig | None) -> Work:
-    """The work at the largest context that fits, or as it is if none does."""
+    """The work with the largest context that fits; unchanged if none fits.
+
+    Args:
+        work: the step.
+        target: the hardware.
+        mesh: the mesh; None for the one that holds most.
+    """
     if mesh is None:
         context = search.longest(work, target)
     else:
@@ -106,7 +118,7 @@ def with_longest_context(work: Work, target: Target, mesh: MeshConfig | None) ->
 
 
 def resolved(mesh: MeshConfig, target: Target) -> MeshConfig:
-    """The mesh with its -1 filled in.
+    """The mesh with an axis of -1 replaced by its size.
 
     Raises:
         UserError: if it does not form all of the target's devices.
@@ -121,23 +133,23 @@ def resolved(mesh: MeshConfig, target: Target) -> MeshConfig:
 
 
 def with_compiler(plan: Plan) -> Plan:
-    """The plan with the compiler's figures."""
-    from jaxmoe.plan.compiled import compile_step  # loads the compilers
+    """The plan with the figures of the target's compiler added; takes minutes."""
+    from jaxmoe.plan.compiled import compile_step  # imports the compilers
 
     compiled = compile_step(plan.work, plan.chosen.mesh, plan.target)
     return dataclasses.replace(plan, compiled=compiled)
 
 
 def check_fits(plan: Plan) -> None:
-    """Raises a UserError that says what is short, and what would hold it."""
+    """Raises a UserError if the plan does not fit; it names the shortage and what would hold it."""
     if plan.fits:
         return
     work, limit = plan.work, plan.target.limit
-    found = search.nearest(work, plan.target)
-    way = "no known target holds it"
-    if found is not None:
-        target, mesh = found
-        way = f"--target {target.name} --mesh {mesh} holds it"
+    nearest = search.nearest(work, plan.target)
+    advice = "no known target holds it"
+    if nearest is not None:
+        target, mesh = nearest
+        advice = f"--target {target.name} --mesh {mesh} holds it"
     fewer = (
         f"at most {plan.largest_context} tokens of context fit"
         if plan.largest_context
@@ -146,12 +158,12 @@ def check_fits(plan: Plan) -> None:
     raise UserError(
         f"{plan.model} with a context of {work.context} needs {plan.peak / GIB:.1f} GiB a device "
         f"on mesh {plan.chosen.mesh} of {plan.target.name}, {(plan.peak - limit) / GIB:.1f} GiB "
-        f"more than the {limit / GIB:.1f} GiB there are: {fewer}, and {way}."
+        f"more than the {limit / GIB:.1f} GiB there are: {fewer}, and {advice}."
     )
 
 
 def notes(plan: Plan) -> list[str]:
-    """What to know beside the figures."""
+    """Sentences that explain a plan's assumptions, to print below its figures."""
     target = plan.target
     reserve = target.memory - target.limit
     lines = [
@@ -172,7 +184,7 @@ def notes(plan: Plan) -> list[str]:
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """Plain numbers, in bytes and seconds; memory and demand are one device's."""
+    """The plan as JSON values, in bytes and seconds; memory and demand are those of one device."""
     work, chosen, target = plan.work, plan.chosen, plan.target
     bounds, demand = chosen.bounds, chosen.demand
     return {

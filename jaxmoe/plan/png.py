@@ -1,4 +1,4 @@
-"""A picture of a plan: what a device's memory holds, by context."""
+"""Draws a plan: a device's memory, by use and context length, as a PNG of stacked bars."""
 
 import dataclasses
 import io
@@ -23,14 +23,14 @@ INK, OVER = "#222222", "#b00020"
 
 
 class Bar(NamedTuple):
-    """Memory at one context."""
+    """A device's memory at one context length."""
 
     context: int
     memory: Memory
 
 
 def bars(plan: Plan) -> list[Bar]:
-    """From a short context to the model's maximum, each twice the one before."""
+    """The memory at contexts that double up to the model's maximum, and at the plan's own."""
     most = plan.work.config.max_position_embeddings
     contexts = sorted({max(1, most >> i) for i in range(BARS)} | {plan.work.context})
     mesh = plan.chosen.mesh
@@ -39,18 +39,18 @@ def bars(plan: Plan) -> list[Bar]:
 
 
 def draw(plan: Plan, path: str) -> None:
-    """Writes a PNG of stacked bars; a line shows the limit, and a bar over it has a red foot.
+    """Writes the PNG file; a line shows the limit, and bars beyond it are labeled in red.
 
     Raises:
         UserError: if the file cannot be written.
     """
     image = Image.new("RGB", SIZE, "white")
-    pen, found = ImageDraw.Draw(image), bars(plan)
-    top = 1.05 * max(plan.target.memory, *(bar.memory.peak for bar in found))
+    pen, drawn = ImageDraw.Draw(image), bars(plan)
+    top = 1.05 * max(plan.target.memory, *(bar.memory.peak for bar in drawn))
     _title(pen, plan)
     _scale(pen, top)
-    step = (RIGHT - LEFT) / len(found)
-    for i, bar in enumerate(found):
+    step = (RIGHT - LEFT) / len(drawn)
+    for i, bar in enumerate(drawn):
         _bar(pen, plan, bar, LEFT + (i + 0.5) * step, 0.3 * step, top)
     y = _height(plan.target.limit, top)
     pen.line((LEFT, y, RIGHT, y), fill=OVER, width=2)
@@ -85,7 +85,7 @@ def _title(pen: ImageDraw.ImageDraw, plan: Plan) -> None:
 
 
 def _scale(pen: ImageDraw.ImageDraw, top: int | float) -> None:
-    """Lines at round numbers of GiB."""
+    """Draws horizontal lines at round numbers of GiB, up to `top` bytes."""
     step = next(s for s in (10, 20, 50, 100, 200, 500, 1000, 10**6) if top / GIB / s <= 10)
     for gib in range(0, int(top / GIB) + 1, step):
         y = _height(gib * GIB, top)
@@ -111,7 +111,7 @@ def _bar(
 
 
 def _tokens(count: int) -> str:
-    """Such as 10M, 1.31M or 65.5K."""
+    """A token count in short: 10M, 1.31M or 65.5K."""
     for unit, name in ((10**6, "M"), (10**3, "K")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"

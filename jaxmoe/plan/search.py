@@ -1,4 +1,4 @@
-"""The meshes that a number of devices can form, and the best of them for a task."""
+"""Searches the meshes that a number of devices can form for the best one."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from jaxmoe.plan.work import Work, check_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh with what it needs on a target."""
+    """A mesh with a step's memory, demand and bounds on it."""
 
     mesh: MeshConfig
     memory: Memory
@@ -22,25 +22,28 @@ class Candidate:
     bounds: Bounds
 
     def fits(self, target: Target) -> bool:
-        """Whether its peak is within the target's limit."""
+        """Whether the peak memory is within the target's limit."""
         return self.memory.peak <= target.limit
 
     @property
     def rank(self) -> tuple:
-        """Lower is better: the bound, then what can hide behind it, then bytes, then axes used."""
+        """A sort key, lower is better: the time bound, then tie-breakers.
+
+        Ties are broken by the sum of all three bounds, peak bytes, and the number of axes used.
+        """
         sizes = dataclasses.astuple(self.mesh)
         axes = sum(size > 1 for size in sizes)
         return self.bounds.seconds, self.bounds.total, self.memory.peak, axes, sizes
 
 
 def candidate(work: Work, mesh: MeshConfig, target: Target) -> Candidate:
-    """By formula."""
+    """Computes a step's memory, demand and bounds on a mesh, by formula."""
     needs = demand(work, mesh)
     return Candidate(mesh, memory(work, mesh), needs, bounds(target, needs))
 
 
 def meshes(devices: int) -> Iterator[MeshConfig]:
-    """Every mesh of so many devices."""
+    """Yields every mesh of this many devices."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
 
     def sizes(left: int, axes: int) -> Iterator[tuple[int, ...]]:
@@ -51,17 +54,17 @@ def meshes(devices: int) -> Iterator[MeshConfig]:
             if left % size == 0:
                 yield from ((size, *rest) for rest in sizes(left // size, axes - 1))
 
-    for found in sizes(devices, len(AXES)):
-        yield MeshConfig(**dict(zip(AXES, found, strict=True)))
+    for axis_sizes in sizes(devices, len(AXES)):
+        yield MeshConfig(**dict(zip(AXES, axis_sizes, strict=True)))
 
 
 def dividing(work: Work, devices: int) -> list[MeshConfig]:
-    """The meshes that divide the model's parameters."""
+    """The meshes of this many devices whose axes divide the model's parameters."""
     return [mesh for mesh in meshes(devices) if divides(work, mesh)]
 
 
 def divides(work: Work, mesh: MeshConfig) -> bool:
-    """Whether a mesh divides the model's parameters."""
+    """Whether the mesh's axes divide the model's parameters."""
     try:
         check_mesh(work, mesh)
     except UserError:
@@ -71,52 +74,53 @@ def divides(work: Work, mesh: MeshConfig) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def candidates(work: Work, target: Target) -> tuple[Candidate, ...]:
-    """Of all dividing meshes.
+    """A candidate for each mesh of the target's devices that divides the model.
 
     Raises:
         UserError: if there is none.
     """
-    found = tuple(candidate(work, mesh, target) for mesh in dividing(work, target.devices))
-    if not found:
+    result = tuple(candidate(work, mesh, target) for mesh in dividing(work, target.devices))
+    if not result:
         raise UserError(
             f"no mesh of {target.devices} devices divides the model; choose a target whose number "
             "of devices has only factors of its heads, experts and widths."
         )
-    return found
+    return result
 
 
 def best(work: Work, target: Target) -> tuple[Candidate, str]:
-    """The fastest mesh of those that fit, or the smallest if none does; and why it was chosen."""
-    found = candidates(work, target)
-    fitting = [each for each in found if each.fits(target)]
+    """The fastest mesh that fits, or if none fits the smallest; and the reason, in words."""
+    choices = candidates(work, target)
+    fitting = [x for x in choices if x.fits(target)]
     if not fitting:
-        smallest = min(found, key=lambda each: (each.memory.peak, *each.rank))
-        return smallest, f"none of {len(found)} dividing meshes fits; this one needs fewest bytes"
-    chosen = min(fitting, key=lambda each: each.rank)
+        smallest = min(choices, key=lambda x: (x.memory.peak, *x.rank))
+        return smallest, f"none of {len(choices)} dividing meshes fits; this one needs fewest bytes"
+    chosen = min(fitting, key=lambda x: x.rank)
     return chosen, (
-        f"of {len(found)} dividing meshes {len(fitting)} fit, and this one has the shortest bound "
-        f"for {work.task}, {1e3 * chosen.bounds.seconds:.3g} ms a step ({chosen.bounds.binds})"
+        f"of {len(choices)} dividing meshes {len(fitting)} fit, and this one has the shortest "
+        f"bound for {work.task}, {1e3 * chosen.bounds.seconds:.3g} ms a step "
+        f"({chosen.bounds.binds})"
     )
 
 
 def longest(work: Work, target: Target) -> int:
-    """The largest context that some mesh holds; 0 if none holds any."""
-    most, found = work.config.max_position_embeddings, 0
+    """The largest context that fits on any mesh of the target; 0 if none fits."""
+    most, context = work.config.max_position_embeddings, 0
     full = {mesh: peak_at(work, mesh, most) for mesh in dividing(work, target.devices)}
     for mesh in sorted(full, key=lambda mesh: full[mesh]):
-        # Only a mesh that holds more than the best so far is worth a search.
-        if peak_at(work, mesh, min(most, found + STEP)) <= target.limit and found < most:
-            found = max(found, largest_context(work, mesh, target))
-    return found
+        # Searches only meshes that hold more than the best one so far.
+        if peak_at(work, mesh, min(most, context + STEP)) <= target.limit and context < most:
+            context = max(context, largest_context(work, mesh, target))
+    return context
 
 
 def nearest(work: Work, target: Target) -> tuple[Target, MeshConfig] | None:
-    """What holds the work: the same target on another mesh, or the smallest other that does."""
+    """A target and mesh that hold the work: the given target, else the smallest known; or None."""
     known = [parse_target(name) for name in known_names()]
-    others = sorted(known, key=lambda each: (each.limit * each.devices, each.name))
-    for each in (target, *others):
-        if dividing(work, each.devices):
-            found, _ = best(work, each)
-            if found.fits(each):
-                return each, found.mesh
+    others = sorted(known, key=lambda x: (x.limit * x.devices, x.name))
+    for choice in (target, *others):
+        if dividing(work, choice.devices):
+            fastest, _ = best(work, choice)
+            if fastest.fits(choice):
+                return choice, fastest.mesh
     return None

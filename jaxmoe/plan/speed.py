@@ -1,6 +1,7 @@
-"""What a step must move and compute, and the time that this takes at least.
+"""Lower bounds of a step's time, from the bytes and operations that it cannot avoid.
 
-Bounds, not forecasts: every byte once, every operation at the full rate, all at the same time.
+They are bounds and not forecasts: every byte is moved once, every operation runs at the published
+rate, and memory, compute and communication overlap completely (a roofline model).
 """
 
 import dataclasses
@@ -8,25 +9,26 @@ import dataclasses
 import numpy as np
 
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.plan.spread import Spread, spread
+from jaxmoe.plan.share import DeviceShare, device_share
 from jaxmoe.plan.targets import Target
 from jaxmoe.plan.work import Work, cache_bytes, stored_params
 
-ACTIVATION = 2  # bytes: bfloat16
-# A training step computes layers twice forward (the second time for the backward pass), and the
-# backward pass is two products for each of the forward pass.
+ACTIVATION = 2  # bytes of an element of activations, bfloat16
+# A training step with recomputed layers runs the forward pass twice, and the backward pass has two
+# products for each of the forward pass: four times the operations, and three reads of the weights.
 PASSES, WEIGHT_READS = 4, 3
-OPTIMIZER_BYTES = 32  # of a parameter: itself and two moments read and written, its gradient too
+OPTIMIZER_BYTES = 32  # per parameter: read and write float32 weight, gradient and two moments
 
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """One device's share of a step.
+    """What one device must move and compute in a step.
 
     Attributes:
-        weights, cache: bytes read.
-        flops: operations.
-        sent: bytes to other devices.
+        weights: bytes of weights read from memory.
+        cache: bytes of the KV cache read from memory.
+        flops: floating-point operations.
+        sent: bytes sent to other devices.
     """
 
     weights: float
@@ -37,7 +39,7 @@ class Demand:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Seconds that a step takes at least, by what it waits for."""
+    """Lower bounds of a step's seconds, by resource."""
 
     memory: float
     compute: float
@@ -45,23 +47,23 @@ class Bounds:
 
     @property
     def binds(self) -> str:
-        """The name of the largest."""
+        """The name of the resource with the largest bound."""
         seconds = dataclasses.asdict(self)
         return max(seconds, key=lambda name: seconds[name])
 
     @property
     def seconds(self) -> float:
-        """The largest."""
+        """The largest bound: the least time that a step takes."""
         return max(dataclasses.astuple(self))
 
     @property
     def total(self) -> float:
-        """As if nothing overlapped: tells equal bounds apart."""
+        """The sum of the bounds, a tie-breaker between meshes with equal largest bounds."""
         return sum(dataclasses.astuple(self))
 
 
 def bounds(target: Target, demand: Demand) -> Bounds:
-    """At the target's published rates."""
+    """The bounds of a demand at the target's published rates."""
     return Bounds(
         (demand.weights + demand.cache) / target.bandwidth,
         demand.flops / target.flops,
@@ -70,13 +72,13 @@ def bounds(target: Target, demand: Demand) -> Bounds:
 
 
 def demand(work: Work, mesh: MeshConfig) -> Demand:
-    """Of one step on the busiest device."""
-    share = spread(work, mesh)
+    """What the busiest device of the mesh must move and compute in one step."""
+    share = device_share(work, mesh)
     training = work.task == "train"
     weights = _weights_read(work, mesh, share) * (WEIGHT_READS if training else 1)
     if training:
         stored = stored_params(work.config, work.format)
-        weights += OPTIMIZER_BYTES * sum(each.numbers(mesh) for each in stored)
+        weights += OPTIMIZER_BYTES * sum(x.numbers(mesh) for x in stored)
     flops = float(_matmul_flops(work, mesh, share) + _attention_flops(work, mesh, share))
     return Demand(
         weights=weights,
@@ -86,40 +88,45 @@ def demand(work: Work, mesh: MeshConfig) -> Demand:
     )
 
 
-def _weights_read(work: Work, mesh: MeshConfig, share: Spread) -> float:
-    """Whole matrices, gathered over fsdp; of the embeddings the tokens' rows, of experts some."""
+def _weights_read(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
+    """Bytes of weights that a device reads: embedding rows, busy experts, all other matrices.
+
+    Matrices that are sharded over fsdp are read whole, after they were gathered.
+    """
     at_use = dataclasses.replace(mesh, fsdp=1)
-    total = float(share.tokens * work.config.hidden_size * ACTIVATION)
-    for each in stored_params(work.config, work.format):
-        if each.name == "embed" and not work.config.tie_word_embeddings:
+    total = float(share.tokens * work.config.hidden_size * ACTIVATION)  # rows of the embedding
+    for stored in stored_params(work.config, work.format):
+        if stored.name == "embed" and not work.config.tie_word_embeddings:
             continue
-        total += each.nbytes(at_use) * (_touched(work, mesh, share) if each.is_expert else 1)
+        part = _busy_experts(work, mesh, share) if stored.is_expert else 1
+        total += stored.nbytes(at_use) * part
     return total
 
 
-def _touched(work: Work, mesh: MeshConfig, share: Spread) -> float:
-    """The part of its experts that the busiest device reads, where tokens choose evenly."""
+def _busy_experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
+    """The fraction of its experts that the busiest device reads, if tokens choose uniformly."""
     E, k = work.config.num_local_experts, work.config.num_experts_per_tok
     distinct = E * (1 - (1 - k / E) ** share.group)
     return max(1.0, distinct / mesh.expert) / (E / mesh.expert)
 
 
-def _matmul_flops(work: Work, mesh: MeshConfig, share: Spread) -> float:
+def _matmul_flops(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
+    """Operations of all products with weights: two for each parameter and token."""
     config, at_use = work.config, dataclasses.replace(mesh, fsdp=1)
     per_expert = share.group * config.num_experts_per_tok / max(1, config.num_local_experts)
     head = "embed" if config.tie_word_embeddings else "lm_head"
     last = share.tokens if work.task == "train" else share.rows
     total = 0.0
-    for each in stored_params(config, work.format):
-        if each.name.endswith(".scale") or (each.name == "embed" and head != "embed"):
+    for stored in stored_params(config, work.format):
+        if stored.name.endswith(".scale") or (stored.name == "embed" and head != "embed"):
             continue
-        uses = per_expert if each.is_expert else last if each.name == head else share.tokens
-        total += 2 * each.numbers(at_use) * uses
+        uses = per_expert if stored.is_expert else last if stored.name == head else share.tokens
+        total += 2 * stored.numbers(at_use) * uses
     return total
 
 
-def _attention_flops(work: Work, mesh: MeshConfig, share: Spread) -> float:
-    """Two products for each pair of a query and a key that its mask leaves."""
+def _attention_flops(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
+    """Operations of attention: two products for each query and each key that it sees."""
     position = np.arange(work.context - work.tokens, work.context, dtype=np.float64)
     chunk = work.config.attention_chunk_size or work.context
     pairs = {
@@ -130,17 +137,20 @@ def _attention_flops(work: Work, mesh: MeshConfig, share: Spread) -> float:
     return 4.0 * share.rows * share.heads * work.config.head_dim * by_layer
 
 
-def _sent(work: Work, mesh: MeshConfig, share: Spread) -> float:
-    """Of ring collectives: an all-reduce sends 2 (n - 1) / n of its array, others half of that."""
+def _sent(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
+    """Bytes that a device sends in a step, by ring collectives over n devices.
+
+    An all-reduce sends 2 (n - 1) / n of its array, all-gather and reduce-scatter half of that.
+    """
     config = work.config
     moe = sum(kind.feed_forward == "moe" for kind in config.layers)
     wide = 4 if work.format is None else ACTIVATION  # kernels round before the sum, XLA after it
-    # Attention and feed-forward; the experts and the embeddings.
+    # All-reduces over `tensor`: attention and feed-forward, then experts and the embedding.
     nbytes = 2 * len(config.layers) * wide + (moe + 1) * ACTIVATION
     sent = 2 * _part(mesh.tensor) * share.tokens * config.hidden_size * nbytes
     sent += moe * _sent_to_experts(work, mesh, share)
     sent += _sent_along_sequence(work, mesh, share)
-    sent *= 3 if work.task == "train" else 1  # forward, again, and backward
+    sent *= 3 if work.task == "train" else 1  # forward, recomputed forward, and backward
     return sent + _sent_weights(work, mesh)
 
 
@@ -148,17 +158,21 @@ def _part(devices: int) -> float:
     return (devices - 1) / devices
 
 
-def _sent_to_experts(work: Work, mesh: MeshConfig, share: Spread) -> float:
-    """In one layer: all-reduced, gathered and scattered, or sent there and back."""
-    copies = work.config.num_experts_per_tok if share.way == "exchange" else 1
-    tokens = share.tokens if share.way == "exchange" else share.group
+def _sent_to_experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
+    """Bytes that one MoE layer sends over the `expert` axis.
+
+    They are those of an all-reduce, of an all-gather and a reduce-scatter, or of two all-to-alls.
+    """
+    copies = work.config.num_experts_per_tok if share.exchange == "exchange" else 1
+    tokens = share.tokens if share.exchange == "exchange" else share.group
     return 2 * _part(mesh.expert) * tokens * copies * work.config.hidden_size * ACTIVATION
 
 
-def _sent_along_sequence(work: Work, mesh: MeshConfig, share: Spread) -> float:
-    """Keys and values to all; on global layers also queries, and float32 results merged.
+def _sent_along_sequence(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
+    """Bytes that attention sends over the `sequence` axis in all layers.
 
-    On local layers nothing, where devices hold whole chunks.
+    New keys and values are gathered; in global layers queries are gathered too, and their float32
+    results merged. Local layers send nothing if every device holds whole chunks.
     """
     d, tokens = work.config.head_dim, share.rows * work.tokens
     is_split = share.length < work.tokens
@@ -167,21 +181,21 @@ def _sent_along_sequence(work: Work, mesh: MeshConfig, share: Spread) -> float:
     if work.task == "train":
         queries = 0  # each device has all keys of its queries
     layers = [kind.attention for kind in work.config.layers]
-    apart = share.length % (work.config.attention_chunk_size or work.context) == 0
+    whole_chunks = share.length % (work.config.attention_chunk_size or work.context) == 0
     numbers = layers.count("global") * (keys + queries)
-    numbers += 0 if apart else layers.count("local") * keys
+    numbers += 0 if whole_chunks else layers.count("local") * keys
     return _part(mesh.sequence) * tokens * d * numbers
 
 
 def _sent_weights(work: Work, mesh: MeshConfig) -> float:
-    """Gathered over fsdp at each use; in training gradients are summed over rows and tokens."""
+    """Bytes of weights gathered over fsdp at each use, and in training of gradients reduced."""
     at_use = dataclasses.replace(mesh, fsdp=1)
     stored = stored_params(work.config, work.format)
     training = work.task == "train"
-    gathered = sum(each.nbytes(at_use) - each.nbytes(mesh) for each in stored)
+    gathered = sum(x.nbytes(at_use) - x.nbytes(mesh) for x in stored)
     sent = float(gathered) * (3 if training else 1)
     if training:
-        for each in stored:
-            copies = mesh.data * mesh.sequence * (1 if each.is_expert else mesh.expert)
-            sent += 2 * _part(copies) * each.numbers(mesh) * 4
+        for x in stored:
+            copies = mesh.data * mesh.sequence * (1 if x.is_expert else mesh.expert)
+            sent += 2 * _part(copies) * x.numbers(mesh) * 4
     return sent

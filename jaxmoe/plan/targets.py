@@ -1,4 +1,4 @@
-"""The machines a plan can be made for: by name, or described in a YAML file."""
+"""The hardware that a plan can be made for: known by name, or described in a YAML file."""
 
 import dataclasses
 import math
@@ -8,8 +8,8 @@ from jaxmoe.errors import UserError
 from jaxmoe.fields import Range, read_fields
 from jaxmoe.parsing import read_yaml
 
-RESERVE = 0.05  # of a device's memory; see `Target.reserve_reason`
-HOST = 8  # GPUs of one machine
+RESERVE = 0.05  # the fraction of a device's memory that is kept; see `Target.reserve_reason`
+HOST = 8  # the most GPUs of one machine
 _COUNTS = [str(count) for count in range(1, HOST + 1)]
 _Rate = Annotated[float, Range(1.0, 1e20)]
 _Seconds = Annotated[float, Range(0.0, 1.0)]
@@ -17,20 +17,20 @@ _Seconds = Annotated[float, Range(0.0, 1.0)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """Devices of one kind. Figures are each device's, as its vendor publishes them.
+    """A number of devices of one kind, with each device's figures as its vendor publishes them.
 
     Attributes:
-        name: such as `h100x8`.
-        devices: how many.
-        memory: bytes.
-        bandwidth: bytes of its memory it reads a second.
-        flops: bfloat16 operations a second, dense.
-        interconnect: bytes it sends to the other devices a second.
-        compiler: which compiler of absent devices serves it: that of a GPU, such as `h100`, or a
-            TPU topology such as `v5p:2x2x2`; None for none.
-        reserve: the part of the memory that a program cannot have.
+        name: the target's name, such as `h100x8`.
+        devices: how many devices.
+        memory: bytes of memory.
+        bandwidth: bytes per second from memory.
+        flops: dense bfloat16 operations per second.
+        interconnect: bytes per second that it can send to other devices.
+        compiler: what to compile for: a GPU such as `h100`, or a TPU topology such as
+            `v5p:2x2x2`; None if no compiler serves it.
+        reserve: the fraction of the memory that a program cannot use.
         launch: seconds from the end of one operation of a CUDA graph to the start of the next.
-        latency: seconds that a sum of few bytes over the devices takes.
+        latency: seconds that an all-reduce of a few bytes over the devices takes.
     """
 
     name: str
@@ -46,17 +46,17 @@ class Target:
 
     @property
     def limit(self) -> int:
-        """Bytes that a program can have."""
+        """Bytes of a device's memory that a program can use."""
         return int(self.memory * (1 - self.reserve))
 
     @property
     def is_tpu(self) -> bool:
-        """Whether it is a slice of TPUs."""
+        """Whether the target is a TPU slice."""
         return ":" in (self.compiler or "")
 
     @property
     def reserve_reason(self) -> str:
-        """What the reserve is for."""
+        """What the reserved memory is for, in words."""
         if self.is_tpu:
             return "for the runtime, its programs and fragmentation"
         return (
@@ -65,8 +65,8 @@ class Target:
         )
 
 
-# Vendors' figures. NVLink, PCIe and ICI: half of the two-way figure, since a device that sends
-# receives. The A100 is that of 80 GB with SXM; the L40S has PCIe only.
+# Vendors' figures. NVLink, PCIe and ICI rates are half of the bidirectional ones, since a device
+# sends and receives at once. The A100 is the SXM model with 80 GB; the L40S has PCIe only.
 _GPUS: dict[str, dict[str, Any]] = {
     "a100": {"memory": 85100068864, "bandwidth": 2.039e12, "flops": 312e12, "interconnect": 300e9},
     "l40s": {"memory": 48305799168, "bandwidth": 0.864e12, "flops": 362e12, "interconnect": 32e9},
@@ -74,14 +74,14 @@ _GPUS: dict[str, dict[str, Any]] = {
     "h200": {"memory": 151397597184, "bandwidth": 4.8e12, "flops": 989e12, "interconnect": 450e9},
     "b200": {"memory": 192000000000, "bandwidth": 8.0e12, "flops": 2250e12, "interconnect": 900e9},
 }
-# Assumed, from what is published of CUDA graphs and of NCCL over NVLink; not measured here.
+# Assumed from published figures of CUDA graphs and of NCCL over NVLink; not measured here.
 _LAUNCHES = {"launch": 1.5e-6, "latency": 10e-6}
 _TPUS: dict[str, dict[str, Any]] = {
     "v5p": {"memory": 95 * 2**30, "bandwidth": 2.765e12, "flops": 459e12, "interconnect": 600e9},
     "v6e": {"memory": 32 * 2**30, "bandwidth": 1.64e12, "flops": 918e12, "interconnect": 400e9},
 }
 
-# Names as Google's: v5p counts TensorCores, two a chip; v6e counts chips.
+# TPU slices by Google's names: v5p counts TensorCores, two per chip; v6e counts chips.
 _SLICES = {
     "v5p": {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"},
     "v6e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"},
@@ -89,13 +89,13 @@ _SLICES = {
 
 
 def known_names() -> list[str]:
-    """Every target with a name."""
+    """The names of the targets that messages list and that a search considers."""
     gpus = [f"{gpu}x{count}" for gpu in _GPUS for count in (1, 2, 4, 8)]
     return gpus + [f"{tpu}-{size}" for tpu, sizes in _SLICES.items() for size in sizes]
 
 
 def parse_target(text: str) -> Target:
-    """A target by its name, or by the path of a YAML file.
+    """Reads a target: its name, or the path of a YAML file that describes it.
 
     Raises:
         UserError: for an unknown name, or a file that describes no target.
@@ -122,12 +122,12 @@ def _chips(shape: str) -> int:
 
 
 def absent_devices(target: Target) -> list:
-    """Compile-only devices of a target.
+    """Compile-only JAX devices of a target.
 
     Raises:
         UserError: if no compiler serves it, or it is not installed.
     """
-    from pallas_kernels.compile import absent  # a plan by formula needs no compiler
+    from pallas_kernels.compile import absent  # not imported for plans by formula
 
     try:
         if target.is_tpu:

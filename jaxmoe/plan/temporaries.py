@@ -1,8 +1,8 @@
-"""Memory of a step beyond its arguments: what must be there at once, in bytes.
+"""Computes a step's temporary memory on one device, in bytes, by formula.
 
-Layers run one after the other, so it is that of the layer that needs most; it does not grow with
-the number of layers, and not with the cache, which is updated in place. Checked against the
-compilers in tests/plan/test_plan_absent.py.
+Layers run one after the other, so that the layer with the largest temporaries decides. They grow
+neither with the number of layers nor with the cache, which is updated in place. The formula is
+checked against the compiler for H100 in tests/plan/test_plan_compiled.py.
 
 Shape letters: T tokens, D embed, F feed-forward width, R rows of the experts' blocks.
 """
@@ -13,33 +13,33 @@ import math
 
 from jaxmoe.config import LayerKind
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.plan.spread import Spread, spread
+from jaxmoe.plan.share import DeviceShare, device_share
 from jaxmoe.plan.work import Work, stored_params
 
 BF16, FP32 = 2, 4
-BLOCK = 128  # rows that meet one matrix at a time, at most
-LEAST_ROWS = 64  # XLA pads a product's rows to a tile
+BLOCK = 128  # the most rows of a block of the experts' products
+LEAST_ROWS = 64  # XLA pads the rows of a product to a multiple of this
 
 
 def temporaries(work: Work, mesh: MeshConfig) -> int:
-    """Of one device, in a step of decoding or prefill."""
-    share = spread(work, mesh)
+    """Bytes of temporaries of a decoding or prefill step."""
+    share = device_share(work, mesh)
     layer = max(_layer(work, mesh, share, kind) for kind in dict.fromkeys(work.config.layers))
     logits = share.rows * _row_of_logits(work, mesh)
-    padded = -(-share.rows // LEAST_ROWS) * LEAST_ROWS  # the product that they are cut from
+    padded = -(-share.rows // LEAST_ROWS) * LEAST_ROWS  # logits are a slice of a padded product
     return logits + max(layer + _gathered(work, mesh), padded * _row_of_logits(work, mesh))
 
 
-def _layer(work: Work, mesh: MeshConfig, share: Spread, kind: LayerKind) -> int:
-    """The largest of a layer's phases."""
+def _layer(work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind) -> int:
+    """Bytes of the phase of a layer that needs most: SwiGLU, attention, an all-reduce, experts."""
     config = work.config
-    stream = share.tokens * config.hidden_size * BF16  # T x D: one copy of the tokens
+    stream = share.tokens * config.hidden_size * BF16  # one activation [T, D]
     is_moe = kind.feed_forward == "moe"
     width = (config.intermediate_size if is_moe else config.intermediate_size_mlp) // mesh.tensor
-    # The residual, its norm and their like; what the experts gave waits for the shared expert.
+    # The residual, its norm, the input and output, and in MoE layers the routed experts' output.
     swiglu = (4 + is_moe) * stream + 2 * share.tokens * width * BF16
     phases = [swiglu, _attention(work, mesh, share, stream)]
-    if mesh.tensor > 1:  # a product is reduced into another array; wide, unless a kernel made it
+    if mesh.tensor > 1:  # an all-reduce has an input and an output; XLA's products are float32
         wide = FP32 if work.format is None else BF16
         phases.append(3 * stream + 2 * share.tokens * config.hidden_size * wide)
     if is_moe:
@@ -47,41 +47,48 @@ def _layer(work: Work, mesh: MeshConfig, share: Spread, kind: LayerKind) -> int:
     return max(phases)
 
 
-def _attention(work: Work, mesh: MeshConfig, share: Spread, stream: int) -> int:
-    """Queries of all new tokens, and what they give, in float32 where devices' parts are merged."""
+def _attention(work: Work, mesh: MeshConfig, share: DeviceShare, stream: int) -> int:
+    """Bytes of attention: queries of all new tokens [bfloat16], and float32 outputs to merge."""
     copies = 3 * share.rows * work.tokens * share.heads * work.config.head_dim
     return 2 * stream + copies * BF16
 
 
-def _experts(work: Work, mesh: MeshConfig, share: Spread) -> int:
-    """Rows coming and going, and their hidden values; room for all tokens of the group."""
+def _experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> int:
+    """Bytes of the experts: rows before and after, their hidden values, buffers of the exchange."""
     config = work.config
     D, F = config.hidden_size, config.intermediate_size // mesh.tensor
     items = share.group * config.num_experts_per_tok
     rows = expert_rows(items, config.num_local_experts, config.num_local_experts // mesh.expert)
-    room = {"stay": 0, "gather": 1, "exchange": 3}[share.way]  # of tokens from other devices
-    return (2 * rows * D + rows * F + room * items * D) * BF16
+    # Buffers of all tokens of the expert group.
+    buffers = {"stay": 0, "gather": 1, "exchange": 3}[share.exchange]
+    return (2 * rows * D + rows * F + buffers * items * D) * BF16
 
 
 def expert_rows(items: int, experts: int, here: int) -> int:
-    """R: as `pallas_kernels.experts.plan` places items in blocks."""
+    """R, the number of rows that `pallas_kernels.experts.make_group_metadata` makes.
+
+    Args:
+        items: tokens times experts per token.
+        experts: experts of the layer.
+        here: experts on the device.
+    """
     half = max(1, items // (2 * experts))
     block = min(BLOCK, max(8, 1 << (half.bit_length() - 1)))
     return min(items, items // block + here) * block
 
 
 def _gathered(work: Work, mesh: MeshConfig) -> int:
-    """Weights of one layer, whole, where fsdp spreads them; gate and up also as they came."""
+    """Bytes of one layer's weights after gathering them over fsdp; gate and up are held twice."""
     if mesh.fsdp == 1:
         return 0
     at_use = dataclasses.replace(mesh, fsdp=1)
     by_layer: collections.Counter[str] = collections.Counter()
-    for each in stored_params(work.config, work.format):
-        parts = each.name.split(".")
-        twice = 2 if parts[-1].split("[")[0] in ("gate", "up") else 1
-        if "embed" in each.axes:
+    for stored in stored_params(work.config, work.format):
+        parts = stored.name.split(".")
+        copies = 2 if parts[-1].split("[")[0] in ("gate", "up") else 1
+        if "embed" in stored.axes:
             layer = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
-            by_layer[layer] += twice * each.nbytes(at_use) // each.count
+            by_layer[layer] += copies * stored.nbytes(at_use) // stored.count
     return max(by_layer.values())
 
 
@@ -90,16 +97,17 @@ def _row_of_logits(work: Work, mesh: MeshConfig) -> int:
 
 
 def training_temporaries(work: Work, mesh: MeshConfig) -> int:
-    """With recomputed layers: gradients, bfloat16 weights, each layer's input, one layer, logits.
+    """Bytes of temporaries of a training step with recomputed layers.
 
-    Gradients are float32 and lie where their parameters lie.
+    They are float32 gradients and bfloat16 weights, both sharded as the parameters; the input of
+    every layer; and the backward pass of one layer or of the logits, whichever is larger.
     """
-    config, share = work.config, spread(work, mesh)
+    config, share = work.config, device_share(work, mesh)
     stored = stored_params(config, None)
-    parameters = sum(each.numbers(mesh) for each in stored)
+    parameters = sum(x.numbers(mesh) for x in stored)
     stream = share.tokens * config.hidden_size * BF16
     layer = max(_layer(work, mesh, share, kind) for kind in dict.fromkeys(config.layers))
-    logits = 3 * share.tokens * _row_of_logits(work, mesh)  # with their softmax and gradient
-    backward = 2 * layer + 2 * _gathered(work, mesh)  # values and their gradients
+    logits = 3 * share.tokens * _row_of_logits(work, mesh)  # logits, softmax and their gradient
+    backward = 2 * layer + 2 * _gathered(work, mesh)  # values and gradients
     inputs = len(config.layers) * stream
     return parameters * (FP32 + BF16) + inputs + max(backward, logits)

@@ -1,4 +1,4 @@
-"""A plan as tables for people."""
+"""Prints a plan as tables."""
 
 from rich import box
 from rich.console import Console
@@ -8,7 +8,7 @@ from jaxmoe.plan.planner import GIB, Plan, notes
 
 
 def print_plan(plan: Plan) -> None:
-    """Memory, speed, and what to know beside them."""
+    """Prints a plan's mesh, memory, speed and notes to the terminal."""
     console, work = Console(width=100, highlight=False), plan.work
     console.print(
         f"[bold]{plan.model}[/bold] on {plan.target.name}: {work.task}, {work.rows} x "
@@ -27,7 +27,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def memory_table(plan: Plan) -> Table:
-    """GiB a device by formula, and by the compiler if it was asked."""
+    """A table of GiB on a device by use: by formula, and by the compiler if it was asked."""
     table = _table("memory of a device, GiB", "formula")
     memory, compiled, target = plan.chosen.memory, plan.compiled, plan.target
     rows = {
@@ -42,13 +42,13 @@ def memory_table(plan: Plan) -> Table:
     if compiled:
         table.add_column("compiler", justify="right")
         table.add_column("difference", justify="right")
-    for name, (formula, found) in rows.items():
+    for name, (formula, by_compiler) in rows.items():
         if not formula and name in ("optimizer", "cache"):
             continue
         cells = [f"{formula / GIB:.2f}"]
         if compiled:
             percent = f"{plan.difference_percent:+.2f} %" if name == "peak" else ""
-            cells += [f"{found / GIB:.2f}", percent]
+            cells += [f"{by_compiler / GIB:.2f}", percent]
         table.add_row(name, *cells, end_section=name == "temporaries")
     return table
 
@@ -58,7 +58,7 @@ def _rest(compiled) -> int:
 
 
 def speed_table(plan: Plan) -> Table:
-    """What one step moves and computes on a device, and the least time for it."""
+    """A table of what one step moves and computes on a device, and the least time for each."""
     table = _table(f"a step of {plan.tokens:,} token(s)", "a device")
     table.add_column("ms at least", justify="right")
     demand, bounds = plan.chosen.demand, plan.chosen.bounds

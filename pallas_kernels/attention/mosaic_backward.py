@@ -44,7 +44,7 @@ from pallas_kernels.mosaic import (
     along_rows,
     flat_grid,
     full,
-    place_in,
+    grid_indices,
     tile,
 )
 
@@ -122,7 +122,7 @@ def _dq_kernel(
     sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_BS, coords_BT,
     ranges_BN, whole_BN, dq_BHSd, q_and_do, filled, ring, landed,
 ):  # fmt: skip
-    b, n, h = place_in(sizes)
+    b, n, h = grid_indices(sizes)
     n = sizes[1] - 1 - n
     warpgroup = lax.axis_index("warpgroup")
     ring = Ring(*ring)
@@ -216,7 +216,7 @@ def _dkv_kernel(
     sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_B3S, coords_BT,
     ranges_BN, saw_BHN, dk_BKTd, dv_BKTd, k_and_v, filled, ring, landed,
 ):  # fmt: skip
-    b, n, h = place_in(sizes)  # the keys that most queries see first
+    b, n, h = grid_indices(sizes)  # the keys that most queries see first
     warpgroup = lax.axis_index("warpgroup")
     ring = Ring(*ring)
 

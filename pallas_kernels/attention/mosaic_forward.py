@@ -39,7 +39,7 @@ from pallas_kernels.mosaic import (
     along_rows,
     flat_grid,
     full,
-    place_in,
+    grid_indices,
     tile,
 )
 
@@ -101,7 +101,7 @@ def _kernel(
     sizes, group, scale, mma, q_BHSd, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN, whole_BN,
     out_BHSd, lse_BHS, q_qd, p_2qt, lse_q, q_filled, k_ring, v_ring, v_landed, turns,
 ):  # fmt: skip
-    b, n, h = place_in(sizes)  # heads that share keys run side by side
+    b, n, h = grid_indices(sizes)  # heads that share keys run side by side
     n = sizes[1] - 1 - n  # the longest tiles of a causal mask first
     warpgroup = lax.axis_index("warpgroup")
     k_ring, v_ring = Ring(*k_ring), Ring(*v_ring)

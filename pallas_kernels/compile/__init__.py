@@ -1,1 +1,1 @@
-"""Compiles kernels for accelerators that are not there, and reads the machine code."""
+"""Compiles kernels for accelerators that are absent, and analyzes the machine code."""

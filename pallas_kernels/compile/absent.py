@@ -1,7 +1,8 @@
-"""Devices of accelerators that this machine does not have, good for compiling only.
+"""Compile-only devices: JAX devices of accelerators that this machine does not have.
 
-The compiler is the real one, so its memory analysis is what the hardware would get. GPUs need the
-extra `absent-gpu`: the CUDA plugin of jax, without a driver. TPUs need `absent-tpu`: libtpu.
+Programs are compiled by the same compiler as on the hardware, so that its memory analysis holds
+there. GPUs need the extra `absent-gpu`: jax's CUDA plugin, without a driver. TPUs need the extra
+`absent-tpu`: libtpu.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jax.experimental import topologies
 from pallas_kernels.compile.errors import CompilerError
 from pallas_kernels.ptxas import packaged_toolkit
 
-# What XLA wants to know of a GPU, in the text form of its GpuTargetConfigProto.
+# The description of a GPU that XLA compiles for, in the text format of its GpuTargetConfigProto.
 _GPU = string.Template("""
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -34,8 +35,8 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
 device_description_str: "$name"
 """)
 
-# Sizes as in XLA's sources, xla/backends/gpu/target_config/specs; it has no L40S, whose are the
-# published ones of its chip, AD102.
+# Sizes are those of XLA's sources, xla/backends/gpu/target_config/specs. The L40S is not there: its
+# sizes are NVIDIA's published ones of the chip AD102.
 _HOPPER = {
     "major": 9, "minor": 0, "cores": 132, "fpus": 128, "threads": 2048, "clock": 1.98,
     "l2": 52428800, "shared": 233472, "optin": 232448,
@@ -64,21 +65,22 @@ _GPUS: dict[str, dict] = {
 }  # fmt: skip
 GPUS = tuple(_GPUS)
 
-# libtpu looks for no TPU hosts, and loads beside other processes that use it.
+# Keeps libtpu from looking for TPU hosts and from refusing to load into several processes.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-_LOWERED_AS = {"gpu": "cuda"}  # JAX's name of a platform -> that of its lowering rules
+_LOWERED_AS = {"gpu": "cuda"}  # a device's platform -> the platform name of JAX's lowering rules
 
 
 def absent_gpus(kind: str, count: int) -> list[jax.Device]:
-    """`count` GPUs of one host.
+    """Compile-only devices for `count` GPUs of one host.
 
     Args:
         kind: one of `GPUS`, such as "a100".
+        count: how many.
 
     Raises:
         CompilerError: if the CUDA plugin is not installed.
@@ -99,7 +101,7 @@ absent_h200s = functools.partial(absent_gpus, "h200")
 
 
 def absent_tpus(topology: str) -> list[jax.Device]:
-    """All TPUs of a slice.
+    """Compile-only devices for all TPUs of a slice.
 
     Args:
         topology: generation and chips along each axis, such as "v5p:2x2x1" or "v6e:2x2".
@@ -117,17 +119,23 @@ def absent_tpus(topology: str) -> list[jax.Device]:
 
 
 def mesh_of(device: jax.Device) -> jax.sharding.Mesh:
-    """One device as a mesh; under its abstract mesh, functions are traced for that device."""
+    """A mesh of one device; functions traced under its abstract mesh are traced for that device."""
     axis_types = (jax.sharding.AxisType.Explicit,)
     return jax.sharding.Mesh(np.array([device]), ("device",), axis_types=axis_types)
 
 
 def lower_for(device: jax.Device, function: Callable, *arguments) -> jax.stages.Lowered:
-    """Lowers a function of ShapeDtypeStructs for one device."""
+    """Lowers a function for one device, present or absent.
+
+    Args:
+        device: the device.
+        function: the function to jit.
+        *arguments: ShapeDtypeStructs, or pytrees of them.
+    """
     mesh = mesh_of(device)
-    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), arguments
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(function).trace(*placed)
@@ -136,15 +144,15 @@ def lower_for(device: jax.Device, function: Callable, *arguments) -> jax.stages.
 
 def _require(module: str, package: str, extra: str) -> None:
     try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # the package that it is in
-        found = None
-    if found is None:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # raised if the module's parent package is absent
+        spec = None
+    if spec is None:
         raise CompilerError(f"{package} is not installed; run pip install 'jaxmoe[{extra}]'.")
 
 
 def compiler_options() -> dict[str, str | int]:
-    """For `.compile()` on GPUs: no trial runs of kernels, and nvidia-cuda-nvcc's assembler."""
+    """XLA options for `.compile()` on absent GPUs: no autotuning, nvidia-cuda-nvcc's assembler."""
     options: dict[str, str | int] = {"xla_gpu_autotune_level": 0}
     if toolkit := packaged_toolkit():
         options["xla_gpu_cuda_data_dir"] = toolkit

@@ -1,4 +1,4 @@
-"""What NVIDIA's assembler, ptxas, says of the kernels of a program, for GPUs present or not."""
+"""Reports of NVIDIA's assembler, ptxas, on a program's Mosaic GPU kernels, for absent GPUs too."""
 
 import contextlib
 import dataclasses
@@ -29,14 +29,16 @@ _DUMP_CODE = "MOSAIC_GPU_DUMP_SASS_CTRL"
 
 @dataclasses.dataclass(frozen=True)
 class KernelReport:
-    """One kernel as assembled.
+    """The report on one kernel.
 
     Attributes:
-        registers: of each thread at the start; warpgroups may trade them later.
-        spill_stores, spill_loads: bytes of registers that are kept in memory.
-        wgmma: tensor-core instructions.
-        warnings: of ptxas, such as that registers are spilled or that products wait for each other.
-        sass: its machine code as text, if it was asked for; `pallas_kernels.compile.sass` reads it.
+        name: of the kernel's entry function.
+        registers: that each thread has at the start; warpgroups may exchange some later.
+        spill_stores: bytes that are stored to memory because registers do not suffice.
+        spill_loads: bytes that are loaded for the same reason.
+        wgmma: number of tensor-core instructions in the PTX.
+        warnings: of ptxas, such as that registers are spilled or that wgmma is serialized.
+        sass: machine code as text, which `pallas_kernels.compile.sass` parses; "" if not asked for.
     """
 
     name: str
@@ -53,11 +55,12 @@ def assembler_reports(
 ) -> list[KernelReport]:
     """Compiles a program and reports on its Mosaic GPU kernels.
 
-    What else the process writes to its standard output meanwhile is lost.
+    The process's standard output is captured during compilation: what other threads print is lost.
 
     Args:
-        options: as for `lowered.compile`, which afterwards costs nothing with the same.
-        disassemble: whether the reports have the machine code.
+        lowered: the program, which must not have been compiled before.
+        options: for `lowered.compile`, which returns the cached program if called with them later.
+        disassemble: whether to include the machine code.
 
     Raises:
         CompilerError: if the assembler was not run for each of the kernels, or a tool is missing.
@@ -79,22 +82,22 @@ def assembler_reports(
 
 
 def parse_reports(text: str) -> list[KernelReport]:
-    """Reads what Mosaic GPU prints: of each kernel the PTX, the output of ptxas, and the code."""
+    """Parses Mosaic GPU's dump: the PTX, ptxas' output and perhaps the machine code per kernel."""
     warnings, codes = _WARNING.findall(text), _CODE.findall(text)
     reports, begin = [], 0
-    for found in _KERNEL.finditer(text):
-        name = found["name"]
+    for kernel in _KERNEL.finditer(text):
+        name = kernel["name"]
         reports.append(
             KernelReport(
                 name,
-                int(found["registers"]),
-                int(found["stores"]),
-                int(found["loads"]),
-                text.count("wgmma.mma_async.sync", begin, found.start()),
+                int(kernel["registers"]),
+                int(kernel["stores"]),
+                int(kernel["loads"]),
+                text.count("wgmma.mma_async.sync", begin, kernel.start()),
                 tuple(line for line in warnings if f"'{name}'" in line or "function '" not in line),
             )
         )
-        begin = found.end()
+        begin = kernel.end()
     if [name for name, _ in codes] == [report.name for report in reports]:
         pairs = zip(reports, codes, strict=True)
         return [dataclasses.replace(report, sass=code) for report, (_, code) in pairs]
@@ -102,12 +105,12 @@ def parse_reports(text: str) -> list[KernelReport]:
 
 
 def require_disassembler() -> None:
-    """Looks for it where Mosaic GPU does: unlike ptxas, not on PATH.
+    """Checks that nvdisasm is installed where Mosaic GPU looks for it, which is not PATH.
 
     Raises:
-        CompilerError: if it is not there.
+        CompilerError: if it is not installed there.
     """
-    importlib.import_module("jax.experimental.mosaic.gpu")  # sets the variable
+    importlib.import_module("jax.experimental.mosaic.gpu")  # sets MOSAIC_GPU_CUDA_ROOT
     root = os.environ["MOSAIC_GPU_CUDA_ROOT"]
     if not os.path.exists(os.path.join(root, "bin", "nvdisasm")):
         raise CompilerError(
@@ -117,9 +120,10 @@ def require_disassembler() -> None:
 
 
 def _make_unique(lowered: jax.stages.Lowered) -> int:
-    """Gives each kernel a new hash; how many there are.
+    """Gives each kernel of the program a new random hash; returns how many kernels there are.
 
-    Mosaic GPU assembles a kernel once a process, by its hash, and later says nothing of it.
+    Mosaic GPU caches assembled kernels by hash for the life of the process, and prints nothing for
+    a kernel that is cached.
     """
     calls = []
 
@@ -133,7 +137,7 @@ def _make_unique(lowered: jax.stages.Lowered) -> int:
     module.operation.walk(visit)
     with module.context:
         for call in calls:
-            config = {each.name: each.attr for each in call.attributes["mhlo.backend_config"]}
+            config = {item.name: item.attr for item in call.attributes["mhlo.backend_config"]}
             config["kernel_hash"] = ir.StringAttr.get(os.urandom(32))
             call.attributes["mhlo.backend_config"] = ir.DictAttr.get(config)
     return len(calls)
@@ -141,7 +145,7 @@ def _make_unique(lowered: jax.stages.Lowered) -> int:
 
 @contextlib.contextmanager
 def _dumping(*names: str) -> Iterator[None]:
-    """Mosaic GPU prints what these variables stand for; it reads them at each compilation."""
+    """Sets these of Mosaic GPU's dump variables, which it reads at each compilation, to 1."""
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
     try:
@@ -155,7 +159,7 @@ def _dumping(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _captured() -> Iterator[list[str]]:
-    """A list that gets what is written to standard output, by libraries too."""
+    """Captures standard output, C++ libraries' too; on exit its text is appended to the list."""
     output: list[str] = []
     with tempfile.TemporaryFile() as file:
         sys.stdout.flush()

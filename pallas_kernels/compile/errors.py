@@ -1,5 +1,5 @@
-"""What users can mend: a compiler or a tool that is not installed, or a device unknown to it."""
+"""Errors that users can fix."""
 
 
 class CompilerError(ValueError):
-    """A compiler for absent hardware that cannot be used; one sentence that names the fix."""
+    """A compiler or tool is not installed, or does not know a device; the message names the fix."""

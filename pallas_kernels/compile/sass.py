@@ -1,7 +1,8 @@
-"""NVIDIA's machine code as nvdisasm prints it: instructions, and the turns of its loops.
+"""Parses NVIDIA's machine code (SASS) as nvdisasm prints it, and finds the iterations of loops.
 
-A turn is what one warp issues from the first instruction of a loop until it is back there: the
-longest way on which no barrier has to be asked twice. Static: read from the code, not measured.
+An iteration of a loop is the sequence of instructions that one warp issues from the loop's first
+instruction until it is back there: the longest path on which no barrier is polled twice. All is
+static: read from the code, not measured.
 """
 
 import collections
@@ -16,20 +17,21 @@ _LINE = re.compile(
 )
 _LABEL = re.compile(r"^(\.\w+):$")
 _TARGET = re.compile(r"`\((\.\w+)\)")
-_ENDS = ("EXIT", "RET", "KILL", "BPT", "BRX", "JMX")  # no branch to a known place follows
-_ASKS = ("SYNCS.PHASECHK", "USETMAXREG")  # for a barrier's phase, or for registers
-_SHORT = 12  # instructions of a loop that does nothing else
+_ENDS = ("EXIT", "RET", "KILL", "BPT", "BRX", "JMX")  # end a basic block without a known successor
+_POLLS = ("SYNCS.PHASECHK", "USETMAXREG")  # poll a barrier's phase, or wait for registers
+_SHORT = 12  # instructions, at most, of a loop that only polls
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction of a warp.
+    """One machine instruction.
 
     Attributes:
-        address: in bytes from the kernel's first.
-        predicate: such as "P0" or "!UP1", or "" if it is always executed.
-        opcode: with its modifiers, such as "MUFU.EX2".
-        stall: cycles until the same warp issues the next one, at least.
+        address: its offset in the kernel, in bytes.
+        predicate: such as "P0" or "!UP1"; "" if it is always executed.
+        opcode: the opcode with its modifiers, such as "MUFU.EX2".
+        operands: the operands as text.
+        stall: the least number of cycles until the same warp issues its next instruction.
     """
 
     address: int
@@ -40,46 +42,49 @@ class Instruction:
 
     @property
     def name(self) -> str:
-        """The opcode without modifiers."""
+        """The opcode without modifiers, such as "MUFU"."""
         return self.opcode.partition(".")[0]
 
 
 def parse_sass(text: str) -> "Code":
-    """One kernel's code, printed with its control information."""
+    """Parses one kernel's code, which must have been printed with control information."""
     instructions, labels, waiting = [], {}, []
     for line in text.splitlines():
-        if found := _LABEL.match(line):
-            waiting.append(found[1])
-        elif found := _LINE.match(line):
+        if label := _LABEL.match(line):
+            waiting.append(label[1])
+        elif fields := _LINE.match(line):
             labels |= dict.fromkeys(waiting, len(instructions))
             waiting.clear()
             instructions.append(
                 Instruction(
-                    int(found["address"], 16),
-                    found["predicate"] or "",
-                    found["opcode"],
-                    found["operands"].strip(),
-                    int(found["stall"]),
+                    int(fields["address"], 16),
+                    fields["predicate"] or "",
+                    fields["opcode"],
+                    fields["operands"].strip(),
+                    int(fields["stall"]),
                 )
             )
     return Code(tuple(instructions), labels)
 
 
 class Code:
-    """The instructions of a kernel, and which may follow which."""
+    """A kernel's instructions and their control flow graph."""
 
     def __init__(self, instructions: tuple[Instruction, ...], labels: dict[str, int]):
         self.instructions, self._labels = instructions, labels
 
     @functools.cached_property
     def loops(self) -> list[tuple[Instruction, ...]]:
-        """A turn of each innermost loop, in the order of the code; waiting is no loop."""
+        """One iteration of each innermost loop, in code order.
+
+        Loops that only poll a barrier do not count as loops.
+        """
         bodies = self._bodies()
         alone = [header for header, body in bodies.items() if not (set(bodies) - {header}) & body]
         waits = {header for header in alone if self._only_waits(bodies[header])}
         inner = set(bodies) - waits
         innermost = [header for header in sorted(inner) if not (inner - {header}) & bodies[header]]
-        return [self._turn(header, bodies[header], waits) for header in innermost]
+        return [self._iteration(header, bodies[header], waits) for header in innermost]
 
     @functools.cached_property
     def _successors(self) -> list[tuple[int, ...]]:
@@ -98,7 +103,7 @@ class Code:
 
     @functools.cached_property
     def _order(self) -> list[int]:
-        """What can be reached from the first instruction, in reverse postorder."""
+        """Indices of the reachable instructions in reverse postorder of the control flow graph."""
         order: list[int] = []
         seen, waiting = {0}, [(0, iter(self._successors[0]))]
         while waiting:
@@ -123,13 +128,16 @@ class Code:
 
     @functools.cached_property
     def _dominator(self) -> dict[int, int]:
-        """The immediate dominator of each instruction."""
-        place = {index: at for at, index in enumerate(self._order)}
+        """The immediate dominator of each instruction.
+
+        The algorithm is that of Cooper, Harvey and Kennedy, "A simple, fast dominance algorithm".
+        """
+        rank = {index: position for position, index in enumerate(self._order)}
         dominator = {0: 0}
 
-        def meet(a: int, b: int) -> int:
+        def common(a: int, b: int) -> int:
             while a != b:
-                a, b = (dominator[a], b) if place[a] > place[b] else (a, dominator[b])
+                a, b = (dominator[a], b) if rank[a] > rank[b] else (a, dominator[b])
             return a
 
         changed = True
@@ -137,13 +145,13 @@ class Code:
             changed = False
             for index in self._order[1:]:
                 known = [x for x in self._predecessors[index] if x in dominator]
-                found = functools.reduce(meet, known)
-                changed |= dominator.get(index) != found
-                dominator[index] = found
+                nearest = functools.reduce(common, known)
+                changed |= dominator.get(index) != nearest
+                dominator[index] = nearest
         return dominator
 
     def _bodies(self) -> dict[int, set[int]]:
-        """By its first instruction, what can be reached of a loop and comes back to there."""
+        """The natural loops: for each loop header, the set of instructions of its loop."""
         bodies: dict[int, set[int]] = {}
         for index in self._order:
             for header in self._successors[index]:
@@ -166,23 +174,30 @@ class Code:
         return body
 
     def _only_waits(self, body: set[int]) -> bool:
-        asks = any(self.instructions[i].opcode.startswith(_ASKS) for i in body)
-        return asks and len(body) <= _SHORT
+        polls = any(self.instructions[i].opcode.startswith(_POLLS) for i in body)
+        return polls and len(body) <= _SHORT
 
-    def _turn(self, header: int, body: set[int], waits: set[int]) -> tuple[Instruction, ...]:
-        """The way back to the header that asks again least, and of these the longest."""
-        best: dict[int, tuple[int, int, int | None]] = {}  # waits and instructions left, next one
+    def _iteration(self, header: int, body: set[int], waits: set[int]) -> tuple[Instruction, ...]:
+        """The path from the header back to it with the fewest polls, and of these the longest.
+
+        Args:
+            header: the loop's first instruction.
+            body: the loop's instructions.
+            waits: headers of the loops that only poll.
+        """
+        # For each instruction: minus the polls and the instructions left, and the next instruction.
+        best: dict[int, tuple[int, int, int | None]] = {}
         for index in (x for x in reversed(self._order) if x in body):
-            ways = [
+            paths = [
                 (0, 0, None) if x == header else (*best[x][:2], x)
                 for x in self._successors[index]
                 if x == header or x in best
             ]
-            if ways:
-                waiting, left, follower = max(ways, key=lambda way: way[:2])
-                best[index] = waiting - (index in waits), left + 1, follower
-        turn, at = [], header
-        while at is not None:
-            turn.append(self.instructions[at])
-            at = best[at][2]
-        return tuple(turn)
+            if paths:
+                polls, left, follower = max(paths, key=lambda path: path[:2])
+                best[index] = polls - (index in waits), left + 1, follower
+        iteration, index = [], header
+        while index is not None:
+            iteration.append(self.instructions[index])
+            index = best[index][2]
+        return tuple(iteration)

@@ -1,4 +1,4 @@
-"""A check of values that kernels trust, switched on by an environment variable."""
+"""Checks at run time, switched on by an environment variable, of values that kernels trust."""
 
 import os
 
@@ -10,9 +10,10 @@ SWITCH = "JAXMOE_DEBUG_CHECKS"
 
 
 def check_groups(group_of_block: Int[Array, "N"], groups: int) -> None:
-    """Where `JAXMOE_DEBUG_CHECKS=1`, programs stop at blocks whose groups a kernel would overrun.
+    """If JAXMOE_DEBUG_CHECKS=1, adds a check that group_of_block ascends within 0 to `groups`.
 
-    The variable is read when a program is traced. Without it, nothing is checked and nothing costs.
+    Other values would make a kernel read beyond the matrices; the running program then raises a
+    ValueError. The variable is read when a program is traced, and without it nothing is added.
     """
     if os.environ.get(SWITCH, "0") not in ("", "0"):
         jax.debug.callback(_refuse_overrun, group_of_block, groups)

@@ -1,6 +1,6 @@
-"""`grouped_matmul` and `gated_matmul`: rows in blocks, each block with the matrix of its group.
+"""`grouped_matmul` and `gated_matmul`: multiply blocks of rows, each by the matrix of its group.
 
-Shape letters: R rows, N blocks of R / N rows, E groups, D in, F out.
+Shape letters: R rows, N blocks of R / N rows, E groups, D inputs, F outputs.
 """
 
 import dataclasses
@@ -21,15 +21,27 @@ Matrices = Float[Array, "E D F"] | QuantizedMatrix
 
 @dataclasses.dataclass(frozen=True)
 class GroupedCase:
-    """One call as known at trace time."""
+    """What is known of a call at trace time.
 
-    block: int  # rows
+    Attributes:
+        block: rows of a block.
+        groups: E, the number of matrices.
+        width_in: D.
+        width_out: F.
+        dtype: of the rows, and of the matrices unless they are quantized.
+        format: of quantized matrices, otherwise None.
+        group_size: how many inputs of quantized matrices share a scale, otherwise None.
+        interpret: how to run a kernel without its hardware.
+        config: the implementation's sizes.
+    """
+
+    block: int
     groups: int
     width_in: int
     width_out: int
-    dtype: str  # of the rows, and of matrices unless these are quantized
-    format: str | None = None  # of quantized matrices
-    scale_width: int | None = None  # inputs that share a scale
+    dtype: str
+    format: str | None = None
+    group_size: int | None = None
     interpret: Any = None
     config: Any = None
 
@@ -40,24 +52,30 @@ IMPLEMENTATIONS = (
         "mosaic_gpu",
         grouped_mosaic.why_not,
         grouped_mosaic,
-        grouped_mosaic.Config,
-        lambda case: grouped_mosaic.Config(),
+        grouped_mosaic.GroupedMosaicConfig,
+        lambda case: grouped_mosaic.GroupedMosaicConfig(),
     ),
     Implementation(
         "megablox",
         grouped_megablox.why_not,
         grouped_megablox,
-        grouped_megablox.Config,
+        grouped_megablox.GroupedMegabloxConfig,
         grouped_megablox.config_for,
     ),
     Implementation(
-        "xla", lambda case: None, grouped_xla, grouped_xla.Config, lambda case: grouped_xla.Config()
+        "xla",
+        lambda case: None,
+        grouped_xla,
+        grouped_xla.GroupedXlaConfig,
+        lambda case: grouped_xla.GroupedXlaConfig(),
     ),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class _GroupedCall:
+    """The arguments of a call that are static under jit."""
+
     implementation: Implementation
     case: GroupedCase
 
@@ -71,16 +89,19 @@ def grouped_matmul(
     config: Any = None,
     interpret: Any = None,
 ) -> Float[Array, "R F"]:
-    """`x[rows of block i] @ w[group_of_block[i]]`, in float32 sums, differentiable in reverse mode.
+    """Multiplies each block of rows by its group's matrix: x[block i] @ w[group_of_block[i]].
 
-    Quantized matrices are constants: no gradient reaches them, but one reaches x.
+    Sums are float32, and the result has x's dtype. Differentiable in reverse mode; quantized
+    matrices are constants, through which gradients reach x but not w.
 
     Args:
-        group_of_block: ascending; E for a block without rows, which costs nothing. What the result
-            holds in such a block is undefined. Values are trusted, unless JAXMOE_DEBUG_CHECKS=1.
+        x: rows, grouped into blocks by `dispatch`.
+        w: a matrix for each group, of x's dtype or quantized.
+        group_of_block: ascending; E for a block without rows, which costs nothing and whose result
+            is undefined. Values are trusted, unless JAXMOE_DEBUG_CHECKS=1.
         implementation: "mosaic_gpu", "megablox" or "xla"; None for the fastest that serves the
             call, which `grouped_implementation` names.
-        config: sizes, a `Config` of that implementation.
+        config: sizes, of that implementation's config type.
         interpret: runs a kernel without its hardware: `plgpu.InterpretGPUParams()` for
             "mosaic_gpu", True for "megablox".
 
@@ -88,8 +109,8 @@ def grouped_matmul(
         ValueError: if the arguments do not fit together, or the named implementation does not
             serve them; says which value and what is allowed.
     """
-    static = _static(x, w, group_of_block, implementation, config, interpret)
-    return _matmul(static, x, w, group_of_block)
+    call = _call(x, w, group_of_block, implementation, config, interpret)
+    return _matmul(call, x, w, group_of_block)
 
 
 def gated_matmul(
@@ -103,23 +124,34 @@ def gated_matmul(
     config: Any = None,
     interpret: Any = None,
 ) -> Float[Array, "R F"]:
-    """silu(s * x @ gate) * (s * x @ up) by blocks as `grouped_matmul`, both matrices at once.
+    """The gated half of SwiGLU by blocks: silu(s * x @ gate) * (s * x @ up).
+
+    It reads x once for both products. Arguments and errors not named here are as of
+    `grouped_matmul`.
 
     Args:
-        row_scale: s, applied to the products in float32; scaling rows commutes with the matmul.
+        x: rows, grouped into blocks by `dispatch`.
+        gate: a matrix for each group.
+        up: matrices of the same shape and dtype as `gate`.
+        group_of_block: as of `grouped_matmul`.
+        row_scale: s, such as Llama 4's router weight, which multiplies the experts' input. It is
+            applied to the products, in float32, since scaling rows commutes with a matmul.
+        implementation: as of `grouped_matmul`.
+        config: as of `grouped_matmul`.
+        interpret: as of `grouped_matmul`.
     """
-    if _spelled(gate) != _spelled(up):
-        raise ValueError(f"gate {_spelled(gate)} and up {_spelled(up)} must be alike.")
+    if _described(gate) != _described(up):
+        raise ValueError(f"gate {_described(gate)} and up {_described(up)} must be alike.")
     if row_scale is not None and row_scale.shape != x.shape[:1]:
         raise ValueError(f"row_scale has shape {row_scale.shape}; it must be {x.shape[:1]}.")
-    static = _static(x, gate, group_of_block, implementation, config, interpret)
+    call = _call(x, gate, group_of_block, implementation, config, interpret)
     if row_scale is not None:
         row_scale = row_scale.astype(jnp.float32)
-    return _gated(static, x, gate, up, group_of_block, row_scale)
+    return _gated(call, x, gate, up, group_of_block, row_scale)
 
 
 def grouped_implementation(x, w, group_of_block, *, implementation=None, interpret=None) -> str:
-    """The implementation that `grouped_matmul` and `gated_matmul` pick for such arguments.
+    """The name of the implementation that `grouped_matmul` and `gated_matmul` pick for a call.
 
     Args:
         x, w, group_of_block: arrays or ShapeDtypeStructs.
@@ -128,11 +160,13 @@ def grouped_implementation(x, w, group_of_block, *, implementation=None, interpr
     return choose(IMPLEMENTATIONS, case, implementation).name
 
 
-def _static(x, w, group_of_block, implementation, config, interpret) -> _Static:
+def _call(x, w, group_of_block, implementation, config, interpret) -> _GroupedCall:
     case = _case(x, w, group_of_block, interpret)
     check_groups(group_of_block, case.groups)
     chosen = choose(IMPLEMENTATIONS, case, implementation)
-    return _Static(chosen, dataclasses.replace(case, config=resolve_config(chosen, case, config)))
+    return _GroupedCall(
+        chosen, dataclasses.replace(case, config=resolve_config(chosen, case, config))
+    )
 
 
 def _case(x, w, group_of_block, interpret) -> GroupedCase:
@@ -145,55 +179,55 @@ def _case(x, w, group_of_block, interpret) -> GroupedCase:
         raise ValueError(f"x is {x.dtype} and w {w_dtype}; use one floating type for both.")
     if N == 0 or R % N:
         raise ValueError(f"{R} rows must be a positive multiple of the {N} blocks.")
-    stored = (w.format, w.width) if quantized else (None, None)
+    stored = (w.format, w.group_size) if quantized else (None, None)
     return GroupedCase(R // N, E, D, F, jnp.dtype(x.dtype).name, *stored, interpret)
 
 
-def _spelled(w) -> str:
-    """Type and shape, for comparing and for messages."""
+def _described(w) -> str:
+    """Dtype or format, and shape, of matrices: for comparing them and for messages."""
     if isinstance(w, QuantizedMatrix):
-        return f"{w.format}{w.shape} with scales for {w.width} inputs"
+        return f"{w.format}{w.shape} with scales for {w.group_size} inputs"
     return f"{w.dtype}{w.shape}"
 
 
-def _product(static: _Static, x, weights, group_of_block, row_scale=None, transposed=False):
-    run = static.implementation.run.product
-    return run(x, weights, group_of_block, row_scale, static.case, transposed=transposed)
+def _product(call: _GroupedCall, x, weights, group_of_block, row_scale=None, transposed=False):
+    run = call.implementation.run.product
+    return run(x, weights, group_of_block, row_scale, call.case, transposed=transposed)
 
 
-def _weight_gradient(static: _Static, x, dy, group_of_block):
-    if static.case.format is not None:
+def _weight_gradient(call: _GroupedCall, x, dy, group_of_block):
+    if call.case.format is not None:
         return None
-    run = static.implementation.run.weight_gradient
-    return run(x, dy, group_of_block, static.case.groups, static.case)
+    run = call.implementation.run.weight_gradient
+    return run(x, dy, group_of_block, call.case.groups, call.case)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(static: _Static, x, w, group_of_block):
-    return _product(static, x, (w,), group_of_block)
+def _matmul(call: _GroupedCall, x, w, group_of_block):
+    return _product(call, x, (w,), group_of_block)
 
 
-def _matmul_forward(static: _Static, x, w, group_of_block):
-    return _matmul(static, x, w, group_of_block), (x, w, group_of_block)
+def _matmul_forward(call: _GroupedCall, x, w, group_of_block):
+    return _matmul(call, x, w, group_of_block), (x, w, group_of_block)
 
 
-def _matmul_backward(static: _Static, saved, dy):
+def _matmul_backward(call: _GroupedCall, saved, dy):
     x, w, group_of_block = saved
-    dx = _product(static, dy, (w,), group_of_block, transposed=True)
-    return dx, _weight_gradient(static, x, dy, group_of_block), None
+    dx = _product(call, dy, (w,), group_of_block, transposed=True)
+    return dx, _weight_gradient(call, x, dy, group_of_block), None
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated(static: _Static, x, gate, up, group_of_block, row_scale):
-    return _product(static, x, (gate, up), group_of_block, row_scale)
+def _gated(call: _GroupedCall, x, gate, up, group_of_block, row_scale):
+    return _product(call, x, (gate, up), group_of_block, row_scale)
 
 
-def _gated_forward(static: _Static, x, gate, up, group_of_block, row_scale):
-    """Apart, to keep what the backward pass needs of each."""
-    g, u = (_product(static, x, (w,), group_of_block) for w in (gate, up))
+def _gated_forward(call: _GroupedCall, x, gate, up, group_of_block, row_scale):
+    """Computes both products separately, because the backward pass needs each of them."""
+    g, u = (_product(call, x, (w,), group_of_block) for w in (gate, up))
     hidden = _gate(g, u, row_scale)
     return hidden, (x, gate, up, group_of_block, row_scale, g, u)
 
@@ -203,15 +237,15 @@ def _gate(g, u, row_scale):
     return (jax.nn.silu(scale * g.astype(jnp.float32)) * (scale * u)).astype(g.dtype)
 
 
-def _gated_backward(static: _Static, saved, d_hidden):
+def _gated_backward(call: _GroupedCall, saved, d_hidden):
     x, gate, up, group_of_block, row_scale, g, u = saved
     _, transpose = jax.vjp(_gate, g, u, row_scale)
     dg, du, d_scale = transpose(d_hidden)
     by_gate, by_up = (
-        _product(static, dy, (w,), group_of_block, transposed=True).astype(jnp.float32)
+        _product(call, dy, (w,), group_of_block, transposed=True).astype(jnp.float32)
         for dy, w in ((dg, gate), (du, up))
     )
-    d_gate, d_up = (_weight_gradient(static, x, dy, group_of_block) for dy in (dg, du))
+    d_gate, d_up = (_weight_gradient(call, x, dy, group_of_block) for dy in (dg, du))
     return (by_gate + by_up).astype(x.dtype), d_gate, d_up, None, d_scale
 
 

@@ -1,7 +1,7 @@
-"""Grouped matmul on TPUs: the megablox kernels that JAX ships.
+"""Grouped matmul on TPUs by the megablox kernels that JAX ships.
 
-They take rows sorted by group and the size of each group; here a group is whole blocks. Rows beyond
-the last group are skipped, and undefined in the result.
+The kernels take rows sorted by group and the number of rows of each group, which here are whole
+blocks. Rows after the last group are skipped and undefined in the result.
 """
 
 import dataclasses
@@ -12,24 +12,24 @@ import jax.numpy as jnp
 
 from pallas_kernels.platform import target
 
-# The package hides this module behind a function of its name.
+# The package exports a function of the same name, which hides the module from a plain import.
 megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
 
-# Of the kernels' products; by default a TPU would round float32 operands to bfloat16.
+# The matmul precision for each dtype: by default a TPU would round float32 operands to bfloat16.
 PRECISION = {"bfloat16": "default", "float32": "highest"}
-ROWS = 8  # blocks are multiples of it: the rows of a TPU's smallest tile
+ROWS = 8  # the rows of a TPU's smallest tile, of which blocks are multiples
 LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of tiles, for the 16 MiB of memory that a kernel has on chip.
+class GroupedMegabloxConfig:
+    """Upper limits of tile sizes, chosen for the 16 MiB of on-chip memory that a kernel has.
 
     Attributes:
-        row_bytes: the most of a row or column of the sum; within it, no matrix is read twice for
-            the blocks of one group.
-        tile_bytes: the most of a tile of a matrix.
-        columns: the most of a tile of a product.
+        row_bytes: bytes of a tile along the summed axis. Matrices whose inputs fit into it are
+            read once for all blocks of a group.
+        tile_bytes: bytes of a tile of a matrix.
+        columns: columns of a tile of the product.
         gradient: rows, and columns, of a tile of the weights' gradient.
     """
 
@@ -39,13 +39,15 @@ class Config:
     gradient: int = 1024
 
 
-def config_for(case) -> Config:
-    """Exact products of float32 need room for its parts."""
-    return Config() if case.dtype == "bfloat16" else Config(8192, 2 * 2**20, 256, 512)
+def config_for(case) -> GroupedMegabloxConfig:
+    """The default config; smaller tiles for float32, whose exact products need more memory."""
+    if case.dtype == "bfloat16":
+        return GroupedMegabloxConfig()
+    return GroupedMegabloxConfig(8192, 2 * 2**20, 256, 512)
 
 
 def why_not(case) -> str | None:
-    """Why a call cannot run on these kernels, or None."""
+    """Says why the megablox kernels cannot serve a `GroupedCase`; None if they can."""
     if case.dtype not in PRECISION:
         return f"it takes {' or '.join(PRECISION)}, not {case.dtype}"
     if case.format is not None:
@@ -59,7 +61,7 @@ def why_not(case) -> str | None:
 
 
 def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
-    """As `grouped_xla.product`; rows of blocks without a group are left undefined."""
+    """Computes `grouped_xla.product`, but rows of blocks without a group are undefined."""
     sizes = _group_rows(group_of_block, weights[0].shape[0], case.block)
     tiles = _product_tiles(x, weights[0].shape[1 if transposed else 2], case)
     with jax.default_matmul_precision(PRECISION[case.dtype]):
@@ -76,7 +78,7 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
 
 
 def weight_gradient(x, dy, group_of_block, groups: int, case):
-    """As `grouped_xla.weight_gradient`."""
+    """Computes `grouped_xla.weight_gradient`."""
     sizes = _group_rows(group_of_block, groups, case.block)
     tiles = (case.block, *(_whole_or(case.config.gradient, z.shape[1]) for z in (x, dy)))
     with jax.default_matmul_precision(PRECISION[case.dtype]):
@@ -93,7 +95,7 @@ def _group_rows(group_of_block, groups: int, block: int) -> jax.Array:
 
 
 def _product_tiles(x, width: int, case) -> tuple[int, int, int]:
-    """Rows, a step of the sum, and columns."""
+    """The tile sizes (rows, inputs, columns) of a product with `width` columns."""
     config, bytes_each = case.config, x.dtype.itemsize
     step = _whole_or(config.row_bytes // bytes_each, x.shape[1])
     columns = config.tile_bytes // (step * bytes_each) // LANES * LANES
@@ -101,6 +103,6 @@ def _product_tiles(x, width: int, case) -> tuple[int, int, int]:
 
 
 def _whole_or(largest: int, size: int) -> int:
-    """All of it, or the even part that is no larger and in whole lanes."""
+    """`size` if it is at most `largest`, else the size of equal parts, a multiple of 128 lanes."""
     parts = -(-size // largest)
     return size if parts == 1 else -(-size // (parts * LANES)) * LANES

@@ -1,4 +1,4 @@
-"""Grouped matmul on Hopper: which kernel serves which size of block."""
+"""Grouped matmul on Hopper: chooses the kernel by block size and weight format."""
 
 import dataclasses
 
@@ -23,12 +23,18 @@ from pallas_kernels.experts.mosaic_quantized import (
 from pallas_kernels.mosaic import WARPGROUP, why_not_hopper
 from pallas_kernels.quantized import QuantizedMatrix
 
-STREAMED = (8, 16, 32, 64)  # rows of a block that the streaming kernel takes
+STREAMED = (8, 16, 32, 64)  # block sizes, in rows, that the streaming kernel serves
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes of the kernels."""
+class GroupedMosaicConfig:
+    """Sizes of the three kernels.
+
+    Attributes:
+        tiles: for blocks of 128 rows.
+        stream: for smaller blocks.
+        quantized: for matrices of 8 or 4 bits.
+    """
 
     tiles: TileConfig = dataclasses.field(default_factory=TileConfig)
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
@@ -36,7 +42,7 @@ class Config:
 
 
 def why_not(case) -> str | None:
-    """Why a call cannot run on these kernels, or None."""
+    """Says why the Hopper kernels cannot serve a `GroupedCase`; None if they can."""
     if case.dtype != "bfloat16":
         return f"it takes bfloat16, not {case.dtype}"
     if case.block not in (*STREAMED, BLOCK):
@@ -44,14 +50,14 @@ def why_not(case) -> str | None:
     if case.format is None:
         step = outputs = TileConfig().columns if case.block == BLOCK else STEP
     else:
-        rows = min(case.block, WARPGROUP) if case.scale_width < case.width_in else case.block
+        rows = min(case.block, WARPGROUP) if case.group_size < case.width_in else case.block
         step, outputs = INPUTS, WARPGROUP * warpgroups(rows)
-        if case.format == "int4" and case.scale_width != INPUTS:
-            return f"of int4 it takes one scale for {INPUTS} inputs, not {case.scale_width}"
-        if case.scale_width % INPUTS and case.scale_width != case.width_in:
+        if case.format == "int4" and case.group_size != INPUTS:
+            return f"of int4 it takes one scale for {INPUTS} inputs, not {case.group_size}"
+        if case.group_size % INPUTS and case.group_size != case.width_in:
             return (
                 f"of {case.format} it takes one scale for all inputs or a multiple of {INPUTS}, "
-                f"not for {case.scale_width}"
+                f"not for {case.group_size}"
             )
     if case.width_in % step or case.width_out % outputs:
         return (
@@ -62,7 +68,7 @@ def why_not(case) -> str | None:
 
 
 def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
-    """As `grouped_xla.product`; rows of blocks without a group are left undefined."""
+    """Computes `grouped_xla.product`, but rows of blocks without a group are undefined."""
     if isinstance(weights[0], QuantizedMatrix):
         return _quantized_product(x, weights, group_of_block, row_scale, case, transposed)
     tiles = case.block == BLOCK
@@ -78,7 +84,7 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
 
 
 def _quantized_product(x, weights, group_of_block, row_scale, case, transposed: bool):
-    """Transposed, which only gradients need, in plain JAX."""
+    """Multiplies by quantized matrices; by their transposes, for gradients only, in plain JAX."""
     if transposed:
         return grouped_xla.product(x, weights, group_of_block, row_scale, case, transposed=True)
     return matmul_quantized(
@@ -92,7 +98,7 @@ def _quantized_product(x, weights, group_of_block, row_scale, case, transposed: 
 
 
 def weight_gradient(x, dy, group_of_block, groups: int, case):
-    """As `grouped_xla.weight_gradient`, which also serves blocks of less than 128 rows."""
+    """Computes `grouped_xla.weight_gradient`; blocks below 128 rows are left to that function."""
     if case.block != BLOCK:
         return grouped_xla.weight_gradient(x, dy, group_of_block, groups, case)
     member = group_of_block[None] == jnp.arange(groups, dtype=group_of_block.dtype)[:, None]

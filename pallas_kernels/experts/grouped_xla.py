@@ -1,6 +1,6 @@
 """Grouped matmul in plain JAX: a loop over blocks that skips those without rows.
 
-Shape letters: R rows, b rows a block, N blocks, E groups, D in, F out.
+Shape letters: R rows, b rows of a block, N blocks, E groups, D inputs, F outputs.
 """
 
 import dataclasses
@@ -16,17 +16,28 @@ HIGHEST = lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """There is nothing to choose."""
+class GroupedXlaConfig:
+    """The config of the XLA implementation, which has no sizes to choose."""
 
 
 def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
-    """x @ w of each block's group, or silu(x @ w0) * (x @ w1) of two, in float32 sums."""
+    """Multiplies each block by its group's matrix, with float32 sums; returns [R, F].
+
+    With two weights it returns silu(x @ w0) * (x @ w1). Blocks without a group are zero.
+
+    Args:
+        x: rows, [R, D].
+        weights: one or two, each [E, D, F], arrays or quantized; [E, F, D] if transposed.
+        group_of_block: [N], E for a block without rows.
+        row_scale: [R], multiplies the products of each row in float32; or None.
+        case: the `GroupedCase`.
+        transposed: whether to multiply by the transposed matrices.
+    """
     num_blocks, groups = group_of_block.shape[0], weights[0].shape[0]
     blocks = x.reshape(num_blocks, -1, x.shape[1])
     scales = None if row_scale is None else row_scale.reshape(num_blocks, -1, 1)
     width = weights[0].shape[1 if transposed else 2]
-    nothing = jnp.zeros((blocks.shape[1], width), x.dtype)
+    empty = jnp.zeros((blocks.shape[1], width), x.dtype)
 
     def visit(i, out):
         group = group_of_block[i]
@@ -38,16 +49,16 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
             y = products[0] if len(products) == 1 else jax.nn.silu(products[0]) * products[1]
             return y.astype(x.dtype)
 
-        return out.at[i].set(lax.cond(group < groups, multiply, lambda: nothing))
+        return out.at[i].set(lax.cond(group < groups, multiply, lambda: empty))
 
-    # Every block is written, so anything will do to start with. Zeros, as a scan has them, would be
-    # made for all layers of a model at its start.
-    start = jnp.broadcast_to(x[0, 0], (num_blocks, *nothing.shape))
+    # The loop writes every block, so its initial value is arbitrary. A constant such as zeros is
+    # avoided because XLA would allocate it for all layers of a model at the start of the program.
+    start = jnp.broadcast_to(x[0, 0], (num_blocks, *empty.shape))
     return lax.fori_loop(0, num_blocks, visit, start).reshape(-1, width)
 
 
 def _dot(block, w, group, transposed: bool) -> jax.Array:
-    """A quantized matrix is widened for its block only."""
+    """block @ w[group] in float32; of quantized matrices only this group's is dequantized."""
     matrix = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, group, keepdims=False), w)
     if isinstance(matrix, QuantizedMatrix):
         matrix = dequantize_matrix(matrix)
@@ -59,7 +70,15 @@ def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def weight_gradient(x, dy, group_of_block, groups: int, case):
-    """x^T dy of each group's rows, [E, D, F]: each block's is added to its group's in place."""
+    """The gradient of the matrices, [E, D, F]: the sum of x^T dy over each group's rows.
+
+    Args:
+        x: rows, [R, D].
+        dy: the product's cotangent, [R, F].
+        group_of_block: [N], E for a block without rows.
+        groups: E.
+        case: the `GroupedCase`.
+    """
     num_blocks = group_of_block.shape[0]
     blocks = (x.reshape(num_blocks, -1, x.shape[1]), dy.reshape(num_blocks, -1, dy.shape[1]))
 

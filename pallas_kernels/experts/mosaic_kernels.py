@@ -1,12 +1,12 @@
-"""Grouped matmul on Hopper, and its gradient with respect to the weights.
+"""Grouped matmul on Hopper for bfloat16 matrices, and its gradient with respect to the weights.
 
-Blocks of 128 rows: two warpgroups have 64 rows each of a tile of 128 x 256, or of two tiles of
-128 x 128 where a gated product has two matrices; a third moves memory. Smaller blocks, as in
-decoding, turn the product around, out^T = w^T x^T, so that the matrix is the 64 rows of wgmma and
-is streamed at memory speed.
+For blocks of 128 rows, two warpgroups compute 64 rows each of a tile of 128 x 256 (for a gated
+product, of two tiles of 128 x 128), and a third copies memory. For smaller blocks, as in decoding,
+the transposed product out^T = w^T x^T is computed: the matrix takes the 64 rows of wgmma, and is
+streamed at the speed of memory.
 
-Shape letters: R rows, D in, F out, E groups, N blocks of rows; m the rows of a block, n a tile of
-F, k a step along D.
+Shape letters: R rows, D inputs, F outputs, E groups, N blocks of rows; m the rows of a block, n a
+tile of F, k a step along D.
 """
 
 import dataclasses
@@ -28,23 +28,24 @@ from pallas_kernels.mosaic import (
     along_columns,
     along_rows,
     flat_grid,
-    place_in,
+    grid_indices,
     tile,
 )
 
-COMPUTE = 2  # warpgroups that compute
+COMPUTE = 2  # warpgroups that compute, beside the one that copies
 BLOCK = COMPUTE * WARPGROUP
-STEP = 64  # of the summed axis
+STEP = 64  # elements of the summed axis that one step of the pipeline multiplies
 
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Of blocks of 128 rows.
+    """Sizes of the kernels for blocks of 128 rows.
 
     Attributes:
-        columns: of a tile, over all its matrices.
-        slots: steps in flight.
-        together: blocks of rows whose tiles run side by side and share the matrix in cache.
+        columns: columns of a tile, summed over the matrices of a gated product.
+        slots: pipeline depth, in steps.
+        together: how many blocks of rows run concurrently per column tile, so that they share the
+            matrix's tile in the L2 cache.
     """
 
     columns: int = 256
@@ -62,11 +63,18 @@ def matmul_tiles(
     config: TileConfig,
     interpret=None,
 ) -> jax.Array:
-    """x @ w of each block's group, or silu(x @ w0) * (x @ w1) of two; [R, F].
+    """Multiplies each block of 128 rows by its group's matrix; returns [R, F].
+
+    With two weights it returns silu(x @ w0) * (x @ w1). Blocks without a group are undefined.
 
     Args:
-        weights: [E, D, F] each, or [E, F, D] if `transposed`.
-        row_scale: multiplies the products of each row, in float32.
+        x: rows, [R, D] bfloat16.
+        weights: one or two, each [E, D, F], or [E, F, D] if `transposed`.
+        group_of_block: [N] int32, E for a block without rows.
+        row_scale: [R], multiplies the products of each row in float32; or None.
+        transposed: whether to multiply by the transposed matrices.
+        config: sizes of the kernel.
+        interpret: parameters of the GPU interpreter, or None.
     """
     R, count = x.shape[0], len(weights)
     F = weights[0].shape[1 if transposed else 2]
@@ -92,8 +100,8 @@ def _tiles_kernel(
     transposed, grid, columns, x_RD, weights_EDF, group_N, scale_R, out_RF, ring, out_mk
 ):
     ring = Ring(*ring)
-    band, column, side = place_in(grid)
-    block, there = band * grid[-1] + side, pl.ds(column * columns, columns)
+    band, column, side = grid_indices(grid)
+    block, outputs = band * grid[-1] + side, pl.ds(column * columns, columns)
     warpgroup = lax.axis_index("warpgroup")
     steps = x_RD.shape[1] // STEP
     group = group_N[jnp.minimum(block, group_N.shape[0] - 1)]
@@ -116,7 +124,7 @@ def _tiles_kernel(
             scale = plgpu.load(scale_R.at[rows], layout=ROWS, optimized=False)
             products = [product * along_rows(scale, product) for product in products]
         out = products[0] if len(products) == 1 else jax.nn.silu(products[0]) * products[1]
-        store(out, out_mk.at[warpgroup], out_RF.at[rows, there])
+        store(out, out_mk.at[warpgroup], out_RF.at[rows, outputs])
 
     @pl.when(busy & (warpgroup == COMPUTE))
     def _move():
@@ -125,15 +133,15 @@ def _tiles_kernel(
         @pl.loop(0, steps)
         def _(step):
             k = pl.ds(step * STEP, STEP)
-            place = (group, there, k) if transposed else (group, k, there)
+            window = (group, outputs, k) if transposed else (group, k, outputs)
             x = x_RD.at[pl.ds(block * BLOCK, BLOCK), k]
-            ring.fill(step, x, *(w.at[place] for w in weights_EDF))
+            ring.fill(step, x, *(w.at[window] for w in weights_EDF))
 
         ring.drain(steps)
 
 
 def store(values: jax.Array, staging, destination) -> None:
-    """Writes a warpgroup's rows through a narrow staging tile of its own."""
+    """Writes an accumulator to global memory through the warpgroup's staging tile, in pieces."""
     width = staging.shape[1]
     for start in range(0, values.shape[1], width):
         part = values[:, start : start + width].astype(staging.dtype)
@@ -146,7 +154,11 @@ def store(values: jax.Array, staging, destination) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StreamConfig:
-    """Of smaller blocks: how many steps are in flight."""
+    """Sizes of the kernel for blocks of 8 to 64 rows.
+
+    Attributes:
+        slots: pipeline depth, in steps.
+    """
 
     slots: int = 8
 
@@ -161,7 +173,7 @@ def matmul_stream(
     config: StreamConfig,
     interpret=None,
 ) -> jax.Array:
-    """As `matmul_tiles`, for blocks of 8 to 64 rows."""
+    """Computes the same as `matmul_tiles`, for blocks of 8 to 64 rows."""
     R, count = x.shape[0], len(weights)
     F = weights[0].shape[1 if transposed else 2]
     rows = R // group_of_block.shape[0]
@@ -183,8 +195,8 @@ def matmul_stream(
 
 def _stream_kernel(transposed, grid, x_RD, weights_EDF, group_N, scale_R, out_RF, ring, out_mk):
     ring = Ring(*ring)
-    block, column = place_in(grid)
-    there, warpgroup = pl.ds(column * STEP, STEP), lax.axis_index("warpgroup")
+    block, column = grid_indices(grid)
+    outputs, warpgroup = pl.ds(column * STEP, STEP), lax.axis_index("warpgroup")
     rows = pl.ds(block * out_mk.shape[0], out_mk.shape[0])
     steps, group = x_RD.shape[1] // STEP, group_N[block]
     busy = group < weights_EDF[0].shape[0]
@@ -206,7 +218,7 @@ def _stream_kernel(transposed, grid, x_RD, weights_EDF, group_N, scale_R, out_RF
         out = products[0] if len(products) == 1 else jax.nn.silu(products[0]) * products[1]
         out_mk.T[...] = out.astype(out_mk.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_mk, out_RF.at[rows, there])
+        plgpu.copy_smem_to_gmem(out_mk, out_RF.at[rows, outputs])
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(busy & (warpgroup == 1))
@@ -214,8 +226,8 @@ def _stream_kernel(transposed, grid, x_RD, weights_EDF, group_N, scale_R, out_RF
         @pl.loop(0, steps)
         def _(step):
             k = pl.ds(step * STEP, STEP)
-            place = (group, there, k) if transposed else (group, k, there)
-            ring.fill(step, x_RD.at[rows, k], *(w.at[place] for w in weights_EDF))
+            window = (group, outputs, k) if transposed else (group, k, outputs)
+            ring.fill(step, x_RD.at[rows, k], *(w.at[window] for w in weights_EDF))
 
         ring.drain(steps)
 
@@ -224,10 +236,15 @@ def weight_gradient_tiles(
     x: jax.Array, dy: jax.Array, first: jax.Array, count: jax.Array, *, config: TileConfig,
     interpret=None,
 ) -> jax.Array:  # fmt: skip
-    """x^T dy of each group's rows, [E, D, F]; zeros for a group without rows.
+    """The sum of x^T dy over each group's rows, [E, D, F]; zeros for a group without rows.
 
     Args:
-        first, count: each group's first block of 128 rows, and how many it has.
+        x: rows, [R, D] bfloat16.
+        dy: the product's cotangent, [R, F].
+        first: [E], the index of each group's first block of 128 rows.
+        count: [E], how many blocks each group has.
+        config: sizes of the kernel.
+        interpret: parameters of the GPU interpreter, or None.
     """
     (_, D), F, E = x.shape, dy.shape[1], first.shape[0]
     columns = config.columns
@@ -250,7 +267,10 @@ def weight_gradient_tiles(
 def _gradient_kernel(columns, x_RD, dy_RF, first_E, count_E, out_EDF, ring, out_mk):
     ring = Ring(*ring)
     group, warpgroup = lax.axis_index("group"), lax.axis_index("warpgroup")
-    top, there = lax.axis_index("rows") * BLOCK, pl.ds(lax.axis_index("columns") * columns, columns)
+    top, outputs = (
+        lax.axis_index("rows") * BLOCK,
+        pl.ds(lax.axis_index("columns") * columns, columns),
+    )
     steps = count_E[group] * (BLOCK // STEP)
 
     @pl.when(warpgroup < COMPUTE)
@@ -265,7 +285,7 @@ def _gradient_kernel(columns, x_RD, dy_RF, first_E, count_E, out_EDF, ring, out_
 
         (out,) = accumulate(ring, steps, multiply, (WARPGROUP, columns), 1)
         rows = pl.ds(top + warpgroup * WARPGROUP, WARPGROUP)
-        store(out, out_mk.at[warpgroup], out_EDF.at[group, rows, there])
+        store(out, out_mk.at[warpgroup], out_EDF.at[group, rows, outputs])
 
     @pl.when(warpgroup == COMPUTE)
     def _move():
@@ -274,6 +294,6 @@ def _gradient_kernel(columns, x_RD, dy_RF, first_E, count_E, out_EDF, ring, out_
         @pl.loop(0, steps)
         def _(step):
             k = pl.ds(first_E[group] * BLOCK + step * STEP, STEP)
-            ring.fill(step, x_RD.at[k, pl.ds(top, BLOCK)], dy_RF.at[k, there])
+            ring.fill(step, x_RD.at[k, pl.ds(top, BLOCK)], dy_RF.at[k, outputs])
 
         ring.drain(steps)

@@ -1,11 +1,12 @@
-"""Grouped matmul on Hopper with matrices of 8 or 4 bits, widened in registers.
+"""Grouped matmul on Hopper with matrices of 8 or 4 bits, which are dequantized in registers.
 
-The product is turned around, out^T = w^T x^T, for blocks of every size: only the first operand of
-wgmma may be in registers, and a matrix stored by output is w^T as it lies. Scales multiply sums in
-float32: of every step where inputs share scales in widths, otherwise once.
+The transposed product out^T = w^T x^T is computed for every block size: only the first operand of
+wgmma may be in registers, and `QuantizedMatrix` stores w^T. Scales multiply float32 sums: after
+every step if an output has several scales, otherwise once at the end.
 
-Shape letters: those of `mosaic_kernels`, and G widths of inputs that share a scale; k the bytes or
-elements of a step of 128 inputs.
+Shape letters: R rows, D inputs, F outputs, E groups, N blocks of rows, G scales of an output; m the
+rows of a block, n a tile of F, w the computing warpgroups, k the bytes or elements of a step of 128
+inputs.
 """
 
 import dataclasses
@@ -30,14 +31,14 @@ from pallas_kernels.mosaic import (
     along_rows,
     flat_grid,
     full,
+    grid_indices,
     half_masks,
-    place_in,
     tile,
     widen,
 )
 from pallas_kernels.quantized import QuantizedMatrix
 
-INPUTS = 128  # of a step
+INPUTS = 128  # inputs that one step of the pipeline multiplies
 HALF = INPUTS // 2
 
 
@@ -46,21 +47,31 @@ class QuantizedConfig:
     """Sizes of the kernel.
 
     Attributes:
-        slots: steps in flight, where shared memory has room for so many.
-        together: blocks of rows whose tiles run side by side and share the matrix in cache.
+        slots: pipeline depth in steps, at most; fewer if shared memory is too small. A power of
+            two makes the slot of a step cheap to compute.
+        together: how many blocks of rows run concurrently per tile of outputs, so that they share
+            the matrix's tile in the L2 cache.
     """
 
-    slots: int = 4  # a power of two: remainders are cheap
+    slots: int = 4
     together: int = 8
 
 
 def warpgroups(block: int) -> int:
-    """Each computes 64 outputs: two share rows where these are many."""
+    """How many warpgroups compute, 64 outputs each: two for blocks of more than 64 rows."""
     return 2 if block > WARPGROUP else 1
 
 
-def _room(rows: int, count: int, parts: int) -> int:
-    """Slots that fit; of small blocks, two must fit on a multiprocessor at a time."""
+def _most_slots(rows: int, count: int, parts: int) -> int:
+    """How many pipeline slots shared memory holds.
+
+    For blocks of at most 64 rows, two thread blocks must fit on a multiprocessor.
+
+    Args:
+        rows: rows of a block.
+        count: how many matrices are multiplied.
+        parts: elements in a byte of a matrix.
+    """
     outputs = warpgroups(rows) * WARPGROUP
     step = 2 * rows * INPUTS + count * outputs * (INPUTS // parts + 4)
     memory = SMEM_BYTES - 1024 if outputs > WARPGROUP else SMEM_BYTES // 2 - 2048
@@ -76,27 +87,27 @@ def matmul_quantized(
     config: QuantizedConfig,
     interpret=None,
 ) -> jax.Array:
-    """As `matmul_tiles`, for blocks of 8 to 128 rows."""
+    """Computes the same as `matmul_tiles` for quantized matrices and blocks of 8 to 128 rows."""
     R, F = x.shape[0], weights[0].shape[2]
     parts = 2 if weights[0].format == "int4" else 1
-    widths = weights[0].width < x.shape[1]
+    grouped = weights[0].group_size < x.shape[1]  # an output has several scales
     rows = R // group_of_block.shape[0]
-    if widths and rows > WARPGROUP:  # sums that are scaled at every step take registers twice
+    if grouped and rows > WARPGROUP:  # scaling at every step needs a second set of accumulators
         group_of_block, rows = jnp.repeat(group_of_block, rows // WARPGROUP), WARPGROUP
     compute = warpgroups(rows)
     together = config.together if compute > 1 else 1
     qvalues, scales = zip(*((w.qvalue, w.scale) for w in weights), strict=True)
-    slots = min(config.slots, _room(rows, len(weights), parts))
+    slots = min(config.slots, _most_slots(rows, len(weights), parts))
     matrix = tile(slots, compute * WARPGROUP, INPUTS // parts, dtype=qvalues[0].dtype)
     scale = plgpu.SMEM((slots, compute * WARPGROUP), jnp.float32)
     buffers = (
         tile(slots, rows, INPUTS),
         *[matrix] * len(weights),
-        *[scale] * len(weights) * widths,
+        *[scale] * len(weights) * grouped,
     )
     grid = (-(-R // (rows * together)), F // (compute * WARPGROUP), together)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, Wgmma(interpret is not None), parts, widths, grid),
+        functools.partial(_kernel, Wgmma(interpret is not None), parts, grouped, grid),
         out_type=jax.ShapeDtypeStruct((R, F), x.dtype),
         scratch_types=(Ring.types(buffers, compute), tile(compute, rows, WARPGROUP)),
         **flat_grid(grid),
@@ -110,12 +121,12 @@ def matmul_quantized(
 
 
 def _kernel(
-    mma, parts, widths, grid, x_RD, qvalues_EFD, scales_EGF, group_N, scale_R, out_RF,
+    mma, parts, grouped, grid, x_RD, qvalues_EFD, scales_EGF, group_N, scale_R, out_RF,
     ring, out_wmn,
 ):  # fmt: skip
     ring = Ring(*ring)
     compute, rows_a_block, _ = out_wmn.shape
-    band, column, side = place_in(grid)
+    band, column, side = grid_indices(grid)
     warpgroup, outputs = lax.axis_index("warpgroup"), compute * WARPGROUP
     block, first = band * grid[-1] + side, column * outputs
     rows = pl.ds(block * rows_a_block, rows_a_block)
@@ -130,11 +141,11 @@ def _kernel(
             plgpu.set_max_registers(232, action="increase")
         ring.open()
         mine = pl.ds(warpgroup * WARPGROUP, WARPGROUP)
-        there = pl.ds(first + warpgroup * WARPGROUP, WARPGROUP)
+        outputs_here = pl.ds(first + warpgroup * WARPGROUP, WARPGROUP)
         masks = half_masks(group) if parts > 1 else ()
         products = _sums(mma, masks, ring, steps, mine, rows_a_block, len(qvalues_EFD))
-        if not widths:
-            scales = (load(scale.at[group, 0, there], ROWS) for scale in scales_EGF)
+        if not grouped:
+            scales = (load(scale.at[group, 0, outputs_here], ROWS) for scale in scales_EGF)
             products = [y * along_rows(s, y) for y, s in zip(products, scales, strict=True)]
         if scale_R is not None:
             scale = load(scale_R.at[rows], COLUMNS)
@@ -143,28 +154,30 @@ def _kernel(
         staging = out_wmn.at[warpgroup]
         staging.T[...] = out.astype(staging.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staging, out_RF.at[rows, there])
+        plgpu.copy_smem_to_gmem(staging, out_RF.at[rows, outputs_here])
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(busy & (warpgroup == compute))
     def _move():
         if compute > 1:
             plgpu.set_max_registers(40, action="decrease")
-        there = pl.ds(first, outputs)
+        outputs_here = pl.ds(first, outputs)
 
         @pl.loop(0, steps)
         def _(step):
             k = pl.ds(step * INPUTS, INPUTS)
             stored = pl.ds(step * (INPUTS // parts), INPUTS // parts)
-            matrices = (q.at[group, there, stored] for q in qvalues_EFD)
-            scales = (s.at[group, step // steps_a_scale, there] for s in scales_EGF if widths)
+            matrices = (q.at[group, outputs_here, stored] for q in qvalues_EFD)
+            scales = (
+                s.at[group, step // steps_a_scale, outputs_here] for s in scales_EGF if grouped
+            )
             ring.fill(step, x_RD.at[rows, k], *matrices, *scales)
 
         ring.drain(steps)
 
 
 def _sums(mma, masks, ring, steps, mine, rows, count) -> tuple:
-    """Of each matrix, [64, rows] in float32."""
+    """The product with each of `count` matrices, summed over steps: [64, rows] float32 each."""
 
     def step(t, sums):
         x_mk, *buffers = ring.take(t)
@@ -175,7 +188,7 @@ def _sums(mma, masks, ring, steps, mine, rows, count) -> tuple:
             _add(mma, masks, total, w, x_mk, scale)
             for total, w, scale in zip(sums, matrices, scales or [None] * count, strict=True)
         )
-        plgpu.commit_smem()  # threads have read the slot, and TMA will fill it
+        plgpu.commit_smem()  # a fence between this thread's reads and TMA's next write of the slot
         ring.release(t)
         return sums
 
@@ -184,7 +197,7 @@ def _sums(mma, masks, ring, steps, mine, rows, count) -> tuple:
 
 
 def _add(mma, masks, total, w_nk, x_mk, scale_n):
-    """total + w x^T, of which w x^T is scaled where there is a scale."""
+    """total + w x^T for one step of inputs, or total + scale * w x^T if a scale is given."""
     columns = [pl.ds(part * HALF, HALF) for part in range(2)] if masks else [slice(None)]
     products = [(w, x_mk.at[:, k].T) for w, k in zip(widen(w_nk, masks), columns, strict=True)]
     if scale_n is None:
@@ -194,5 +207,5 @@ def _add(mma, masks, total, w_nk, x_mk, scale_n):
 
 
 def load(ref, layout) -> jax.Array:
-    """A vector as a warpgroup holds rows or columns of an accumulator."""
+    """Loads a vector into registers in the layout of an accumulator's rows or columns."""
     return plgpu.load(ref, layout=layout, optimized=False)

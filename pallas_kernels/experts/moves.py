@@ -1,9 +1,9 @@
-"""`dispatch` and `combine`: items to their rows, and rows back to items.
+"""`dispatch` moves items to their rows, and `combine` moves rows back to items.
 
-Either is a gather by one of the plan's maps, and its gradient is the gather by the other: nothing
-is ever scattered or added up.
+Each is a gather by one of the two maps of `GroupMetadata`, and its gradient is a gather by the
+other, so that nothing is scattered or accumulated.
 
-Shape letters: N items, R rows, D width.
+Shape letters: N items, R rows, D row width.
 """
 
 import dataclasses
@@ -16,27 +16,35 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.choice import Implementation, choose, resolve_config
 from pallas_kernels.experts import moves_mosaic
-from pallas_kernels.experts.plan import GroupPlan
+from pallas_kernels.experts.group_metadata import GroupMetadata
 
 
 @dataclasses.dataclass(frozen=True)
 class MoveCase:
-    """One call as known at trace time."""
+    """What is known of a call at trace time.
+
+    Attributes:
+        width: D.
+        dtype: of the rows.
+        adds: whether an array is added to the result.
+        interpret: how to run a kernel without its hardware.
+        config: the caller's config or None; an implementation is run with a config resolved.
+    """
 
     width: int
     dtype: str
     adds: bool = False
     interpret: Any = None
-    config: Any = None  # the caller's; `run` gets one that is chosen
+    config: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaConfig:
-    """XLA has no sizes to choose."""
+class MoveXlaConfig:
+    """The config of the XLA implementation, which has no sizes to choose."""
 
 
 def take_xla(x, source, added, case: MoveCase):
-    """`x[source]`, zero where `source` is out of range, plus `added` if that is not None."""
+    """x[source], zero where `source` is out of range, plus `added` if it is not None."""
     rows = x.at[source].get(mode="fill", fill_value=0)
     return rows if added is None else rows + added
 
@@ -47,46 +55,50 @@ IMPLEMENTATIONS = (
         "mosaic_gpu",
         moves_mosaic.why_not,
         moves_mosaic.take,
-        moves_mosaic.Config,
+        moves_mosaic.MoveMosaicConfig,
         moves_mosaic.config_for,
     ),
-    Implementation("xla", lambda case: None, take_xla, XlaConfig, lambda case: XlaConfig()),
+    Implementation("xla", lambda case: None, take_xla, MoveXlaConfig, lambda case: MoveXlaConfig()),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class _MoveCall:
+    """The arguments of a call that are static under jit."""
+
     implementation: Implementation
     case: MoveCase
 
 
 def dispatch(
-    plan: GroupPlan,
+    metadata: GroupMetadata,
     x: Float[Array, "N D"],
     *,
     implementation: str | None = None,
     config: Any = None,
     interpret: Any = None,
 ) -> Float[Array, "R D"]:
-    """Items to their rows; rows without an item are zero. Differentiable in reverse mode.
+    """Moves items to their rows; rows without an item are zero. Differentiable in reverse mode.
 
     Args:
+        metadata: from `make_group_metadata`.
+        x: items.
         implementation: "mosaic_gpu" or "xla"; None for the fastest that serves the call, which
             `move_implementation` names.
-        config: sizes, a `Config` of that implementation.
+        config: sizes, of that implementation's config type.
         interpret: `plgpu.InterpretGPUParams()` runs "mosaic_gpu" without its hardware.
 
     Raises:
         ValueError: if the arguments do not fit together, or the named implementation does not
             serve them; says which value and what is allowed.
     """
-    _check_rows("x", x, plan.row_of_item.shape[0], "items")
-    static = _static(x, None, implementation, config, interpret)
-    return _move(static, x, plan.item_of_row, plan.row_of_item, None)
+    _check_rows("x", x, metadata.row_of_item.shape[0], "items")
+    call = _call(x, None, implementation, config, interpret)
+    return _move(call, x, metadata.item_of_row, metadata.row_of_item, None)
 
 
 def combine(
-    plan: GroupPlan,
+    metadata: GroupMetadata,
     y: Float[Array, "R D"],
     shared: Float[Array, "N D"] | None = None,
     *,
@@ -94,29 +106,36 @@ def combine(
     config: Any = None,
     interpret: Any = None,
 ) -> Float[Array, "N D"]:
-    """Rows back to items, with the rest as in `dispatch`; items without a row are zero.
+    """Moves rows back to their items; items without a row are zero.
+
+    Differentiable in reverse mode. Arguments and errors not named here are as of `dispatch`.
 
     Args:
-        shared: is added to the items, in one pass over memory: what all of them get, such as from
-            a shared expert. Sums are rounded once.
+        metadata: from `make_group_metadata`.
+        y: rows.
+        shared: added to the items in the same pass over memory, such as a shared expert's output.
+            Each sum is rounded once.
+        implementation: as of `dispatch`.
+        config: as of `dispatch`.
+        interpret: as of `dispatch`.
     """
-    _check_rows("y", y, plan.item_of_row.shape[0], "rows")
-    wanted = (plan.row_of_item.shape[0], y.shape[1])
+    _check_rows("y", y, metadata.item_of_row.shape[0], "rows")
+    wanted = (metadata.row_of_item.shape[0], y.shape[1])
     if shared is not None and (shared.shape != wanted or shared.dtype != y.dtype):
         raise ValueError(
             f"shared is {shared.dtype}{shared.shape}; it must be {y.dtype}{wanted}, as the items."
         )
-    static = _static(y, shared, implementation, config, interpret)
-    return _move(static, y, plan.row_of_item, plan.item_of_row, shared)
+    call = _call(y, shared, implementation, config, interpret)
+    return _move(call, y, metadata.row_of_item, metadata.item_of_row, shared)
 
 
 def move_implementation(x, shared=None, *, implementation=None, interpret=None) -> str:
-    """The implementation that `dispatch` and `combine` pick for such arguments.
+    """The name of the implementation that `dispatch` and `combine` pick for a call.
 
     Args:
         x, shared: arrays or ShapeDtypeStructs.
     """
-    return _static(x, shared, implementation, None, interpret).implementation.name
+    return _call(x, shared, implementation, None, interpret).implementation.name
 
 
 def _check_rows(name: str, x, count: int, of: str) -> None:
@@ -127,30 +146,30 @@ def _check_rows(name: str, x, count: int, of: str) -> None:
         )
 
 
-def _static(x, added, implementation, config, interpret) -> _Static:
+def _call(x, added, implementation, config, interpret) -> _MoveCall:
     dtype = jnp.dtype(x.dtype).name
     case = MoveCase(x.shape[1], dtype, added is not None, interpret, config)
-    return _Static(choose(IMPLEMENTATIONS, case, implementation), case)
+    return _MoveCall(choose(IMPLEMENTATIONS, case, implementation), case)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _move(static: _Static, x, source, destination, added):
-    """`x[source] + added`; `destination` is the map back, for the gradient."""
-    config = resolve_config(static.implementation, static.case, static.case.config)
-    case = dataclasses.replace(static.case, config=config)
-    return static.implementation.run(x, source, added, case)
+def _move(call: _MoveCall, x, source, destination, added):
+    """x[source] + added; the gradient with respect to x is the gather by `destination`."""
+    config = resolve_config(call.implementation, call.case, call.case.config)
+    case = dataclasses.replace(call.case, config=config)
+    return call.implementation.run(x, source, added, case)
 
 
-def _move_forward(static: _Static, x, source, destination, added):
-    return _move(static, x, source, destination, added), (source, destination)
+def _move_forward(call: _MoveCall, x, source, destination, added):
+    return _move(call, x, source, destination, added), (source, destination)
 
 
-def _move_backward(static: _Static, maps, d_out):
-    """The opposite move; what was added gets the gradient as it is."""
+def _move_backward(call: _MoveCall, maps, d_out):
+    """Moves the cotangent the opposite way; `added` gets the cotangent itself."""
     source, destination = maps
-    alone = dataclasses.replace(static, case=dataclasses.replace(static.case, adds=False))
+    alone = dataclasses.replace(call, case=dataclasses.replace(call.case, adds=False))
     dx = _move(alone, d_out, destination, source, None)
-    return dx, None, None, d_out if static.case.adds else None
+    return dx, None, None, d_out if call.case.adds else None
 
 
 _move.defvjp(_move_forward, _move_backward)

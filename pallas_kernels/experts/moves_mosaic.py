@@ -1,8 +1,9 @@
-"""Rows gathered on Hopper: a block of the result is copied in, row by row, and out as a whole.
+"""Gathers rows on Hopper: x[source], optionally with an array added.
 
-Rows go through shared memory untouched; only to add something do they pass through registers.
+A thread block copies the rows of its part of the result into shared memory one by one, and writes
+them out together. Rows pass through registers only if something is added.
 
-Shape letters: N rows to take from, R rows of the result, D width, cut into P pieces of W.
+Shape letters: N source rows, R rows of the result, D row width, cut into P pieces of W elements.
 """
 
 import dataclasses
@@ -16,26 +17,30 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic import COMPILER_PARAMS, SMEM_BYTES, why_not_hopper
 
 DTYPES = ("bfloat16", "float32")
-UNIT = 128  # elements, so that a warpgroup's threads have as many each
+UNIT = 128  # row widths are multiples of it: the threads of a warpgroup get equal shares
 PIECE = 256  # elements, the most that TMA copies along one axis
-ROW_BYTES = 64 * 1024  # two such rows fit into shared memory
-BLOCK_BYTES = 40 * 1024  # five blocks share a multiprocessor: some load while others store
+ROW_BYTES = 64 * 1024  # the widest row; two of them fit into shared memory
+BLOCK_BYTES = 40 * 1024  # lets five blocks share a multiprocessor: some load while others store
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """How many rows a block copies at once."""
+class MoveMosaicConfig:
+    """Sizes of the kernel.
+
+    Attributes:
+        rows: how many rows a thread block copies.
+    """
 
     rows: int = 8
 
 
-def config_for(case) -> Config:
-    """Up to eight rows, as many as a fifth of shared memory holds."""
-    return Config(rows=max(1, min(8, BLOCK_BYTES // _held_bytes(case))))
+def config_for(case) -> MoveMosaicConfig:
+    """A config with as many rows, up to eight, as a fifth of shared memory holds."""
+    return MoveMosaicConfig(rows=max(1, min(8, BLOCK_BYTES // _held_bytes(case))))
 
 
 def why_not(case) -> str | None:
-    """Why a call cannot run on these kernels, or None."""
+    """Says why the kernel cannot serve a `MoveCase`; None if it can."""
     if case.dtype not in DTYPES:
         return f"it takes {' or '.join(DTYPES)}, not {case.dtype}"
     if case.width % UNIT:
@@ -50,7 +55,7 @@ def _row_bytes(case) -> int:
 
 
 def _held_bytes(case) -> int:
-    """Of shared memory, for one row of a block."""
+    """Bytes of shared memory that each row of a block takes."""
     return (2 if case.adds else 1) * _row_bytes(case)
 
 
@@ -61,12 +66,19 @@ def _check_rows(rows: int, case) -> None:
 
 
 def take(x: jax.Array, source: jax.Array, added: jax.Array | None, case) -> jax.Array:
-    """`x[source]`, zero where `source` is N, plus `added` [R, D] if there is any; [R, D]."""
+    """x[source], zero where `source` is N, plus `added` if it is not None; returns [R, D].
+
+    Args:
+        x: [N, D].
+        source: [R], indices from 0 to N.
+        added: [R, D] or None.
+        case: a `MoveCase` with a config.
+    """
     R, rows = source.shape[0], case.config.rows
     _check_rows(rows, case)
     width = PIECE if case.width % PIECE == 0 else UNIT
     pieces = (case.width // width, width)
-    if x.shape[0] == 1:  # of a lone row, copies would lose the index: row 1 would not be zeros
+    if x.shape[0] == 1:  # the compiler drops indices of size-1 axes: index 1 would not give zeros
         x = jnp.pad(x, ((0, 1), (0, 0)))
     arrays = (x,) if added is None else (x, added)
     kernel = plgpu.kernel(
@@ -90,13 +102,13 @@ def _take_kernel(arrays, source_R, out_RPW, blocks, filled):
     (x_NPW, *added), (taken, *more) = arrays, blocks
     rows, R = taken.shape[0], source_R.shape[0]
     first = lax.axis_index("block") * rows
-    here = pl.ds(first, rows)  # copies leave out what is beyond row R
-    # All before the first copy, so that no copy waits for an index but the first.
+    here = pl.ds(first, rows)  # TMA clips copies at row R
+    # All indices are loaded before the first copy, so that only that copy waits for one.
     sources = [source_R[jnp.minimum(first + i, R - 1)] for i in range(rows)]
     for array, block in zip(added, more, strict=True):
         plgpu.copy_gmem_to_smem(array.at[here], block, filled)
     for i, source in enumerate(sources):
-        plgpu.copy_gmem_to_smem(x_NPW.at[source], taken.at[i], filled)  # of row N, TMA makes zeros
+        plgpu.copy_gmem_to_smem(x_NPW.at[source], taken.at[i], filled)  # zeros for row N
     plgpu.barrier_wait(filled)
     for block in more:
         _add(taken, block)
@@ -105,7 +117,7 @@ def _take_kernel(arrays, source_R, out_RPW, blocks, filled):
 
 
 def _add(total, more) -> None:
-    """Adds in float32 and rounds once; row by row, which needs few registers."""
+    """Adds `more` to `total` in float32 and rounds once; one row at a time, to save registers."""
     for i in range(total.shape[0]):
         values = total[i].astype(jnp.float32) + more[i].astype(jnp.float32)
         total[i] = values.astype(total.dtype)

@@ -1,7 +1,7 @@
-"""New tokens' queries rotated, normalized and scaled; their keys and values written to their pages.
+"""Applies RoPE, QK norm and temperature to new tokens, and writes keys and values to a paged cache.
 
-Shape letters: T tokens, S parts that a product is the sum of, H query heads, K key/value heads, d
-head size, P pages, t tokens of a page; m the 64 rows of a tile, one a token.
+Shape letters: T tokens, S partial sums of a product, H query heads, K key/value heads, d head size,
+P pages, t tokens of a page; m the 64 rows of a tile, one for each token.
 """
 
 import functools
@@ -27,24 +27,26 @@ from pallas_kernels.mosaic import (
 from pallas_kernels.quantized import LARGEST, Quantized
 from pallas_kernels.step.matmul import UNIT, tokens_tile
 
-ROW_UNIT = 128  # bytes
+ROW_UNIT = 128  # bytes: the alignment in shared memory that TMA requires
 Keys = Float[Array, "P K t d"] | Quantized
 
 
 class HeadPlan(NamedTuple):
-    """What the heads of all layers of a kind need to know of the new tokens.
+    """Data of the new tokens that all layers of a kind share.
 
     Attributes:
-        cos, sin: of each token's rotation, one value an element of a head, for pairs (0, 1), (2, 3)
-            and so on; padded to 64 tokens. None where nothing is rotated.
-        temperature: what multiplies queries, padded to 64 tokens; None for nothing.
-        place: in the pool of pages, counted in tokens; beyond it for a token that goes nowhere.
+        cos: cosine of the rotary angle for each element of a head, whose pairs are (0, 1), (2, 3)
+            and so on; padded to 64 tokens. None for layers without RoPE.
+        sin: sine of the same angles.
+        temperature: multiplies the queries; padded to 64 tokens. None for no temperature.
+        slot: each token's slot in the pool of pages, page * t + offset; P * t or more for a token
+            that is not written.
     """
 
     cos: Float[Array, "64 d"] | None
     sin: Float[Array, "64 d"] | None
     temperature: Float[Array, "64"] | None
-    place: Int[Array, "T"]
+    slot: Int[Array, "T"]
 
 
 def write_heads(
@@ -58,17 +60,21 @@ def write_heads(
     dtype=jnp.bfloat16,
     interpret=None,
 ) -> tuple[Float[Array, "T H d"], Keys, Keys]:
-    """Queries ready for attention, and the cache with the new tokens' keys and values.
+    """Returns queries ready for attention, and the cache with the new tokens' keys and values.
 
-    Rounds to `dtype` after the product, after the rotation and after the norm.
+    Rounds to `dtype` after the product, after RoPE and after the norm.
 
     Args:
-        qkv: from `matmul_few`, heads of queries, keys and values beside one another.
-        k, v: the cache; it is updated in place where it is donated.
+        qkv: from `matmul_few`, the heads of queries, then of keys, then of values.
+        plan: data of the new tokens.
+        k: pages of keys, updated in place if donated.
+        v: pages of values, updated in place if donated.
         heads: H.
-        norm_eps: normalizes rotated queries and keys to a mean square of 1; None: not.
+        norm_eps: the epsilon of the RMS norm of rotated queries and keys; None for no norm.
+        dtype: of the queries.
+        interpret: parameters of the GPU interpreter, or None.
     """
-    T, (_, K, _, _), d = plan.place.shape[0], k.shape, k.shape[3]
+    T, (_, K, _, _), d = plan.slot.shape[0], k.shape, k.shape[3]
     caches = [jax.tree.map(jax.new_ref, x) for x in (k, v)]
     rows = T if T < UNIT else -(-T // UNIT) * UNIT
     format = k.format if isinstance(k, Quantized) else None
@@ -95,7 +101,7 @@ def write_heads(
 
 
 def swap_pairs(d: int) -> jax.Array:
-    """A matrix that turns pairs (even, odd) into (-odd, even), exactly: entries are 0, 1, -1."""
+    """The matrix [d, d] that maps pairs (even, odd) to (-odd, even), exactly, in bfloat16."""
     swap = np.zeros((d, d), np.float32)
     even = np.arange(0, d, 2)
     swap[even + 1, even], swap[even, even + 1] = -1, 1
@@ -103,9 +109,9 @@ def swap_pairs(d: int) -> jax.Array:
 
 
 def _rows_tile(stored):
-    """Shared memory of 64 tokens' keys as stored, of which each can be copied alone.
+    """The type of a shared-memory tile of 64 tokens' stored keys, whose rows TMA can copy singly.
 
-    TMA copies from multiples of 128 bytes: narrower rows are followed by room.
+    TMA copies from addresses that are multiples of 128 bytes, so narrower rows are padded.
     """
     width, size = stored.shape[3], jnp.dtype(stored.dtype).itemsize
     swizzle = min(ROW_UNIT, width * size)
@@ -131,7 +137,7 @@ def _kernel(
 
     @pl.when(h < heads)
     def _queries():
-        q = _turned(mma, norm_eps, plan, x, x_md, swap)
+        q = _rotate_and_norm(mma, norm_eps, plan, x, x_md, swap)
         if plan.temperature is not None:
             q = q * along_rows(plgpu.load(plan.temperature, layout=ROWS, optimized=False), q)
         x_md[...] = q.astype(x_md.dtype)
@@ -141,21 +147,21 @@ def _kernel(
 
     @pl.when((h >= heads) & (h < heads + kv_heads))
     def _keys():
-        k = _turned(mma, norm_eps, plan, x, x_md, swap)
-        _write(k, format, k_refs, h - heads, plan.place, stored_md, scale_m)
+        k = _rotate_and_norm(mma, norm_eps, plan, x, x_md, swap)
+        _write(k, format, k_refs, h - heads, plan.slot, stored_md, scale_m)
 
     @pl.when(h >= heads + kv_heads)
     def _values():
-        _write(x, format, v_refs, h - heads - kv_heads, plan.place, stored_md, scale_m)
+        _write(x, format, v_refs, h - heads - kv_heads, plan.slot, stored_md, scale_m)
 
 
 def load(ref) -> jax.Array:
-    """A tile as a warpgroup holds an accumulator."""
+    """Loads a tile into registers in the layout of an accumulator."""
     return plgpu.load(ref, layout=WGMMA, optimized=False)
 
 
-def _turned(mma, norm_eps, plan, x, x_md, swap) -> jax.Array:
-    """Rotated and normalized, each rounded; x itself on layers without rotation."""
+def _rotate_and_norm(mma, norm_eps, plan, x, x_md, swap) -> jax.Array:
+    """Applies RoPE and the norm to x, rounding after each; returns x on layers without RoPE."""
     if plan.cos is None:
         return x
     x_md[...] = x.astype(x_md.dtype)
@@ -170,8 +176,8 @@ def _turned(mma, norm_eps, plan, x, x_md, swap) -> jax.Array:
     return x.astype(x_md.dtype).astype(jnp.float32)
 
 
-def _write(x, format, refs, head, place_T, stored_md, scale_m) -> None:
-    """Each token's keys or values to its place, with their scale if they have one."""
+def _write(x, format, refs, head, slot_T, stored_md, scale_m) -> None:
+    """Writes each token's keys or values to its slot of the cache, quantized if it has a format."""
     if format is not None:
         x, scale_m[...] = _quantized(x, format)
     width = pl.ds(0, x.shape[1])
@@ -180,23 +186,23 @@ def _write(x, format, refs, head, place_T, stored_md, scale_m) -> None:
     stored_ref, *scale_ref = refs
     pages, _, page_size, _ = stored_ref.shape
 
-    @pl.loop(0, place_T.shape[0])
+    @pl.loop(0, slot_T.shape[0])
     def _(token):
-        page = lax.div(place_T[token], page_size)
-        slot = lax.rem(place_T[token], page_size)
+        page = lax.div(slot_T[token], page_size)
+        offset = lax.rem(slot_T[token], page_size)
 
         @pl.when(page < pages)
         def _():
-            to = stored_ref.at[page, head, pl.ds(slot, 1)]
+            to = stored_ref.at[page, head, pl.ds(offset, 1)]
             plgpu.copy_smem_to_gmem(stored_md.at[pl.ds(token, 1), width], to)
             for ref in scale_ref:
-                ref[page, head, slot] = scale_m[token]
+                ref[page, head, offset] = scale_m[token]
 
     plgpu.wait_smem_to_gmem(0)
 
 
 def _quantized(x, format: str) -> tuple[jax.Array, jax.Array]:
-    """As `quantize`: what is stored of each row, and its scale."""
+    """Quantizes each row as `pallas_kernels.quantized.quantize` does: stored values and scales."""
     scale = jnp.abs(x).max(axis=1) / LARGEST[format]
     x = x / along_rows(jnp.where(scale == 0, 1.0, scale), x)
     if format == "fp8":

@@ -1,10 +1,10 @@
-"""Few tokens times one or several matrices, which are streamed once, as partial sums in float32.
+"""Multiplies up to 64 tokens by one or several matrices, each of which is read once.
 
-Tokens are the 64 rows of wgmma, however few: a tile of the matrix takes longer to arrive than to
-multiply.
+Tokens always take all 64 rows of wgmma: a tile of the matrix takes longer to arrive from memory
+than to multiply. The product may be returned as partial sums over parts of the inputs.
 
-Shape letters: T tokens, rounded up to 8; D in, F out of all matrices together, S parts of D; m the
-64 rows, n a tile of 64 outputs, k a step along D.
+Shape letters: T tokens, rounded up to 8; D inputs, F outputs of all matrices together, S parts of
+D; m the 64 rows, n a tile of 64 outputs, k a step along D.
 """
 
 import functools
@@ -22,15 +22,22 @@ from pallas_kernels.mosaic import COMPILER_PARAMS, WARPGROUP, Ring, accumulate, 
 from pallas_kernels.platform import target
 
 MAX_TOKENS = WARPGROUP
-UNIT = 8  # what TMA cuts tokens into
-STEP = 64  # inputs
-SLOTS = 8  # steps in flight
-MOST_PARTS = 4  # of the inputs: whoever adds them up holds all in shared memory
-DEFAULT_CORES = 2  # where the device has none: the interpreter
+UNIT = 8  # rows of a tile that TMA copies at once
+STEP = 64  # inputs that one step of the pipeline multiplies
+SLOTS = 8  # pipeline depth, in steps
+MOST_PARTS = 4  # parts of the inputs, whose partial sums the reader holds in shared memory
+DEFAULT_CORES = 2  # multiprocessors assumed for devices without, such as a CPU's interpreter
 
 
 def why_not_few(tokens: int, dtype: str, inputs: int, outputs: Sequence[int]) -> str | None:
-    """Why matrices of such widths cannot be multiplied by the kernels here, or None."""
+    """Says why the kernels of `step` cannot multiply by matrices of these sizes; None if they can.
+
+    Args:
+        tokens: how many tokens are multiplied.
+        dtype: of tokens and matrices.
+        inputs: rows of the matrices.
+        outputs: columns of each matrix.
+    """
     if tokens > MAX_TOKENS:
         return f"it takes up to {MAX_TOKENS} tokens, not {tokens}"
     if dtype != "bfloat16":
@@ -41,20 +48,21 @@ def why_not_few(tokens: int, dtype: str, inputs: int, outputs: Sequence[int]) ->
 
 
 def pad_tokens(x: jax.Array) -> jax.Array:
-    """Rows to a multiple of 8, but for fewer: TMA makes zeros of what a lone unit lacks."""
+    """Pads tokens to a multiple of 8, unless there are fewer: TMA reads zeros for those missing."""
     return x if x.shape[0] < UNIT else pad_axis(x, 0, UNIT)
 
 
 def tokens_tile(axis: str):
-    """All 64 rows of a tile: more than there are tokens, so its start must be no constant.
+    """The slice of 64 token rows, from 0 on.
 
-    TMA makes zeros of the others when it loads, and leaves them out when it stores.
+    There may be fewer tokens: TMA reads zeros beyond the last one and writes nothing there. The
+    start is computed from an axis index, since Pallas refuses constant slices that are too long.
     """
     return pl.ds(lax.mul(lax.axis_index(axis), 0), WARPGROUP)
 
 
 def parts_of_inputs(inputs: int, tiles: int) -> int:
-    """Into how many parts to cut the inputs, so that multiprocessors have something to read."""
+    """How many parts to cut the inputs into, so that parts * tiles occupies all multiprocessors."""
     wanted = min(MOST_PARTS, max(1, (target().num_cores or DEFAULT_CORES) // tiles))
     return next(n for n in range(wanted, 0, -1) if inputs % (n * STEP) == 0)
 
@@ -66,12 +74,13 @@ def matmul_few(
     parts: int | None = 1,
     interpret=None,
 ) -> Float[Array, "parts T F"]:
-    """x @ each matrix, beside one another, in float32: the product is the sum of `parts` arrays.
+    """x @ concatenate(weights, axis=1) in float32, as partial sums that the caller adds up.
 
     Args:
         x: up to 64 tokens, bfloat16.
-        parts: into how many the inputs are cut; None for as many as keep the device busy. Whoever
-            uses the product adds them up.
+        weights: matrices of D inputs.
+        parts: into how many parts the inputs are cut; None for as many as occupy the device.
+        interpret: parameters of the GPU interpreter, or None.
     """
     T, x = -(-x.shape[0] // UNIT) * UNIT, pad_tokens(x)
     tiles = [-(-w.shape[1] // STEP) for w in weights]
@@ -127,9 +136,9 @@ def _kernel(tiles, steps, x_TD, weights_DF, out_STF, ring, out_mn):
 
 
 def products(ring: Ring, steps, count: int, begin=0) -> list[jax.Array]:
-    """x times each of `count` matrices [64, 64], summed over steps of a ring from `begin` on.
+    """Sums x @ w over the steps of a ring, from step `begin` on, for each of `count` matrices w.
 
-    The buffers of a step are x and the matrices.
+    A step's buffers are a tile of x and a tile of each matrix, all [64, 64].
     """
 
     def multiply(buffers, accumulators):

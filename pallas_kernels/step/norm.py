@@ -1,6 +1,6 @@
-"""A residual sum and the RMSNorm of it, in one kernel.
+"""A residual sum and its RMSNorm in one kernel.
 
-Shape letters: T tokens, D width; a token's vector is cut into 64 rows of n elements.
+Shape letters: T tokens, D width; m, n: a token's vector is cut into 64 rows of n elements.
 """
 
 import functools
@@ -13,11 +13,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic import COLUMNS, COMPILER_PARAMS, WARPGROUP, WGMMA, along_rows
 
-UNIT = 8 * WARPGROUP  # elements: a row of each thread group has a multiple of 8
+UNIT = 8 * WARPGROUP  # widths are multiples of it, so that each of 64 rows has a multiple of 8
 
 
 def why_not_norm(width: int) -> str | None:
-    """Why vectors of such a width cannot be normalized here, or None."""
+    """Says why `add_rms_norm` cannot serve vectors of this width; None if it can."""
     return f"it takes multiples of {UNIT} elements, not {width}" if width % UNIT else None
 
 
@@ -29,10 +29,16 @@ def add_rms_norm(
     *,
     interpret=None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-    """x + more, and its RMSNorm times `weight`; all in float32, rounded to x's dtype at each step.
+    """Returns x + more, and its RMSNorm times `weight`.
+
+    Computes in float32, and rounds to x's dtype after the sum, after the norm and at the end.
 
     Args:
-        more: is rounded first, as a layer's output would be; None adds nothing.
+        x: the residual stream.
+        more: what to add to it, rounded to x's dtype first; None adds nothing.
+        weight: the norm's weight.
+        eps: the norm's epsilon.
+        interpret: parameters of the GPU interpreter, or None.
     """
     T, D = x.shape
     cut = WARPGROUP, D // WARPGROUP
@@ -75,11 +81,11 @@ def _kernel(eps: float, adds: bool, arrays, weight_mn, normed_Tmn, *rest):
 
 
 def total_of_rows(values: jax.Array, staging) -> jax.Array:
-    """The sum of one value a row, for every row.
+    """The sum of a value for each row, [64], broadcast to all rows.
 
-    Rows lie in all four warps; shared memory gives each warp all of them.
+    Rows are distributed over four warps, so values pass through shared memory.
     """
     staging[...] = values
-    plgpu.commit_smem()  # a barrier of the warpgroup
+    plgpu.commit_smem()  # also a barrier of the warpgroup
     everywhere = plgpu.load(staging, layout=COLUMNS, optimized=False)
     return lax.broadcast_in_dim(everywhere, (WARPGROUP, WARPGROUP), [1]).sum(axis=1)

@@ -17,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxmoe.model.moe import moe
 from jaxmoe.model.params import map_specs, moe_specs
-from pallas_kernels.experts import block_rows, plan_groups
+from pallas_kernels.experts import block_rows, make_group_metadata
 from tests.model import moe_layer
 
 D, F, T = 256, 512, 2**19  # many tokens, so that one block of padding an expert is little
@@ -130,7 +130,7 @@ def busy_blocks(routing, N, E):
     """Blocks of rows that meet a matrix, and the rows of a block."""
     group = ROUTINGS[routing](np.random.default_rng(0), N, E)
     block = block_rows(N, E)
-    plan = plan_groups(jnp.asarray(group, jnp.int32), E, block)
+    plan = make_group_metadata(jnp.asarray(group, jnp.int32), E, block)
     assert (np.asarray(plan.row_of_item) < plan.item_of_row.size).all()  # no item is left out
     return int((np.asarray(plan.group_of_block) < E).sum()), block
 

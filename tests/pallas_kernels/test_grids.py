@@ -19,16 +19,16 @@ import pallas_kernels
 from jaxmoe.config import MAVERICK, SCOUT
 from pallas_kernels.attention import Coords, decode_attention, flash_attention
 from pallas_kernels.compile.absent import absent_h100s, lower_for, mesh_of
-from pallas_kernels.experts import GroupPlan, combine, dispatch, gated_matmul, grouped_matmul
+from pallas_kernels.experts import GroupMetadata, combine, dispatch, gated_matmul, grouped_matmul
 from pallas_kernels.quantized import quantize, quantize_matrix
 from pallas_kernels.step import (
     MAX_TOKENS,
     HeadPlan,
     add_rms_norm,
+    busy_experts,
     experts_down,
     experts_gate_up,
     matmul_few,
-    slots_of,
     write_heads,
 )
 
@@ -106,7 +106,7 @@ def decode(rows, page, format):
 def moves(tokens):
     """There, back and back to the shared expert's, with gradients."""
     rows = tokens + EXPERTS * 128
-    plan = GroupPlan(integers(tokens), integers(rows), integers(rows // 128), integers(EXPERTS))
+    plan = GroupMetadata(integers(tokens), integers(rows), integers(rows // 128), integers(EXPERTS))
 
     def all_moves(plan, x, y):
         _, to_x = jax.vjp(functools.partial(dispatch, plan), x)
@@ -145,7 +145,7 @@ def decode_step(tokens):
         normed = add_rms_norm(x, x.astype(jnp.float32), weight, 1e-5)[1]
         qkv = matmul_few(normed, (wide,), parts=None)
         heads = write_heads(qkv, plan, pages, pages, heads=HEADS, norm_eps=1e-5)
-        slots, shared = slots_of(expert, EXPERTS), (matrix[0], matrix[0])
+        slots, shared = busy_experts(expert, EXPERTS), (matrix[0], matrix[0])
         hidden = experts_gate_up(x, (matrix, matrix), shared, expert, x[:, 0], slots)
         return heads, experts_down(hidden, down, down[0], expert, slots)
 

@@ -177,13 +177,13 @@ def test_matrices(format, width):
     """Each output's inputs, in widths, are vectors."""
     w = vectors()[..., :48, :].reshape(3, 16, 48)
     stored = quantize_matrix(jnp.asarray(w), format, width)
-    by_output = np.swapaxes(w, 1, 2).reshape(3, 48, -1, stored.width)
+    by_output = np.swapaxes(w, 1, 2).reshape(3, 48, -1, stored.group_size)
     want = dequantize(quantize(jnp.asarray(by_output), format)).reshape(3, 48, 16)
     got = dequantize_matrix(stored)
     assert got.shape == stored.shape == w.shape
-    assert stored.width == (width or 16)
+    assert stored.group_size == (width or 16)
     np.testing.assert_array_equal(got, np.swapaxes(want, 1, 2))
-    assert stored.scale.shape == (3, 16 // stored.width, 48)
+    assert stored.scale.shape == (3, 16 // stored.group_size, 48)
     assert stored.qvalue.shape == (3, 48, 8 if format == "int4" else 16)
 
 

@@ -1,4 +1,4 @@
-"""How many operations a decode step is, by the program compiled for eight absent H100s."""
+"""Operations of a decode step, counted in programs compiled for eight absent H100s."""
 
 import pytest
 
@@ -10,17 +10,17 @@ from jaxmoe.plan.operations import count_kinds, entry_operations, of_layer
 from jaxmoe.plan.targets import parse_target
 from jaxmoe.plan.work import Work
 
-MOST = {"moe": 20, "dense": 12}  # operations of a layer
-HOST_WAITS = "sort", "while", "conditional"  # what a CUDA graph does not hold, or not well
+MOST = {"moe": 20, "dense": 12}  # the most operations of a layer, by its feed-forward
+HOST_WAITS = "sort", "while", "conditional"  # operations that CUDA graphs do not hold, or not well
 
 
 @pytest.mark.absent_gpu
 @pytest.mark.parametrize(("model", "rows"), [("scout", 1), ("scout", 64), ("maverick", 1)])
 def test_a_layer_is_few_launches(model, rows):
-    """Catches an operation that XLA makes many of, and sums over devices that could be one."""
+    """Catches operations that XLA splits into many, and all-reduces that could be merged."""
     step = Step(model, rows)
     operations = entry_operations(step.compiled("h100", 2 * PERIOD))
-    layers = range(PERIOD, 2 * PERIOD)  # the first ones have what all layers share
+    layers = range(PERIOD, 2 * PERIOD)  # beyond the first period, which has the shared work
     for layer, kind in ((i, step.config.layers[i]) for i in layers):
         kinds = count_kinds(of_layer(operations, layer))
         assert kinds["custom-call"] >= 9, "the layer's kernels were not found"
@@ -34,7 +34,7 @@ H100X8, TENSOR = parse_target("h100x8"), MeshConfig(tensor=8)
 
 
 def test_a_plan_knows_launches_and_sums():
-    """48 layers of 14 operations and two sums; on one device there is nothing to sum."""
+    """48 layers have 14 operations and two all-reduces each; one device has no all-reduce."""
     work = Work(config=SCOUT)
     expected = 48 * (14 * H100X8.launch + 2 * H100X8.latency)
     assert launch_seconds(work, TENSOR, H100X8) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Device operations of compiled programs: counted, and given to their layers."""
+"""Device operations of compiled programs are counted and assigned to their layers."""
 
 from pathlib import Path
 
@@ -83,7 +83,7 @@ metadata={{op_name="jit(step)/layer_0/while"}}
 
 
 def test_operations_of_text():
-    """Catches views that are counted, pairs counted twice, and loops counted by what is in them."""
+    """Catches counted views, asynchronous pairs counted twice, and loop bodies that are counted."""
     add = Operation("fusion", "next", "jit(step)/add")
     assert entry_operations(TEXT) == [
         Operation("fusion", "unnamed", "jit(layer)/reduce_sum", 0, "jaxmoe/model/layers.py:47"),
@@ -114,7 +114,7 @@ def test_layers_are_told_apart():
 
 @jax.jit
 def layer(x, w):
-    """An XLA loop and a sort; exp(w) is shared by all layers."""
+    """A layer with an XLA loop and a sort; all layers share exp(w)."""
     x = jax.lax.fori_loop(0, x[0, 0].astype(int), lambda _, y: jnp.sin(y), x)
     return jnp.sort(x @ jnp.exp(w))
 
@@ -130,7 +130,7 @@ def compile_layers(layers):
 
 
 def test_layers_of_a_compiled_program():
-    """The scope reaches operations of an inner function that is traced once."""
+    """A layer's scope reaches the operations of an inner jitted function that is traced once."""
     operations = entry_operations(compile_layers(3))
     for i in range(3):
         counts = count_kinds(of_layer(operations, i))
@@ -148,7 +148,7 @@ def test_marginal_operations_leave_out_what_is_shared():
 
 
 def test_layers_of_the_model(small):
-    """Catches layers that cannot be told apart, or that are traced more than once a kind."""
+    """Catches layers without a scope of their own, and kinds of layers traced more than once."""
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     step = jax.jit(forward, static_argnums=0)
     lowered = step.lower(small.config, small.params, tokens, tokens, tokens)

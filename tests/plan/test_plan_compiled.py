@@ -1,4 +1,4 @@
-"""The formula beside the compiler for H100s that are not there."""
+"""The formula for memory agrees with the compiler for absent H100s."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def four_layers(name, **fields):
     ],
 )
 def test_within_five_percent_of_the_compiler(name, target, mesh, fields):
-    """Also of temporaries alone within a third: a phase that is left out shows."""
+    """The peak is within 5%, and temporaries alone within a third, which a missing phase breaks."""
     work, mesh, target = four_layers(name, **fields), MeshConfig.parse(mesh), parse_target(target)
     formula, compiled = memory(work, mesh), compile_step(work, mesh, target)
     assert (compiled.weights, compiled.cache) == (formula.weights, formula.cache)

@@ -1,4 +1,4 @@
-"""Bytes of a plan: those of the model's own abstract arrays, and what fits of them."""
+"""A plan's bytes equal those of the model's abstract arrays, and decide what fits."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from jaxmoe.plan.memory import STEP, largest_context, memory
 from jaxmoe.plan.targets import parse_target
 from jaxmoe.plan.temporaries import expert_rows
 from jaxmoe.plan.work import (
-    FORMATS,
+    STORAGE_FORMATS,
     Work,
     abstract_mesh,
     cache_bytes,
@@ -27,7 +27,7 @@ from jaxmoe.plan.work import (
 from jaxmoe.train.config import OptimizerConfig
 from jaxmoe.train.optimizer import make_optimizer
 from jaxmoe.train.state import abstract_state
-from pallas_kernels.experts import plan_groups
+from pallas_kernels.experts import make_group_metadata
 
 MESHES = ["data=1", "tensor=8", "expert=4,sequence=2", "data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"]
 
@@ -37,10 +37,10 @@ def work(name="scout", **fields):
 
 
 @pytest.mark.parametrize("spec", MESHES)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_weights_are_those_of_all_abstract_parameters(name, format, spec):
-    """Catches a kind of layer that is counted wrongly, or an array that is left out."""
+    """Catches a kind of layer counted wrongly, and an array left out."""
     planned, mesh = work(name, weights=format), MeshConfig.parse(spec)
     params = abstract_params(
         PRESETS[name], abstract_mesh(mesh), jnp.bfloat16, None if format == "bf16" else format
@@ -48,7 +48,7 @@ def test_weights_are_those_of_all_abstract_parameters(name, format, spec):
     assert weight_bytes(planned, mesh) == device_bytes(params)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", STORAGE_FORMATS)
 def test_parameters_are_counted_once_in_any_format(format):
     stored = [x for x in stored_params(PRESETS["maverick"], None if format == "bf16" else format)]
     counted = sum(x.numbers(MeshConfig()) for x in stored if not x.name.endswith(".scale"))
@@ -59,7 +59,7 @@ def test_parameters_are_counted_once_in_any_format(format):
 @pytest.mark.parametrize("spec", MESHES)
 @pytest.mark.parametrize("kv", ["bf16", "int8", "int4"])
 def test_cache_is_that_of_all_layers(kv, spec, rows, context):
-    """Catches axes that are taken for alike, and tables or coordinates that are left out."""
+    """Catches axes wrongly taken as equivalent, and page tables or coordinates left out."""
     mesh = MeshConfig.parse(spec)
     abstract, planned = abstract_mesh(mesh), work(rows=rows, context=context, kv=kv)
     capacity = round_capacity(context, abstract)
@@ -67,7 +67,7 @@ def test_cache_is_that_of_all_layers(kv, spec, rows, context):
     assert cache_bytes(planned, mesh) == device_bytes(cache)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("spec", ["tensor=16", "expert=3", "fsdp=7", "tensor=8,expert=16"])
 def test_a_mesh_divides_as_abstract_parameters_say(spec, format):
     planned, mesh = work(weights=format), MeshConfig.parse(spec)
@@ -81,7 +81,7 @@ def test_a_mesh_divides_as_abstract_parameters_say(spec, format):
 
 
 def test_a_vocabulary_that_the_mesh_does_not_divide():
-    """Filled up on the mesh, but not in training, where a state would not fit another mesh."""
+    """The vocabulary is padded, except in training, whose states must fit other meshes."""
     config, mesh = dataclasses.replace(SCOUT, vocab_size=201135), MeshConfig.parse("tensor=8")
     planned = Work(config=config, context=8192, rows=1)
     check_mesh(planned, mesh)
@@ -96,7 +96,7 @@ def test_a_vocabulary_that_the_mesh_does_not_divide():
 def test_rows_of_experts_are_those_of_the_kernels_plan(items, experts, here):
     block = min(128, items // (2 * experts))
     group = jax.ShapeDtypeStruct((items,), jnp.int32)
-    plan = jax.eval_shape(lambda group: plan_groups(group, here, block), group)
+    plan = jax.eval_shape(lambda group: make_group_metadata(group, here, block), group)
     assert expert_rows(items, experts, here) == plan.item_of_row.shape[0]
 
 
@@ -123,7 +123,7 @@ def test_the_largest_context_is_none_or_the_models_own():
 
 @pytest.mark.parametrize("spec", ["fsdp=8", "tensor=4,expert=2"])
 def test_training_keeps_what_the_trainer_keeps(spec):
-    """Beside some scalars."""
+    """Weights and optimizer are those of the trainer's state, except for some scalars."""
     config = PRESETS["maverick"]
     optimizer = make_optimizer(OptimizerConfig(peak_lr=1.0), config, 1)
     mesh = MeshConfig.parse(spec)

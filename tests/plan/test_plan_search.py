@@ -1,4 +1,4 @@
-"""The best mesh is the best of all there are; what a step moves is what can be counted by hand."""
+"""The chosen mesh is the best of all meshes, and a step's demand equals counts made by hand."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ def all_meshes(devices):
 
 
 def full_bytes(work, mesh):
-    """Weights and cache from the whole model's arrays; None if the mesh does not divide it."""
+    """Bytes of weights and cache from the whole model's arrays; None if it is not divided."""
     abstract = abstract_mesh(mesh)
     try:
         params = abstract_params(work.config, abstract, jnp.bfloat16, work.format)
@@ -45,7 +45,7 @@ def test_meshes_are_all_there_are(devices):
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_the_best_mesh_by_brute_force(rows):
-    """None fits: it is the one of fewest bytes, by arrays that the search has not seen."""
+    """If no mesh fits, the chosen one needs the fewest bytes by independently computed arrays."""
     target = dataclasses.replace(parse_target("h100x8"), memory=10**9)
     config = dataclasses.replace(SCOUT, layers=layer_kinds(4))
     work = Work(config=config, context=1_000_000, rows=rows)
@@ -79,7 +79,7 @@ def test_the_longest_context_is_that_of_the_best_mesh():
 
 
 def test_decode_reads_one_expert_a_token():
-    """Scout on one device: all but 15 of 16 experts of each layer, and not the embedding table."""
+    """Scout reads one of 16 experts of each layer, and no embedding table, on one device."""
     D, F, V = 5120, 8192, 202048
     experts, table = 48 * 16 * 3 * D * F, V * D
     active = (107_769_861_120 - table - experts) + experts / 16
@@ -104,7 +104,7 @@ def test_many_rows_read_all_experts():
 
 
 def test_prefill_attends_to_all_that_is_cached():
-    """The last segment's pairs with earlier tokens dominate at a long context."""
+    """At a long context, the last prefill chunk's attention to earlier tokens dominates."""
     work = Work(config=SCOUT, task="prefill", context=10_000_000)
     pairs = 12 * 8192 * 10_000_000
     assert demand(work, MeshConfig()).flops == pytest.approx(4 * 40 * 128 * pairs, rel=0.05)
@@ -114,15 +114,15 @@ def test_prefill_attends_to_all_that_is_cached():
 
 
 def test_a_ring_sends_its_array_twice():
-    """tensor=8, one token: attention and feed-forward in float32, experts in bfloat16."""
+    """For one token on tensor=8: attention and feed-forward in float32, experts in bfloat16."""
     found = demand(Work(config=SCOUT, context=1), MeshConfig(tensor=8))
     assert found.sent == pytest.approx(2 * 7 / 8 * 5120 * (48 * (4 + 4 + 2) + 2))
 
 
 @pytest.mark.parametrize("segment, layers", [(8 * 8192, 12), (8 * 4096, 48)])
 def test_devices_with_whole_chunks_send_no_keys_of_local_layers(segment, layers):
-    """Of `layers` keys and values, of 12 global ones queries and results, but for one's own."""
-    work = Work(config=SCOUT, task="prefill", context=10 * 8 * 8192, segment=segment)
+    """A device sends keys and values in `layers` layers, queries and results in 12 global ones."""
+    work = Work(config=SCOUT, task="prefill", context=10 * 8 * 8192, prefill_chunk=segment)
     numbers = layers * 8 * (2 + 2) + 12 * 40 * (2 + 4)
     sent = demand(work, MeshConfig(sequence=8)).sent
     assert sent == pytest.approx(7 / 8 * segment * 128 * numbers)

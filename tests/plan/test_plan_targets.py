@@ -1,4 +1,4 @@
-"""Targets by name and by file, and every mistake in one sentence."""
+"""Targets are read by name and from files, and mistakes are reported in one sentence."""
 
 import dataclasses
 import re
@@ -42,7 +42,7 @@ def test_every_known_name(name):
         ("h100x3", 3, "h100"),
         ("b200x8", 8, "b200"),
         ("l40sx2", 2, "l40s"),
-        ("v5p-16", 8, "v5p:2x2x2"),  # Google counts TensorCores, two a chip
+        ("v5p-16", 8, "v5p:2x2x2"),  # the name counts TensorCores, two per chip
         ("v6e-64", 64, "v6e:8x8"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Scout and Maverick at full size, as shapes: counted, lowered, and compiled for absent GPUs."""
+"""Scout and Maverick at full size: parameters counted, steps compiled for absent GPUs."""
 
 import dataclasses
 import math
@@ -38,12 +38,12 @@ def test_lowers_at_full_size(name, tokens):
 
 
 def decode_bytes(config, rows: int, capacity: int) -> int:
-    """Argument bytes a device of a decode step on tensor=8: bf16 weights and cache."""
+    """Argument bytes of a decode step on each device of tensor=8, with bf16 weights and cache."""
     embed, layers = config.hidden_size, config.num_hidden_layers
     routers = sum(kind.feed_forward == "moe" for kind in config.layers) * config.num_local_experts
     replicated = embed * (2 * layers + 1 + routers)  # norms and routers
     weights = replicated + (num_params(config) - replicated) // 8
-    log, ring = (1 + rows * tokens // 64 for tokens in (capacity, 8192))  # pages, one of nobody
+    log, ring = (1 + rows * tokens // 64 for tokens in (capacity, 8192))  # with null page
     keys_and_values = 2 * config.head_dim * 64 * (12 * log + 36 * ring)  # one head of 8
     coordinates_and_owners = (2 * 64 + 1) * (log + ring)
     tables_and_lengths = rows * (capacity + 8192) // 64 + rows
@@ -61,7 +61,7 @@ def test_decode_bytes(name):
 
 @pytest.mark.absent_gpu
 def test_fsdp_gathers_one_layer_at_a_time():
-    """Twice the layers, and no more temporary memory."""
+    """Twice as many layers take no more temporary memory."""
     temporary = []
     for layers in (4, 8):
         config = dataclasses.replace(PRESETS["scout"], layers=layer_kinds(layers))
@@ -75,7 +75,7 @@ def test_fsdp_gathers_one_layer_at_a_time():
 @pytest.mark.absent_gpu
 @pytest.mark.parametrize("name, mesh", [("scout", "tensor=8"), ("maverick", "expert=8")])
 def test_decode_step_compiles_for_eight_h100s(name, mesh):
-    """Argument bytes are the formula's, and the cache is updated in place.
+    """Arguments have the formula's bytes, and the cache is updated in place.
 
     Devices exchange activations, never weights or cache.
     """
@@ -110,7 +110,7 @@ def test_prefill_of_a_segment_against_ten_million_tokens():
 
 
 def largest_exchange(hlo: str) -> int:
-    """Bytes of the largest array that a collective of the program gives."""
+    """Bytes of the largest result of a collective in the program."""
     collectives = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     sizes = [0]
     for shapes, _ in re.findall(rf"= ([^=\n]*?) ({collectives})(?:-start)?\(", hlo):

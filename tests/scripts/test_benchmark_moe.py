@@ -155,7 +155,7 @@ def test_work():
     assert named("routed-maverick-1-random-int8").work["TB/s"] == one_in_int8
 
 
-@pytest.mark.parametrize("format", cases.FORMATS)
+@pytest.mark.parametrize("format", cases.MATRIX_FORMATS)
 @pytest.mark.parametrize("name", ["gate", "down"])
 def test_matrices_are_as_large_as_counted(name, format):
     config = dataclasses.replace(TINY, hidden_size=512, intermediate_size=256)
@@ -273,7 +273,7 @@ def test_contenders(tiny):
 
 def test_checks_have_every_size_of_block(monkeypatch):
     hopper = dataclasses.make_dataclass("Target", ["is_hopper"])(True)
-    monkeypatch.setattr("pallas_kernels.experts.plan.target", lambda: hopper)
+    monkeypatch.setattr("pallas_kernels.experts.group_metadata.target", lambda: hopper)
     cases = {case.config.num_local_experts: case for case in all_cases()}
     assert set(cases) == {SCOUT.num_local_experts, MAVERICK.num_local_experts}
     used = {block_rows(case.tokens, case.config.num_local_experts) for case in all_cases()}
@@ -409,7 +409,7 @@ def test_only_the_part_is_timed(monkeypatch, part):
     case = named(f"{part}-scout-{'1k' if part in ('dx', 'dw') else '1'}-random")
     way = Blocks(16, "mosaic_gpu")
     hopper = dataclasses.make_dataclass("Target", ["is_hopper"])(True)
-    monkeypatch.setattr("pallas_kernels.experts.plan.target", lambda: hopper)
+    monkeypatch.setattr("pallas_kernels.experts.group_metadata.target", lambda: hopper)
     monkeypatch.setattr(ways, "block_rows", lambda *_: 8 if case.tokens == 1 else 128)
 
     def sets():

@@ -1,7 +1,7 @@
-"""Who is timed on a case of `jaxmoe benchmark attention`: jaxmoe's kernels and others.
+"""The contenders of `jaxmoe benchmark attention`: jaxmoe's kernels, cuDNN, XLA and torch.
 
-Each builder makes a `Call`, or is absent where its library cannot express the case. cuDNN and torch
-get the same memory, read as arrays of the shapes that they want: the values are random either way.
+A builder makes a contender's `Call`, and is absent if its library cannot express the case. cuDNN
+and torch read the same memory, reinterpreted in their own layouts, since its values are random.
 """
 
 import functools
@@ -17,17 +17,17 @@ from pallas_kernels.attention import flash_attention
 
 
 def builders(case: Case, inputs: Inputs, implementation: str) -> dict[str, Callable[[], Call]]:
-    """By contender."""
-    found = {
+    """The functions that make the calls to time on a case, by contender."""
+    calls = {
         "jaxmoe": lambda: _jax_call(case, inputs, _ours(case, implementation)),
         "xla": lambda: _jax_call(case, inputs, _ours(case, "xla")),
     }
     whole = case.queries == case.keys or case.kind == "decode"
-    if case.format == "bf16" and whole:  # its causal mask starts at the first key
-        found["cudnn"] = lambda: _jax_call(case, inputs, functools.partial(_cudnn, case))
+    if case.format == "bf16" and whole:  # cuDNN's causal mask aligns the first query and key
+        calls["cudnn"] = lambda: _jax_call(case, inputs, functools.partial(_cudnn, case))
     if case.format == "bf16" and (torch := torch_with_cuda()):
-        found["torch"] = lambda: _torch_call(torch, case, inputs)
-    return {name: found[name] for name in tables.ATTENTION_CONTENDERS if name in found}
+        calls["torch"] = lambda: _torch_call(torch, case, inputs)
+    return {name: calls[name] for name in tables.ATTENTION_CONTENDERS if name in calls}
 
 
 def _ours(case: Case, implementation: str) -> Callable:
@@ -44,7 +44,7 @@ def _ours(case: Case, implementation: str) -> Callable:
 
 
 def _cudnn(case: Case, q, k, v, q_coords, k_coords):
-    """Chunks are rows of their own; the lengths of a cache are data."""
+    """Attention by cuDNN, with chunks as rows, and with the lengths of a cache as an array."""
     shape, length = q.shape, min(case.chunk or case.keys, case.keys)
     rows = case.rows * case.keys // length
     q = q.reshape(rows, -1, HEADS, HEAD_DIM)
@@ -70,7 +70,7 @@ def _prefill_call(inputs: Inputs, attend: Callable) -> Call:
 
 
 def _backward_call(inputs: Inputs, attend: Callable) -> Call:
-    """The backward pass alone, on residuals that are there."""
+    """Times the backward pass alone, with residuals computed beforehand."""
 
     @jax.jit
     def forward(q, k, v, coords):
@@ -83,10 +83,10 @@ def _backward_call(inputs: Inputs, attend: Callable) -> Call:
 
 
 def _decode_call(inputs: Inputs, attend: Callable) -> Call:
-    """All caches in turn, each output the next query, as in the layers of a model.
+    """Times attention to all caches in sequence, as in the layers of a model.
 
-    What depends on coordinates alone is computed once for all, as it is there. The values of the
-    queries do not matter to a kernel that waits for memory.
+    Each output is the next query, whose values do not affect a memory-bound kernel. What depends
+    on coordinates alone is computed once for all caches, as in a model.
     """
 
     @jax.jit
@@ -100,7 +100,7 @@ def _decode_call(inputs: Inputs, attend: Callable) -> Call:
 
 
 def _torch_call(torch, case: Case, inputs: Inputs) -> Call:
-    """Its scaled_dot_product_attention: replays of a graph, or the autograd of one output."""
+    """Times torch's scaled_dot_product_attention: a CUDA graph's replay, or its backward pass."""
     length = min(case.chunk or case.keys, case.keys)
     rows = case.rows * case.keys // length
     q, *tokens = (
@@ -131,7 +131,7 @@ def _torch_graph(torch, attend: Callable, q, caches: list) -> Call:
 
     def start():
         graph.replay()
-        return kept  # not freed while the graph lives
+        return kept  # keeps the outputs from being freed while the graph exists
 
     return Call(start, lambda _: torch.cuda.synchronize(), len(caches))
 

@@ -1,4 +1,4 @@
-"""The cases of `jaxmoe benchmark attention`, and the work that each asks for."""
+"""The cases of `jaxmoe benchmark attention`, and the operations or bytes of each."""
 
 import dataclasses
 import math
@@ -18,19 +18,29 @@ TOKENS = {f"{k}k": k * 1024 for k in (2, 8, 16, 32, 64, 128)} | {"1m": 2**20}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call. The queries are the last of the keys, and attention is causal."""
+    """A call of causal attention to time. Its queries are the last tokens of its keys.
+
+    Attributes:
+        name: as in the tables.
+        kind: "prefill", "backward" or "decode".
+        queries: new tokens of each row.
+        keys: tokens of each row that are attended to.
+        rows: the batch size.
+        chunk: the size of attention chunks; None for full attention.
+        format: of keys and values, as of VECTOR_BYTES.
+    """
 
     name: str
-    kind: str  # "prefill", "backward" or "decode"
+    kind: str
     queries: int
     keys: int
     rows: int = 1
     chunk: int | None = None
-    format: str = "bf16"  # of the keys and values
+    format: str = "bf16"
 
     @property
     def family(self) -> str:
-        """Cases of one family run the same kernel, and share their checks."""
+        """The name of the kernel that the case runs; cases of a family share their checks."""
         if self.kind == "decode":
             return f"decode-{self.format}"
         shape = "-segment" if self.queries < self.keys else ""
@@ -38,30 +48,30 @@ class Case:
 
     @property
     def facts(self) -> dict:
-        """What the figures say of it."""
+        """The case's fields in the file of figures."""
         return dataclasses.asdict(self)
 
     @property
     def work(self) -> dict[str, float]:
-        """Bytes of cache, or operations on the pairs that are visible, that one call takes."""
+        """Bytes of cache, or operations on visible pairs of query and key, by the rate's unit."""
         if self.kind == "decode":
             return {"TB/s": self.cache_bytes}
         pairs = self.rows * visible_pairs(self.queries, self.keys, self.chunk)
-        forward = 4 * HEADS * HEAD_DIM * pairs  # two products, each a multiplication and a sum
+        forward = 4 * HEADS * HEAD_DIM * pairs  # two products of multiply-adds
         return {"TFLOP/s": forward * (2.5 if self.kind == "backward" else 1)}
 
     @property
     def cache_bytes(self) -> int:
-        """Of all keys and values."""
+        """Bytes of all keys and values, with their scales."""
         return 2 * self.rows * KV_HEADS * self.keys * VECTOR_BYTES[self.format]
 
     @property
     def sets(self) -> int:
-        """How many caches to read in turn so that none is served from L2."""
+        """How many caches to read in rotation so that none stays in the L2 cache."""
         return math.ceil(COLD_BYTES / self.cache_bytes) if self.kind == "decode" else 1
 
     def left_out(self, memory: int) -> str | None:
-        """Why the case does not run on a device with so many bytes, or None."""
+        """Says why the case does not run on a device with `memory` bytes; None if it does."""
         if self.sets * self.cache_bytes + SPARE_BYTES <= memory:
             return None
         return (
@@ -71,12 +81,12 @@ class Case:
 
 
 def visible_pairs(queries: int, keys: int, chunk: int | None = None) -> int:
-    """Pairs of a query and a key that it sees, of causal attention of the last queries."""
+    """The number of pairs of a query and a key that it sees, where queries are the last keys."""
     return _pairs(keys, chunk) - _pairs(keys - queries, chunk)
 
 
 def _pairs(tokens: int, chunk: int | None) -> int:
-    """Of the first tokens with themselves."""
+    """The number of visible pairs of the first tokens with themselves."""
     whole, rest = divmod(tokens, chunk) if chunk else (0, tokens)
     return whole * _triangle(chunk or 0) + _triangle(rest)
 
@@ -115,15 +125,21 @@ def _decode():
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Random arguments of a case."""
+    """Random arguments of a case.
 
-    q: jax.Array  # [B, H, S, d]
-    caches: list[tuple]  # of each set, k and v: [B, K, T, d], quantized or not
+    Attributes:
+        q: queries [B, H, S, d].
+        caches: for each of the case's sets (k, v), each [B, K, T, d], perhaps quantized.
+        coords: coordinates of the queries and of the keys.
+    """
+
+    q: jax.Array
+    caches: list[tuple]
     coords: tuple[Coords, Coords]
 
 
 def random_inputs(case: Case) -> Inputs:
-    """Of the shapes and formats of the case, placed as the model places them."""
+    """Random arrays of the case's shapes and formats, with coordinates as the model has them."""
     q_key, *keys = jax.random.split(jax.random.key(0), 1 + 2 * case.sets)
     shape = case.rows, HEADS, case.queries, HEAD_DIM
     tokens = [_random_tokens(case, key) for key in keys]
@@ -138,7 +154,7 @@ def random_inputs(case: Case) -> Inputs:
 
 
 def _random_tokens(case: Case, key: jax.Array):
-    """Keys or values: one row's first tokens, repeated, to need no memory beside the result."""
+    """Random keys or values; tokens repeat, so that drawing takes little memory beyond them."""
     block = jax.random.normal(key, (1, KV_HEADS, min(case.keys, CHUNK), HEAD_DIM), jnp.bfloat16)
     stored = block if case.format == "bf16" else quantize(block, case.format)
 

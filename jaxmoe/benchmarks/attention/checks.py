@@ -1,6 +1,7 @@
-"""The checks of `jaxmoe benchmark attention`: every family of cases, small, against float32.
+"""The checks of `jaxmoe benchmark attention`: each family of cases at a small size against float32.
 
-Masks vary more than those of the cases: packed and padded rows, offsets, chunk edges, empty rows.
+They have more kinds of masks than the cases: packed and padded rows, offsets, chunk edges, empty
+rows.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ ROWS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of the arrays of a check; neither the tokens nor a chunk are a multiple of a block."""
+    """Sizes of a check's arrays; neither tokens nor chunk are multiples of a kernel's block."""
 
     heads: int
     kv_heads: int
@@ -35,9 +36,18 @@ TOY = Size(heads=10, kv_heads=2, head_dim=16, tokens=53, chunk=16)
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One call on random arrays."""
+    """A call on random arrays to compare with a reference.
 
-    family: str  # of `attention.cases.Case`
+    Attributes:
+        family: of `attention.cases.Case`.
+        masks: the name of the layout of tokens.
+        q: coordinates of the queries.
+        k: coordinates of the keys.
+        size: sizes of the arrays.
+        chunk: the size of attention chunks, or None.
+    """
+
+    family: str
     masks: str
     q: Coords
     k: Coords
@@ -50,18 +60,18 @@ class Check:
 
     @property
     def format(self) -> str:
-        """Of the keys and values."""
+        """The format of keys and values."""
         kind, _, rest = self.family.partition("-")
         return rest if kind == "decode" else "bf16"
 
 
 def checks_of(family: str, size: Size) -> list[Check]:
-    """Each layout of tokens that cases of the family may meet, and more."""
+    """The checks of a family: one for each layout of tokens."""
     kind = family.partition("-")[0]
     layouts = _decode_layouts(size) if kind == "decode" else _layouts(size)
     if "segment" in family:
         layouts = _segment_layouts(size)
-    if kind == "decode":  # a chunked layer's cache holds older tokens too
+    if kind == "decode":  # also with chunks, since a local layer's cache holds older chunks too
         return [
             Check(family, f"{name}, {masks}", *layouts[name], size, chunk)
             for name in layouts
@@ -72,7 +82,7 @@ def checks_of(family: str, size: Size) -> list[Check]:
 
 
 def _layouts(size: Size) -> dict[str, tuple[Coords, Coords]]:
-    """Queries that are the same tokens as the keys, and keys in another order."""
+    """Coordinates of queries and keys that are the same tokens, by the layout's name."""
     tokens, chunk = size.tokens, size.chunk
     plain = coords_of(ROWS, tokens)
     far = coords_of(ROWS, tokens, start=jnp.array([chunk - 1, chunk, 30 * chunk + 1]))
@@ -80,12 +90,12 @@ def _layouts(size: Size) -> dict[str, tuple[Coords, Coords]]:
     left = Coords(*(x[:, ::-1] for x in ragged))._replace(position=plain.position)
     same = {"plain": plain, "far": far, "ragged": ragged, "left-padded": left}
     same["packed"] = _packed(tokens)
-    turned = plain, _turned(plain)
-    return {name: (x, x) for name, x in same.items()} | {"turned": turned}
+    rotated = plain, _rotated(plain)
+    return {name: (x, x) for name, x in same.items()} | {"turned": rotated}
 
 
 def _packed(tokens: int) -> Coords:
-    """Rows of several segments: uneven, with padding between, and of one token."""
+    """Coordinates of packed rows: uneven segments, padding between them, segments of one token."""
     cuts = np.array([[0.1, 0.45, 0.5, 0.9], [0.02, 0.02, 0.6, 1.0], [0.25, 0.5, 0.75, 1.0]])
     starts = np.concatenate([np.zeros((ROWS, 1)), cuts * tokens], axis=1).astype(np.int32)
     index = np.broadcast_to(np.arange(tokens, dtype=np.int32), (ROWS, tokens))
@@ -95,25 +105,25 @@ def _packed(tokens: int) -> Coords:
     return Coords(jnp.asarray(position), jnp.asarray(segment))
 
 
-def _turned(coords: Coords) -> Coords:
-    """The same tokens in other slots, as in a ring."""
+def _rotated(coords: Coords) -> Coords:
+    """The same tokens in rotated slots, as in a ring buffer."""
     return Coords(*(jnp.roll(x, x.shape[1] // 3, axis=1) for x in coords))
 
 
 def _segment_layouts(size: Size) -> dict[str, tuple[Coords, Coords]]:
-    """Queries that are the last of the keys."""
+    """Coordinates of queries that are the last keys, as in chunked prefill, by layout."""
     tokens, queries = size.tokens, size.tokens // 4
     lengths = jnp.array([tokens, tokens - tokens // 8, queries + 1])
     keys = coords_of(ROWS, tokens, lengths=lengths)
     return {
         "last": (coords_of(ROWS, queries, start=tokens - queries), coords_of(ROWS, tokens)),
         "ragged": (coords_of(ROWS, queries, start=lengths - queries), keys),
-        "turned": (coords_of(ROWS, queries, start=lengths - queries), _turned(keys)),
+        "turned": (coords_of(ROWS, queries, start=lengths - queries), _rotated(keys)),
     }
 
 
 def _decode_layouts(size: Size) -> dict[str, tuple[Coords, Coords]]:
-    """A query or a few against a cache."""
+    """Coordinates of one or a few queries and of a cache's keys, by layout."""
     tokens, chunk = size.tokens, size.chunk
     lengths = jnp.array([tokens, chunk + 1, 1])
     keys = coords_of(ROWS, tokens, lengths=lengths)
@@ -122,14 +132,14 @@ def _decode_layouts(size: Size) -> dict[str, tuple[Coords, Coords]]:
     return {
         "plain": (coords_of(ROWS, 1, start=tokens - 1), coords_of(ROWS, tokens)),
         "ragged": (last, keys),
-        "turned": (last, _turned(keys)),
+        "turned": (last, _rotated(keys)),
         "with an empty row": (coords_of(ROWS, 1, start=tokens - 1), empty),
         "four queries": (coords_of(ROWS, 4, start=tokens - 4), coords_of(ROWS, tokens)),
     }
 
 
 def errors(check: Check, implementation: str) -> dict[str, float]:
-    """Of each result, against the same inputs in float32 by plain XLA."""
+    """The largest error of each result against XLA's on the same inputs in float32."""
     kind = check.family.partition("-")[0]
     run = {"prefill": _outputs, "backward": _gradients, "decode": _decoded}[kind]
     reference = _gradients if kind == "backward" else _outputs
@@ -174,11 +184,11 @@ def _flash(q, k, v, q_coords, k_coords, options) -> dict[str, jax.Array]:
 
 @_compiled
 def _gradients(q, k, v, d_out, q_coords, k_coords, **options):
-    """Through both results, log-sum-exps that are finite only."""
-    found, pull = jax.vjp(lambda q, k, v: _flash(q, k, v, q_coords, k_coords, options), q, k, v)
-    d_lse = jnp.where(found["lse"] > -jnp.inf, d_out[..., 0].astype(jnp.float32), 0)
+    """Outputs and gradients; cotangents reach the output and the finite log-sum-exps."""
+    outputs, pull = jax.vjp(lambda q, k, v: _flash(q, k, v, q_coords, k_coords, options), q, k, v)
+    d_lse = jnp.where(outputs["lse"] > -jnp.inf, d_out[..., 0].astype(jnp.float32), 0)
     gradients = pull({"out": d_out, "lse": d_lse})
-    return found | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    return outputs | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
 
 
 @_compiled

@@ -22,5 +22,5 @@ SUITE = Suite(
 
 
 def run_attention(args: argparse.Namespace) -> None:
-    """As the options say."""
+    """Runs the benchmark by the command line's arguments."""
     run_suite(SUITE, args)

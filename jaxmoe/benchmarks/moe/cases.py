@@ -1,4 +1,7 @@
-"""The cases of `jaxmoe benchmark moe`: Llama 4's experts, and the work that each case asks for."""
+"""The cases of `jaxmoe benchmark moe`, and the operations and bytes of each.
+
+Shape letters: D embed, F feed-forward width of an expert, E experts.
+"""
 
 import dataclasses
 import itertools
@@ -10,35 +13,44 @@ from jaxmoe.benchmarks.gpu import COLD_BYTES, SPARE_BYTES
 from jaxmoe.benchmarks.moe.routing import experts_of
 from jaxmoe.benchmarks.tables import ROUTINGS
 from jaxmoe.config import PRESETS, Llama4Config
-from pallas_kernels.quantized import scale_width
+from pallas_kernels.quantized import default_group_size
 
 MODELS = dict(PRESETS)
-FORMATS = ("bf16", "int8", "fp8", "int4")  # of experts' matrices
+MATRIX_FORMATS = ("bf16", "int8", "fp8", "int4")  # of the experts' matrices
 BITS = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
 TOKENS = {"1": 1, "64": 64, "1k": 1024, "8k": 8192, "64k": 65536}
-FEW_TOKENS = 64  # up to so many, as in decoding, time goes into reading weights
+FEW_TOKENS = 64  # up to this many tokens, as in decoding, reading weights takes most of the time
 ALL = ("gate", "up", "down")
-PARTS = {  # and the matrices of an expert that they take
+PARTS = {  # parts of a layer, and the matrices of an expert that they use
     "gated": ("gate", "up"),
     "down": ("down",),
     "dx": ("down",),
     "dw": ("down",),
-    "move": (),  # to experts and back
+    "move": (),  # dispatch and combine
     "routed": ALL,
     "layer": ALL,  # with router and shared expert
 }
-GRADIENTS = ("dx", "dw")  # of `down`
+GRADIENTS = ("dx", "dw")  # the gradients of `down` by rows and by matrices
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One part of a layer, on tokens that choose experts in one way."""
+    """A part of a layer to time on tokens with a given routing.
+
+    Attributes:
+        name: as in the tables.
+        part: one of PARTS.
+        model: one of MODELS.
+        tokens: how many tokens there are.
+        routing: one of ROUTINGS.
+        format: one of MATRIX_FORMATS.
+    """
 
     name: str
-    part: str  # of PARTS
+    part: str
     model: str
     tokens: int
-    routing: str  # of ROUTINGS
+    routing: str
     format: str = "bf16"
 
     @property
@@ -47,13 +59,13 @@ class Case:
 
     @property
     def family(self) -> str:
-        """Cases of one family run the same kernels, and share their checks."""
+        """The name of the kernels that the case runs; cases of a family share their checks."""
         part = "gradients" if self.part in GRADIENTS else self.part
         return part if self.format == "bf16" else f"{part}-{self.format}"
 
     @property
     def experts(self) -> np.ndarray:
-        """Of each token."""
+        """The expert of each token, [tokens]."""
         return experts_of(self.routing, self.tokens, self.config.num_local_experts)
 
     @property
@@ -63,20 +75,20 @@ class Case:
 
     @property
     def facts(self) -> dict:
-        """What the figures say of it."""
+        """The case's fields in the file of figures."""
         longest = int(np.bincount(self.experts).max())
         return dataclasses.asdict(self) | {"active_experts": self.active, "longest_group": longest}
 
     @property
     def work(self) -> dict[str, float]:
-        """Useful operations, and bytes of weights; of a move, bytes of rows read and written."""
+        """Useful operations and bytes by the rate's unit: of weights, or for a move of rows."""
         if self.part == "move":
             return {"TB/s": 4 * self.tokens * self.config.hidden_size * 2}
         return {"TFLOP/s": self.operations, "TB/s": self.weight_bytes}
 
     @property
     def operations(self) -> float:
-        """Of all products, each a multiplication and a sum."""
+        """Operations of all products: two for each multiply-add."""
         D, F, E = widths(self.config)
         products = len(PARTS[self.part]) * D * F
         if self.part == "layer":
@@ -85,17 +97,17 @@ class Case:
 
     @property
     def weight_bytes(self) -> int:
-        """Read, of experts that have tokens; or written, of the gradient of all."""
+        """Bytes of the weights of experts with tokens; for dw, of the gradient of all experts."""
         D, F, E = widths(self.config)
         count = E if self.part == "dw" else self.active
-        found = count * self._expert_bytes
+        nbytes = count * self._expert_bytes
         if self.part == "layer":
-            found += 2 * D * (E + 3 * F)
-        return found
+            nbytes += 2 * D * (E + 3 * F)
+        return nbytes
 
     @property
     def sets(self) -> int:
-        """How often to go over to other experts, so that none is served from L2."""
+        """How many sets of experts to use in rotation so that none stays in the L2 cache."""
         if self.tokens > FEW_TOKENS or not PARTS[self.part] or self.part == "layer":
             return 1
         most = self.config.num_local_experts // self.active
@@ -103,7 +115,7 @@ class Case:
 
     @property
     def memory(self) -> int:
-        """Bytes of weights, their gradient, and rows in and between products, roughly."""
+        """An estimate of the bytes of weights, their gradient, and rows."""
         D, F, E = widths(self.config)
         weights = E * self._expert_bytes * (2 if self.part == "dw" else 1)
         shared = 2 * D * (E + 3 * F) if self.part == "layer" else 0
@@ -114,7 +126,7 @@ class Case:
         return sum(matrix_bytes(self.config, name, self.format) for name in PARTS[self.part])
 
     def left_out(self, memory: int) -> str | None:
-        """Why the case does not run on a device with so many bytes, or None."""
+        """Says why the case does not run on a device with `memory` bytes; None if it does."""
         if self.memory + SPARE_BYTES <= memory:
             return None
         return (
@@ -124,21 +136,21 @@ class Case:
 
 
 def widths(config: Llama4Config) -> tuple[int, int, int]:
-    """D, F and E."""
+    """The sizes (D, F, E) of a model's experts."""
     return config.hidden_size, config.intermediate_size, config.num_local_experts
 
 
 def matrix_shape(config: Llama4Config, name: str) -> tuple[int, int]:
-    """Inputs and outputs of an expert's matrix."""
+    """The shape (inputs, outputs) of an expert's gate, up or down."""
     D, F, _ = widths(config)
     return (F, D) if name == "down" else (D, F)
 
 
 def matrix_bytes(config: Llama4Config, name: str, format: str) -> int:
-    """Of one expert's matrix as it is stored, with its scales."""
+    """Bytes of one expert's matrix as it is stored, with its scales."""
     inputs, outputs = matrix_shape(config, name)
     values = inputs * outputs * BITS[format] // 8
-    scales = 0 if format == "bf16" else 4 * outputs * (inputs // scale_width(format, inputs))
+    scales = 0 if format == "bf16" else 4 * outputs * (inputs // default_group_size(format, inputs))
     return values + scales
 
 
@@ -152,7 +164,7 @@ def all_cases() -> list[Case]:
 
 
 def _cases(part: str, model: str, size: str):
-    """With one token every routing is the same; quantized matrices are for decoding."""
+    """Yields the cases of a part; one routing for one token, and quantized only for few tokens."""
     tokens = TOKENS[size]
     if part in GRADIENTS and tokens <= FEW_TOKENS:
         return
@@ -160,5 +172,5 @@ def _cases(part: str, model: str, size: str):
         name = f"{part}-{model}-{size}-{routing}"
         yield Case(name, part, model, tokens, routing)
         if tokens <= FEW_TOKENS and part in ("gated", "down", "routed"):
-            for format in FORMATS[1:]:
+            for format in MATRIX_FORMATS[1:]:
                 yield Case(f"{name}-{format}", part, model, tokens, routing, format)

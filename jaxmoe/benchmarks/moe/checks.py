@@ -1,6 +1,7 @@
-"""The checks of `jaxmoe benchmark moe`: every family of cases at a small size, against float32.
+"""The checks of `jaxmoe benchmark moe`: each family of cases at a small size against float32.
 
-The reference multiplies every token with every expert and keeps what it chose.
+The reference multiplies every token by every expert's matrices, and selects the expert that the
+token chose.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.benchmarks.checks import largest_errors
-from jaxmoe.benchmarks.moe.inputs import persuaded
+from jaxmoe.benchmarks.moe.inputs import steer_to_experts
 from jaxmoe.benchmarks.moe.routing import experts_of
 from jaxmoe.benchmarks.moe.ways import Blocks
 from jaxmoe.benchmarks.tables import ROUTINGS
@@ -23,7 +24,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of the arrays of a check. Numbers of tokens are one for each size of block that there is."""
+    """Sizes of a check's arrays; `tokens` has a number for each block size of the kernels."""
 
     experts: int
     width: int
@@ -37,10 +38,17 @@ TOY = Size(experts=4, width=64, expert_width=32, tokens=(1, 53))
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One call on random arrays."""
+    """A call on random arrays to compare with a reference.
 
-    family: str  # of `moe.cases.Case`
-    routing: str  # of ROUTINGS, or "padded": some tokens have no expert
+    Attributes:
+        family: of `moe.cases.Case`.
+        routing: one of ROUTINGS, or "padded", in which some tokens have no expert.
+        tokens: how many tokens there are.
+        size: sizes of the arrays.
+    """
+
+    family: str
+    routing: str
     tokens: int
     size: Size
 
@@ -54,12 +62,12 @@ class Check:
 
     @property
     def format(self) -> str:
-        """Of the experts' matrices."""
+        """The format of the experts' matrices."""
         return self.family.partition("-")[2] or "bf16"
 
     @property
     def experts(self) -> np.ndarray:
-        """Of each token; one too large for padding."""
+        """The expert of each token, [tokens]; the number of experts for padding."""
         if self.routing != "padded":
             return experts_of(self.routing, self.tokens, self.size.experts)
         drawn = experts_of("skewed", self.tokens, self.size.experts)
@@ -67,7 +75,7 @@ class Check:
 
 
 def checks_of(family: str, size: Size) -> list[Check]:
-    """Each routing that cases of the family may meet, and more."""
+    """The checks of a family: one for each routing and number of tokens."""
     return [
         Check(family, routing, tokens, size)
         for tokens in _tokens_of(family, size)
@@ -76,35 +84,44 @@ def checks_of(family: str, size: Size) -> list[Check]:
 
 
 def _tokens_of(family: str, size: Size) -> tuple[int, ...]:
-    """Each size of block for what is grouped; less for what is made of it, or stored otherwise."""
+    """The numbers of tokens to check: every block size for grouped products, fewer for others."""
     if family == "gradients":
-        return size.tokens[1:]  # the score's gradient of one token is a sum that cancels
+        return size.tokens[1:]  # a lone token's router weight has a gradient that cancels to noise
     if family in ("gated", "down"):
         return size.tokens
     return tuple(dict.fromkeys((*size.tokens[:2], size.tokens[-1])))
 
 
 def errors(check: Check, implementation: str) -> dict[str, float]:
-    """Of each result, against the same inputs in float32 by plain XLA."""
+    """The largest error of each result against XLA's on the same inputs in float32."""
     arrays = _random(check)
-    way = Blocks(check.size.experts, implementation)
-    got = _run(check.part, way, arrays)
+    contender = Blocks(check.size.experts, implementation)
+    got = _run(check.part, contender, arrays)
     want = _reference(check.part, _exact(arrays))
     return largest_errors(got, want)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["x", "hidden", "score", "expert", "d_out", "weights"],
+    data_fields=["x", "hidden", "router_weight", "expert", "d_out", "weights"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """Of a check: tokens, what `down` takes of each, and a cotangent of the layer's result."""
+    """Random arrays of a check.
+
+    Attributes:
+        x: tokens [T, D].
+        hidden: hidden values [T, F], the input of `down`.
+        router_weight: [T].
+        expert: the expert of each token, [T].
+        d_out: a cotangent of the layer's result, [T, D].
+        weights: the layer's parameters.
+    """
 
     x: jax.Array
     hidden: jax.Array
-    score: jax.Array
+    router_weight: jax.Array
     expert: jax.Array
     d_out: jax.Array
     weights: dict
@@ -117,11 +134,11 @@ def _random(check: Check) -> Arrays:
         jax.random.normal(key, (tokens, width), jnp.bfloat16)
         for key, width in zip(keys, (size.width, size.expert_width, size.width), strict=False)
     )
-    score = jax.random.uniform(keys[3], (tokens,), jnp.bfloat16, 0.1, 1)
+    router_weight = jax.random.uniform(keys[3], (tokens,), jnp.bfloat16, 0.1, 1)
     weights, expert = _random_weights(check, keys[4]), jnp.asarray(check.experts)
     if check.part == "layer":
-        x = persuaded(x, weights["router"], expert % size.experts)
-    return Arrays(x, hidden, score, expert, d_out, weights)
+        x = steer_to_experts(x, weights["router"], expert % size.experts)
+    return Arrays(x, hidden, router_weight, expert, d_out, weights)
 
 
 def _random_weights(check: Check, key: jax.Array) -> dict:
@@ -143,7 +160,7 @@ def _matrix(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _exact(arrays: Arrays) -> Arrays:
-    """The same in float32."""
+    """The arrays in float32, with quantized matrices dequantized."""
 
     def widened(x):
         if not isinstance(x, jax.Array):
@@ -153,32 +170,37 @@ def _exact(arrays: Arrays) -> Arrays:
     return jax.tree.map(widened, arrays, is_leaf=lambda x: hasattr(x, "qvalue"))
 
 
-@functools.partial(jax.jit, static_argnames=("part", "way"))
-def _run(part: str, way: Blocks, a: Arrays) -> dict[str, jax.Array]:
-    """By token."""
-    p, plan = a.weights["experts"], way.plan(a.expert)
-    scale = way.rows(plan, a.score[:, None])[:, 0]
+@functools.partial(jax.jit, static_argnames=("part", "contender"))
+def _run(part: str, contender: Blocks, a: Arrays) -> dict[str, jax.Array]:
+    """The results of a part of the layer, by name, in the order of tokens."""
+    p, plan = a.weights["experts"], contender.plan(a.expert)
+    scale = contender.rows(plan, a.router_weight[:, None])[:, 0]
     if part == "move":
-        rows = way.rows(plan, a.x)
-        return {"out": way.back(plan, rows), "rows": rows}
+        rows = contender.rows(plan, a.x)
+        return {"out": contender.back(plan, rows), "rows": rows}
     if part == "gated":
-        return {"out": way.back(plan, way.gated(p, way.rows(plan, a.x), scale, plan))}
+        return {
+            "out": contender.back(plan, contender.gated(p, contender.rows(plan, a.x), scale, plan))
+        }
     if part == "down":
-        return {"out": way.back(plan, way.down(p, way.rows(plan, a.hidden), plan))}
+        return {
+            "out": contender.back(plan, contender.down(p, contender.rows(plan, a.hidden), plan))
+        }
     if part == "layer":
-        return {"out": way.layer(a.weights, a.x, a.expert < way.num_experts)}
+        return {"out": contender.layer(a.weights, a.x, a.expert < contender.num_experts)}
     if part == "gradients":
-        return _gradients(way.routed, a)
-    return {"out": way.routed(p, a.x, a.expert, a.score)}
+        return _gradients(contender.routed, a)
+    return {"out": contender.routed(p, a.x, a.expert, a.router_weight)}
 
 
 def _gradients(routed, a: Arrays) -> dict[str, jax.Array]:
-    """Of tokens, scores and matrices."""
+    """Gradients by name: those of the matrices, of the tokens and of the router weights."""
     _, pull = jax.vjp(
-        lambda p, x, score: routed(p, x, a.expert, score), a.weights["experts"], a.x, a.score
+        lambda p, x, weight: routed(p, x, a.expert, weight),
+        *(a.weights["experts"], a.x, a.router_weight),
     )
-    d_experts, dx, d_score = pull(a.d_out)
-    return {f"d_{name}": dw for name, dw in d_experts.items()} | {"dx": dx, "d_score": d_score}
+    d_experts, dx, d_weight = pull(a.d_out)
+    return {f"d_{name}": dw for name, dw in d_experts.items()} | {"dx": dx, "d_score": d_weight}
 
 
 @functools.partial(jax.jit, static_argnames="part")
@@ -187,34 +209,30 @@ def _reference(part: str, a: Arrays) -> dict[str, jax.Array]:
     if part == "move":
         return {"out": _chosen(a.x[None], a.expert, len(p["down"]))}
     if part == "gated":
-        return {"out": _gated(p, a.x, a.expert, a.score)}
+        return {"out": _gated(p, a.x, a.expert, a.router_weight)}
     if part == "down":
-        return {"out": _of_each(a.hidden, p["down"], a.expert)}
+        return {"out": _product(a.hidden, p["down"], a.expert)}
     if part == "gradients":
         return _gradients(_routed, a)
     if part == "layer":
-        score = jax.nn.sigmoid(jnp.max(_einsum("nd,de->ne", a.x, a.weights["router"]), axis=1))
-        shared = _routed(_one(a.weights["shared"]), a.x, jnp.zeros_like(a.expert), 1.0 + 0 * score)
-        return {"out": shared + _routed(p, a.x, a.expert, score)}
-    return {"out": _routed(p, a.x, a.expert, a.score)}
+        weight = jax.nn.sigmoid(jnp.max(_einsum("nd,de->ne", a.x, a.weights["router"]), axis=1))
+        only = {name: w[None] for name, w in a.weights["shared"].items()}
+        shared = _routed(only, a.x, jnp.zeros_like(a.expert), jnp.ones_like(weight))
+        return {"out": shared + _routed(p, a.x, a.expert, weight)}
+    return {"out": _routed(p, a.x, a.expert, a.router_weight)}
 
 
-def _one(p: dict) -> dict:
-    """A shared expert as the only one of its kind."""
-    return {name: w[None] for name, w in p.items()}
+def _routed(p: dict, x, expert, router_weight) -> jax.Array:
+    return _product(_gated(p, x, expert, router_weight), p["down"], expert)
 
 
-def _routed(p: dict, x, expert, score) -> jax.Array:
-    return _of_each(_gated(p, x, expert, score), p["down"], expert)
-
-
-def _gated(p: dict, x, expert, score) -> jax.Array:
-    gate, up = (score[:, None] * _of_each(x, p[name], expert) for name in ("gate", "up"))
+def _gated(p: dict, x, expert, router_weight) -> jax.Array:
+    gate, up = (router_weight[:, None] * _product(x, p[name], expert) for name in ("gate", "up"))
     return jax.nn.silu(gate) * up
 
 
-def _of_each(x, w, expert) -> jax.Array:
-    """Each token by its expert's matrix; zeros for padding."""
+def _product(x, w, expert) -> jax.Array:
+    """Each token multiplied by its expert's matrix; zeros for padding."""
     return _chosen(_einsum("nd,edf->enf", x, w), expert, len(w))
 
 

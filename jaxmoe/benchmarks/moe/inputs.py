@@ -9,45 +9,56 @@ from jaxmoe.benchmarks.moe.cases import ALL, PARTS, Case, matrix_shape, widths
 from jaxmoe.config import Llama4Config
 from pallas_kernels.quantized import quantize_matrix
 
-DECISIVE = 16.0  # logit of the expert that a token is to choose; others' are about 1
+DECISIVE = 16.0  # the logit of a token's intended expert; all others are about 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Random arguments of a case."""
+    """Random arguments of a case.
 
-    x: jax.Array  # [T, D]
-    score: jax.Array  # [T]
-    experts: list[jax.Array]  # of each set, [T]
-    weights: dict  # "experts": matrices [E, in, out]; for a layer, "router" and "shared" too
+    Attributes:
+        x: tokens [T, D].
+        router_weight: [T].
+        experts: for each of the case's sets, the expert of each token, [T].
+        weights: the parameters: "experts" with matrices [E, in, out], and for a layer "router" and
+            "shared".
+    """
+
+    x: jax.Array
+    router_weight: jax.Array
+    experts: list[jax.Array]
+    weights: dict
 
 
 def random_inputs(case: Case) -> Inputs:
-    """Of the shapes and formats of the case."""
+    """Random arrays of the case's shapes and formats."""
     D, _, E = widths(case.config)
     x_key, score_key, weights_key = jax.random.split(jax.random.key(0), 3)
     weights = random_weights(case, weights_key)
     x = jax.random.normal(x_key, (case.tokens, D), jnp.bfloat16)
     experts = [jnp.asarray((case.experts + i) % E) for i in range(case.sets)]
     if case.part == "layer":
-        x = persuaded(x, weights["router"], experts[0])
-    score = jax.random.uniform(score_key, (case.tokens,), jnp.bfloat16, 0.1, 1)
-    return Inputs(x, score, experts, weights)
+        x = steer_to_experts(x, weights["router"], experts[0])
+    router_weight = jax.random.uniform(score_key, (case.tokens,), jnp.bfloat16, 0.1, 1)
+    return Inputs(x, router_weight, experts, weights)
 
 
-def persuaded(x: jax.Array, router: jax.Array, experts: jax.Array) -> jax.Array:
-    """Tokens moved along the router's columns, to choose the experts that they are to."""
+def steer_to_experts(x: jax.Array, router: jax.Array, experts: jax.Array) -> jax.Array:
+    """Shifts tokens so that the router chooses the given expert for each.
+
+    Each token moves along its expert's column of the router, which raises that logit by DECISIVE.
+    """
     columns = router.T.astype(jnp.float32)
-    towards = DECISIVE * columns / jnp.sum(columns**2, axis=1, keepdims=True)
-    return (x + towards[experts]).astype(x.dtype)
+    shift = DECISIVE * columns / jnp.sum(columns**2, axis=1, keepdims=True)
+    return (x + shift[experts]).astype(x.dtype)
 
 
 def random_weights(case: Case, key: jax.Array) -> dict:
-    """The parameters of a layer, as far as the case needs them."""
+    """Random parameters of a layer, of which only those that the case needs are made."""
     D, _, E = widths(case.config)
     keys = jax.random.split(key, 7)
     experts = {
-        name: _alike(random_matrix(case.config, name, case.format, key), E)
+        name: _repeated(random_matrix(case.config, name, case.format, key), E)
         for name, key in zip(PARTS[case.part], keys, strict=False)
     }
     if case.part != "layer":
@@ -61,14 +72,14 @@ def random_weights(case: Case, key: jax.Array) -> dict:
 
 
 def random_matrix(config: Llama4Config, name: str, format: str, key: jax.Array):
-    """That keeps the size of what it multiplies."""
+    """A random matrix, scaled so that its outputs have the variance of its inputs."""
     inputs, outputs = matrix_shape(config, name)
     w = inputs**-0.5 * jax.random.normal(key, (inputs, outputs), jnp.bfloat16)
     return w if format == "bf16" else quantize_matrix(w, format)
 
 
-def _alike(matrix, experts: int):
-    """One for each expert, to need no memory beside the result."""
+def _repeated(matrix, experts: int):
+    """The same matrix for each expert, which takes no memory beyond the result to make."""
 
     def repeated(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (experts, *x.shape))

@@ -23,5 +23,5 @@ SUITE = Suite(
 
 
 def run_moe(args: argparse.Namespace) -> None:
-    """As the options say."""
+    """Runs the benchmark by the command line's arguments."""
     run_suite(SUITE, args)

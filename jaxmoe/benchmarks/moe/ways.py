@@ -23,7 +23,7 @@ from pallas_kernels.experts import (
     dispatch,
     gated_matmul,
     grouped_matmul,
-    plan_groups,
+    make_group_metadata,
 )
 
 
@@ -40,7 +40,7 @@ class Blocks:
 
     def plan(self, expert):
         block = block_rows(len(expert), self.num_experts)
-        return plan_groups(expert, self.num_experts, block)
+        return make_group_metadata(expert, self.num_experts, block)
 
     def rows(self, plan, x):
         served = x.shape[1] > 1  # a column of scales is not

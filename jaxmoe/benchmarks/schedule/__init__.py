@@ -1,1 +1,1 @@
-"""What the compiler for an absent GPU makes of kernels and of decoding steps."""
+"""Static analysis of kernels and of decoding steps, compiled for an absent GPU."""

@@ -1,4 +1,4 @@
-"""The kernels of `jaxmoe benchmark schedule`: ours and JAX's own, at Llama 4's sizes."""
+"""The kernels of `jaxmoe benchmark schedule`: jaxmoe's and JAX's own, at Llama 4's sizes."""
 
 import dataclasses
 import functools
@@ -13,21 +13,24 @@ from pallas_kernels.attention import Coords, coords_of, decode_attention, flash_
 from pallas_kernels.experts import gated_matmul, grouped_matmul
 from pallas_kernels.quantized import quantize, quantize_matrix
 
-OURS, FORMATS = "jaxmoe", ("bf16", "int8", "fp8", "int4")
-ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
-ROWS, CONTEXT = 8, 131072  # of decoding
+OURS = "jaxmoe"
+ELEMENT_BYTES = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}  # by format
+ROWS, CONTEXT = 8, 131072  # decoding's rows, and cached tokens of each
 D, F, EXPERTS = SCOUT.hidden_size, SCOUT.intermediate_size, SCOUT.num_local_experts
 TOKENS = 16384
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A program; its last kernel with products is the one that is meant.
+    """A program to compile, whose last kernel with tensor-core products is analyzed.
 
     Attributes:
-        by: who wrote the kernel: jaxmoe, or the module in `jax.experimental.pallas.ops.gpu`.
-        shapes: of the function's arguments.
-        element: bytes of an element of what the kernel reads from memory once, if it does.
+        kernel: the kernel's name in the tables.
+        by: whose kernel it is: jaxmoe, or a module of `jax.experimental.pallas.ops.gpu`.
+        function: the program.
+        shapes: its arguments as ShapeDtypeStructs.
+        element: bytes per element of the operand that the kernel reads from memory exactly once;
+            None if it has none.
     """
 
     kernel: str
@@ -42,7 +45,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """What does the same side by side."""
+    """All cases; kernels that compute the same follow one another."""
     return [*_attention(), *_decode(), *_experts()]
 
 
@@ -55,17 +58,17 @@ def _coords(rows: int, tokens: int) -> Coords:
 
 
 def _attention() -> Iterator[Case]:
-    """Each gradient alone: the other's kernel is then left out."""
+    """Attention, forward and each gradient alone, so that a program has one kernel to analyze."""
     key = _shaped(1, KV_HEADS, CHUNK, HEAD_DIM)
     ours = _shaped(1, HEADS, CHUNK, HEAD_DIM), key, key, *[_coords(1, CHUNK)] * 2
-    key = _shaped(1, CHUNK, KV_HEADS, HEAD_DIM, dtype=jnp.float16)  # all that JAX's takes
+    key = _shaped(1, CHUNK, KV_HEADS, HEAD_DIM, dtype=jnp.float16)  # JAX's takes no other
     theirs = _shaped(1, CHUNK, HEADS, HEAD_DIM, dtype=jnp.float16), key, key
-    for kernel, of in (("forward", None), ("dq", slice(0, 1)), ("dkv", slice(1, 3))):
+    for kernel, wanted in (("forward", None), ("dq", slice(0, 1)), ("dkv", slice(1, 3))):
         for by, attend, shapes in (
             (OURS, _flash, ours),
             ("attention_mgpu", _attention_mgpu, theirs),
         ):
-            yield Case(f"flash-{kernel}", by, functools.partial(_gradients, attend, of), shapes)
+            yield Case(f"flash-{kernel}", by, functools.partial(_gradients, attend, wanted), shapes)
 
 
 def _flash(q, k, v, *coords, differentiated: bool):
@@ -73,7 +76,7 @@ def _flash(q, k, v, *coords, differentiated: bool):
 
 
 def _attention_mgpu(q, k, v, differentiated: bool):
-    """Causal where it can be: its backward pass is not."""
+    """JAX's attention kernel, causal in the forward pass only, since its gradient cannot be."""
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     config = attention_mgpu.TuningConfig(
@@ -90,18 +93,18 @@ def _attention_mgpu(q, k, v, differentiated: bool):
     return attention_mgpu.attention(q, k, v, config)
 
 
-def _gradients(attend: Callable, of: slice | None, q, k, v, *coords):
-    """Some of the gradients by q, k and v, or what `attend` gives."""
-    attended = functools.partial(attend, differentiated=of is not None)
-    if of is None:
+def _gradients(attend: Callable, wanted: slice | None, q, k, v, *coords):
+    """The wanted ones of the gradients (dq, dk, dv); the output if `wanted` is None."""
+    attended = functools.partial(attend, differentiated=wanted is not None)
+    if wanted is None:
         return attended(q, k, v, *coords)
-    return jax.vjp(lambda *qkv: attended(*qkv, *coords), q, k, v)[1](q)[of]
+    return jax.vjp(lambda *qkv: attended(*qkv, *coords), q, k, v)[1](q)[wanted]
 
 
 def _decode() -> Iterator[Case]:
     attend = functools.partial(decode_attention, scale=SCALE, implementation="mosaic_gpu")
     kv = _shaped(ROWS, KV_HEADS, CONTEXT, HEAD_DIM)
-    for format in FORMATS:
+    for format in ELEMENT_BYTES:
         stored = kv if format == "bf16" else jax.eval_shape(lambda x, f=format: quantize(x, f), kv)
         shapes = _shaped(ROWS, HEADS, 1, HEAD_DIM), stored, stored, _coords(ROWS, 1)
         shapes = *shapes, _coords(ROWS, CONTEXT)
@@ -118,14 +121,14 @@ def _experts() -> Iterator[Case]:
     )
     yield Case("grouped", "hopper_matmul_mgpu", _hopper_matmul, _dense())
     yield _grouped("gated", _gated, 128)
-    for format in FORMATS:
+    for format in ELEMENT_BYTES:
         yield _grouped(f"grouped-8-{format}", _product, 8, format)
     for rows, format in ((128, "int8"), (64, "int4")):
         yield _grouped(f"grouped-{rows}-{format}", _product, rows, format)
 
 
 def _grouped(kernel: str, function: Callable, block: int, format: str = "bf16") -> Case:
-    """With blocks of few rows, matrices are read once and bound it, or widening them does."""
+    """A grouped matmul. Only blocks of 8 rows count memory, since they read each matrix once."""
     blocks = TOKENS // block
     w = _shaped(EXPERTS, D, F)
     if format != "bf16":
@@ -156,7 +159,7 @@ def _ragged_dot(x, w, group_sizes):
 
 
 def _hopper_matmul(x, w):
-    """Of all groups' rows with one matrix."""
+    """JAX's dense matmul, of all groups' rows by one matrix."""
     from jax.experimental.pallas.ops.gpu import hopper_matmul_mgpu as module
 
     options = {"grid_tile_width": 8, "wg_dimension": module.MatmulDimension.M}

@@ -1,4 +1,4 @@
-"""`jaxmoe benchmark schedule`: what the compiler for an absent GPU made of kernels and of steps."""
+"""`jaxmoe benchmark schedule`: analyzes kernels and steps that are compiled for an absent GPU."""
 
 import argparse
 import dataclasses
@@ -29,13 +29,13 @@ from pallas_kernels.compile.assembler import KernelReport, assembler_reports, re
 from pallas_kernels.compile.schedule import HotLoop, Processor, hot_loops
 
 TARGETS = ("h100", "h200")
-WIDTH = 136  # of the tables, at least
+WIDTH = 136  # the least width of the printed tables, in characters
 
 
 def add_parser(commands) -> None:
     """Adds the subcommand and its flags."""
     parser = commands.add_parser(
-        "schedule", help="what bounds each kernel by its machine code, beside JAX's; needs no GPU"
+        "schedule", help="what bounds each kernel by its machine code, and JAX's; needs no GPU"
     )
     parser.set_defaults(start=run_schedule)
     parser.add_argument("--target", default="h100", help=" or ".join(TARGETS))
@@ -45,7 +45,7 @@ def add_parser(commands) -> None:
 
 
 def run_schedule(args: argparse.Namespace) -> None:
-    """Compiles, writes the figures after every case and prints them."""
+    """Compiles the cases, prints the figures, and writes them after every case."""
     jax.config.update("jax_platforms", "cpu")
     cases = matching([*all_cases(), *all_steps()], args.cases)
     if args.list:
@@ -72,7 +72,13 @@ def _target(name: str) -> Target:
 
 
 def schedule(target: Target, cases: list, output: str | None) -> dict[str, Any]:
-    """The content of the file."""
+    """Compiles and analyzes the cases; returns the content of the file of figures.
+
+    Args:
+        target: the GPU to compile for.
+        cases: cases and steps.
+        output: the file that is rewritten after every case, or None.
+    """
     require_disassembler()
     (device,) = absent_devices(target)
     processor = Processor.of(device.core_count, target.flops, target.bandwidth)
@@ -107,15 +113,16 @@ def _kernel(device, processor: Processor, case: Case) -> dict[str, Any]:
     facts = {"name": case.name, "kernel": case.kernel, "by": case.by}
     try:
         lowered = lower_for(device, case.function, *case.shapes)
-        report = _meant(assembler_reports(lowered, compiler_options(), disassemble=True))
+        reports = assembler_reports(lowered, compiler_options(), disassemble=True)
+        report = _last_with_products(reports)
         loops = hot_loops(report, case.element)
-    except Exception as error:  # whatever another library raises is a finding, not an end
+    except Exception as error:  # a failure is recorded, and the other cases go on
         return facts | {"error": one_line(error)}
-    return facts | _assembled(report) | {"loops": [_loop(each, processor) for each in loops]}
+    return facts | _assembled(report) | {"loops": [_loop(loop, processor) for loop in loops]}
 
 
-def _meant(reports: list[KernelReport]) -> KernelReport:
-    """The last kernel of a program that multiplies: after it, results may be put together."""
+def _last_with_products(reports: list[KernelReport]) -> KernelReport:
+    """The last kernel with tensor-core products; kernels after it may only merge results."""
     return [report for report in reports if report.wgmma][-1]
 
 

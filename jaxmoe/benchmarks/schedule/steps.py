@@ -12,14 +12,19 @@ from jaxmoe.plan.steps import abstract_arguments, lower_step
 from jaxmoe.plan.targets import Target, absent_devices, parse_target
 from pallas_kernels.compile.absent import compiler_options
 
-PERIOD = 4  # layers after which their kinds repeat
+PERIOD = 4  # the number of layers after which their kinds repeat
 MESH, KV = "tensor=8", "int8"
-CONTEXTS = {1: 1_000_000, 64: 65536}  # by rows
+CONTEXTS = {1: 1_000_000, 64: 65536}  # tokens of each row, by the number of rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One token for each of some rows."""
+    """A decoding step: one new token for each row.
+
+    Attributes:
+        model: the name of a preset.
+        rows: the batch size.
+    """
 
     model: str
     rows: int
@@ -33,7 +38,7 @@ class Step:
         return PRESETS[self.model]
 
     def figures(self, target: Target) -> dict[str, Any]:
-        """Device operations of a further layer, by kind of operation and by kind of layer."""
+        """The step's figures: operations of a further layer, by kind of operation and of layer."""
         compile_layers = functools.cache(functools.partial(self.compiled, str(target.compiler)))
         last = entry_operations(compile_layers(2 * PERIOD))
         kinds = enumerate(self.config.layers[PERIOD : 2 * PERIOD], PERIOD)
@@ -48,7 +53,7 @@ class Step:
         }
 
     def compiled(self, gpu: str, layers: int) -> str:
-        """The program of a model with so many layers, as text."""
+        """Compiles the model's first `layers` layers for eight GPUs; returns the HLO text."""
         mesh = MeshConfig.parse(MESH).make(absent_devices(parse_target(f"{gpu}x8")))
         config = dataclasses.replace(self.config, layers=self.config.layers[:layers])
         capacity = round_capacity(CONTEXTS[self.rows], mesh)
@@ -58,5 +63,5 @@ class Step:
 
 
 def all_steps() -> list[Step]:
-    """Of both models, and of few and many rows."""
+    """The steps of both models, and of one and of many rows."""
     return [Step("scout", 1), Step("scout", 64), Step("maverick", 1)]

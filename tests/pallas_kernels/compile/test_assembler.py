@@ -1,4 +1,4 @@
-"""What ptxas says, as ptxas 13.5 said it of kernels that were made to spill and to serialize."""
+"""Reports are parsed from output of ptxas 13.5 on kernels made to spill and to serialize."""
 
 import functools
 import os
@@ -67,7 +67,7 @@ def test_good():
 
 
 def test_each_kernel_has_its_own_figures():
-    """Catches spills, instructions and warnings that are taken for another kernel's."""
+    """Catches spills, instructions and warnings that are assigned to another kernel."""
     good, spilling, serial = parse_reports(GOOD + SPILLING + SERIAL)
     assert good == parse_reports(GOOD)[0]
     assert spilling == KernelReport("spilling_kernel", 166, 140, 208, 1, (SPILLED,))
@@ -82,7 +82,7 @@ def test_a_warning_that_names_no_kernel_is_everyones():
 
 
 def test_code_is_that_of_its_kernel():
-    """Catches the code of one of two kernels with one name that is given to both, or to neither."""
+    """Catches code of one of two kernels of equal names that both kernels get, or neither."""
 
     def code(line):
         head = "\t.target\tsm_90a\n\n\n//--------------------- .text.good_kernel -----------\n"
@@ -99,7 +99,7 @@ def test_nothing_to_report(line):
 
 
 def lower(repeats=1):
-    """Attention of attention, on a GPU that is not there."""
+    """Lowers attention applied to its own output, `repeats` times, for an absent GPU."""
     attend = functools.partial(flash_attention, scale=1.0, implementation="mosaic_gpu")
 
     def function(x):
@@ -128,7 +128,7 @@ def test_kernels_that_mosaic_has_already_are_reported():
 
 @pytest.mark.absent_gpu
 def test_no_report_is_an_error():
-    """Catches a program that JAX has compiled already, and so passes."""
+    """A program that JAX has compiled before raises, since no reports are printed for it."""
     lowered = lower()
     lowered.compile(compiler_options())
     with pytest.raises(CompilerError, match="on 0 of 1 kernels: report on a program before"):
@@ -137,7 +137,7 @@ def test_no_report_is_an_error():
 
 @pytest.mark.absent_gpu
 def test_no_code_is_an_error(monkeypatch, tmp_path):
-    """Catches a disassembler that fails silently."""
+    """A disassembler that fails silently raises an error."""
     broken = tmp_path / "bin" / "nvdisasm"
     broken.parent.mkdir()
     broken.write_text("#!/bin/sh\nexit 0\n")

@@ -1,4 +1,4 @@
-"""Loops of machine code: the streaming matmul's, as nvdisasm 13.5 prints it, and made ones."""
+"""Loops are found in nvdisasm 13.5's output of the streaming matmul, and in synthetic code."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ STREAM = (Path(__file__).parent / "stream_loop.sass").read_text()
 
 
 def code(*lines):
-    """Machine code of instructions and labels."""
+    """Synthetic machine code of these instructions and labels."""
     text, address = [], 0
     for line in lines:
         if line.endswith(":"):
@@ -21,12 +21,12 @@ def code(*lines):
     return parse_sass("\n".join(text))
 
 
-def opcodes(turn):
-    return [each.opcode for each in turn]
+def opcodes(iteration):
+    return [each.opcode for each in iteration]
 
 
 def test_instructions():
-    """Catches control information, predicates or operands that are taken for something else."""
+    """Catches control information, predicates or operands that are parsed as something else."""
     instructions = {each.address: each for each in parse_sass(STREAM).instructions}
     assert instructions[0xC40] == Instruction(0xC40, "!P2", "BRA", "`(.L_x_2)", 5)
     assert instructions[0xC30] == Instruction(
@@ -37,18 +37,18 @@ def test_instructions():
 
 
 def test_a_kernel_s_loop():
-    """Catches the code that asks a barrier again, which lies after the loop and jumps back."""
-    (turn,) = parse_sass(STREAM).loops
-    assert [each.address for each in turn] == list(range(0xBC0, 0xEC0, 16))
+    """The iteration leaves out the code behind the loop that polls a barrier and jumps back."""
+    (iteration,) = parse_sass(STREAM).loops
+    assert [each.address for each in iteration] == list(range(0xBC0, 0xEC0, 16))
 
 
-def test_the_longest_way_of_a_turn():
-    """Catches a turn that skips what a branch may skip, or has both of what only one runs."""
-    (turn,) = code(
+def test_the_longest_path_of_an_iteration():
+    """The iteration has what a branch may skip, and only one of two alternatives."""
+    (iteration,) = code(
         *("UMOV", ".a:", "FADD", "@P0 BRA `(.b)", "FMUL", "FMUL", "BRA `(.c)", ".b:", "FFMA"),
         *(".c:", "@P1 BRA `(.a)", "EXIT"),
     ).loops
-    assert opcodes(turn) == ["FADD", "BRA", "FMUL", "FMUL", "BRA", "BRA"]
+    assert opcodes(iteration) == ["FADD", "BRA", "FMUL", "FMUL", "BRA", "BRA"]
 
 
 def test_only_innermost_loops():
@@ -56,16 +56,16 @@ def test_only_innermost_loops():
         *(".a:", "IADD3", ".b:", "FADD", "@P0 BRA `(.b)", ".c:", "FMUL", "BRA.U UP0, `(.c)"),
         *("@P1 BRA `(.a)", "EXIT"),
     ).loops
-    assert [opcodes(turn) for turn in loops] == [["FADD", "BRA"], ["FMUL", "BRA.U"]]
+    assert [opcodes(iteration) for iteration in loops] == [["FADD", "BRA"], ["FMUL", "BRA.U"]]
 
 
 @pytest.mark.parametrize("asks", ["SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3", "USETMAXREG 0xe8"])
 def test_waiting_is_no_loop(asks):
-    """One that waits within it stays a loop, and waits once."""
+    """A loop that only polls is none; a loop that polls within it remains, with one poll."""
     wait = (".w:", asks, "@!P0 BRA `(.w)")
     assert code(*wait, "EXIT").loops == []
-    (turn,) = code(".a:", "FADD", *wait, "FMUL", "@P1 BRA `(.a)", "EXIT").loops
-    assert opcodes(turn) == ["FADD", asks.split()[0], "BRA", "FMUL", "BRA"]
+    (iteration,) = code(".a:", "FADD", *wait, "FMUL", "@P1 BRA `(.a)", "EXIT").loops
+    assert opcodes(iteration) == ["FADD", asks.split()[0], "BRA", "FMUL", "BRA"]
 
 
 def test_what_is_never_reached_is_no_loop():
@@ -73,5 +73,5 @@ def test_what_is_never_reached_is_no_loop():
 
 
 def test_a_predicated_exit_goes_on():
-    (turn,) = code(".a:", "@P0 EXIT", "FADD", "BRA `(.a)").loops
-    assert opcodes(turn) == ["EXIT", "FADD", "BRA"]
+    (iteration,) = code(".a:", "@P0 EXIT", "FADD", "BRA `(.a)").loops
+    assert opcodes(iteration) == ["EXIT", "FADD", "BRA"]

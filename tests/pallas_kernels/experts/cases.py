@@ -1,4 +1,4 @@
-"""Cases of items by group, their arrays, and the results in float64 NumPy, one item at a time."""
+"""Cases of grouped items with their arrays, and reference results in float64 NumPy by item."""
 
 import dataclasses
 from typing import NamedTuple
@@ -7,12 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.experts import plan_groups
+from pallas_kernels.experts import make_group_metadata
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The group of each item; E and more mean that the item has none."""
+    """Items and their groups.
+
+    A group of E or more means that the item has none. `block` is the rows of a block, and D and F
+    are the inputs and outputs of the matrices.
+    """
 
     name: str
     group: tuple[int, ...]
@@ -35,7 +39,7 @@ def drawn(count, below, seed=0):
 
 
 def sized(*sizes, seed=0):
-    """So many items of group 0, 1 and on, mixed."""
+    """The groups of items, shuffled, such that group i has sizes[i] items."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     return tuple(np.random.default_rng(seed).permutation(group).tolist())
 
@@ -64,7 +68,7 @@ CASES = [
     Case("a block larger than all", drawn(6, 3), 3, 16),
     Case("two experts a token", tuple(TWO_A_TOKEN), 4, 4),
 ]
-# Widths that kernels take. Those of equal shape share a compilation.
+# Sizes that the kernels serve. Cases of equal shape share a compilation.
 KERNEL_CASES = [
     streamed("blocks of 8, two experts a token", tuple(TWO_A_TOKEN)),
     streamed("blocks of 8, first and last group empty", sized(0, 13, 11, 0)),
@@ -90,7 +94,7 @@ def named(name):
 
 
 def planned(case):
-    return jax.jit(plan_groups, static_argnums=(1, 2))(case.items, case.E, case.block)
+    return jax.jit(make_group_metadata, static_argnums=(1, 2))(case.items, case.E, case.block)
 
 
 class Arrays(NamedTuple):
@@ -102,7 +106,7 @@ class Arrays(NamedTuple):
 
 
 def draw(case, dtype="float32") -> Arrays:
-    """Matrices without items are NaN, which shows as soon as anything is multiplied with them."""
+    """Random arrays; matrices of groups without items are NaN, so that any use of them shows."""
     rng, N, matrices = np.random.default_rng(0), len(case.group), (case.E, case.D, case.F)
     shapes = Arrays((N, case.D), (N,), matrices, matrices, (N, case.F))
     arrays = Arrays(*(rng.standard_normal(shape).astype(dtype) for shape in shapes))
@@ -111,7 +115,7 @@ def draw(case, dtype="float32") -> Arrays:
 
 
 class Results(NamedTuple):
-    """Of x @ up by group."""
+    """The product x @ up by group, and its gradients."""
 
     out: np.ndarray
     dx: np.ndarray
@@ -119,7 +123,7 @@ class Results(NamedTuple):
 
 
 class GatedResults(NamedTuple):
-    """Of silu(scale * x @ gate) * (scale * x @ up) by group."""
+    """silu(scale * x @ gate) * (scale * x @ up) by group, and its gradients."""
 
     out: np.ndarray
     dx: np.ndarray
@@ -155,7 +159,7 @@ def judge_gated(case, arrays: Arrays) -> GatedResults:
 
 
 def placed(case):
-    """Items that have a group, and the group."""
+    """Pairs of an item that has a group, and that group."""
     return [(i, group) for i, group in enumerate(case.group) if group < case.E]
 
 

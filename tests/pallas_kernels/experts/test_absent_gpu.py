@@ -1,4 +1,4 @@
-"""Grouped matmuls at Llama 4's sizes, compiled for H100s and H200s that are not there."""
+"""Grouped matmuls at Llama 4's sizes, compiled for absent H100s and H200s."""
 
 import functools
 
@@ -18,7 +18,7 @@ from pallas_kernels.compile.absent import (
 )
 from pallas_kernels.compile.assembler import assembler_reports
 from pallas_kernels.experts import gated_matmul, grouped_implementation, grouped_matmul
-from pallas_kernels.experts.grouped_mosaic import Config
+from pallas_kernels.experts.grouped_mosaic import GroupedMosaicConfig
 from pallas_kernels.experts.mosaic_kernels import TileConfig
 from pallas_kernels.quantized import quantize_matrix
 
@@ -44,7 +44,7 @@ def shaped(*shape, dtype=jnp.bfloat16):
 
 
 def arguments(size, into=D, out=F):
-    """Rows, matrices, each block's group, and a scale of each row."""
+    """Shapes of rows, matrices, the group of each block and the scale of each row."""
     groups, block, rows = SIZES[size]
     return (
         shaped(rows, into),
@@ -70,7 +70,7 @@ def gradients(x, w, group, scale):
 
 
 def check(lowered, kernels):
-    """Nothing spills, and products do not wait for one another."""
+    """Asserts the number of kernels, no spilled registers, and no serialized products."""
     reports = assembler_reports(lowered, compiler_options())
     assert sorted(report.name for report in reports) == sorted(kernels)
     for report in reports:
@@ -97,7 +97,7 @@ def test_down(device, size):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients(device, size):
-    """The products themselves are not needed; small blocks leave the weights' gradient to XLA."""
+    """Gradients need no forward products; small blocks leave the weights' gradient to XLA."""
     lowered = lower_for(*DEVICES[device](1), gradients, *arguments(size))
     check(lowered, [TILES, GRADIENT] if size == "scout" else [STREAM])
 
@@ -125,7 +125,7 @@ def test_kernels_are_picked(device, size):
 
 
 def layer_arguments():
-    """Parameters of a Scout layer, its tokens, and which of them are real."""
+    """Shapes of a Scout layer's parameters, its tokens, and which tokens are no padding."""
     E, shared = SCOUT.num_local_experts, {"gate": (D, F), "up": (D, F), "down": (F, D)}
     experts = {name: (E, *shape) for name, shape in shared.items()}
     shapes = {"router": (D, E), "shared": shared, "experts": experts}
@@ -136,8 +136,8 @@ def layer_arguments():
 def test_memory_of_a_layer():
     """Catches an extra copy of rows or of hidden values.
 
-    Of what is computed, the output aside, at most two things must be there at a time: the routed
-    rows, coming or going, and their hidden values; or gate and up of the shared expert.
+    Besides the output, at most two arrays need to exist at the same time: the routed rows and
+    their hidden values, or gate and up of the shared expert.
     """
     mesh = MeshConfig().make(absent_h100s(1))
     whole = jax.sharding.NamedSharding(mesh, jax.P())
@@ -154,8 +154,10 @@ def test_memory_of_a_layer():
 
 
 def test_spills_are_seen():
-    """Catches a check that nothing fails: sums of 2 x 256 columns leave no register free."""
-    function = functools.partial(gated, config=Config(TileConfig(columns=512, slots=1)))
+    """The check fails for a tile of 512 columns, whose accumulators exceed the registers."""
+    function = functools.partial(
+        gated, config=GroupedMosaicConfig(TileConfig(columns=512, slots=1))
+    )
     lowered = lower_for(*absent_h100s(1), function, *arguments("scout"))
     with pytest.raises(AssertionError):
         check(lowered, [TILES])

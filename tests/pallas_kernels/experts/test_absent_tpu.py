@@ -1,4 +1,4 @@
-"""The megablox kernels at Llama 4's sizes, compiled for TPUs that are not there."""
+"""The megablox kernels at Llama 4's sizes, compiled for absent TPUs."""
 
 import functools
 
@@ -22,7 +22,7 @@ D, F, TOKENS = SCOUT.hidden_size, SCOUT.intermediate_size, 16384
 
 
 def arguments(dtype="bfloat16", block=128, groups=16):
-    """Rows, hidden values, matrices, each block's group, and a scale of each row."""
+    """Shapes of rows, hidden values, matrices, group of each block and scale of each row."""
     rows, into, out = TOKENS + block * groups, (groups, D, F), (groups, F, D)
     arrays = [jax.ShapeDtypeStruct(z, dtype) for z in ((rows, D), (rows, F), into, into, out)]
     group = jax.ShapeDtypeStruct((rows // block,), jnp.int32)
@@ -30,7 +30,7 @@ def arguments(dtype="bfloat16", block=128, groups=16):
 
 
 def products_and_gradients(x, h, gate, up, down, group, scale):
-    """Gated, and those of both other matrices; each stands in for the other's cotangent."""
+    """Gated and plain products with their gradients, each with the other as its cotangent."""
     multiply = functools.partial(grouped_matmul, group_of_block=group)
     into, out = (jax.vjp(multiply, *operands) for operands in ((x, up), (h, down)))
     return gated_matmul(x, gate, up, group, scale), out[0], into[1](h), out[1](x)
@@ -46,7 +46,7 @@ def first_of(topology):
     + [(topology, dtype, 128) for topology in TPUS for dtype in ("bfloat16", "float32")],
 )
 def test_compiles_for_tpus(topology, dtype, block):
-    """Catches tiles that do not fit on chip."""
+    """Catches tiles that do not fit into a TPU's on-chip memory."""
     shapes = arguments(dtype, block)
     compiled = lower_for(first_of(topology), products_and_gradients, *shapes).compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 7

@@ -1,4 +1,4 @@
-"""Mistakes in a call are ValueErrors at trace time, each naming the value and what is allowed."""
+"""Mistakes in a call raise a ValueError at trace time that names the value and what is allowed."""
 
 import functools
 
@@ -31,7 +31,7 @@ def call(rows=16, width=64, out=128, dtype=jnp.bfloat16, blocks=2):
 
 
 def stored(format, width):
-    """Such matrices as `call` has."""
+    """The shapes of quantized matrices of the sizes in `call`."""
     return jax.eval_shape(lambda w: quantize_matrix(w, format, width), array(4, 64, 128))
 
 
@@ -104,14 +104,15 @@ MISTAKES = {
     ),
     "interpreter of another": (MOSAIC | {"interpret": True}, "plgpu.InterpretGPUParams"),
 }
-# What `grouped_implementation`, which takes no config, does not see.
+# Mistakes in the config, which `grouped_implementation` does not take.
 CONFIGS = {
     "config of another implementation": (
-        {"implementation": "xla", "config": grouped_mosaic.Config()},
-        "not for implementation 'xla', which takes pallas_kernels.experts.grouped_xla.Config",
+        {"implementation": "xla", "config": grouped_mosaic.GroupedMosaicConfig()},
+        "not for implementation 'xla', which takes "
+        r"pallas_kernels\.experts\.grouped_xla\.GroupedXlaConfig",
     ),
     "config of what is not chosen": (
-        {"config": grouped_mosaic.Config()},
+        {"config": grouped_mosaic.GroupedMosaicConfig()},
         "not for implementation 'xla'",
     ),
 }
@@ -177,13 +178,13 @@ def test_mistake_in_a_gated_product_alone(untyped, change, says):
 
 
 def test_the_call_without_a_mistake():
-    """That all the others differ from by their mistake alone."""
+    """The call that every case changes by one mistake is itself correct."""
     assert grouped_implementation(**CALL) == "xla"
     assert grouped_implementation(**CALL, **MOSAIC) == "mosaic_gpu"
     assert grouped_implementation(**CALL, interpret=True) == "megablox"
     scale = {"row_scale": array(16)}
     for out in (
-        traced(grouped_matmul, **CALL, config=grouped_xla.Config()),
+        traced(grouped_matmul, **CALL, config=grouped_xla.GroupedXlaConfig()),
         traced(gated_matmul, **gate_and_up(**CALL), **scale),
     ):
         assert (out.shape, out.dtype) == ((16, 128), jnp.bfloat16)

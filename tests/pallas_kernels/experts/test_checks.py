@@ -1,4 +1,4 @@
-"""The debug check of groups that kernels would overrun."""
+"""The debug check of group_of_block catches values that would make a kernel read out of bounds."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def gate(group):
 
 
 def run(function, groups):
-    """Compiled anew: the switch is read when tracing."""
+    """Traces and runs a new program, since the switch is read when a program is traced."""
     jax.block_until_ready(jax.jit(lambda group: function(group))(jnp.array(groups)))
     jax.effects_barrier()
 
@@ -49,7 +49,7 @@ def test_what_is_allowed_passes(monkeypatch, function):
 
 @pytest.mark.parametrize("value", [None, "0", ""])
 def test_switched_off(monkeypatch, value):
-    """Nothing of it is in the program."""
+    """The check leaves no trace in the program."""
     monkeypatch.delenv(SWITCH, raising=False)
     if value is not None:
         monkeypatch.setenv(SWITCH, value)

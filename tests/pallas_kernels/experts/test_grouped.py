@@ -1,4 +1,4 @@
-"""Products by group: every implementation against float64 NumPy on one table of cases."""
+"""Grouped products of every implementation agree with float64 NumPy on one table of cases."""
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def test_gated_products_and_gradients(way, dtype, case):
 
 @over(runs(XLA, "float32", FEW), runs(MOSAIC_GPU, "bfloat16", KERNEL_CASES + FORWARD_CASES))
 def test_gated_products_that_are_not_differentiated(way, dtype, case):
-    """Both matrices by one kernel."""
+    """Without gradients, both products are computed by one kernel."""
     arrays = draw(case, dtype)
     got = way.call(gated, planned(case), *arrays[:4])
     assert got.dtype == dtype
@@ -86,9 +86,9 @@ def test_gated_products_without_a_scale(way, dtype, case):
 
 @over(runs(XLA, "bfloat16", [STREAMED, TILED]), runs(MEGABLOX, "bfloat16", [STREAMED, TILED]))
 def test_blocks_without_a_group_are_skipped(way, dtype, case):
-    """They stay zero or, in an interpreter, NaN: multiplied with any matrix they would be D.
+    """Results of empty blocks stay zero, or NaN in an interpreter; computed they would be D.
 
-    The GPU interpreter cannot tell: there, reading beyond the last matrix gives NaN too.
+    The GPU interpreter cannot show this: reading beyond the last matrix gives NaN there too.
     """
     plan, w = planned(case), np.ones((case.E, case.D, case.F), dtype)
     rows = np.ones((len(plan.item_of_row), case.D), dtype)
@@ -99,7 +99,7 @@ def test_blocks_without_a_group_are_skipped(way, dtype, case):
 
 
 def test_sums_are_float32():
-    """A bfloat16 sum of ones stops at 256."""
+    """Sums of more than 256 ones are exact, which a bfloat16 sum would not be."""
     x, w = jnp.ones((8, 1000), jnp.bfloat16), jnp.ones((1, 1000, 2), jnp.bfloat16)
     y, transpose = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.zeros(2, jnp.int32)), x, w)
     dx, dw = transpose(y)
@@ -111,7 +111,7 @@ def test_sums_are_float32():
 
 @pytest.mark.parametrize("judged", [judge, judge_gated])
 def test_the_judge_differentiates_itself(judged):
-    """Its gradients against its own products, by central differences."""
+    """The reference's gradients agree with central differences of its own products."""
     case = named("some without a group")
     *inputs, d_out = (np.nan_to_num(z).astype(np.float64) for z in draw(case))
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""Items to their rows and back, exactly: no rounding but that of one sum."""
+"""dispatch and combine are exact, except for the rounding of the sum with shared rows."""
 
 import contextlib
 import functools
@@ -43,7 +43,7 @@ class Arrays(NamedTuple):
 
 
 def draw(case, dtype, width):
-    """Rows without an item are NaN where they are read from: nothing may come of them."""
+    """Random arrays; rows without an item are NaN, so that any use of them shows."""
     plan, rng = planned(case), np.random.default_rng(0)
     N, R = len(plan.row_of_item), len(plan.item_of_row)
     arrays = Arrays(
@@ -55,7 +55,7 @@ def draw(case, dtype, width):
 
 
 def judge(plan, arrays: Arrays) -> Results:
-    """One item at a time."""
+    """The reference results, computed one item at a time."""
     x, y, shared, d_rows, d_items = (np.asarray(z) for z in arrays)
     rows, dy = np.zeros_like(y), np.zeros_like(y)
     items, dx = np.zeros_like(x), np.zeros_like(x)
@@ -104,27 +104,27 @@ def test_kernels(case):
 @over(FEW)
 @pytest.mark.parametrize("width", [128, 384])
 def test_kernels_in_float32(width, case):
-    """Pieces of 128 elements: one, and several."""
+    """Widths of one and of several pieces of 128 elements are served."""
     check(GPU, case, "float32", width)
 
 
 @over(FEW)
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_blocks_of_rows(rows, case):
-    """Those that divide nothing, and one that is larger than all."""
-    check((*GPU, ("config", moves_mosaic.Config(rows=rows))), case, "bfloat16", 128)
+    """Blocks that do not divide the rows, and one larger than all rows, are served."""
+    check((*GPU, ("config", moves_mosaic.MoveMosaicConfig(rows=rows))), case, "bfloat16", 128)
 
 
 @pytest.mark.parametrize("options", [XLA, GPU])
 def test_nothing_is_scattered(options):
-    """Going forward and backward, there are only gathers."""
+    """Forward and backward programs have gathers only."""
     program = str(jax.make_jaxpr(moved, static_argnums=0)(options, *draw(FEW[0], "float32", 128)))
     assert "scatter" not in program
     assert ("gather" in program) == (options is XLA)
 
 
 def test_gradient_of_a_compiled_move():
-    """What the backward pass keeps survives `jit` in between."""
+    """Residuals of the backward pass can cross a `jit` boundary."""
     plan, arrays = draw(FEW[0], "float32", 4)
     move = jax.jit(lambda y, shared: combine(plan, y, shared))
     for argument, wanted in ((0, "dy"), (1, "d_shared")):
@@ -135,7 +135,7 @@ def test_gradient_of_a_compiled_move():
 
 
 def test_a_column_of_scores_goes_by_xla():
-    """Of too few elements to be worth a copy each."""
+    """Rows of one element, such as router weights, are left to XLA."""
     interpret = dict(GPU)["interpret"]
     assert move_implementation(array(16, 1), interpret=interpret) == "xla"
     assert move_implementation(array(16, 128), interpret=interpret) == "mosaic_gpu"
@@ -147,7 +147,7 @@ def test_a_column_of_scores_goes_by_xla():
     [(5120, False, 4), (5120, True, 2), (128, True, 8), (32768, True, 1)],
 )
 def test_rows_of_a_block(width, adds, rows):
-    """A fifth of shared memory, so that five blocks run side by side."""
+    """A block takes at most a fifth of shared memory, so that five run on a multiprocessor."""
     assert moves_mosaic.config_for(moves.MoveCase(width, "bfloat16", adds)).rows == rows
 
 
@@ -182,12 +182,12 @@ MISTAKES = {
     "interpreter of another": (KERNEL | {"interpret": True}, "plgpu.InterpretGPUParams"),
     "integers": ({"dtype": jnp.int8}, "is int8.*; it must be floating"),
     "config of another implementation": (
-        {"implementation": "xla", "config": moves_mosaic.Config()},
-        "not for implementation 'xla', which takes pallas_kernels.experts.moves.XlaConfig",
+        {"implementation": "xla", "config": moves_mosaic.MoveMosaicConfig()},
+        "not for implementation 'xla', which takes pallas_kernels.experts.moves.MoveXlaConfig",
     ),
-    "no rows": (KERNEL | {"config": moves_mosaic.Config(rows=0)}, "config has rows=0"),
+    "no rows": (KERNEL | {"config": moves_mosaic.MoveMosaicConfig(rows=0)}, "config has rows=0"),
     "too many rows": (
-        KERNEL | {"config": moves_mosaic.Config(rows=23), "width": 5120},
+        KERNEL | {"config": moves_mosaic.MoveMosaicConfig(rows=23), "width": 5120},
         "config has rows=23; a block of such rows has from 1 to 22",
     ),
 }
@@ -240,8 +240,8 @@ def test_shared_rows_of_another_type(untyped):
 
 
 def test_the_call_without_a_mistake():
-    """That all the others differ from by their mistake alone."""
+    """The call that every case changes by one mistake is itself correct."""
     rows = array(rows_of_plan(), 128)
-    for options in ({}, dict(GPU), dict(XLA) | {"config": moves.XlaConfig()}):
+    for options in ({}, dict(GPU), dict(XLA) | {"config": moves.MoveXlaConfig()}):
         assert traced(dispatch, array(50, 128), **options).shape == rows.shape
         assert traced(combine, rows, array(50, 128), **options).shape == (50, 128)

@@ -1,4 +1,4 @@
-"""Rows moved at Scout's size, compiled for H100s and H200s that are not there."""
+"""dispatch and combine at Scout's size, compiled for absent H100s and H200s."""
 
 import functools
 
@@ -17,8 +17,8 @@ from pallas_kernels.compile.absent import (
     mesh_of,
 )
 from pallas_kernels.compile.assembler import assembler_reports
-from pallas_kernels.experts import GroupPlan, combine, dispatch, move_implementation
-from pallas_kernels.experts.moves_mosaic import Config
+from pallas_kernels.experts import GroupMetadata, combine, dispatch, move_implementation
+from pallas_kernels.experts.moves_mosaic import MoveMosaicConfig
 from tests.pallas_kernels.experts.test_absent_gpu import layer_arguments
 
 pytestmark = pytest.mark.absent_gpu
@@ -34,9 +34,9 @@ def shaped(*shape, dtype=jnp.bfloat16):
 
 
 def arguments(size, width=D, dtype=jnp.bfloat16):
-    """A plan, its items and its rows."""
+    """Shapes of group metadata, its items and its rows."""
     N, R = SIZES[size]
-    plan = GroupPlan(*(shaped(count, dtype=jnp.int32) for count in (N, R, E, E)))
+    plan = GroupMetadata(*(shaped(count, dtype=jnp.int32) for count in (N, R, E, E)))
     return plan, shaped(N, width, dtype=dtype), shaped(R, width, dtype=dtype)
 
 
@@ -53,17 +53,17 @@ def back_to_shared(plan, x, y, **options):
 
 
 def gradients(plan, x, y, **options):
-    """Of either; what they are at is not needed, and not computed."""
+    """The gradients of both moves, which need no forward results."""
     _, to_x = jax.vjp(lambda x: dispatch(plan, x, **options), x)
     _, to_both = jax.vjp(lambda y, shared: combine(plan, y, shared, **options), y, x)
     return to_x(y), to_both(x)
 
 
-MOVES = {go: 1, back: 1, back_to_shared: 1, gradients: 2}  # and the kernels of each
+MOVES = {go: 1, back: 1, back_to_shared: 1, gradients: 2}  # moves, and how many kernels each has
 
 
 def check(lowered, kernels):
-    """Nothing spills, five blocks have room, and memory is taken for results alone."""
+    """Asserts no spills, room for five blocks on a multiprocessor, and memory for results only."""
     reports = assembler_reports(lowered, compiler_options())
     assert [report.name for report in reports] == [KERNEL] * kernels
     for report in reports:
@@ -96,8 +96,8 @@ def test_other_sizes(size, width, dtype, move):
 
 @pytest.mark.parametrize(("move", "rows"), [(go, 22), (back_to_shared, 11)])
 def test_largest_blocks(move, rows):
-    """As many rows as the check of a config lets pass do fit."""
-    function = functools.partial(move, config=Config(rows=rows))
+    """The largest config that passes the check of configs fits into shared memory."""
+    function = functools.partial(move, config=MoveMosaicConfig(rows=rows))
     lowered = lower_for(*absent_h200s(1), function, *arguments("scout"))
     assert len(assembler_reports(lowered, compiler_options())) == 1
 
@@ -109,10 +109,10 @@ def test_longest_rows():
 
 
 def test_a_lone_item_is_copied_by_its_index():
-    """Catches rows without an item that get the only item there is.
+    """Catches rows without an item that get the only item.
 
-    The compiler drops axes of size 1, and with the axis the index, out of range or not. Simulated
-    kernels keep it.
+    The compiler drops axes of size 1 with their index, even if it is out of range. The interpreter
+    keeps them.
     """
     lowered = lower_for(*absent_h200s(1), go, *arguments("one token"))
     assert f"tensor<2x{D // 256}x256xbf16>" in lowered.as_text()
@@ -120,7 +120,7 @@ def test_a_lone_item_is_copied_by_its_index():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_kernels_are_picked(device):
-    """But not for a score an item."""
+    """Kernels are picked for rows, but not for one router weight per item."""
     with jax.sharding.use_abstract_mesh(mesh_of(*DEVICES[device](1)).abstract_mesh):
         _, x, y = arguments("scout")
         for call in ((x,), (y,), (y, x)):
@@ -129,7 +129,7 @@ def test_kernels_are_picked(device):
 
 
 def test_a_layer_moves_its_tokens_by_kernels():
-    """There and back, and not by gathers of rows."""
+    """A layer dispatches and combines by kernels, and has no XLA gather of rows."""
     mesh = MeshConfig().make(absent_h100s(1))
     whole = jax.sharding.NamedSharding(mesh, jax.P())
     placed = jax.tree.map(

@@ -1,4 +1,4 @@
-"""Products with matrices of 8 or 4 bits, against float64 NumPy on what these stand for."""
+"""Products with quantized matrices agree with float64 NumPy on the dequantized ones."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from tests.pallas_kernels.experts.ways import MOSAIC_GPU, XLA, gated, multiplied
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# Format, and how many inputs share a scale: all of them, or 128.
+# Format and group_size: all inputs share a scale, or every 128 do.
 STORED = {"int8": None, "fp8": None, "int4": 128, "int8-128": 128, "fp8-128": 128}
 LONG = [dataclasses.replace(KERNEL_CASES[i], D=512) for i in (1, 6)]
 every_format = pytest.mark.parametrize("stored", STORED)
@@ -48,7 +48,7 @@ def in_format(format: str, width: int | None, w: np.ndarray) -> QuantizedMatrix:
 
 
 def prepared(stored, case, dtype) -> tuple[Arrays, QuantizedMatrix, QuantizedMatrix]:
-    """The case's arrays with what the matrices stand for, and the matrices."""
+    """The case's arrays with dequantized matrices, and the quantized gate and up."""
     arrays = draw(case, dtype)
     gate, up = (quantized(stored, w) for w in (arrays.gate, arrays.up))
     stand_for = {"gate": dequantize_matrix(gate), "up": dequantize_matrix(up)}
@@ -67,9 +67,9 @@ def test_products(way, dtype, case, stored):
 @pytest.mark.parametrize("format, width", [("fp8", 256), ("int8", 128), ("int4", 128)])
 @over(runs(XLA, "bfloat16", LONG), runs(MOSAIC_GPU, "bfloat16", LONG))
 def test_more_steps_than_slots(way, dtype, case, format, width):
-    """Several may share a scale, as in Meta's fp8 `down`, of which each rank's inputs have one."""
+    """Several steps may share a scale, as in Meta's fp8 `down`, with a scale per rank's inputs."""
     arrays = draw(case, dtype)
-    arrays.up[:, 256:] *= 3  # else scales would be alike
+    arrays.up[:, 256:] *= 3  # else all scales would be about equal
     up = in_format(format, width, arrays.up)
     got = way.call(multiplied, planned(case), arrays.x, up)
     arrays = arrays._replace(up=np.asarray(dequantize_matrix(up)))
@@ -89,7 +89,7 @@ def test_gated_products(way, dtype, case, stored):
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(options, plan, x, scale, gate, up, d_out):
-    """Of what is not a matrix."""
+    """The gradients by everything but the matrices."""
     f = functools.partial(gated, options, plan)
     _, transpose = jax.vjp(lambda x, scale: f(x, scale, gate, up), x, scale)
     return transpose(d_out)

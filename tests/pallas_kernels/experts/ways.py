@@ -1,4 +1,4 @@
-"""The implementations of `grouped_matmul` and `gated_matmul`, each as it runs without hardware."""
+"""The implementations of `grouped_matmul` and `gated_matmul`, as they run without hardware."""
 
 import contextlib
 import dataclasses
@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.choice import Implementation
 from pallas_kernels.experts import combine, dispatch, gated_matmul, grouped_matmul
 from pallas_kernels.experts.grouped import IMPLEMENTATIONS, GroupedCase
-from pallas_kernels.experts.grouped_megablox import Config as MegabloxConfig
-from pallas_kernels.experts.grouped_mosaic import Config as MosaicConfig
+from pallas_kernels.experts.grouped_megablox import GroupedMegabloxConfig
+from pallas_kernels.experts.grouped_mosaic import GroupedMosaicConfig
 from pallas_kernels.experts.mosaic_kernels import StreamConfig, TileConfig
 from pallas_kernels.experts.mosaic_quantized import QuantizedConfig
 from tests.pallas_kernels.attention.cases import no_races
@@ -25,7 +25,7 @@ from tests.pallas_kernels.experts.cases import GatedResults, Results, draw, plan
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """An implementation, with sizes that make little work for an interpreter."""
+    """An implementation with small sizes, which an interpreter runs quickly."""
 
     implementation: Implementation
     config: Any = None
@@ -33,7 +33,7 @@ class Way:
     checked: Callable = contextlib.nullcontext
 
     def why_not(self, case, dtype) -> str | None:
-        """Why it does not serve a case, or None."""
+        """Says why the implementation does not serve a case; None if it does."""
         call = GroupedCase(case.block, case.E, case.D, case.F, dtype, interpret=self.interpret)
         return self.implementation.why_not(call)
 
@@ -52,19 +52,21 @@ NAMED = {each.name: each for each in IMPLEMENTATIONS}
 XLA = Way(NAMED["xla"])
 MOSAIC_GPU = Way(
     NAMED["mosaic_gpu"],
-    MosaicConfig(
+    GroupedMosaicConfig(
         TileConfig(slots=2, together=2), StreamConfig(slots=2), QuantizedConfig(slots=2, together=2)
     ),
     plgpu.InterpretGPUParams(detect_races=True),
     no_races,
 )
 MEGABLOX = Way(
-    NAMED["megablox"], MegabloxConfig(row_bytes=512, columns=128, gradient=128), interpret=True
+    NAMED["megablox"],
+    GroupedMegabloxConfig(row_bytes=512, columns=128, gradient=128),
+    interpret=True,
 )
 
 
 def runs(way, dtype, cases):
-    """Those of the cases that an implementation serves, for `over`."""
+    """The cases that an implementation serves, as parameters for `over`."""
     return [
         pytest.param(way, dtype, case, id=f"{way.implementation.name}-{dtype}-{case.name}")
         for case in cases
@@ -78,7 +80,7 @@ def over(*all_runs):
 
 @jax.custom_vjp
 def spoil(plan, rows):
-    """NaN in the rows of blocks without a group, which may hold anything; backward too."""
+    """Sets rows of blocks without a group, which are undefined, to NaN; their cotangents too."""
     empty = plan.group_of_block == plan.group_sizes.shape[0]
     blocks = rows.reshape(len(empty), -1)
     return jnp.where(empty[:, None], jnp.nan, blocks).reshape(rows.shape).astype(rows.dtype)
@@ -97,7 +99,7 @@ def items_of(plan, rows):
 
 @functools.partial(jax.jit, static_argnums=0)
 def multiplied(options, plan, x, w):
-    """The items' products."""
+    """Each item multiplied by its group's matrix."""
     rows = rows_of(plan, x)
     return items_of(plan, grouped_matmul(rows, w, plan.group_of_block, **dict(options)))
 
@@ -109,7 +111,7 @@ def rows_multiplied(options, plan, rows, w):
 
 @functools.partial(jax.jit, static_argnums=0)
 def gated(options, plan, x, scale, gate, up):
-    """The items' gated products; without a scale if that is None."""
+    """The gated product of each item, scaled if `scale` is not None."""
     rows, group = rows_of(plan, x), plan.group_of_block
     if scale is not None:
         scale = rows_of(plan, scale[:, None])[:, 0]
@@ -130,7 +132,7 @@ def gated_differentiated(options, plan, x, scale, gate, up, d_out):
 
 @functools.cache
 def results(way, dtype, case) -> Results:
-    """All of a case's, by one run."""
+    """All results of a case by one run of an implementation."""
     x, _, _, w, d_out = draw(case, dtype)
     return way.call(differentiated, planned(case), x, w, d_out)
 

@@ -1,4 +1,4 @@
-"""The kernels of a decode step at Scout's and Maverick's sizes, compiled for an absent H100."""
+"""Kernels of a decode step at Scout's and Maverick's sizes, compiled for an absent H100."""
 
 import functools
 
@@ -12,10 +12,10 @@ from pallas_kernels.quantized import quantize
 from pallas_kernels.step import (
     HeadPlan,
     add_rms_norm,
+    busy_experts,
     experts_down,
     experts_gate_up,
     matmul_few,
-    slots_of,
     write_heads,
 )
 from pallas_kernels.step.heads import _rows_tile
@@ -38,7 +38,7 @@ def integers(*shape):
 
 
 def check(function, *arguments, kernels):
-    """Nothing spills, and the compiler warns of nothing."""
+    """Asserts the number of kernels, no spilled registers and no compiler warnings."""
     reports = assembler_reports(
         lower_for(*absent_h100s(1), function, *arguments), compiler_options()
     )
@@ -60,7 +60,7 @@ def test_norms_and_products(tokens):
 
 @pytest.mark.parametrize("experts", [8, 16, 24, 32, 64, 128])
 def test_routers(experts):
-    """TMA takes no other numbers; `decode_step` refuses them."""
+    """Routers with these numbers of experts compile; `decode_step` refuses others, as TMA does."""
 
     def run(x, router):
         return matmul_few(x, (router,), parts=None)
@@ -70,7 +70,7 @@ def test_routers(experts):
 
 @pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
 def test_a_tokens_keys_begin_where_tma_copies_from(format):
-    """At a multiple of 128 bytes of shared memory; no compiler says so, hardware fails."""
+    """Rows begin at multiples of 128 bytes, which only hardware would enforce."""
     pages = shaped(2, 1, 64, d)
     stored = jax.eval_shape(lambda x: quantize(x, format).qvalue, pages) if format else pages
     rows = _rows_tile(stored)
@@ -92,11 +92,11 @@ def test_heads(format, local):
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 16), (64, 16), (64, 128), (64, 0)])
 def test_experts(tokens, experts):
-    def run(x, gate, down, shared_gate, shared_down, expert, score):
+    def run(x, gate, down, shared_gate, shared_down, expert, router_weight):
         routed = (gate, gate) if experts else None
-        slots = slots_of(expert, experts) if experts else jnp.zeros(1, jnp.int32)
-        hidden = experts_gate_up(x, routed, (shared_gate, shared_gate), expert, score, slots)
-        return experts_down(hidden, down, shared_down, expert, slots)
+        busy = busy_experts(expert, experts) if experts else jnp.zeros(1, jnp.int32)
+        hidden = experts_gate_up(x, routed, (shared_gate, shared_gate), expert, router_weight, busy)
+        return experts_down(hidden, down, shared_down, expert, busy)
 
     gate, down = (shaped(experts, *s) if experts else None for s in ((D, F), (F, D)))
     arguments = shaped(tokens, D), gate, down, shaped(D, F), shaped(F, D)

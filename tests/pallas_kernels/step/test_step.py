@@ -1,4 +1,4 @@
-"""The kernels of a decode step against float64 or the layers' own functions, in the interpreter."""
+"""Kernels of a decode step agree with float64 or the layers' functions, in the interpreter."""
 
 import functools
 
@@ -14,10 +14,10 @@ from pallas_kernels.quantized import quantize
 from pallas_kernels.step import (
     HeadPlan,
     add_rms_norm,
+    busy_experts,
     experts_down,
     experts_gate_up,
     matmul_few,
-    slots_of,
     write_heads,
 )
 from pallas_kernels.step.heads import swap_pairs
@@ -46,7 +46,7 @@ def bad_first_row(x, bad):
 
 @pytest.mark.parametrize("tokens", [1, 5, 8, 20, 64])
 def test_matmul(tokens):
-    """Three matrices, one narrower than a tile; catches tokens and parts that are left out."""
+    """Multiplies by three matrices, one narrower than a tile; catches lost tokens and parts."""
     x, weights = draw(0, tokens, 256), [draw(i, 256, n) for i, n in ((1, 128), (2, 64), (3, 16))]
     out = interpreted(lambda x, *w, **run: matmul_few(x, w, parts=2, **run), x, *weights)
     assert out.shape == (2, -(-tokens // 8) * 8, 208)
@@ -64,7 +64,7 @@ def test_a_bad_token_reaches_no_other_in_products(bad):
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_norm(tokens, adds):
-    """Bit-equal to the layers', which round in the same places; one token is NaN."""
+    """Results are bit-equal to the layers', which round at the same points; one token is NaN."""
     x, weight = draw(0, tokens, 512), draw(1, 512)
     more = draw(2, 8, 512, dtype=jnp.float32) if adds else None
     x = x if tokens == 1 else bad_first_row(x, np.nan)
@@ -84,7 +84,7 @@ def empty(format, kv_heads):
 
 
 def head_plan(tokens, local, place):
-    """Angles or temperatures of random sizes, padded, and where tokens go."""
+    """A HeadPlan of random angles or temperatures and the given slots."""
     pad = functools.partial(np.pad, pad_width=((0, 64 - tokens), (0, 0)))
     angle = np.asarray(draw(5, tokens, d // 2, dtype=jnp.float32)) * 3
     cos, sin = (np.repeat(f(angle), 2, -1) for f in (np.cos, np.sin))
@@ -102,9 +102,9 @@ def head_plan(tokens, local, place):
      ("fp8", True, 1e-5), ("int4", False, None)],
 )  # fmt: skip
 def test_heads(format, local, norm_eps):
-    """Bit-equal to the layers' own functions, and to what `write` puts into the cache."""
+    """Queries and cache are bit-equal to those of the layers' functions and of `write`."""
     T, H, K = 3, 4, 2
-    place = np.array([70, PAGES * PAGE, 3], np.int32)  # the second token goes nowhere
+    place = np.array([70, PAGES * PAGE, 3], np.int32)  # the second token is not written
     plan, angle, temperature = head_plan(T, local, place)
     qkv, cache = draw(0, 2, 8, (H + 2 * K) * d, dtype=jnp.float32), empty(format, K)
     function = functools.partial(write_heads, heads=H, norm_eps=norm_eps)
@@ -134,15 +134,15 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def feed_forward(x, routed, shared, expert, score, shared_here=True, **run):
-    """routed, shared: gate, up and down."""
-    slots = jnp.zeros(1, jnp.int32)
+def feed_forward(x, routed, shared, expert, router_weight, shared_here=True, **run):
+    """The experts' results; `routed` and `shared` are (gate, up, down)."""
+    busy = jnp.zeros(1, jnp.int32)
     gate_up, down = None, None
     if routed:
-        slots = slots_of(expert, len(routed[2]), shared_here)
+        busy = busy_experts(expert, len(routed[2]), shared_here)
         gate_up, down = routed[:2], routed[2]
-    hidden = experts_gate_up(x, gate_up, shared[:2], expert, score, slots, **run)
-    return experts_down(hidden, down, shared[2], expert, slots, **run)
+    hidden = experts_gate_up(x, gate_up, shared[:2], expert, router_weight, busy, **run)
+    return experts_down(hidden, down, shared[2], expert, busy, **run)
 
 
 def matrices(seed, *outer):
@@ -151,9 +151,9 @@ def matrices(seed, *outer):
     return tuple(draw(seed + i, *outer, *s) * s[0] ** -0.5 for i, s in enumerate(shapes))
 
 
-def gated(x, weights, score=1.0):
+def gated(x, weights, router_weight=1.0):
     gate, up, down = map(exact, weights)
-    hidden = silu(score * (x @ gate)) * (score * (x @ up))
+    hidden = silu(router_weight * (x @ gate)) * (router_weight * (x @ up))
     return exact(jnp.asarray(hidden, jnp.bfloat16)) @ down
 
 
@@ -161,45 +161,51 @@ def gated(x, weights, score=1.0):
     ("experts", "expert", "shared_here"),
     [
         (4, [2], True),  # fewer tokens than experts
-        (4, [3, 4, 3], True),  # one goes nowhere
-        (4, [2, 1, -1, 0, 0, 2, 0, 2, 3], True),  # as many and more
-        (4, [1, 1], False),  # the shared expert is another device's
+        (4, [3, 4, 3], True),  # one token has no expert here
+        (4, [2, 1, -1, 0, 0, 2, 0, 2, 3], True),  # more tokens than experts
+        (4, [1, 1], False),  # another device has the shared expert
         (0, [0, 0, 0], True),  # a dense layer
     ],
 )
 def test_experts(experts, expert, shared_here):
-    """Of each token its own expert and the shared one, and nothing of the others."""
+    """Each token gets its expert's and the shared expert's result, and no other's."""
     T = len(expert)
-    x, score = draw(0, T, 256), np.linspace(0.2, 0.9, T, dtype=np.float32)
+    x, router_weight = draw(0, T, 256), np.linspace(0.2, 0.9, T, dtype=np.float32)
     routed, shared = matrices(10, experts) if experts else None, matrices(20)
     function = functools.partial(feed_forward, shared_here=shared_here)
     expert = np.array(expert, np.int32)
-    got = interpreted(lambda *a, **run: function(*a, **run), x, routed, shared, expert, score)
+    got = interpreted(
+        lambda *a, **run: function(*a, **run), x, routed, shared, expert, router_weight
+    )
     want = gated(exact(x), shared) if shared_here else np.zeros((T, 256))
     for t, e in enumerate(expert):
         if 0 <= e < experts:
-            want[t] += gated(exact(x[t]), [w[e] for w in routed], score[t])
+            want[t] += gated(exact(x[t]), [w[e] for w in routed], router_weight[t])
     assert_close(exact(got)[:T], want, 1e-3)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["token", "expert"])
 def test_what_is_bad_in_the_experts_stays_there(where, bad):
-    """A token, or an expert's matrices: tokens of other experts are bit-equal."""
-    x, score, expert = draw(0, 3, 256), np.ones(3, np.float32), np.array([1, 0, 2], np.int32)
+    """NaN in a token or in an expert's matrices leaves tokens of other experts bit-equal."""
+    x, router_weight, expert = (
+        draw(0, 3, 256),
+        np.ones(3, np.float32),
+        np.array([1, 0, 2], np.int32),
+    )
     routed, shared = matrices(10, 4), matrices(20)
-    want = interpreted(feed_forward, x, routed, shared, expert, score)
+    want = interpreted(feed_forward, x, routed, shared, expert, router_weight)
     if where == "token":
         x = bad_first_row(x, bad)
     else:
         routed = tuple(w.at[1].set(bad) for w in routed)
-    got = interpreted(feed_forward, x, routed, shared, expert, score)
+    got = interpreted(feed_forward, x, routed, shared, expert, router_weight)
     np.testing.assert_array_equal(got[1:3], want[1:3])
     assert not np.isfinite(got[0]).any()
 
 
 @pytest.mark.parametrize(
-    ("expert", "num_experts", "slots"),
+    ("expert", "num_experts", "busy"),
     [
         ([3], 4, [3, 0]),
         ([3, 3, 1], 4, [3, 4, 1, 0]),
@@ -207,6 +213,9 @@ def test_what_is_bad_in_the_experts_stays_there(where, bad):
         ([2, 2, 0, 2, 9], 4, [0, 4, 2, 4, 0]),
     ],
 )
-def test_slots(expert, num_experts, slots):
-    assert slots_of(jnp.array(expert), num_experts).tolist() == slots
-    assert slots_of(jnp.array(expert), num_experts, False).tolist() == [*slots[:-1], num_experts]
+def test_busy_experts(expert, num_experts, busy):
+    assert busy_experts(jnp.array(expert), num_experts).tolist() == busy
+    assert busy_experts(jnp.array(expert), num_experts, False).tolist() == [
+        *busy[:-1],
+        num_experts,
+    ]

@@ -1,4 +1,4 @@
-"""How many of a step's tokens each device of a mesh has, and how they meet the experts."""
+"""One device's share of a step: rows, tokens and heads, and how its tokens reach the experts."""
 
 import dataclasses
 import functools
@@ -10,16 +10,16 @@ from jaxmoe.plan.work import Work, abstract_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class DeviceShare:
     """One device's share of a step.
 
     Attributes:
-        rows: of the batch.
-        length: new tokens of each of its rows.
-        group: tokens that its experts choose from: those of all devices of the `expert` axis.
+        rows: rows of the batch on the device.
+        length: new tokens of each of these rows on the device.
+        group: tokens that may reach the device's experts: those of all devices of its expert group.
         heads: query heads.
-        kv_heads: key heads.
-        way: how tokens and experts meet, as `jaxmoe.model.moe.exchange_way` says it.
+        kv_heads: key and value heads.
+        exchange: how tokens reach their experts, as of `jaxmoe.model.moe.exchange_way`.
     """
 
     rows: int
@@ -27,28 +27,28 @@ class Spread:
     group: int
     heads: int
     kv_heads: int
-    way: str
+    exchange: str
 
     @property
     def tokens(self) -> int:
-        """New tokens."""
+        """The number of new tokens on the device."""
         return self.rows * self.length
 
 
 @functools.cache
-def spread(work: Work, mesh: MeshConfig) -> Spread:
-    """What lands on each device: rows or tokens that an axis does not divide are on all of it."""
+def device_share(work: Work, mesh: MeshConfig) -> DeviceShare:
+    """One device's share; rows or tokens are replicated over axes that do not divide them."""
     abstract, config = abstract_mesh(mesh), work.config
     batch = activation_axes(abstract, "batch", work.rows)
     length = activation_axes(abstract, "length", work.tokens)
     rows = work.rows // math.prod(abstract.shape[axis] for axis in batch)
     tokens = work.tokens // math.prod(abstract.shape[axis] for axis in length)
-    way = exchange_way(abstract, (work.rows, work.tokens, config.hidden_size))
-    return Spread(
+    exchange = exchange_way(abstract, (work.rows, work.tokens, config.hidden_size))
+    return DeviceShare(
         rows=rows,
         length=tokens,
-        group=rows * tokens * (1 if way == "stay" else mesh.expert),
+        group=rows * tokens * (1 if exchange == "stay" else mesh.expert),
         heads=config.num_attention_heads // mesh.tensor,
         kv_heads=config.num_key_value_heads // mesh.tensor,
-        way=way,
+        exchange=exchange,
     )

@@ -1,4 +1,4 @@
-"""The plan: which row each item takes, and the moves there and back."""
+"""Group metadata: which row each item takes, and dispatch and combine by it."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_no_more_rows_than_needed_at_worst(case):
 
 @every_case
 def test_items_keep_their_order_within_a_group(case):
-    """What makes sums over a group, and so the result, the same in every run."""
+    """The order of rows, and so of sums over a group, is the same in every run."""
     rows = np.asarray(planned(case).row_of_item)
     for group in range(case.E):
         assert (np.diff(rows[case.items == group]) > 0).all()
@@ -52,7 +52,7 @@ def test_items_keep_their_order_within_a_group(case):
 
 @every_case
 def test_dispatch_and_combine_are_transposes(case):
-    """<dispatch(x), y> = <x, combine(y)>, and each is the other's gradient."""
+    """<dispatch(x), y> = <x, combine(y)>, and each is the gradient of the other."""
     plan, rng = planned(case), np.random.default_rng(0)
     x = jnp.asarray(rng.integers(-9, 9, (len(case.group), case.D)), jnp.float32)
     y = jnp.asarray(rng.integers(-9, 9, (len(plan.item_of_row), case.D)), jnp.float32)
@@ -75,5 +75,5 @@ def test_items_come_back_from_their_rows(case):
     [(1, 16, 1), (31, 16, 1), (64, 16, 2), (100, 16, 2), (2048, 16, 64), (10**6, 16, 128)],
 )
 def test_block_is_half_an_average_group(items, groups, rows):
-    """So that rows without an item are fewer than items, where there are many items."""
+    """With many items, rows without an item are fewer than items."""
     assert block_rows(items, groups) == rows

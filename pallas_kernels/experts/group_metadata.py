@@ -1,0 +1,69 @@
+"""Assigns a row to each item so that items are sorted by group (group metadata).
+
+Items are tokens, or a token once for each of its experts; groups are experts. Every group starts on
+a block boundary, so that a block of rows is multiplied by one matrix. No item is dropped.
+
+Shape letters: N items, R rows, E groups.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.platform import target
+
+LEAST_OF_KERNELS = 8  # the smallest block of kernels: wgmma's columns, and rows of a TPU's tile
+
+
+class GroupMetadata(NamedTuple):
+    """The maps between items and rows.
+
+    Attributes:
+        row_of_item: the row of each item; R for an item without a group.
+        item_of_row: the item of each row; N for a row without an item.
+        group_of_block: the group of each block of rows, ascending; E for an empty block.
+        group_sizes: how many items each group has.
+    """
+
+    row_of_item: Int[Array, "N"]
+    item_of_row: Int[Array, "R"]
+    group_of_block: Int[Array, "blocks"]
+    group_sizes: Int[Array, "E"]
+
+
+def block_rows(num_items: int, num_groups: int, largest: int = 128) -> int:
+    """A block size in rows that wastes little: a power of two, about half of an average group.
+
+    At least 8 on Hopper and TPUs, whose kernels serve no smaller blocks.
+    """
+    device = target()
+    least = LEAST_OF_KERNELS if device.is_hopper or device.platform == "tpu" else 1
+    half = max(1, num_items // (2 * num_groups))
+    return min(largest, max(least, 1 << (half.bit_length() - 1)))
+
+
+def make_group_metadata(group: Int[Array, "N"], num_groups: int, block: int) -> GroupMetadata:
+    """Assigns rows to items by group, and by item within a group. Deterministic, without a sort.
+
+    A layer computes it once, for all of its products.
+
+    Args:
+        group: the group of each item; `num_groups` or more means that the item takes no row.
+        num_groups: E.
+        block: rows of a block, such as `block_rows` gives.
+    """
+    N, E = group.shape[0], num_groups
+    num_blocks = min(N, N // block + E)  # an upper bound of the sum of ceil(size / block)
+    member = jax.nn.one_hot(group, E, dtype=jnp.int32)
+    rank = jnp.sum((jnp.cumsum(member, axis=0) - 1) * member, axis=1)
+    sizes = jnp.sum(member, axis=0)
+    last_block = jnp.cumsum((sizes + block - 1) // block)
+    first_row = jnp.append((last_block - (sizes + block - 1) // block) * block, num_blocks * block)
+    row = jnp.where(group < E, first_row[jnp.minimum(group, E)] + rank, num_blocks * block)
+    item_of_row = jnp.full(num_blocks * block, N).at[row].set(jnp.arange(N), mode="drop")
+    block_index = jnp.arange(num_blocks)[:, None]
+    # A count rather than `searchsorted`, which XLA compiles to a loop.
+    group_of_block = jnp.sum(block_index >= last_block, axis=1)
+    return GroupMetadata(row, item_of_row, group_of_block, sizes)
