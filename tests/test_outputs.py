@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from jaxmoe import outputs
 from jaxmoe.errors import UserError
-from jaxmoe.outputs import check_writable, write_file, write_json
+from jaxmoe.files import atomic, outputs
+from jaxmoe.files.outputs import check_writable, write_file, write_json
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
@@ -71,14 +71,14 @@ def test_two_runs_do_not_write_one_file(tmp_path):
 
 def test_a_file_that_another_run_has_just_renamed_is_not_taken(tmp_path, monkeypatch):
     """Catches a lock of the other run's finished file."""
-    file, flock = tmp_path / "a", outputs.fcntl.flock
+    file, flock = tmp_path / "a", atomic.fcntl.flock
 
     def late(descriptor, how):
         (tmp_path / "a.partial").rename(file)
         flock(descriptor, how)
 
-    monkeypatch.setattr(outputs.fcntl, "flock", late)
-    with pytest.raises(UserError, match="is being written by another run"):
+    monkeypatch.setattr(atomic.fcntl, "flock", late)
+    with pytest.raises(UserError, match="was written by another run a moment ago"):
         write_file(file, "x")
 
 
@@ -87,7 +87,7 @@ def test_another_run_that_begins_meanwhile_keeps_its_file(tmp_path):
     file = tmp_path / "a"
     with outputs.locked(file) as (stream, partial):
         stream.write(b"x")
-        outputs.publish(stream, partial, file)
+        atomic.publish(stream, partial, file)
         partial.touch()
     assert partial.exists()
 

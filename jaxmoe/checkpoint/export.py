@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint import compressed, names
-from jaxmoe.checkpoint.arrays import StoredArray
-from jaxmoe.checkpoint.convert import Report
-from jaxmoe.checkpoint.reader import DTYPES, INDEX, SINGLE
+from jaxmoe.checkpoint.convert.conversion import Report
+from jaxmoe.checkpoint.convert.recode import FLOATS, decode
+from jaxmoe.checkpoint.formats import compressed_tensors
+from jaxmoe.checkpoint.formats.safetensors import DTYPES, INDEX, SINGLE
+from jaxmoe.checkpoint.mapping import names
+from jaxmoe.checkpoint.mapping.tensors import Block, Group, array_shapes, expand, join, main_dtype
 from jaxmoe.checkpoint.store import (
     Checkpoint,
     Progress,
@@ -23,10 +25,9 @@ from jaxmoe.checkpoint.store import (
     no_progress,
     read_checkpoint,
 )
-from jaxmoe.checkpoint.tensors import Block, Group, array_shapes, expand, join, main_dtype
-from jaxmoe.checkpoint.transfer import FLOATS, decode
-from jaxmoe.checkpoint.workspace import RESULT, prepared
+from jaxmoe.checkpoint.zarr.arrays import StoredArray
 from jaxmoe.errors import UserError
+from jaxmoe.files.workspace import RESULT, prepared
 from jaxmoe.hf_config import nest, to_hf
 from jaxmoe.model.params import named_specs
 
@@ -126,7 +127,7 @@ def _check_formats(checkpoint: Checkpoint) -> None:
     """Refuses what compressed-tensors with a scale an output does not hold."""
     specs = named_specs(checkpoint.config)
     for name, (kind, width) in checkpoint.formats.items():
-        if kind not in compressed.NAMES or width != specs[name].matrix_shape[-2]:
+        if kind not in compressed_tensors.NAMES or width != specs[name].matrix_shape[-2]:
             raise UserError(
                 f"{checkpoint.path} holds {name} in {kind} with a scale for {width} inputs, which "
                 "is not exported as it is; use --weights bf16."
@@ -242,7 +243,9 @@ def _config(checkpoint: Checkpoint, dtype: str, weights: str | None) -> dict[str
     if not checkpoint.formats or weights is not None:
         return config
     kind = next(iter(checkpoint.formats.values())).name
-    return config | {compressed.KEY: compressed.describe(kind, _plain_modules(checkpoint))}
+    return config | {
+        compressed_tensors.KEY: compressed_tensors.describe(kind, _plain_modules(checkpoint))
+    }
 
 
 def _plain_modules(checkpoint: Checkpoint) -> list[str]:

@@ -4,10 +4,10 @@ A checkpoint is one folder: an Orbax v1 checkpoint of the parameter tree, one Za
 parameter, with the configuration in its custom metadata and the tokenizer's files beside it.
 `orbax.checkpoint.v1.load` reads it without this project. A quantized matrix is two arrays, `qvalue`
 and `scale`. The vision tower is a tree of its own beside the text model's. A manifest binds it all
-together (see `jaxmoe.checkpoint.manifest`).
+together (see `jaxmoe.checkpoint.zarr.manifest`).
 
-`jaxmoe.checkpoint.writer` fills them. TensorStore reads them, and not Orbax: one device's share at
-a time, where Orbax holds many, and what is damaged is named.
+`zarr.writer` fills the arrays. TensorStore reads them, and not Orbax: it holds one device's share
+at a time where Orbax holds many, and its errors name what is damaged.
 """
 
 import collections
@@ -25,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxmoe.checkpoint.arrays import StoredArray, even_part
-from jaxmoe.checkpoint.manifest import FORMAT, Finished, open_finished
-from jaxmoe.checkpoint.tensors import BLOCK_BYTES, Format, array_shapes, main_dtype
-from jaxmoe.checkpoint.workspace import prepared, workspace_of, writable
-from jaxmoe.checkpoint.writer import Writer
+from jaxmoe.checkpoint.mapping.tensors import BLOCK_BYTES, Format, array_shapes, main_dtype
+from jaxmoe.checkpoint.zarr.arrays import StoredArray, even_part
+from jaxmoe.checkpoint.zarr.manifest import FORMAT, Finished, open_finished
+from jaxmoe.checkpoint.zarr.writer import Writer
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.files.atomic import writable
+from jaxmoe.files.workspace import prepared, workspace_of
 from jaxmoe.generation_config import with_stop_ids
 from jaxmoe.hf_config import from_hf, stated_dtype, to_hf, vision_from_hf
 from jaxmoe.model.params import (

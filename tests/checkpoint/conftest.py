@@ -1,6 +1,7 @@
 import pytest
 
-from jaxmoe.checkpoint import arrays, tensors
+from jaxmoe.checkpoint.mapping import tensors
+from jaxmoe.checkpoint.zarr import arrays
 
 
 @pytest.fixture

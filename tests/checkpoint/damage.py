@@ -2,8 +2,8 @@
 
 import json
 
-from jaxmoe.checkpoint.checksums import CHECKSUMS
-from jaxmoe.checkpoint.manifest import MANIFEST, MARKER, STATE, ZARR
+from jaxmoe.checkpoint.zarr.checksums import CHECKSUMS
+from jaxmoe.checkpoint.zarr.manifest import MANIFEST, MARKER, STATE, ZARR
 
 
 def made_old(folder, key):

@@ -7,8 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import pth
-from jaxmoe.checkpoint.pth import PthFolder
+from jaxmoe.checkpoint.formats import pth
+from jaxmoe.checkpoint.formats.pth import PthFolder
 from jaxmoe.errors import UserError
 from tests import pth_files
 from tests.checkpoint.test_pth import (
@@ -81,7 +81,7 @@ def test_code_in_scales_is_not_run(tmp_path):
         ("torch", "load"),
         ("torch._utils", "_rebuild_tensor_v2.__call__"),
         ("collections", "OrderedDict.fromkeys"),
-        ("jaxmoe.checkpoint.pth", "PthFolder"),
+        ("jaxmoe.checkpoint.formats.pth", "PthFolder"),
         ("io", "open"),
         ("x\ny", "z"),
     ],

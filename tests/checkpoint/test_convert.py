@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmoe.checkpoint import export as export_module
-from jaxmoe.checkpoint import sources, store
+from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert, verify
+from jaxmoe.checkpoint.convert import source as source_module
 from jaxmoe.checkpoint.export import export
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config
@@ -82,7 +83,7 @@ def test_round_trip_keeps_every_finite_pattern_and_zeros(tmp_path):
 def test_what_is_no_number_is_named(tmp_path, dtype, value):
     tensors = weights(dtype)
     tensors["lm_head.weight"][33, 7] = value
-    source = sources.open_source(checkpoint(tmp_path, CONFIG, tensors))
+    source = source_module.open_source(checkpoint(tmp_path, CONFIG, tensors))
     source.read("lm_head.weight", 0, 33 * 64 + 7)
     source.read("lm_head.weight", 33 * 64 + 8, 1000)
     with pytest.raises(
@@ -375,7 +376,7 @@ def test_empty_output_folder_is_filled(tmp_path):
 def test_disk_too_small_is_refused_before_writing(tmp_path, monkeypatch):
     checkpoint(tmp_path / "hf")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("jaxmoe.checkpoint.workspace.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("jaxmoe.files.atomic.shutil.disk_usage", lambda _: usage)
     refused(tmp_path, tmp_path, "bytes free, but")
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import safetensors
 
-from jaxmoe.checkpoint import convert as convert_module
-from jaxmoe.checkpoint import meta, store
-from jaxmoe.checkpoint.convert import convert, verify
+from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.convert import conversion, convert, verify
 from jaxmoe.checkpoint.export import export
-from jaxmoe.checkpoint.reader import DTYPES
+from jaxmoe.checkpoint.formats import params_json
+from jaxmoe.checkpoint.formats.safetensors import DTYPES
 from jaxmoe.errors import UserError
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.hf_config import from_hf, read_config
@@ -126,7 +126,7 @@ def test_meta_with_a_flipped_bit(tmp_path, small_blocks, monkeypatch):
 
     The bit is of v, and q, which lies in the same record, is read first.
     """
-    monkeypatch.setattr(convert_module, "SAMPLE_BYTES", 100)  # not of the data
+    monkeypatch.setattr(conversion, "SAMPLE_BYTES", 100)  # not of the data
     config = meta_config("maverick", num_hidden_layers=2)
     found = formats.in_meta(config, tiny.random_tensors(config, 5), ranks=1)
     source = formats.write_meta(tmp_path / "meta", formats.meta_params(config), found, 1)
@@ -302,10 +302,10 @@ def test_ranks_that_disagree(tmp_path):
 def test_params_that_no_model_has(change, words):
     params = formats.meta_params(meta_config("scout")) | change
     with pytest.raises(UserError, match=rf"^params\.json (has a value that )?{words}") as caught:
-        from_hf(meta.to_hf_mapping(params, "params.json"), "params.json")
+        from_hf(params_json.to_hf_mapping(params, "params.json"), "params.json")
     assert len(str(caught.value)) < 500
 
 
 def test_meta_writes_whole_numbers_as_floats():
     params = formats.meta_params(meta_config("scout")) | {"floor_scale": 8192.0}
-    assert meta.to_hf_mapping(params, "params.json")["floor_scale"] == 8192
+    assert params_json.to_hf_mapping(params, "params.json")["floor_scale"] == 8192

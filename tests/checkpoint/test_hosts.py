@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import arrays, names, store
+from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
-from jaxmoe.checkpoint.tensors import array_shapes, expand
+from jaxmoe.checkpoint.mapping import names
+from jaxmoe.checkpoint.mapping.tensors import array_shapes, expand
+from jaxmoe.checkpoint.zarr import arrays
 from jaxmoe.config import SCOUT
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.model.params import named_specs

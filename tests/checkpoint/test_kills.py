@@ -24,7 +24,8 @@ SIZES = {"num_hidden_layers": 4, "num_local_experts": 8}
 
 CONVERT = """
 import sys
-from jaxmoe.checkpoint import arrays, tensors
+from jaxmoe.checkpoint.mapping import tensors
+from jaxmoe.checkpoint.zarr import arrays
 arrays.CHUNK_BYTES, tensors.BLOCK_BYTES = 1000, 3000
 from jaxmoe.checkpoint.convert import convert
 print("ready", flush=True)

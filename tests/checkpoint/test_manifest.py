@@ -9,11 +9,13 @@ import subprocess
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import arrays, checksums, store, tensors
-from jaxmoe.checkpoint.checksums import CHECKSUMS, Grid
+from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.checkpoint.export import export
-from jaxmoe.checkpoint.manifest import FORMAT, MANIFEST, MARKER, STATE, ZARR, digest_of
+from jaxmoe.checkpoint.mapping import tensors
+from jaxmoe.checkpoint.zarr import arrays, checksums
+from jaxmoe.checkpoint.zarr.checksums import CHECKSUMS, Grid
+from jaxmoe.checkpoint.zarr.manifest import FORMAT, MANIFEST, MARKER, STATE, ZARR, digest_of
 from jaxmoe.errors import UserError
 from tests import tiny
 from tests.checkpoint.damage import (

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import names, tensors
-from jaxmoe.checkpoint.match import match
-from jaxmoe.checkpoint.reader import Entry, TensorFiles
-from jaxmoe.checkpoint.tensors import Format, array_shapes, expand, join, split
+from jaxmoe.checkpoint.formats.safetensors import Entry, TensorFiles
+from jaxmoe.checkpoint.mapping import names, tensors
+from jaxmoe.checkpoint.mapping.match import match
+from jaxmoe.checkpoint.mapping.tensors import Format, array_shapes, expand, join, split
 from jaxmoe.config import MAVERICK, SCOUT, VisionConfig
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import from_hf

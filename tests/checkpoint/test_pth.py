@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint.pth import PthFolder
+from jaxmoe.checkpoint.formats.pth import PthFolder
 from jaxmoe.errors import UserError
 from tests import pth_files
 from tests.pth_files import EXTRA_STATE, Parameter, View, plain, save_pth

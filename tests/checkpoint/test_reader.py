@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxmoe.checkpoint.reader import SafetensorsFolder
+from jaxmoe.checkpoint.formats.safetensors import SafetensorsFolder
 from jaxmoe.errors import UserError
 from tests import tiny
 

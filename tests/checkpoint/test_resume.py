@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import convert as convert_module
-from jaxmoe.checkpoint import reader, store
-from jaxmoe.checkpoint.convert import convert
-from jaxmoe.checkpoint.reader import SafetensorsFolder
-from jaxmoe.checkpoint.workspace import Resumable
+from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.convert import conversion, convert
+from jaxmoe.checkpoint.formats import safetensors
+from jaxmoe.checkpoint.formats.safetensors import SafetensorsFolder
 from jaxmoe.errors import UserError
+from jaxmoe.files.workspace import Resumable
 from tests import tiny
 from tests.checkpoint.test_convert import CONFIG, ROOT, checkpoint, weights
 from tests.conftest import one_device
@@ -73,7 +73,7 @@ def test_power_lost_what_was_noted(tmp_path, small_blocks, monkeypatch, weights)
     damaged = written[len(written) // 3]
     damaged_size = damaged.stat().st_size
     os.truncate(damaged, damaged_size // 2)
-    monkeypatch.setattr(convert_module, "boot", lambda: "another")
+    monkeypatch.setattr(conversion, "boot", lambda: "another")
     seen = []
     report = convert(source, tmp_path / "out", lambda done, _: seen.append(done), weights=weights)
     assert 0.2 * whole.nbytes < report.resumed < 0.8 * whole.nbytes - damaged_size
@@ -212,7 +212,7 @@ def test_read_error_in_the_middle(tmp_path, small_blocks, monkeypatch):
     source = checkpoint(tmp_path / "hf", shards=3)
     convert(source, tmp_path / "once")
     with monkeypatch.context() as patch:
-        patch.setattr(reader, "open", lambda file, *_, **__: BadSector(file), raising=False)
+        patch.setattr(safetensors, "open", lambda file, *_, **__: BadSector(file), raising=False)
         found = SafetensorsFolder(source).tensors
         with pytest.raises(UserError) as caught:
             convert(source, tmp_path / "out")

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from jaxmoe.checkpoint import arrays, store, tensors
+from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
+from jaxmoe.checkpoint.mapping import tensors
+from jaxmoe.checkpoint.zarr import arrays
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config
 from jaxmoe.mesh import MeshConfig

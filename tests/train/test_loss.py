@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import names
-from jaxmoe.checkpoint.tensors import array_shapes, expand, split
+from jaxmoe.checkpoint.mapping import names
+from jaxmoe.checkpoint.mapping.tensors import array_shapes, expand, split
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.moe import Routing, router_stats
 from jaxmoe.model.params import named_specs

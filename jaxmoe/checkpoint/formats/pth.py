@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxmoe.checkpoint.pickles import ITEMSIZE, ExtraState, Storage, Tensor, unpickle
-from jaxmoe.checkpoint.reader import Entry, TensorFiles, read_into
+from jaxmoe.checkpoint.formats.pickles import ITEMSIZE, ExtraState, Storage, Tensor, unpickle
+from jaxmoe.checkpoint.formats.safetensors import Entry, TensorFiles, read_into
 from jaxmoe.errors import UserError
 
 CONSOLIDATED = "consolidated.{:02d}.pth"

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jaxmoe.checkpoint import checksums
-from jaxmoe.checkpoint.checksums import Grid
+from jaxmoe.checkpoint.zarr import checksums
+from jaxmoe.checkpoint.zarr.checksums import Grid
 from jaxmoe.errors import UserError
 
 # Read at once. Of 64 devices that divide the experts of Scout or Maverick along one axis, each

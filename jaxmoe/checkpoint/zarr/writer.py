@@ -22,11 +22,18 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from jaxmoe.checkpoint import checksums
-from jaxmoe.checkpoint.arrays import StoredArray, create_array, open_array, readable, reason, writes
-from jaxmoe.checkpoint.manifest import MARKER, STATE, write_manifest
-from jaxmoe.checkpoint.workspace import ARRAYS, RESULT
+from jaxmoe.checkpoint.zarr import checksums
+from jaxmoe.checkpoint.zarr.arrays import (
+    StoredArray,
+    create_array,
+    open_array,
+    readable,
+    reason,
+    writes,
+)
+from jaxmoe.checkpoint.zarr.manifest import MARKER, STATE, write_manifest
 from jaxmoe.errors import UserError
+from jaxmoe.files.workspace import ARRAYS, RESULT
 
 COMMITTED = "commit_success.txt"  # Orbax's own; only that it exists says something
 IN_FLIGHT = 2  # calls of `Writer.write` whose blocks are being written

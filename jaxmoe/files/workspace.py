@@ -1,16 +1,15 @@
 """Where outputs are prepared: beside them, under another name, until a rename makes them whole."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import UserError
+from jaxmoe.files.atomic import check_space, locked, publish, rename, sync, writable
 from jaxmoe.parsing import read_json
 
 RESULT = "result"  # in a workspace: what becomes the output
@@ -65,7 +64,7 @@ def prepared(output: Path) -> Iterator[Path]:
         stack.callback(shutil.rmtree, workspace, ignore_errors=True)
         with writable(output):
             yield workspace
-            (workspace / RESULT).rename(output.resolve())
+            rename(workspace / RESULT, output.resolve())
 
 
 class Resumable:
@@ -144,13 +143,10 @@ class Resumable:
         since which `boot`.
         """
         new = self.path / (NOTE + ".new")
-        with writable(self.output):
-            with open(new, "w") as file:
-                json.dump({"note": note, "sha256": _digest(note)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            new.rename(self.path / NOTE)
-            sync(self.path)
+        content = json.dumps({"note": note, "sha256": _digest(note)})
+        with writable(self.output), open(new, "wb") as file:
+            file.write(content.encode())
+            publish(file, new, self.path / NOTE)
         self.note = note
 
     def finish(self) -> None:
@@ -163,33 +159,8 @@ class Resumable:
             except OSError:
                 (self.path / NOTE).unlink()  # what it tells is not true
                 raise
-            result.rename(self.output.resolve())
-            sync(self.path.parent)
+            rename(result, self.output.resolve())
             shutil.rmtree(self.path)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Locks a folder itself; the lock ends with the context, or the process, however that ends.
-
-    Raises:
-        UserError: if another run has locked it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems lock no folders
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{folder} is being written by another run; wait for it, or choose another "
-                    "output."
-                ) from None
-        if not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-            raise UserError(f"{folder} was written by another run a moment ago; run again.")
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _read_note(file: Path) -> dict[str, Any]:
@@ -213,36 +184,3 @@ def boot() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
-
-
-def sync(path: Path) -> None:
-    """Returns once a file, or the names in a folder, would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # some file systems sync no folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def check_space(folder: Path, nbytes: int) -> None:
-    """Raises a UserError if the disk that a folder is on, or will be, has not so much left."""
-    free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
-    if nbytes > free:
-        raise UserError(
-            f"{folder.parent} has {free:,} bytes free, but {nbytes:,} are needed; "
-            "free some space or choose another output."
-        )
-
-
-@contextlib.contextmanager
-def writable(path: str | Path) -> Iterator[None]:
-    """Turns what the file system refuses into a UserError."""
-    try:
-        yield
-    except BrokenPipeError:  # a reader of the standard output, such as head, has had enough
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error

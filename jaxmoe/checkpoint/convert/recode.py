@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint.sources import Source
-from jaxmoe.checkpoint.tensors import Format, Group, split
+from jaxmoe.checkpoint.convert.source import Source
+from jaxmoe.checkpoint.mapping.tensors import Format, Group, split
 from jaxmoe.errors import UserError
 from jaxmoe.model.params import ParamSpec
 from pallas_kernels.quantized import (

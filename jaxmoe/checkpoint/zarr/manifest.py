@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.checkpoint.arrays import StoredArray, open_array
-from jaxmoe.checkpoint.checksums import CHECKSUMS
+from jaxmoe.checkpoint.zarr.arrays import StoredArray, open_array
+from jaxmoe.checkpoint.zarr.checksums import CHECKSUMS
 from jaxmoe.errors import UserError
 from jaxmoe.parsing import parse_json, read_text
 

@@ -5,7 +5,6 @@ pipe is written to as it is, and `-` is the standard output.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import stat
@@ -14,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxmoe.checkpoint.workspace import sync, writable
 from jaxmoe.errors import UserError
+from jaxmoe.files.atomic import is_same_file, lock, publish, writable
 
 PARTIAL = ".partial"
 
@@ -137,36 +136,12 @@ def locked(place: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """
     partial = place.with_name(place.name + PARTIAL)
     with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        _lock(file, partial)
+        lock(file.fileno(), partial)
         try:
             yield file, partial
         finally:
             with contextlib.suppress(OSError, ValueError):
                 file.flush()
-            with contextlib.suppress(OSError, ValueError):
-                there = os.stat(partial)  # which may be another process's by now
-                if not there.st_size and os.path.samestat(there, os.fstat(file.fileno())):
+            with contextlib.suppress(OSError, ValueError):  # closed, or renamed by `publish`
+                if not os.stat(partial).st_size and is_same_file(file.fileno(), partial):
                     partial.unlink()
-
-
-def _lock(file: BinaryIO, partial: Path) -> None:
-    busy = UserError(
-        f"{partial} is being written by another run; wait for it, or choose another output."
-    )
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise busy from None
-    except OSError:
-        return  # some network file systems have no locks
-    there = partial.exists() and os.path.samestat(os.stat(partial), os.fstat(file.fileno()))
-    if not there:  # its owner has renamed it since it was opened
-        raise busy
-
-
-def publish(file: BinaryIO, partial: Path, place: Path) -> None:
-    """What was written becomes `place`, once it is on disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    partial.rename(place)
-    sync(place.parent)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint.manifest import Finished, is_finished, open_finished
-from jaxmoe.checkpoint.sources import Source, open_source
+from jaxmoe.checkpoint.convert.recode import FLOATS, Error, Job, Step, plan, target_formats
+from jaxmoe.checkpoint.convert.source import Source, open_source
 from jaxmoe.checkpoint.store import (
     KEY,
     REMEDY,
@@ -21,10 +21,11 @@ from jaxmoe.checkpoint.store import (
     model_metadata,
     no_progress,
 )
-from jaxmoe.checkpoint.transfer import FLOATS, WEIGHTS, Error, Job, Step, plan, target_formats
-from jaxmoe.checkpoint.workspace import RESULT, Resumable, boot, writable
-from jaxmoe.checkpoint.writer import Writer
+from jaxmoe.checkpoint.zarr.manifest import is_finished, open_finished
+from jaxmoe.checkpoint.zarr.writer import Writer
 from jaxmoe.errors import UserError
+from jaxmoe.files.atomic import writable
+from jaxmoe.files.workspace import RESULT, Resumable, boot
 
 SAMPLE, SAMPLE_BYTES = "sample_sha256", 2**20
 
@@ -173,42 +174,6 @@ def _work(
         workspace.write_note(workspace.note | {"done": done})
 
 
-def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_progress) -> Report:
-    """Reads source and checkpoint again, and compares every byte.
-
-    Raises:
-        UserError: naming the first array that differs, or if the checkpoint was not made of this
-            source, or ranks of a source differ in what all of them have.
-    """
-    finished = open_finished(Path(checkpoint), KEY, REMEDY)
-    made_of, weights, text_only = _conversion(finished)
-    found = open_source(source, text_only, ignore_unknown=True)  # configurations are compared
-    if made_of != found.files.files:
-        raise UserError(f"{checkpoint} was made of other files than those in {source}.")
-    made = model_metadata(found.config, _dtype(found, weights))
-    if finished.metadata.get("config") != json.loads(json.dumps(made["config"])):
-        raise UserError(f"{checkpoint} has another configuration than {source}; convert it again.")
-    _check_copies(found)
-    jobs = plan(found, target_formats(found, weights), weights)
-    total, count = sum(job.nbytes for job in jobs), 0
-    for job in jobs:
-        for nbytes in _compare(job, finished):
-            count += nbytes
-            progress(count, total)
-    return Report(_count(found), total, len(found.left_out), notes=found.notes)
-
-
-def _conversion(finished: Finished) -> tuple[list[dict[str, Any]], str | None, bool]:
-    """The files that a checkpoint was made of, and the options."""
-    match finished.metadata.get("conversion", {"sources": []}):
-        case {"sources": list(sources), **options} if all(isinstance(x, dict) for x in sources):
-            weights, text_only = options.get("weights"), options.get("text_only", False)
-            made_of = [{key: file[key] for key in file if key != SAMPLE} for file in sources]
-            if (weights is None or weights in WEIGHTS) and isinstance(text_only, bool):
-                return made_of, weights, text_only
-    raise UserError(f"{finished.path} does not say what it was made of; convert it again.")
-
-
 def _identity(found: Source, weights: str | None, text_only: bool) -> dict[str, Any]:
     """What a conversion is of; another must not go on with its workspace."""
     made = model_metadata(found.config, "bfloat16")
@@ -268,45 +233,7 @@ def _write(job: Job, writer: Writer) -> Iterator[Step]:
     writer.wait()
 
 
-def _compare(job: Job, checkpoint: Finished) -> Iterator[int]:
-    arrays = {
-        name: checkpoint.open_array(name, array.shape, (array.dtype.name,))
-        for name, array in job.arrays.items()
-    }
-    for step in job.steps():
-        for name, index, data in step.blocks:
-            stored = arrays[name].read(index)
-            same = stored.dtype == data.dtype and stored.shape == data.shape
-            if not same or stored.tobytes() != np.ascontiguousarray(data).tobytes():
-                raise UserError(
-                    f"{arrays[name].path} differs from its source in {_range(index)}; "
-                    "convert it again."
-                )
-        yield step.nbytes
-
-
-def _check_copies(found: Source) -> None:
-    """What every model-parallel rank has must be the same in all."""
-    for group in found.groups:
-        if not group.copies:
-            continue
-        first = next(iter(group.tensors))
-        size = math.prod(group.tensors[first])
-        expected = found.read(first, 0, size).tobytes()
-        for name in group.copies:
-            if found.read(name, 0, size).tobytes() != expected:
-                raise UserError(
-                    f"{found.files.folder} holds {name} with other numbers than {first}; download "
-                    "both files again."
-                )
-
-
-def _range(index: tuple[slice, ...]) -> str:
-    parts = (":" if s == slice(None) else f"{s.start}:{s.stop}" for s in index)
-    return f"[{', '.join(parts)}]"
-
-
-def _dtype(found: Source, weights: str | None) -> str:
+def result_dtype(found: Source, weights: str | None) -> str:
     """What the result as a whole is in; widened matrices are most of it."""
     return (
         np.dtype(FLOATS[weights]).name if found.formats and weights in FLOATS else found.main_dtype
@@ -315,5 +242,7 @@ def _dtype(found: Source, weights: str | None) -> str:
 
 def _metadata(found: Source, formats, identity: dict[str, Any], errors) -> dict[str, Any]:
     conversion = {key: identity[key] for key in ("sources", "weights", "text_only")}
-    made = model_metadata(found.config, _dtype(found, identity["weights"]), formats, found.outer)
+    made = model_metadata(
+        found.config, result_dtype(found, identity["weights"]), formats, found.outer
+    )
     return made | {"conversion": conversion | {"errors": errors}}

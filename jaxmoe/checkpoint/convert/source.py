@@ -9,12 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint import compressed, meta, names
-from jaxmoe.checkpoint.match import match
-from jaxmoe.checkpoint.names import Row
-from jaxmoe.checkpoint.pth import PthFolder
-from jaxmoe.checkpoint.reader import SafetensorsFolder, TensorFiles
-from jaxmoe.checkpoint.tensors import BLOCK_BYTES, Format, Group, array_shapes, expand, main_dtype
+from jaxmoe.checkpoint.formats import compressed_tensors, params_json
+from jaxmoe.checkpoint.formats.pth import PthFolder
+from jaxmoe.checkpoint.formats.safetensors import SafetensorsFolder, TensorFiles
+from jaxmoe.checkpoint.mapping import names
+from jaxmoe.checkpoint.mapping.match import match
+from jaxmoe.checkpoint.mapping.names import Row
+from jaxmoe.checkpoint.mapping.tensors import (
+    BLOCK_BYTES,
+    Format,
+    Group,
+    array_shapes,
+    expand,
+    main_dtype,
+)
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import from_hf, read_object, stated_dtype, vision_from_hf
@@ -162,17 +170,17 @@ def _scale_notes(left_out: list[str]) -> tuple[str, ...]:
     )
 
 
-def _says(mapping: Mapping[str, Any], folder: Path, origin: str) -> set[compressed.Kind]:
+def _says(mapping: Mapping[str, Any], folder: Path, origin: str) -> set[compressed_tensors.Kind]:
     """How the configuration says that matrices are quantized.
 
     Raises:
-        UserError: as `compressed.kinds`, or if a file beside it says that it is by another tool.
+        UserError: as `compressed_tensors.kinds`, or if the matrices are quantized by ModelOpt.
     """
-    says = compressed.kinds(mapping, origin)
+    says = compressed_tensors.kinds(mapping, origin)
     if not says and (folder / MODELOPT).exists():
         raise UserError(
             f"{folder / MODELOPT} says that the matrices are quantized by ModelOpt; only "
-            f"{compressed.METHOD} can be read, so use another release."
+            f"{compressed_tensors.METHOD} can be read, so use another release."
         )
     return says
 
@@ -232,7 +240,7 @@ def _is_unfused(plain: Mapping[str, str]) -> bool:
 
 def _around(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """A multimodal config.json without its text model's, and without how it was quantized."""
-    skipped = ("text_config", compressed.KEY)
+    skipped = ("text_config", compressed_tensors.KEY)
     return {key: value for key, value in mapping.items() if key not in skipped}
 
 
@@ -254,7 +262,7 @@ def _quantized(
     rows: tuple[Row, ...],
     plain: Mapping[str, str],
     files: TensorFiles,
-    says: Collection[compressed.Kind],
+    says: Collection[compressed_tensors.Kind],
 ) -> tuple[dict[str, Format], set[str], dict[str, int]]:
     """Formats of the quantized parameters, which are packed, and how many outputs share a scale."""
     formats, packed, repeats = {}, set(), {}
@@ -307,7 +315,8 @@ def _check_says(says: set[str], formats: Mapping[str, Format], origin: str) -> N
         raise UserError(f"{origin} says that matrices are quantized, but none is; correct it.")
     if formats and not says:
         raise UserError(
-            f"{origin} has no {compressed.KEY}, but {min(formats)} is quantized; correct it."
+            f"{origin} has no {compressed_tensors.KEY}, but {min(formats)} is quantized; "
+            "correct it."
         )
     for name, (kind, _) in formats.items():
         if kind not in says:
@@ -322,7 +331,7 @@ def _open_meta(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
         mapping, origin = read_object(folder, "config.json"), str(folder / "config.json")
     else:
         origin = str(folder / "params.json")
-        mapping = meta.to_hf_mapping(read_object(folder, "params.json"), origin)
+        mapping = params_json.to_hf_mapping(read_object(folder, "params.json"), origin)
     config = from_hf(mapping, origin, ignore_unknown)
     files = PthFolder(folder)
     _check_sizes(config, files, origin)

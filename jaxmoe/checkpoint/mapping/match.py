@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from jaxmoe.checkpoint.names import TEXT_PREFIX, is_unused, is_vision
-from jaxmoe.checkpoint.reader import TensorFiles
-from jaxmoe.checkpoint.tensors import Group
+from jaxmoe.checkpoint.formats.safetensors import TensorFiles
+from jaxmoe.checkpoint.mapping.names import TEXT_PREFIX, is_unused, is_vision
+from jaxmoe.checkpoint.mapping.tensors import Group
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmoe.checkpoint.names import EACH, Layout, Row
+from jaxmoe.checkpoint.mapping.names import EACH, Layout, Row
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.params import named_specs
 
