@@ -13,7 +13,7 @@ from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import conversion, convert, verify
 from jaxmoe.checkpoint.export import export
 from jaxmoe.checkpoint.formats import params_json
-from jaxmoe.checkpoint.formats.safetensors import DTYPES
+from jaxmoe.checkpoint.formats.tensor_files import DTYPES
 from jaxmoe.errors import UserError
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.hf_config import from_hf, read_config

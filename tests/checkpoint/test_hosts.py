@@ -98,11 +98,11 @@ def test_shares_of_many_devices():
     """Of experts, which are nearly all of a model, chunks fit what devices hold, or two of them."""
     specs = named_specs(SCOUT)
     for group in expand(names.TEXT + names.FUSED + names.LAST, array_shapes(SCOUT, {}, specs)):
-        if names.EACH not in group.ours[0]:
+        if not names.has_experts(group.params[0]):
             continue
-        chunk = arrays.even_part(group.block_shape(2), 2, arrays.CHUNK_BYTES)
+        chunk = arrays.even_part(group.array_block(2), 2, arrays.CHUNK_BYTES)
         sizes = zip(group.shape, chunk, strict=True)
-        split = dict(zip(specs[group.ours[0]].axes, sizes, strict=True))
+        split = dict(zip(specs[group.params[0]].axes, sizes, strict=True))
         for axis, devices in {"embed": 32, "ffn": 16}.items():
             size, held = split[axis]
             assert size // devices % held == 0

@@ -15,7 +15,7 @@ import pytest
 
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import conversion, convert
-from jaxmoe.checkpoint.formats import safetensors
+from jaxmoe.checkpoint.formats import tensor_files
 from jaxmoe.checkpoint.formats.safetensors import SafetensorsFolder
 from jaxmoe.errors import UserError
 from jaxmoe.files.workspace import Resumable
@@ -212,7 +212,7 @@ def test_read_error_in_the_middle(tmp_path, small_blocks, monkeypatch):
     source = checkpoint(tmp_path / "hf", shards=3)
     convert(source, tmp_path / "once")
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors, "open", lambda file, *_, **__: BadSector(file), raising=False)
+        patch.setattr(tensor_files, "open", lambda file, *_, **__: BadSector(file), raising=False)
         found = SafetensorsFolder(source).tensors
         with pytest.raises(UserError) as caught:
             convert(source, tmp_path / "out")

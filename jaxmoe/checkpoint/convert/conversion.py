@@ -1,9 +1,8 @@
-"""Checkpoints of others -> one that loads onto any mesh: tensor by tensor, in bounded memory."""
+"""Converts a published checkpoint to one that loads onto any mesh, in bounded memory."""
 
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint.convert.recode import FLOATS, Error, Job, Step, plan, target_formats
+from jaxmoe.checkpoint.convert.recode import FLOATS, Job, SquaredError, Step, plan, target_formats
 from jaxmoe.checkpoint.convert.source import Source, open_source
 from jaxmoe.checkpoint.store import (
     KEY,
@@ -32,22 +31,22 @@ SAMPLE, SAMPLE_BYTES = "sample_sha256", 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was converted or verified.
+    """What a conversion, a verification or an export has done.
 
     Attributes:
-        tensors: of the source that were read.
-        nbytes: of these tensors.
-        left_out: tensors of the source that were not.
-        resumed: bytes that an earlier run had done; all, where it had finished.
-        errors: what was quantized, by kind of parameter.
-        notes: sentences about what a user may not expect.
+        tensors: how many tensors were read, or written by an export.
+        nbytes: the bytes of these tensors.
+        left_out: how many tensors of the source were not read.
+        resumed: bytes that an earlier run had done already; all of them if it had finished.
+        errors: what quantizing lost, by kind of parameter.
+        notes: sentences about what users may not expect.
     """
 
     tensors: int
     nbytes: int
     left_out: int
     resumed: int = 0
-    errors: Mapping[str, Error] = dataclasses.field(default_factory=dict)
+    errors: Mapping[str, SquaredError] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -62,23 +61,26 @@ def convert(
 ) -> Report:
     """Converts a checkpoint to one that `store.load` reads.
 
-    Names, shapes, dtypes and file sizes are checked before anything is written. Killed and called
-    again with the same arguments it goes on, and repeats at most the tensor that was being read, or
-    after a restart of the system what that lost; the result is the same to the byte. Finished and
-    called again, it does nothing.
+    Names, shapes, dtypes and file sizes are checked before anything is written. If it is killed and
+    called again with the same arguments, it resumes, and repeats at most the tensor that was being
+    read and, after a restart of the system, what the restart lost. The result is the same to the
+    byte. If it had finished, it does nothing.
 
     Args:
         source: a folder with `config.json` and safetensors, or with Meta's `consolidated.*.pth`.
         output: the checkpoint's folder, which must not exist or be empty.
-        progress: called after every block.
+        progress: called after every block with the bytes done and the bytes in all.
         weights: "fp8", "int8" or "int4" quantizes matrices; "bf16" or "float32" widens quantized
             ones; None keeps every byte.
         text_only: leaves out the vision tower.
-        ignore_unknown: goes on without the keys of the configuration that are not known.
+        ignore_unknown: ignores unknown keys of the configuration instead of refusing them.
+
+    Returns:
+        What was done.
 
     Raises:
-        UserError: for a bad source, an output that exists, a disk that is too small, or a workspace
-            that another conversion left.
+        UserError: if the source is bad, the output exists, the disk is too small, or another
+            conversion left its workspace beside the output.
     """
     found = open_source(source, text_only, ignore_unknown)
     formats = target_formats(found, weights)
@@ -86,11 +88,11 @@ def convert(
     identity = _identity(found, weights, text_only)
     total = sum(job.nbytes for job in jobs)
     if _is_made(Path(output), _metadata(found, formats, identity, {})):
-        return Report(_count(found), total, len(found.left_out), total, notes=found.notes)
+        return Report(len(found.stored_names), total, len(found.left_out), total, notes=found.notes)
     with Resumable(Path(output)) as workspace:
         _check_same(workspace, identity)
         if not workspace.note:
-            workspace.begin(sum(_written(job) for job in jobs))
+            workspace.begin(sum(array.nbytes for job in jobs for array in job.arrays.values()))
         with writable(workspace.output), Writer(workspace.path, synced=False) as writer:
             done = _done(workspace, jobs, writer, lambda done: progress(done, total))
             workspace.write_note({"identity": identity, "boot": boot(), "done": done})
@@ -101,23 +103,29 @@ def convert(
             writer.finish(names, KEY, _metadata(found, formats, identity, errors))
             copy_companions(Path(source), workspace.path / RESULT)
         workspace.finish()
-    return Report(_count(found), total, len(found.left_out), resumed, errors, found.notes)
+    return Report(len(found.stored_names), total, len(found.left_out), resumed, errors, found.notes)
 
 
 def _is_made(output: Path, metadata: dict[str, Any]) -> bool:
-    """Whether a conversion that gives such metadata has been made there."""
+    """Whether `output` is a finished conversion with this metadata, by whatever version.
+
+    Args:
+        output: where the checkpoint would be.
+        metadata: of the conversion, with no errors of quantizing, which are not known beforehand.
+    """
     if not is_finished(output):
         return False
-    theirs = open_finished(output, KEY, REMEDY).metadata
-    conversion = theirs.get("conversion")
+    existing = open_finished(output, KEY, REMEDY).metadata
+    conversion = existing.get("conversion")
     if not isinstance(conversion, dict):
         return False
-    ours = json.loads(json.dumps(metadata))
-    return theirs | {"conversion": conversion | {"errors": {}}, "version": ours["version"]} == ours
+    wanted = json.loads(json.dumps(metadata))
+    ignored = {"conversion": conversion | {"errors": {}}, "version": wanted["version"]}
+    return existing | ignored == wanted
 
 
 def _check_same(workspace: Resumable, identity: dict[str, Any]) -> None:
-    """Raises a UserError if another conversion was interrupted."""
+    """Raises a UserError if the workspace was left by another conversion."""
     if workspace.note and workspace.note.get("identity") != identity:
         raise UserError(
             f"{workspace.path} is left from a conversion of another source, by another "
@@ -127,25 +135,27 @@ def _check_same(workspace: Resumable, identity: dict[str, Any]) -> None:
 
 def _done(
     workspace: Resumable, jobs: list[Job], writer: Writer, progress: Callable[[int], None]
-) -> dict[str, dict[str, Error]]:
-    """Names of the jobs that an interrupted run finished, and what quantizing lost in each.
+) -> dict[str, dict[str, SquaredError]]:
+    """The jobs that an interrupted run has finished: what quantizing lost in each, by job.
 
-    What was written in an earlier life of the system may be lost, and is read to be sure.
+    Arrays are not synced before the end, so those from before a reboot may be damaged, and are read
+    to verify them.
     """
     noted = workspace.note.get("done", {})
-    believed = bool(boot()) and workspace.note.get("boot") == boot()
-    done: dict[str, dict[str, Error]] = {}
+    same_boot = bool(boot()) and workspace.note.get("boot") == boot()
+    done: dict[str, dict[str, SquaredError]] = {}
     count = 0
     for job in jobs:
-        if job.name in noted and (believed or _is_intact(job, writer)):
-            done[job.name] = {kind: Error(*error) for kind, error in noted[job.name].items()}
+        if job.name in noted and (same_boot or _is_intact(job, writer)):
+            done[job.name] = {kind: SquaredError(*error) for kind, error in noted[job.name].items()}
             count += job.nbytes
-            if not believed:  # which takes a while
+            if not same_boot:
                 progress(count)
     return done
 
 
 def _is_intact(job: Job, writer: Writer) -> bool:
+    """Whether all of a job's arrays have the checksums with which they were written."""
     try:
         for name in job.arrays:
             writer.reopen(name).check()
@@ -157,14 +167,14 @@ def _is_intact(job: Job, writer: Writer) -> bool:
 def _work(
     jobs: list[Job], writer: Writer, workspace: Resumable, progress: Callable[[int], None]
 ) -> None:
-    """Does the jobs that are not noted yet, and notes each."""
+    """Does the jobs that the workspace's note does not list, and adds each to the note."""
     done = dict(workspace.note["done"])
     count = sum(job.nbytes for job in jobs if job.name in done)
     progress(count)
     for job in jobs:
         if job.name in done:
             continue
-        lost: dict[str, Error] = {}
+        lost: dict[str, SquaredError] = {}
         for step in _write(job, writer):
             count += step.nbytes
             progress(count)
@@ -175,11 +185,11 @@ def _work(
 
 
 def _identity(found: Source, weights: str | None, text_only: bool) -> dict[str, Any]:
-    """What a conversion is of; another must not go on with its workspace."""
-    made = model_metadata(found.config, "bfloat16")
+    """What a resumed conversion must have in common with the interrupted one."""
+    metadata = model_metadata(found.config, "bfloat16")
     return {
-        "version": made["version"],
-        "config": made["config"],
+        "version": metadata["version"],
+        "config": metadata["config"],
         "sources": _sources(found),
         "weights": weights,
         "text_only": text_only,
@@ -187,13 +197,16 @@ def _identity(found: Source, weights: str | None, text_only: bool) -> dict[str, 
 
 
 def _sources(found: Source) -> list[dict[str, Any]]:
-    """What tells the files from those of other models; of their data only samples are read."""
+    """What tells the source's files from other files; only samples of their data are read."""
     folder = found.files.folder
     return [file | {SAMPLE: _sample(folder / file["name"])} for file in found.files.files]
 
 
 def _sample(file: Path) -> str:
-    """Of the ends and the middle: headers of two models of one shape are equal."""
+    """The SHA-256 of a file's two ends and its middle.
+
+    The header alone would not tell apart two models of the same shapes.
+    """
     digest, size = hashlib.sha256(), file.stat().st_size
     with open(file, "rb") as stream:
         for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
@@ -202,30 +215,25 @@ def _sample(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _written(job: Job) -> int:
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in job.arrays.values())
-
-
-def _count(found: Source) -> int:
-    return len(found.in_files)
-
-
 def _kind(array: str) -> str:
-    """What an array is, in whatever layer."""
+    """An array's kind: the name of its parameter without the layer."""
     return re.sub(r"^layers\.\d+\.|\.(qvalue|scale)$", "", array)
 
 
-def _sum(errors: Iterable[Mapping[str, Error]]) -> dict[str, Error]:
-    """Together, by kind of array."""
-    total: dict[str, Error] = {}
-    for each in errors:
-        for kind, error in each.items():
+def _sum(errors: Iterable[Mapping[str, SquaredError]]) -> dict[str, SquaredError]:
+    """The errors of several jobs or steps together, by kind of parameter."""
+    total: dict[str, SquaredError] = {}
+    for by_kind in errors:
+        for kind, error in by_kind.items():
             total[kind] = total[kind].plus(error) if kind in total else error
     return total
 
 
 def _write(job: Job, writer: Writer) -> Iterator[Step]:
-    """Makes a job's arrays; yields each step; at the end all is in its files."""
+    """Makes a job's arrays, and yields each step once it is being written.
+
+    At the end all arrays are in their files.
+    """
     arrays = {name: writer.create(name, *array) for name, array in job.arrays.items()}
     for step in job.steps():
         writer.write([(arrays[name], index, data) for name, index, data in step.blocks])
@@ -234,15 +242,18 @@ def _write(job: Job, writer: Writer) -> Iterator[Step]:
 
 
 def result_dtype(found: Source, weights: str | None) -> str:
-    """What the result as a whole is in; widened matrices are most of it."""
-    return (
-        np.dtype(FLOATS[weights]).name if found.formats and weights in FLOATS else found.main_dtype
-    )
+    """The dtype that the result as a whole counts as.
+
+    If quantized matrices were widened, it is theirs, since they are most of the model.
+    """
+    if weights in FLOATS and found.formats:
+        return np.dtype(FLOATS[weights]).name
+    return found.main_dtype
 
 
 def _metadata(found: Source, formats, identity: dict[str, Any], errors) -> dict[str, Any]:
+    """The custom metadata of the converted checkpoint."""
     conversion = {key: identity[key] for key in ("sources", "weights", "text_only")}
-    made = model_metadata(
-        found.config, result_dtype(found, identity["weights"]), formats, found.outer
-    )
-    return made | {"conversion": conversion | {"errors": errors}}
+    dtype = result_dtype(found, identity["weights"])
+    metadata = model_metadata(found.config, dtype, formats, found.outer)
+    return metadata | {"conversion": conversion | {"errors": errors}}

@@ -1,9 +1,9 @@
-"""A model in the files of others, whatever the format: its configuration, and what lies where."""
+"""Opens a published checkpoint in any format: its configuration, and which tensor lies where."""
 
 import collections
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import numpy as np
 
 from jaxmoe.checkpoint.formats import compressed_tensors, params_json
 from jaxmoe.checkpoint.formats.pth import PthFolder
-from jaxmoe.checkpoint.formats.safetensors import SafetensorsFolder, TensorFiles
+from jaxmoe.checkpoint.formats.safetensors import SafetensorsFolder
+from jaxmoe.checkpoint.formats.tensor_files import TensorFiles
 from jaxmoe.checkpoint.mapping import names
 from jaxmoe.checkpoint.mapping.match import match
-from jaxmoe.checkpoint.mapping.names import Row
+from jaxmoe.checkpoint.mapping.quantized import check_stated, find_formats
 from jaxmoe.checkpoint.mapping.tensors import (
     BLOCK_BYTES,
+    Block,
     Format,
     Group,
     array_shapes,
@@ -29,28 +31,32 @@ from jaxmoe.hf_config import from_hf, read_object, stated_dtype, vision_from_hf
 from jaxmoe.model.params import ParamSpec, named_specs, num_params
 from jaxmoe.model.vision_params import vision_specs
 
-CACHED = 2**16  # elements that are looked at twice, and so should be in the processor's cache
-MODELOPT = "hf_quant_config.json"  # beside a config.json that says nothing of it
-ADAPTER = "adapter_config.json"  # of PEFT
-FIRST_NONFINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F8_E4M3": 0x7F}  # above 0
-QUANTIZED = {"F8_E4M3": "fp8", "I8": "int8"}  # by dtype of an unpacked matrix that has scales
+CACHED = 2**16  # elements that two passes find in the processor's cache
+MODELOPT = "hf_quant_config.json"  # ModelOpt's, beside a config.json that does not mention it
+ADAPTER = "adapter_config.json"  # PEFT's
+FIRST_NONFINITE = {  # bits of the smallest positive number that is not finite
+    "BF16": 0x7F80,
+    "F16": 0x7C00,
+    "F32": 0x7F800000,
+    "F8_E4M3": 0x7F,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint of another format, checked: all tensors are there, in the right shapes.
+    """A published checkpoint whose tensors are all there and have the right shapes.
 
     Attributes:
         config: of the text model.
-        outer: the config.json around the text model's; None if only that is read.
-        specs: of all parameters that are read, by name.
-        formats: of those that are quantized.
+        outer: the `config.json` around the text model's; None if no vision tower is read.
+        specs: the declarations of the parameters that are read, by name.
+        formats: the formats of the quantized ones, by name.
         groups: which parameters lie in which tensors.
-        files: that hold the tensors.
-        in_files: the name in the files of every tensor of the groups.
-        left_out: names in the files of what is not read.
-        notes: sentences about what a user may not expect.
-        stated: the dtype that its configuration states.
+        files: the files with the tensors.
+        stored_names: the name in the files of every tensor of the groups.
+        left_out: the names in the files of the tensors that are not read.
+        notes: sentences about what users may not expect.
+        stated: the dtype that the configuration states, whatever it may be.
     """
 
     config: Llama4Config
@@ -59,32 +65,43 @@ class Source:
     formats: dict[str, Format]
     groups: list[Group]
     files: TensorFiles
-    in_files: dict[str, str]
+    stored_names: dict[str, str]
     left_out: list[str]
     notes: tuple[str, ...] = ()
     stated: Any = None
 
     @property
     def main_dtype(self) -> str:
-        """What the model as a whole is in; see `tensors.main_dtype`."""
+        """The dtype that the model as a whole counts as; see `tensors.main_dtype`."""
         nbytes: dict[str, int] = collections.Counter()
         for group in self.groups:
-            if not group.ours[0].endswith((".qvalue", ".scale")):
+            if not group.params[0].endswith((".qvalue", ".scale")):
                 dtype = self.dtype(group)
-                nbytes[dtype.name] += len(group.ours) * math.prod(group.shape) * dtype.itemsize
+                nbytes[dtype.name] += len(group.params) * math.prod(group.shape) * dtype.itemsize
         return main_dtype(nbytes, self.stated)
 
     def dtype(self, group: Group) -> np.dtype:
         """The stored dtype of a group's tensors."""
-        return self.files.dtype(self.in_files[group.pieces[0].tensor])
+        return self.files.dtype(self.stored_names[next(iter(group.tensors))])
 
-    def read(self, tensor: str, start: int, count: int) -> np.ndarray:
-        """Elements of a flat tensor.
+    def read_block(self, group: Group, block: Block) -> list[np.ndarray]:
+        """The slices of a group's parameters that one of its blocks holds.
 
         Raises:
-            UserError: as `TensorFiles.read`, or if one is no number or infinite.
+            UserError: as `read`.
         """
-        name = self.in_files[tensor]
+        name = group.params[0].removesuffix(".qvalue")
+        group_size = self.formats[name].group_size if group.layout.packed else 0
+        data = self.read(block.tensor, block.start, block.count)
+        return group.layout.split(data, block.shape, group_size)
+
+    def read(self, tensor: str, start: int, count: int) -> np.ndarray:
+        """Reads the elements `start` to `start + count` of a flat tensor.
+
+        Raises:
+            UserError: as `TensorFiles.read`, or if an element is NaN or infinite.
+        """
+        name = self.stored_names[tensor]
         data = self.files.read(name, start, count)
         entry = self.files.tensors[name]
         if _has_nonfinite(data, entry.dtype):
@@ -99,12 +116,19 @@ class Source:
 
 
 def _has_nonfinite(data: np.ndarray, dtype: str) -> bool:
-    """Whether there is a NaN or infinity: by bit patterns, which order as the numbers do."""
+    """Whether an array has a NaN or infinity.
+
+    Compares bit patterns, which are ordered as the numbers are.
+
+    Args:
+        data: the array.
+        dtype: the name of its dtype in the files.
+    """
     first = FIRST_NONFINITE.get(dtype)
     if first is None:
         return False
     signed, unsigned = (data.view(f"{kind}{data.itemsize}") for kind in "iu")
-    last = first + (1 << (8 * data.itemsize - 1))  # the same below 0
+    last = first + (1 << (8 * data.itemsize - 1))  # the same with the sign's bit
     return any(
         int(signed[i : i + CACHED].max()) >= first or int(unsigned[i : i + CACHED].max()) >= last
         for i in range(0, data.size, CACHED)
@@ -114,12 +138,12 @@ def _has_nonfinite(data: np.ndarray, dtype: str) -> bool:
 def open_source(
     folder: str | Path, text_only: bool = False, ignore_unknown: bool = False
 ) -> Source:
-    """Finds out the format of a folder, reads headers, and checks names and shapes.
+    """Opens a folder in Hugging Face's or Meta's layout, and checks names, shapes and dtypes.
 
     Args:
+        folder: the folder; only configurations and headers of files are read.
         text_only: leaves out the vision tower if there is one.
-        ignore_unknown: takes the model as it is without the keys of its configuration that are not
-            known.
+        ignore_unknown: ignores unknown keys of the configuration instead of refusing them.
 
     Raises:
         UserError: naming the first thing that is missing, unknown or contradictory.
@@ -137,29 +161,38 @@ def _open_hf(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
     config = from_hf(mapping, origin, ignore_unknown)
     files = SafetensorsFolder(folder)
     _check_sizes(config, files, origin)
-    plain = {name.removeprefix(names.TEXT_PREFIX): name for name in files.tensors}
-    if _is_untied(config, plain, files):
+    stored_names = {name.removeprefix(names.TEXT_PREFIX): name for name in files.tensors}
+    if _is_untied(config, stored_names, files):
         config = dataclasses.replace(config, tie_word_embeddings=False)
         notes += (
             f"{origin} ties lm_head to embed_tokens, but the files hold both with different "
             "numbers: both are kept, as transformers does.",
         )
-    rows = names.TEXT + (names.UNFUSED if _is_unfused(plain) else names.FUSED) + names.LAST
-    says = _says(mapping, folder, origin)
-    formats, packed, repeats = _quantized(config, rows, plain, files, says)
-    _check_says({kind.name for kind in says}, formats, origin)
+    experts = names.UNFUSED if _is_unfused(stored_names) else names.FUSED
+    rows = names.TEXT + experts + names.LAST
+    kinds = _stated_kinds(mapping, folder, origin)
+    formats, packing = find_formats(config, rows, stored_names, files, kinds)
+    check_stated({kind.name for kind in kinds}, formats, origin)
     vision = None if text_only else _vision_specs(config, mapping, origin, files)
     specs = named_specs(config) | (vision or {})
-    shapes = array_shapes(config, formats, specs)
-    groups = expand(rows + names.VISION, shapes, packed=packed, repeats=repeats)
-    in_files, left_out = match(config, groups, files, str(folder), vision is not None)
-    notes += _scale_notes(left_out)
-    stated = stated_dtype(mapping)
-    outer = _around(mapping) if vision is not None else None
-    return Source(config, outer, specs, formats, groups, files, in_files, left_out, notes, stated)
+    groups = expand(rows + names.VISION, array_shapes(config, formats, specs), packing=packing)
+    matched, left_out = match(config, groups, files, str(folder), vision is not None)
+    return Source(
+        config,
+        _outer_config(mapping) if vision is not None else None,
+        specs,
+        formats,
+        groups,
+        files,
+        matched,
+        left_out,
+        notes + _scale_notes(left_out),
+        stated_dtype(mapping),
+    )
 
 
 def _scale_notes(left_out: list[str]) -> tuple[str, ...]:
+    """What to tell the user about scales that are not read."""
     count = sum(map(names.is_other_scale, left_out))
     if not count:
         return ()
@@ -170,26 +203,28 @@ def _scale_notes(left_out: list[str]) -> tuple[str, ...]:
     )
 
 
-def _says(mapping: Mapping[str, Any], folder: Path, origin: str) -> set[compressed_tensors.Kind]:
-    """How the configuration says that matrices are quantized.
+def _stated_kinds(
+    mapping: Mapping[str, Any], folder: Path, origin: str
+) -> set[compressed_tensors.Kind]:
+    """How the configuration says that matrices are quantized; an empty set if it does not.
 
     Raises:
         UserError: as `compressed_tensors.kinds`, or if the matrices are quantized by ModelOpt.
     """
-    says = compressed_tensors.kinds(mapping, origin)
-    if not says and (folder / MODELOPT).exists():
+    kinds = compressed_tensors.kinds(mapping, origin)
+    if not kinds and (folder / MODELOPT).exists():
         raise UserError(
             f"{folder / MODELOPT} says that the matrices are quantized by ModelOpt; only "
             f"{compressed_tensors.METHOD} can be read, so use another release."
         )
-    return says
+    return kinds
 
 
 def _adapter_notes(folder: Path) -> tuple[str, ...]:
-    """What to say of an adapter of PEFT in the folder.
+    """What to tell the user about a PEFT adapter in the folder; nothing if there is none.
 
     Raises:
-        UserError: if there is nothing else.
+        UserError: if the folder holds an adapter and no model.
     """
     if not (folder / ADAPTER).exists():
         return ()
@@ -205,21 +240,21 @@ def _adapter_notes(folder: Path) -> tuple[str, ...]:
 
 
 def _check_sizes(config: Llama4Config, files: TensorFiles, origin: str) -> None:
-    """Refuses sizes far beyond what the files hold, before anything is made for them."""
+    """Refuses sizes far beyond what the files hold, before anything is allocated for them."""
     nbytes = sum(entry.nbytes for entry in files.tensors.values())
-    layers, held = config.num_hidden_layers, len(files.tensors)
-    if layers > held:
-        what = f"{layers} layers, but {files.folder} holds {held} tensors"
-    elif num_params(config) > 2 * nbytes:  # of 4 bits
+    layers, tensors = config.num_hidden_layers, len(files.tensors)
+    if layers > tensors:
+        what = f"{layers} layers, but {files.folder} holds {tensors} tensors"
+    elif num_params(config) > 2 * nbytes:  # a parameter has 4 bits or more
         what = f"{num_params(config)} parameters, but {files.folder} holds {nbytes} bytes of them"
     else:
         return
     raise UserError(f"{origin} describes {what}; correct it or download the model again.")
 
 
-def _is_untied(config: Llama4Config, plain: Mapping[str, str], files: TensorFiles) -> bool:
-    """Whether an embedding and a head that the configuration ties are there with other numbers."""
-    pair = [plain.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head")]
+def _is_untied(config: Llama4Config, stored_names: Mapping[str, str], files: TensorFiles) -> bool:
+    """Whether the configuration ties embedding and head, but the files hold different numbers."""
+    pair = [stored_names.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head")]
     if not config.tie_word_embeddings or None in pair:
         return False
     shape, other = (files.tensors[str(name)].shape for name in pair)
@@ -234,18 +269,22 @@ def _is_untied(config: Llama4Config, plain: Mapping[str, str], files: TensorFile
     return False
 
 
-def _is_unfused(plain: Mapping[str, str]) -> bool:
-    return any(".experts.0." in name for name in plain)
+def _is_unfused(tensors: Iterable[str]) -> bool:
+    return any(".experts.0." in name for name in tensors)
 
 
-def _around(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A multimodal config.json without its text model's, and without how it was quantized."""
+def _outer_config(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A multimodal config.json without the parts on the text model and on quantization."""
     skipped = ("text_config", compressed_tensors.KEY)
     return {key: value for key, value in mapping.items() if key not in skipped}
 
 
 def _vision_specs(config, mapping, origin: str, files: TensorFiles) -> dict[str, ParamSpec] | None:
-    """None if the files hold no vision tower."""
+    """The declarations of the vision tower's parameters, by name; None if there is no tower.
+
+    Raises:
+        UserError: if the files hold a tower that the configuration does not describe.
+    """
     if not any(names.is_vision(name) for name in files.tensors):
         return None
     vision = vision_from_hf(mapping, origin)
@@ -255,75 +294,6 @@ def _vision_specs(config, mapping, origin: str, files: TensorFiles) -> dict[str,
             "--text-only."
         )
     return vision_specs(config, vision)
-
-
-def _quantized(
-    config: Llama4Config,
-    rows: tuple[Row, ...],
-    plain: Mapping[str, str],
-    files: TensorFiles,
-    says: Collection[compressed_tensors.Kind],
-) -> tuple[dict[str, Format], set[str], dict[str, int]]:
-    """Formats of the quantized parameters, which are packed, and how many outputs share a scale."""
-    formats, packed, repeats = {}, set(), {}
-    blocks = [kind.block for kind in says if kind.block]
-    for name, spec in named_specs(config).items():
-        stem = _stem(rows, name) if spec.quantizable else None
-        scale = plain.get(f"{stem}.weight_scale")
-        if scale is None:
-            continue
-        words, weight = (plain.get(f"{stem}.{x}") for x in ("weight_packed", "weight"))
-        kind = QUANTIZED.get(files.tensors[weight].dtype) if weight else None
-        kind = "int4" if words else kind
-        shared = _shared(files.tensors[scale].shape, spec.matrix_shape[-2:], blocks)
-        fits = shared is not None and (not words or (shared[0] == 1 and shared[1] % 2 == 0))
-        if kind is None or shared is None or not fits:
-            raise UserError(
-                f"{files.tensors[scale].file} holds {scale}, but its weight is no matrix of "
-                f"{', '.join(QUANTIZED)} or packed words with these scales; download it again."
-            )
-        formats[name], repeats[name] = Format(kind, shared[1]), shared[0]
-        packed |= {name} if words else set()
-    return formats, packed, repeats
-
-
-def _shared(
-    scales: tuple[int, ...], matrix: tuple[int, ...], blocks: Iterable[tuple[int, int]]
-) -> tuple[int, int] | None:
-    """How many outputs and inputs share a scale, by the shape of the scales; None if none fits."""
-    inputs, outputs = matrix
-    if math.prod(scales) == 1:
-        return outputs, inputs
-    for out, width in [(1, inputs // scales[-1]) if scales and scales[-1] else (0, 0), *blocks]:
-        if out and width and scales == (-(-outputs // out), inputs // width):
-            return (out, width) if inputs % width == 0 else None
-    return None
-
-
-def _stem(rows: tuple[Row, ...], ours: str) -> str | None:
-    """The module that holds a parameter, of experts the first one's; None if it has no tensor."""
-    parts = ours.split(".")
-    n = parts[1] if parts[0] == "layers" else "0"
-    for row in rows:
-        if row.ours[0].replace("{n}", n) == ours and len(row.ours) == 1:
-            return row.stored.replace("{n}", n).replace("{j}", "0").removesuffix(".weight")
-    return None
-
-
-def _check_says(says: set[str], formats: Mapping[str, Format], origin: str) -> None:
-    if says and not formats:
-        raise UserError(f"{origin} says that matrices are quantized, but none is; correct it.")
-    if formats and not says:
-        raise UserError(
-            f"{origin} has no {compressed_tensors.KEY}, but {min(formats)} is quantized; "
-            "correct it."
-        )
-    for name, (kind, _) in formats.items():
-        if kind not in says:
-            raise UserError(
-                f"{origin} says that matrices are in {' and '.join(sorted(says))}, but {name} is "
-                f"in {kind}; correct it."
-            )
 
 
 def _open_meta(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
@@ -343,20 +313,23 @@ def _open_meta(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
         groups = expand(rows, array_shapes(config, formats, specs), ranks=files.ranks)
     except ValueError as error:
         raise UserError(f"{folder} contradicts {origin}: {error}; download both again.") from None
-    in_files, left_out = match(config, groups, files, str(folder), vision is not None)
-    outer = _around(mapping) if vision is not None else None
-    return Source(config, outer, specs, formats, groups, files, in_files, left_out)
+    matched, left_out = match(config, groups, files, str(folder), vision is not None)
+    outer = _outer_config(mapping) if vision is not None else None
+    return Source(config, outer, specs, formats, groups, files, matched, left_out)
 
 
 def _meta_formats(config: Llama4Config, files: PthFolder) -> dict[str, Format]:
-    """Formats of fp8 experts: a scale for each output, in `down` also for each rank's inputs."""
+    """The formats of fp8 experts, by parameter.
+
+    Every output has a scale; in `down`, whose inputs are divided among the ranks, one per rank.
+    """
     formats = {}
     for n in range(config.num_hidden_layers):
         entry = files.tensors.get(f"0:layers.{n}.feed_forward.experts.moe_w_in_eD_F")
         if entry is None or entry.dtype != "F8_E4M3":
             continue
-        ours = f"layers.{n}.feed_forward.experts"
+        experts = f"layers.{n}.feed_forward.experts"
         for name in ("gate", "up"):
-            formats[f"{ours}.{name}"] = Format("fp8", config.hidden_size)
-        formats[f"{ours}.down"] = Format("fp8", config.intermediate_size // files.ranks)
+            formats[f"{experts}.{name}"] = Format("fp8", config.hidden_size)
+        formats[f"{experts}.down"] = Format("fp8", config.intermediate_size // files.ranks)
     return formats

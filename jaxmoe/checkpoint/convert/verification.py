@@ -17,16 +17,24 @@ from jaxmoe.errors import UserError
 
 
 def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_progress) -> Report:
-    """Reads source and checkpoint again, and compares every byte.
+    """Reads a source and the checkpoint made from it, and compares every byte.
+
+    Args:
+        source: the folder that was converted.
+        checkpoint: the checkpoint's folder.
+        progress: called after every block with the bytes done and the bytes in all.
+
+    Returns:
+        What was compared.
 
     Raises:
-        UserError: naming the first array that differs, or if the checkpoint was not made of this
-            source, or ranks of a source differ in what all of them have.
+        UserError: naming the first array that differs; or if the checkpoint was not made from this
+            source, or the ranks of a Meta source differ in a tensor that every rank stores.
     """
     finished = open_finished(Path(checkpoint), KEY, REMEDY)
-    made_of, weights, text_only = _conversion(finished)
+    made_from, weights, text_only = _conversion(finished)
     found = open_source(source, text_only, ignore_unknown=True)  # configurations are compared
-    if made_of != found.files.files:
+    if made_from != found.files.files:
         raise UserError(f"{checkpoint} was made of other files than those in {source}.")
     made = model_metadata(found.config, result_dtype(found, weights))
     if finished.metadata.get("config") != json.loads(json.dumps(made["config"])):
@@ -38,21 +46,30 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
         for nbytes in _compare(job, finished):
             count += nbytes
             progress(count, total)
-    return Report(len(found.in_files), total, len(found.left_out), notes=found.notes)
+    return Report(len(found.stored_names), total, len(found.left_out), notes=found.notes)
 
 
 def _conversion(finished: Finished) -> tuple[list[dict[str, Any]], str | None, bool]:
-    """The files that a checkpoint was made of, and the options."""
+    """What a checkpoint was made from: the files, `weights` and `text_only`, as `convert` has them.
+
+    Raises:
+        UserError: if its metadata do not say.
+    """
     match finished.metadata.get("conversion", {"sources": []}):
         case {"sources": list(sources), **options} if all(isinstance(x, dict) for x in sources):
             weights, text_only = options.get("weights"), options.get("text_only", False)
-            made_of = [{key: file[key] for key in file if key != SAMPLE} for file in sources]
+            made_from = [{key: file[key] for key in file if key != SAMPLE} for file in sources]
             if (weights is None or weights in WEIGHTS) and isinstance(text_only, bool):
-                return made_of, weights, text_only
+                return made_from, weights, text_only
     raise UserError(f"{finished.path} does not say what it was made of; convert it again.")
 
 
 def _compare(job: Job, checkpoint: Finished) -> Iterator[int]:
+    """Compares a job's arrays with those of a checkpoint; yields the bytes of each step.
+
+    Raises:
+        UserError: naming the first block that differs.
+    """
     arrays = {
         name: checkpoint.open_array(name, array.shape, (array.dtype.name,))
         for name, array in job.arrays.items()
@@ -70,7 +87,11 @@ def _compare(job: Job, checkpoint: Finished) -> Iterator[int]:
 
 
 def _check_copies(found: Source) -> None:
-    """What every model-parallel rank has must be the same in all."""
+    """Compares the tensors that every model-parallel rank stores whole.
+
+    Raises:
+        UserError: naming the first one that differs between two ranks.
+    """
     for group in found.groups:
         if not group.copies:
             continue
@@ -86,5 +107,6 @@ def _check_copies(found: Source) -> None:
 
 
 def _range(index: tuple[slice, ...]) -> str:
+    """A slice as one would write it, such as `[0:4, :]`."""
     parts = (":" if s == slice(None) else f"{s.start}:{s.stop}" for s in index)
     return f"[{', '.join(parts)}]"

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxmoe.checkpoint.formats.pickles import ITEMSIZE, ExtraState, Storage, Tensor, unpickle
-from jaxmoe.checkpoint.formats.safetensors import Entry, TensorFiles, read_into
+from jaxmoe.checkpoint.formats.tensor_files import Entry, TensorFiles, read_into
 from jaxmoe.errors import UserError
 
 CONSOLIDATED = "consolidated.{:02d}.pth"
