@@ -1,4 +1,4 @@
-"""Where outputs are prepared: beside them, under another name, until a rename makes them whole."""
+"""Workspaces: folders beside an output folder, in which it is prepared until a rename."""
 
 import contextlib
 import hashlib
@@ -12,16 +12,16 @@ from jaxmoe.errors import UserError
 from jaxmoe.files.atomic import check_space, locked, publish, rename, sync, writable
 from jaxmoe.parsing import read_json
 
-RESULT = "result"  # in a workspace: what becomes the output
-ARRAYS = "arrays"  # in a workspace: what the result is put together from
-NOTE = "progress.json"  # in the workspace of a job that goes on where it was killed
+RESULT = "result"  # in a workspace: the folder that becomes the output
+ARRAYS = "arrays"  # in a workspace: the folder of the arrays that go into the result
+NOTE = "progress.json"  # in a `Resumable` workspace: which parts of the work are done
 
 
 def workspace_path(output: Path) -> Path:
-    """The folder beside `output` where it is prepared.
+    """The path of the workspace of `output`, a folder beside it; it need not exist.
 
     Raises:
-        UserError: if `output` exists and is not an empty folder, or can be no name of one.
+        UserError: if `output` exists and is not an empty folder, or no folder can have this name.
     """
     try:
         workspace = output.resolve().with_name(output.resolve().name + ".partial")
@@ -36,10 +36,11 @@ def workspace_path(output: Path) -> Path:
 
 
 def workspace_of(output: Path) -> Path:
-    """The same, where no earlier run may have left one.
+    """The path of the workspace of `output`, which must not exist.
 
     Raises:
-        UserError: as `workspace_path`, or if an earlier run was interrupted or is going on.
+        UserError: as `workspace_path`, or if an interrupted run left a workspace or another run
+            uses it.
     """
     workspace = workspace_path(output)
     if workspace.exists():
@@ -51,7 +52,9 @@ def workspace_of(output: Path) -> Path:
 
 @contextlib.contextmanager
 def prepared(output: Path) -> Iterator[Path]:
-    """A workspace whose `RESULT` becomes `output` at the end; on any error all of it vanishes.
+    """Makes a workspace; its folder `RESULT` becomes `output` at the end of the context.
+
+    After any error the workspace is removed.
 
     Raises:
         UserError: as `workspace_of`, or if the file system refuses.
@@ -68,27 +71,32 @@ def prepared(output: Path) -> Iterator[Path]:
 
 
 class Resumable:
-    """A workspace that outlives its run: what is noted there need not be done again.
+    """A workspace that survives its run, so that a later run resumes from its note.
 
-    A context: within it, no other run can take the same workspace.
+    It is a context manager: within the context, no other run can use the same workspace.
 
     Attributes:
-        path: the workspace.
-        note: what was noted last; empty at first.
+        output: the folder to be made.
+        path: the workspace's folder.
+        note: the last note that was written; empty if there is none.
     """
 
     def __init__(self, output: Path):
-        """Raises as `workspace_path`."""
+        """Finds the workspace's path.
+
+        Raises:
+            UserError: as `workspace_path`.
+        """
         self.output = output
         self.path = workspace_path(output)
         self.note: dict[str, Any] = {}
         self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> "Resumable":
-        """Finds what an earlier run noted.
+        """Reads the note of an earlier run, and locks the workspace if it exists.
 
         Raises:
-            UserError: if the workspace is that of something else, or of a run that is going on.
+            UserError: if another run uses the workspace, or it has no readable note.
         """
         with writable(self.output):
             if self.path.exists():
@@ -115,23 +123,31 @@ class Resumable:
         self._lock.enter_context(locked(self.path))
 
     def _holds_work(self) -> bool:
-        """Not if a run was killed before its first array, or once its result had its place."""
+        """Whether there is something to resume.
+
+        There is not if a run was killed before it made its first array, or after its result became
+        the output.
+        """
         if not self.path.is_dir():
             return self.path.exists()
         left = {path.name for path in self.path.iterdir()} - {NOTE, NOTE + ".new"}
         return left != set() and (left != {ARRAYS} or any((self.path / ARRAYS).iterdir()))
 
     def begin(self, nbytes: int) -> None:
-        """Makes an empty workspace, also of one whose note is known to be of no use.
+        """Makes an empty workspace, or empties one that holds nothing to resume.
+
+        Args:
+            nbytes: the size of the output.
 
         Raises:
-            UserError: if another run was faster, or the disk has not so much left, or refuses.
+            UserError: if the disk has less space, another run made the workspace meanwhile, or the
+                file system refuses.
         """
         check_space(self.path, nbytes)
         with writable(self.output):
             self.path.mkdir(parents=True, exist_ok=True)
             self._take()
-            if self._holds_work() and not self.note:  # it is not what was found at first
+            if self._holds_work() and not self.note:  # another run was here since `__enter__`
                 raise self._left()
             for path in self.path.iterdir():  # the folder itself is locked, and stays
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -139,8 +155,11 @@ class Resumable:
     def write_note(self, note: dict[str, Any]) -> None:
         """Replaces the note, at once or not at all.
 
-        Before it, what it tells must be in its files; if it is not synced, the note has to say
-        since which `boot`.
+        What the note says is done must be in its files before. If those files are not synced, the
+        note must include the `boot` during which they were written.
+
+        Raises:
+            UserError: if the file system refuses.
         """
         new = self.path / (NOTE + ".new")
         content = json.dumps({"note": note, "sha256": _digest(note)})
@@ -150,24 +169,28 @@ class Resumable:
         self.note = note
 
     def finish(self) -> None:
-        """`RESULT`, all of it on disk, becomes the output, and the workspace vanishes."""
+        """Syncs the folder `RESULT`, makes it the output, and removes the workspace.
+
+        Raises:
+            UserError: if the file system refuses.
+        """
         result = self.path / RESULT
         with writable(self.output):
             try:
                 for path in (*result.rglob("*"), result):
                     sync(path)
             except OSError:
-                (self.path / NOTE).unlink()  # what it tells is not true
+                (self.path / NOTE).unlink()  # what it says is done may be lost
                 raise
             rename(result, self.output.resolve())
             shutil.rmtree(self.path)
 
 
 def _read_note(file: Path) -> dict[str, Any]:
-    """What `write_note` wrote.
+    """The note that `write_note` wrote to a file.
 
     Raises:
-        UserError: if the file holds something else.
+        UserError: if the file cannot be read, or its digest is wrong.
     """
     match read_json(file):
         case {"note": dict(note), "sha256": digest} if digest == _digest(note):
@@ -180,7 +203,10 @@ def _digest(note: dict[str, Any]) -> str:
 
 
 def boot() -> str:
-    """Names the time since the system started, in which what was written is not lost."""
+    """The system's boot id, which changes at every restart; empty where there is none.
+
+    Written files may be lost at a restart unless they were synced, and not before.
+    """
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""

@@ -161,7 +161,7 @@ def test_another_valid_config(copy, key, value):
 
 
 def store_config(path):
-    return store.read_checkpoint(path).found.metadata["config"]
+    return store.read_checkpoint(path).finished.metadata["config"]
 
 
 def test_checksums_of_sha256sum(pristine):

@@ -230,14 +230,14 @@ def test_missing_array(damaged):
 def test_config_that_contradicts_the_arrays(damaged):
     """Of an older checkpoint, whose metadata no manifest binds."""
     made_old(damaged, store.KEY)
-    config = store.read_checkpoint(damaged).found.metadata["config"]
+    config = store.read_checkpoint(damaged).finished.metadata["config"]
     change_metadata(damaged, store.KEY, {"config": config | {"intermediate_size": 32}})
     refused(damaged, damaged, "layers.1.feed_forward.experts.down", "[8, 64, 64]", "[8, 32, 64]")
 
 
 def test_config_with_more_layers_than_the_arrays(damaged):
     made_old(damaged, store.KEY)
-    config = store.read_checkpoint(damaged).found.metadata["config"]
+    config = store.read_checkpoint(damaged).finished.metadata["config"]
     more = {
         "num_hidden_layers": 5,
         "no_rope_layers": [*config["no_rope_layers"], 1],

@@ -82,13 +82,15 @@ def convert(
         UserError: if the source is bad, the output exists, the disk is too small, or another
             conversion left its workspace beside the output.
     """
-    found = open_source(source, text_only, ignore_unknown)
-    formats = target_formats(found, weights)
-    jobs = plan(found, formats, weights)
-    identity = _identity(found, weights, text_only)
+    opened = open_source(source, text_only, ignore_unknown)
+    formats = target_formats(opened, weights)
+    jobs = plan(opened, formats, weights)
+    identity = _identity(opened, weights, text_only)
     total = sum(job.nbytes for job in jobs)
-    if _is_made(Path(output), _metadata(found, formats, identity, {})):
-        return Report(len(found.stored_names), total, len(found.left_out), total, notes=found.notes)
+    if _is_made(Path(output), _metadata(opened, formats, identity, {})):
+        return Report(
+            len(opened.stored_names), total, len(opened.left_out), total, notes=opened.notes
+        )
     with Resumable(Path(output)) as workspace:
         _check_same(workspace, identity)
         if not workspace.note:
@@ -100,10 +102,12 @@ def convert(
             _work(jobs, writer, workspace, lambda done: progress(done, total))
             errors = _sum(workspace.note["done"][job.name] for job in jobs)
             names = [name for job in jobs for name in job.arrays]
-            writer.finish(names, KEY, _metadata(found, formats, identity, errors))
+            writer.finish(names, KEY, _metadata(opened, formats, identity, errors))
             copy_companions(Path(source), workspace.path / RESULT)
         workspace.finish()
-    return Report(len(found.stored_names), total, len(found.left_out), resumed, errors, found.notes)
+    return Report(
+        len(opened.stored_names), total, len(opened.left_out), resumed, errors, opened.notes
+    )
 
 
 def _is_made(output: Path, metadata: dict[str, Any]) -> bool:
@@ -184,22 +188,22 @@ def _work(
         workspace.write_note(workspace.note | {"done": done})
 
 
-def _identity(found: Source, weights: str | None, text_only: bool) -> dict[str, Any]:
+def _identity(source: Source, weights: str | None, text_only: bool) -> dict[str, Any]:
     """What a resumed conversion must have in common with the interrupted one."""
-    metadata = model_metadata(found.config, "bfloat16")
+    metadata = model_metadata(source.config, "bfloat16")
     return {
         "version": metadata["version"],
         "config": metadata["config"],
-        "sources": _sources(found),
+        "sources": _sources(source),
         "weights": weights,
         "text_only": text_only,
     }
 
 
-def _sources(found: Source) -> list[dict[str, Any]]:
+def _sources(source: Source) -> list[dict[str, Any]]:
     """What tells the source's files from other files; only samples of their data are read."""
-    folder = found.files.folder
-    return [file | {SAMPLE: _sample(folder / file["name"])} for file in found.files.files]
+    folder = source.files.folder
+    return [file | {SAMPLE: _sample(folder / file["name"])} for file in source.files.files]
 
 
 def _sample(file: Path) -> str:
@@ -241,19 +245,19 @@ def _write(job: Job, writer: Writer) -> Iterator[Step]:
     writer.wait()
 
 
-def result_dtype(found: Source, weights: str | None) -> str:
+def result_dtype(source: Source, weights: str | None) -> str:
     """The dtype that the result as a whole counts as.
 
     If quantized matrices were widened, it is theirs, since they are most of the model.
     """
-    if weights in FLOATS and found.formats:
+    if weights in FLOATS and source.formats:
         return np.dtype(FLOATS[weights]).name
-    return found.main_dtype
+    return source.main_dtype
 
 
-def _metadata(found: Source, formats, identity: dict[str, Any], errors) -> dict[str, Any]:
+def _metadata(source: Source, formats, identity: dict[str, Any], errors) -> dict[str, Any]:
     """The custom metadata of the converted checkpoint."""
     conversion = {key: identity[key] for key in ("sources", "weights", "text_only")}
-    dtype = result_dtype(found, identity["weights"])
-    metadata = model_metadata(found.config, dtype, formats, found.outer)
+    dtype = result_dtype(source, identity["weights"])
+    metadata = model_metadata(source.config, dtype, formats, source.outer)
     return metadata | {"conversion": conversion | {"errors": errors}}

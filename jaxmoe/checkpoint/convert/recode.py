@@ -87,7 +87,7 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Makes some arrays.
+    """Makes some of the arrays of a checkpoint.
 
     Attributes:
         arrays: the arrays, by name.

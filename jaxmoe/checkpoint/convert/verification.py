@@ -33,20 +33,20 @@ def verify(source: str | Path, checkpoint: str | Path, progress: Progress = no_p
     """
     finished = open_finished(Path(checkpoint), KEY, REMEDY)
     made_from, weights, text_only = _conversion(finished)
-    found = open_source(source, text_only, ignore_unknown=True)  # configurations are compared
-    if made_from != found.files.files:
+    opened = open_source(source, text_only, ignore_unknown=True)  # configurations are compared
+    if made_from != opened.files.files:
         raise UserError(f"{checkpoint} was made of other files than those in {source}.")
-    made = model_metadata(found.config, result_dtype(found, weights))
+    made = model_metadata(opened.config, result_dtype(opened, weights))
     if finished.metadata.get("config") != json.loads(json.dumps(made["config"])):
         raise UserError(f"{checkpoint} has another configuration than {source}; convert it again.")
-    _check_copies(found)
-    jobs = plan(found, target_formats(found, weights), weights)
+    _check_copies(opened)
+    jobs = plan(opened, target_formats(opened, weights), weights)
     total, count = sum(job.nbytes for job in jobs), 0
     for job in jobs:
         for nbytes in _compare(job, finished):
             count += nbytes
             progress(count, total)
-    return Report(len(found.stored_names), total, len(found.left_out), notes=found.notes)
+    return Report(len(opened.stored_names), total, len(opened.left_out), notes=opened.notes)
 
 
 def _conversion(finished: Finished) -> tuple[list[dict[str, Any]], str | None, bool]:
@@ -86,22 +86,22 @@ def _compare(job: Job, checkpoint: Finished) -> Iterator[int]:
         yield step.nbytes
 
 
-def _check_copies(found: Source) -> None:
+def _check_copies(source: Source) -> None:
     """Compares the tensors that every model-parallel rank stores whole.
 
     Raises:
         UserError: naming the first one that differs between two ranks.
     """
-    for group in found.groups:
+    for group in source.groups:
         if not group.copies:
             continue
         first = next(iter(group.tensors))
         size = math.prod(group.tensors[first])
-        expected = found.read(first, 0, size).tobytes()
+        expected = source.read(first, 0, size).tobytes()
         for name in group.copies:
-            if found.read(name, 0, size).tobytes() != expected:
+            if source.read(name, 0, size).tobytes() != expected:
                 raise UserError(
-                    f"{found.files.folder} holds {name} with other numbers than {first}; download "
+                    f"{source.files.folder} holds {name} with other numbers than {first}; download "
                     "both files again."
                 )
 

@@ -40,28 +40,30 @@ def match(
     """
     groups = list(groups)
     wanted = _wanted_shapes(groups)
-    found: dict[str, str] = {}
+    stored_names: dict[str, str] = {}
     left_out = []
     for name in files.tensors:
         plain = name.removeprefix(TEXT_PREFIX)
-        if plain in found:
-            raise UserError(f"{source} holds both {found[plain]} and {name}; remove one of them.")
+        if plain in stored_names:
+            raise UserError(
+                f"{source} holds both {stored_names[plain]} and {name}; remove one of them."
+            )
         if plain in wanted:
-            found[plain] = name
+            stored_names[plain] = name
         elif is_unused(name) or (is_vision(name) and not keeps_vision) or _is_tied(config, plain):
             left_out.append(name)
         else:
             _refuse_unknown(name, wanted, source)
     for name, shape in wanted.items():
-        if name not in found:
+        if name not in stored_names:
             raise UserError(
                 f"{source} lacks the tensor {name} that its configuration asks for; "
                 "download it again or correct the configuration."
             )
-        _check_shape(files, found[name], shape)
+        _check_shape(files, stored_names[name], shape)
     for group in groups:
-        _check_dtypes(files, group, found)
-    return found, left_out
+        _check_dtypes(files, group, stored_names)
+    return stored_names, left_out
 
 
 def _wanted_shapes(groups: Iterable[Group]) -> dict[str, Shape]:
@@ -88,18 +90,18 @@ def _check_shape(files: TensorFiles, name: str, shape: Shape) -> None:
         )
 
 
-def _check_dtypes(files: TensorFiles, group: Group, found: dict[str, str]) -> None:
+def _check_dtypes(files: TensorFiles, group: Group, stored_names: dict[str, str]) -> None:
     """Refuses a group whose tensors differ in dtype, or have one that is not for their kind."""
     stored = "packed" if group.layout.packed else group.params[0].rpartition(".")[2]
     allowed = DTYPES_OF.get(stored, FLOATS)
-    entries = {name: files.tensors[found[name]] for name in (*group.tensors, *group.copies)}
+    entries = {name: files.tensors[stored_names[name]] for name in (*group.tensors, *group.copies)}
     first = next(iter(entries.values())).dtype
     for name, entry in entries.items():
         if entry.dtype not in allowed or entry.dtype != first:
             expected = first if first in allowed else " or ".join(allowed)
             raise UserError(
-                f"{entry.file} holds {found[name]} as {entry.dtype}, but {expected} is expected; "
-                "download the model again."
+                f"{entry.file} holds {stored_names[name]} as {entry.dtype}, but {expected} is "
+                "expected; download the model again."
             )
 
 

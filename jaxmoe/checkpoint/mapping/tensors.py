@@ -60,11 +60,11 @@ def array_shapes(
 
 
 def main_dtype(nbytes: Mapping[str, int], stated: Any) -> str:
-    """The dtype that a model counts as: the one its configuration states, else the most frequent.
+    """The dtype that a model as a whole counts as: the stated one, else the one with most bytes.
 
     Args:
         nbytes: how many bytes are stored in each dtype, without quantized matrices.
-        stated: the configuration's; passed over unless something is stored in it.
+        stated: what the configuration states; ignored unless something is stored in that dtype.
     """
     is_stored = isinstance(stated, str) and stated in nbytes
     return stated if is_stored else max(nbytes, key=lambda dtype: nbytes[dtype])

@@ -1,10 +1,10 @@
-"""Which chunk belongs where: the checksums of an array's chunks, in order, in a file beside them.
+"""The file `checksums` in an array's folder: the checksums of its chunks, in order.
 
-Zarr keeps a checksum with each chunk. It says that the chunk is whole, not that it is this array's:
-files or folders of two arrays that were exchanged pass. So `checksums`, a file of 4 bytes for each
-chunk, repeats them in the array's folder, and a manifest binds that file to the array's name. A
-reader compares the chunks that it reads, no others: 20 bytes of each are read once more, its
-checksum and its place in the file.
+Zarr keeps a checksum with each chunk. It shows that the chunk is whole, but not that it belongs to
+this array: if files or folders of two arrays are exchanged, Zarr does not notice. So `checksums`
+repeats them, 4 bytes per chunk, and a manifest lists that file under the array's name. A reader
+compares only the chunks that it reads, for which it reads 20 more bytes each: the chunk's checksum
+and its offset and size in the file.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from pathlib import Path
 import numpy as np
 
 CHECKSUMS = "checksums"  # the file's name
-NOWHERE = 2**64 - 1  # where a chunk that was never written lies, and its size
+NOWHERE = 2**64 - 1  # the offset and the size of a chunk that was never written
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How an array is cut into blocks, a file each, and these into chunks.
+    """How an array is divided into blocks, a file each, and blocks into chunks.
 
     Attributes:
-        shape: of the array; at the ends of an axis, blocks reach beyond it.
-        block: of a file's elements.
-        chunk: of a chunk's elements; divides `block`.
+        shape: of the array; the last blocks of an axis may reach beyond it.
+        block: the shape of a block.
+        chunk: the shape of a chunk; divides `block`.
     """
 
     shape: tuple[int, ...]
@@ -36,20 +36,24 @@ class Grid:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """How many there are along each axis."""
+        """The number of blocks along each axis of the array."""
         return tuple(-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """How many a block has along each axis."""
+        """The number of chunks along each axis of a block."""
         return tuple(b // c for b, c in zip(self.block, self.chunk, strict=True))
 
     def touched(self, index: tuple[slice, ...]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        """Blocks that a slice lies in: the place of each, and the numbers of its chunks."""
-        whole = (slice(None),) * (len(self.shape) - len(index))
+        """The blocks that a slice has elements in: each with its position and its chunks.
+
+        A block's position is its index along each axis; chunks are numbered within their block in
+        row-major order.
+        """
+        other_axes = (slice(None),) * (len(self.shape) - len(index))
         axes = []
-        for i, each in enumerate((*index, *whole)):
-            chunks = _chunks_along(each, self.shape[i], self.chunk[i])
+        for i, span in enumerate((*index, *other_axes)):
+            chunks = _chunks_along(span, self.shape[i], self.chunk[i])
             axes.append(_by_block(chunks, self.chunks[i]))
         for blocks in itertools.product(*axes):
             numbers = np.ravel_multi_index(np.ix_(*(x for _, x in blocks)), self.chunks)
@@ -57,49 +61,52 @@ class Grid:
 
 
 def _chunks_along(span: slice, size: int, chunk: int) -> np.ndarray:
-    """Numbers of the chunks of an axis that a slice has elements in."""
-    places = range(*span.indices(size))
-    if not places:
+    """The numbers of the chunks along an axis of `size` that a slice has elements in."""
+    elements = range(*span.indices(size))
+    if not elements:
         return np.arange(0)
-    if places.step < chunk:
-        return np.arange(places[0] // chunk, places[-1] // chunk + 1)
-    return np.arange(places.start, places.stop, places.step) // chunk
+    if elements.step < chunk:
+        return np.arange(elements[0] // chunk, elements[-1] // chunk + 1)
+    return np.arange(elements.start, elements.stop, elements.step) // chunk
 
 
-def _by_block(chunks: np.ndarray, each: int) -> list[tuple[int, np.ndarray]]:
-    """Chunks of an axis by block, where each has as many; numbered within it."""
-    blocks = chunks // each
-    return [(int(block), chunks[blocks == block] % each) for block in np.unique(blocks)]
+def _by_block(chunks: np.ndarray, per_block: int) -> list[tuple[int, np.ndarray]]:
+    """Chunks along an axis by block, each with the block's number and numbered within it."""
+    blocks = chunks // per_block
+    return [(int(block), chunks[blocks == block] % per_block) for block in np.unique(blocks)]
 
 
 def create(folder: Path, grid: Grid) -> None:
-    """Makes the file, for chunks that are not written yet."""
+    """Creates the file with zeros, for chunks that are not written yet."""
     with open(folder / CHECKSUMS, "wb") as file:
         file.truncate(_nbytes(grid))
 
 
 def record(folder: Path, grid: Grid, index: tuple[slice, ...], synced: bool) -> None:
-    """Notes the checksums of the blocks that a slice lies in, once these are in their files.
+    """Copies the checksums of blocks from the blocks' files, which must be written already.
 
     Args:
-        synced: returns when they would survive a loss of power.
+        folder: the array's.
+        grid: the array's.
+        index: a slice that lies in the blocks.
+        synced: whether to return only when they would survive a loss of power.
     """
-    each = 4 * math.prod(grid.chunks)
+    count = math.prod(grid.chunks)
     with open(folder / CHECKSUMS, "r+b") as file:
         for block, _ in grid.touched(index):
-            found = _stored(_file_of(folder, block), np.arange(each // 4), each // 4)
-            file.seek(each * int(np.ravel_multi_index(block, grid.blocks)))
-            file.write(found.tobytes())
+            stored = _stored(_file_of(folder, block), np.arange(count), count)
+            file.seek(4 * count * int(np.ravel_multi_index(block, grid.blocks)))
+            file.write(stored.tobytes())
         file.flush()
         if synced:
             os.fsync(file.fileno())
 
 
 def parse(content: bytes, grid: Grid) -> np.ndarray:
-    """What `check` needs, of the file's content.
+    """The checksums in the file's content, [*blocks, chunks of a block] uint32.
 
     Raises:
-        ValueError: if it is that of another grid.
+        ValueError: if it has another size than the grid's.
     """
     if len(content) != _nbytes(grid):
         raise ValueError(f"its {CHECKSUMS} has {len(content)} bytes, not {_nbytes(grid)}")
@@ -109,14 +116,20 @@ def parse(content: bytes, grid: Grid) -> np.ndarray:
 def check(folder: Path, grid: Grid, index: tuple[slice, ...], expected: np.ndarray) -> None:
     """Compares the checksums of the chunks that a slice has elements in.
 
+    Args:
+        folder: the array's.
+        grid: the array's.
+        index: the slice.
+        expected: as `parse` returns them.
+
     Raises:
-        ValueError: if a chunk is another's.
+        ValueError: if a chunk belongs to another array.
         OSError: if a file cannot be read.
     """
     for block, numbers in grid.touched(index):
         file = _file_of(folder, block)
-        found = _stored(file, numbers, math.prod(grid.chunks))
-        if not np.array_equal(found, expected[block][numbers]):
+        stored = _stored(file, numbers, math.prod(grid.chunks))
+        if not np.array_equal(stored, expected[block][numbers]):
             raise ValueError(f"{file} is another array's, or of another time")
 
 
@@ -129,16 +142,29 @@ def _file_of(folder: Path, block: tuple[int, ...]) -> Path:
 
 
 def _stored(file: Path, numbers: np.ndarray, count: int) -> np.ndarray:
-    """The checksums that end some chunks of a file, which ends with the places of all `count`."""
-    found = np.zeros(len(numbers), "<u4")
+    """The checksums of some chunks in a block's file; 0 for chunks that were never written.
+
+    A chunk ends with its checksum of 4 bytes. The file ends with the offset and size of each chunk
+    and a checksum of that index.
+
+    Args:
+        file: the block's file.
+        numbers: of the chunks.
+        count: how many chunks the block has.
+
+    Raises:
+        ValueError: if the file is too short.
+    """
+    checksums = np.zeros(len(numbers), "<u4")
     with open(file, "rb", buffering=0) as stream:
         descriptor = stream.fileno()
-        places = _read(descriptor, 16 * count, os.fstat(descriptor).st_size - 16 * count - 4)
-        offsets, sizes = np.frombuffer(places, "<u8").reshape(count, 2)[numbers].T
+        index = _read(descriptor, 16 * count, os.fstat(descriptor).st_size - 16 * count - 4)
+        offsets, sizes = np.frombuffer(index, "<u8").reshape(count, 2)[numbers].T
         written = offsets != NOWHERE
         ends = (offsets[written] + sizes[written] - 4).tolist()
-        found[written] = np.frombuffer(b"".join(_read(descriptor, 4, end) for end in ends), "<u4")
-    return found
+        ending = b"".join(_read(descriptor, 4, end) for end in ends)
+        checksums[written] = np.frombuffer(ending, "<u4")
+    return checksums
 
 
 def _read(descriptor: int, nbytes: int, start: int) -> bytes:
