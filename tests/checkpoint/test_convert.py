@@ -1,4 +1,4 @@
-"""Convert and export: byte for byte there and back, and nothing half-done that looks finished."""
+"""Converting and exporting keeps every byte, and nothing unfinished looks finished."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_round_trip_of_mixed_dtypes(tmp_path):
     ],
 )
 def test_the_dtype_of_a_model_is_not_that_of_its_embedding(tmp_path, embed, rest, stated, main):
-    """Nothing is widened for the embedding, and nothing rounded that the configuration keeps."""
+    """Parameters are neither widened to the embedding's dtype nor rounded to it."""
     config = {**CONFIG, "num_hidden_layers": 1, "torch_dtype": stated}
     tensors = weights(rest, config)
     name = "model.embed_tokens.weight"
@@ -151,7 +151,7 @@ def test_round_trip_of_a_tied_model(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_head_that_is_no_copy_of_the_embedding_is_kept(tmp_path, dtype):
-    """As transformers 5.23 does, whatever the configuration says; a copy of any dtype is none."""
+    """The head is kept, as in transformers 5.23, if its numbers differ from the embedding's."""
     config = {**CONFIG, "num_hidden_layers": 1, "tie_word_embeddings": True}
     tensors = tiny.random_tensors(config, seed=1)
     head = tensors["model.embed_tokens.weight"].astype(dtype)
@@ -271,7 +271,7 @@ def assert_nothing_left(tmp_path):
 
 
 def refused(tmp_path, *parts):
-    """Converts `hf`: it must fail with one sentence that holds `parts`, and leave nothing."""
+    """Asserts that converting `hf` fails with a sentence that has `parts`, and leaves nothing."""
     with pytest.raises(UserError) as caught:
         convert(tmp_path / "hf", tmp_path / "out")
     message = str(caught.value)
@@ -352,7 +352,7 @@ def read_files(folder):
 
 
 def test_what_is_finished_is_not_done_again(tmp_path):
-    """Catches a loop that retries and sees a failure for ever."""
+    """Catches a failure that would make a script that retries run forever."""
     source, output = checkpoint(tmp_path / "hf"), tmp_path / "out"
     first = convert(source, output, weights="int8")
     before = read_files(output)
@@ -381,14 +381,14 @@ def test_disk_too_small_is_refused_before_writing(tmp_path, monkeypatch):
 
 
 def run_script(script, *arguments, limits=""):
-    """Runs a script as from a shell, there under `limits`."""
+    """Runs a script in a shell with limits."""
     command = [sys.executable, ROOT / "scripts" / script, *arguments]
     shell = ["bash", "-c", f'{limits}\nexec "$@"', "bash", *command]
     return subprocess.run(shell, capture_output=True, text=True, check=False)
 
 
 def test_full_disk_is_one_sentence(tmp_path):
-    """A limit on the size of files fails writes as a full disk does."""
+    """A limit on the size of files makes writes fail as a full disk does."""
     limits = "ulimit -f 8"  # KiB: less than the experts
     source = checkpoint(tmp_path / "hf")
     result = run_script("convert.py", source, tmp_path / "out", limits=limits)

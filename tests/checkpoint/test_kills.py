@@ -1,4 +1,4 @@
-"""SIGKILL at random times: each conversion goes on, and ends as if nothing had happened.
+"""Conversions that are killed at random times resume, with the same result to the byte.
 
 `JAXMOE_KILLS=25` kills more often, `JAXMOE_KILL_SEED` repeats a run.
 """

@@ -1,4 +1,4 @@
-"""The name table: one to one, whole, and the same weights in both directions."""
+"""The name table covers every tensor and parameter once, and is right in both directions."""
 
 import math
 from pathlib import Path
@@ -45,7 +45,7 @@ def hf_names(config):
 
 
 def experts_in_fp8(config, layers, ranks=1):
-    """Of Meta's files, `down` has a scale for each rank's inputs."""
+    """The formats of experts in some layers; in Meta's files, `down` has scales for each rank."""
     formats = {}
     for name, spec in named_specs(config).items():
         if names.has_experts(name) and int(name.split(".")[1]) in layers:
@@ -83,7 +83,7 @@ def test_every_tensor_of_the_fp8_maverick():
 
 
 def test_every_tensor_of_one_of_metas_files():
-    """Shapes of the released files: a layer of each kind, and the vision side."""
+    """Checks the shapes in the released files for a layer of each kind and the vision tower."""
     scout = shapes_of(groups_of(SCOUT, META, vision=True, ranks=8))
     maverick = shapes_of(groups_of(MAVERICK, META, vision=True, ranks=8))
     experts = "3:layers.5.feed_forward.experts.moe_w_"
@@ -137,7 +137,7 @@ def real_groups(model, case):
 @pytest.mark.parametrize("model", REAL)
 @pytest.mark.parametrize("case", CASES)
 def test_every_array_is_covered_exactly_once(model, case):
-    """By pieces of its groups, which cover their tensors exactly once, too."""
+    """The pieces of all groups cover every array and every tensor exactly once."""
     config, formats, groups = real_groups(model, case)
     shapes = array_shapes(config, formats)
     assert sorted(name for group in groups for name in group.params) == sorted(shapes)
@@ -172,7 +172,7 @@ def block_bytes(request, monkeypatch):
 
 
 def through_blocks(group, weights):
-    """Our parameters, filled block by block from stored tensors."""
+    """A group's parameters, filled block by block from stored tensors."""
     ours = [np.full(group.shape, np.nan, np.float32) for _ in group.params]
     for block in group.blocks(4):
         part = weights[block.tensor].reshape(-1)[block.start : block.start + block.count]
@@ -218,7 +218,7 @@ def test_blocks_give_the_weights_that_the_formulas_give(model, block_bytes):
 
 
 def matched(config, given):
-    """`match` of files that hold tensors of these names, in the shapes that are asked for."""
+    """The result of `match` for files with tensors of these names and the expected shapes."""
     groups = groups_of(config)
     shapes = shapes_of(groups)
 

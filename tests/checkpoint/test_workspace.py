@@ -1,4 +1,4 @@
-"""Workspaces: of one run at a time, and what is said of one that is there."""
+"""A workspace belongs to one run at a time, and errors say whether it is in use."""
 
 import errno
 
