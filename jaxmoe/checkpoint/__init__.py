@@ -7,8 +7,8 @@ from it. The way of a tensor from a published file to an array:
     convert.conversion.convert(source, output)
       convert.source.open_source      reads the configuration and the headers of the files
         mapping.tensors.expand          `mapping.names`, the table, for this model: its groups
-        mapping.match.match             every tensor of the groups is in the files, none else
-      convert.recode.plan             a job per group, or per matrix that changes its format
+        mapping.match.match             checks that the files have these tensors and no others
+      convert.recode.plan             a job for each group, or for matrices that change their format
       zarr.writer.Writer.create       the job's arrays
       Job.steps                       for each block of the group:
         Source.read_block

@@ -87,10 +87,9 @@ def convert(
     jobs = plan(opened, formats, weights)
     identity = _identity(opened, weights, text_only)
     total = sum(job.nbytes for job in jobs)
+    counts = len(opened.stored_names), total, len(opened.left_out)
     if _is_made(Path(output), _metadata(opened, formats, identity, {})):
-        return Report(
-            len(opened.stored_names), total, len(opened.left_out), total, notes=opened.notes
-        )
+        return Report(*counts, resumed=total, notes=opened.notes)
     with Resumable(Path(output)) as workspace:
         _check_same(workspace, identity)
         if not workspace.note:
@@ -105,9 +104,7 @@ def convert(
             writer.finish(names, KEY, _metadata(opened, formats, identity, errors))
             copy_companions(Path(source), workspace.path / RESULT)
         workspace.finish()
-    return Report(
-        len(opened.stored_names), total, len(opened.left_out), resumed, errors, opened.notes
-    )
+    return Report(*counts, resumed, errors, opened.notes)
 
 
 def _is_made(output: Path, metadata: dict[str, Any]) -> bool:
