@@ -59,7 +59,7 @@ clean:
 
 # The stamps below are written last, so that an interrupted step is done again.
 
-$(BUILD)/demo.converted: $(wildcard demo/model/* jaxmoe/checkpoint/*.py) | $(VENV)/.project
+$(BUILD)/demo.converted: $(wildcard demo/model/* jaxmoe/checkpoint/*.py jaxmoe/checkpoint/*/*.py) | $(VENV)/.project
 	rm -rf $(BUILD)/demo $@
 	mkdir -p $(BUILD)
 	$(python) scripts/convert.py demo/model $(BUILD)/demo

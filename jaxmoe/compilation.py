@@ -1,4 +1,4 @@
-"""Compiled programs that are kept for later processes, and a word while one is compiled."""
+"""Keeps compiled programs for later processes, and tells users that something is compiling."""
 
 import os
 import threading
@@ -10,29 +10,29 @@ import jax
 from jaxmoe.errors import UserError
 
 _MAX_BYTES = 10 * 2**30
-_MIN_SECONDS = 0.5  # of compiling: what takes less is not kept
-_PATIENCE = 2.0  # seconds before something is said
+_MIN_SECONDS = 0.5  # programs that take less to compile are not kept
+_PATIENCE = 2.0  # seconds of compiling before the user is told
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def default_folder() -> Path:
-    """Where users expect caches: `$XDG_CACHE_HOME/jaxmoe` or `~/.cache/jaxmoe`.
+    """The folder where users expect caches: `$XDG_CACHE_HOME/jaxmoe` or `~/.cache/jaxmoe`.
 
-    Of a user without a home, as in some containers, `~` stands for itself and nothing can be kept.
+    For a user without a home, as in some containers, the path is relative and begins with `~`.
     """
     home = os.path.expanduser("~")
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")) / "jaxmoe"
 
 
 def keep_compiled(folder: str | Path | None = None) -> str | None:
-    """Keeps compiled programs in a folder and finds there those of earlier processes.
+    """Makes JAX keep compiled programs in a folder and reuse those of earlier processes.
 
-    The least recently used go when there are more than 10 GiB. What `JAX_COMPILATION_CACHE_DIR`
-    or `jax.config` says already, stays.
+    If the programs exceed 10 GiB, the least recently used ones are removed.
 
     Args:
-        folder: default: `default_folder()`, if it can be written.
+        folder: default: the one that `JAX_COMPILATION_CACHE_DIR` or `jax.config` gives, else
+            `default_folder()` if that can be written.
 
     Returns:
         The folder in use, or None.
@@ -52,7 +52,7 @@ def keep_compiled(folder: str | Path | None = None) -> str | None:
     except OSError as error:
         refused = error.strerror
     if refused:
-        if folder is None:  # a home that is read-only costs time and nothing else
+        if folder is None:  # without a cache everything works, only slower
             return None
         raise UserError(f"compilation cache {place} cannot be used: {refused}; choose another.")
     jax.config.update("jax_compilation_cache_dir", str(place))
@@ -62,7 +62,7 @@ def keep_compiled(folder: str | Path | None = None) -> str | None:
 
 
 def on_long_compilation(say: Callable[[], None]) -> None:
-    """Calls `say` from another thread, once, when compiling takes more than 2 seconds."""
+    """Calls `say` once, from another thread, when a compilation takes more than 2 seconds."""
     timers: list[threading.Timer] = []
     said = threading.Event()
 

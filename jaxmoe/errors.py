@@ -1,12 +1,12 @@
 """The one exception type for mistakes that the user can fix."""
 
-_LONGEST = 1000  # characters of a message; what files hold may be longer
+_LONGEST = 1000  # characters of a message, which may quote long values from files
 
 
 class UserError(ValueError):
-    """A mistake in a file, a flag or a value; one sentence that names it and the fix.
+    """A mistake in a file, a flag or a value; the message is a sentence that names it and the fix.
 
-    The message is one line that any terminal can print, whatever the values that it quotes hold.
+    The message is one line that every terminal can print, whatever values it quotes.
     """
 
     def __init__(self, message: str):

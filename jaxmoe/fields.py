@@ -1,7 +1,7 @@
-"""A dataclass from a mapping that a user wrote, such as a YAML file.
+"""Makes a dataclass from a mapping that a user wrote, such as the content of a YAML file.
 
-The types of its fields say what is accepted: plain types, `Literal`, either of them or None, other
-dataclasses, and numbers as `Annotated[int, Range(1, 8)]`.
+The types of the fields decide which values are accepted: plain types, `Literal`, either of these or
+None, other dataclasses, and numbers in a range, as in `Annotated[int, Range(1, 8)]`.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from jaxmoe.errors import UserError
 
-_EXACT = 2**53  # every whole number up to here is a float
+_EXACT = 2**53  # up to here, every integer is exact as a float
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field accepts, both ends included; NaN is in no range."""
+    """The range of numbers that a field accepts, both ends included; NaN is in none."""
 
     least: int | float
     most: int | float
@@ -33,14 +33,16 @@ class Range:
 
 
 def read_fields[T](cls: type[T], content: Any, source: str) -> T:
-    """A dataclass from a mapping of its fields; dataclasses inside it likewise.
+    """Makes a dataclass, and those inside it, from mappings of their fields.
 
     Args:
+        cls: the dataclass.
+        content: the mapping.
         source: what error messages call the mapping, usually its file.
 
     Raises:
-        UserError: for a key that is no field (naming the nearest one), a field that is missing, or
-            a value of another type or out of its range.
+        UserError: for a key that is no field (naming the nearest one), a missing field, or a value
+            that has another type or is out of range.
     """
     if not isinstance(content, Mapping):
         raise UserError(f"{source} holds no mapping; write lines such as 'steps: 1000'.")
@@ -58,7 +60,7 @@ def read_fields[T](cls: type[T], content: Any, source: str) -> T:
     values = {key: _value(kinds[key], value, source, key) for key, value in content.items()}
     try:
         return cls(**values)
-    except UserError as error:  # what the class itself refuses
+    except UserError as error:  # from the class's own checks
         raise UserError(f"{source}: {error}") from None
 
 
@@ -67,7 +69,11 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 
 def _value(kind: Any, value: Any, source: str, key: str) -> Any:
-    """`value` as a field's type says."""
+    """A value converted to a field's type.
+
+    Raises:
+        UserError: if it has another type or is out of range.
+    """
     if dataclasses.is_dataclass(kind):
         return read_fields(typing.cast(type, kind), value, f"{source}, {key}")
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -86,7 +92,7 @@ def _value(kind: Any, value: Any, source: str, key: str) -> Any:
 
 
 def _converted(kind: Any, value: Any) -> Any:
-    """`value` as a Literal or a plain type; None if it is none."""
+    """A value converted to a Literal or a plain type; None if it is not of that type."""
     if typing.get_origin(kind) is Literal:
         return value if value in typing.get_args(kind) else None
     if kind is float and type(value) is int:
@@ -99,7 +105,7 @@ def _converted(kind: Any, value: Any) -> Any:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a file could be called so: texts in these mappings are names and paths."""
+    """Whether a text can be a file's name: the texts in these mappings are names and paths."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:  # half of a surrogate pair
@@ -107,6 +113,7 @@ def _is_name(text: str) -> bool:
 
 
 def _expected(kind: Any, bounds: Range | None) -> str:
+    """A type and a range in words, for error messages."""
     if typing.get_origin(kind) is Literal:
         return " or ".join(typing.get_args(kind))
     return _NAMES[kind] + ("" if bounds is None else f" {bounds}")

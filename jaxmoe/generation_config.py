@@ -1,6 +1,6 @@
-"""A checkpoint's `generation_config.json`: where answers end, and how tokens are drawn.
+"""Reads a checkpoint's `generation_config.json`: stop tokens, and settings of sampling.
 
-Every key may be at the top or in `text_config`, which gives what the top does not.
+A key may be at the top level or in `text_config`; the top level takes precedence.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,8 @@ from jaxmoe.parsing import read_json
 
 FILE = "generation_config.json"
 
-# What changes the tokens drawn and is not supported, with the values that change nothing.
+# Keys that would change the sampled tokens and are not supported, with the values that have no
+# effect.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1,),
     "encoder_repetition_penalty": (1,),
@@ -40,13 +41,13 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What a checkpoint says of generation.
+    """A checkpoint's defaults for generation.
 
     Attributes:
-        eos_token_ids: tokens that end an answer.
-        sampling: of `temperature`, `top_p` and `top_k` those that it gives; temperature 0 if it
-            asks for greedy decoding.
-        unsupported: what else it asks for and does not get.
+        eos_token_ids: the tokens that end an answer.
+        sampling: those of `temperature`, `top_p` and `top_k` that are given; greedy decoding is
+            temperature 0.
+        unsupported: the keys with an effect that is not supported.
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -55,10 +56,10 @@ class GenerationConfig:
 
 
 def read_generation_config(folder: str | Path) -> GenerationConfig:
-    """Reads the file of a checkpoint folder; an empty configuration if there is none.
+    """Reads the file in a checkpoint folder; without a file, the configuration is empty.
 
     Raises:
-        UserError: the file is broken or a value is of the wrong kind.
+        UserError: if the file is broken or a value has the wrong type.
     """
     path = Path(folder) / FILE
     if not path.exists():
@@ -80,7 +81,7 @@ def read_generation_config(folder: str | Path) -> GenerationConfig:
 
 
 def with_stop_ids(config: Llama4Config, folder: str | Path) -> Llama4Config:
-    """The configuration of a model whose answers also end where its folder's file says.
+    """The configuration with the stop tokens of a folder's `generation_config.json` added.
 
     Raises:
         UserError: as `read_generation_config`.
@@ -90,6 +91,7 @@ def with_stop_ids(config: Llama4Config, folder: str | Path) -> Llama4Config:
 
 
 def _ids(values: dict[str, Any], path: Path) -> tuple[int, ...]:
+    """The stop tokens."""
     found = values.get("eos_token_id", [])
     ids = found if isinstance(found, list) else [found]
     if not all(type(id_) is int and 0 <= id_ < 2**31 for id_ in ids):
@@ -100,7 +102,11 @@ def _ids(values: dict[str, Any], path: Path) -> tuple[int, ...]:
 
 
 def _sampling(values: dict[str, Any], path: Path) -> tuple[tuple[str, Any], ...]:
-    """With `do_sample` true what is not given is 1, as in transformers, but top_k, which is all."""
+    """The settings of sampling, by name.
+
+    If `do_sample` is true, temperature and top_p default to 1, as in transformers, and top_k to no
+    limit, which is 0.
+    """
     do_sample = values.get("do_sample")
     if not isinstance(do_sample, bool | None):
         raise UserError(f"{path} has do_sample {do_sample!r:.80}, not true or false.")
@@ -109,8 +115,8 @@ def _sampling(values: dict[str, Any], path: Path) -> tuple[tuple[str, Any], ...]
     given: dict[str, Any] = {"temperature": 1, "top_p": 1} if do_sample else {}
     given |= {key: values[key] for key in ("temperature", "top_p", "top_k") if key in values}
     for key, value in given.items():
-        whole = key == "top_k"
-        if type(value) is not int and (whole or type(value) is not float):
+        is_count = key == "top_k"
+        if type(value) is not int and (is_count or type(value) is not float):
             raise UserError(f"{path} has {key} {value!r:.80}, which is no such number.")
-        given[key] = max(value, 0) if whole else float(value)  # of top_k, -1 is all, too
+        given[key] = max(value, 0) if is_count else float(value)  # a top_k of -1 is no limit either
     return tuple(given.items())

@@ -1,6 +1,7 @@
-"""Hugging Face `config.json` <-> `Llama4Config`, in every spelling that Llama 4 checkpoints use.
+"""Converts between Hugging Face's `config.json` and `Llama4Config`.
 
-Nothing is guessed: a size must be there, a key that is not known is refused by name.
+Every spelling that Llama 4 checkpoints use is read, and nothing is guessed: sizes must be given,
+and unknown keys are refused by name.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from jaxmoe.hf_keys import KNOWN, ROPE_FACTORS, SIZES, TEXT_KEYS, Keys
 from jaxmoe.parsing import read_json
 
 ATTENTION_NAMES: dict[str, Attention] = {"chunked_attention": "local", "full_attention": "global"}
-MAX_NAMED = 10  # of unknown keys in one message
+MAX_NAMED = 10  # unknown keys in one error message
 
 TEXT_MODEL, NESTED_MODEL = "llama4_text", "llama4"
 
@@ -32,16 +33,16 @@ def read_config(folder: str | Path) -> Llama4Config:
     """The configuration of a Hugging Face checkpoint folder.
 
     Raises:
-        UserError: if `config.json` is missing, is no JSON, or is not one that `from_hf` reads.
+        UserError: if `config.json` is missing or not JSON, or as `from_hf`.
     """
     return from_hf(read_object(folder, "config.json"), source=str(Path(folder) / "config.json"))
 
 
 def read_object(folder: str | Path, name: str) -> dict[str, Any]:
-    """A JSON object in a model's folder.
+    """The JSON object in the file `name` of a model's folder.
 
     Raises:
-        UserError: if it is missing or is no JSON object.
+        UserError: if the file is missing or holds no JSON object.
     """
     path = Path(folder) / name
     mapping = read_json(path)
@@ -54,16 +55,17 @@ def from_hf(mapping: Mapping[str, Any], source: str, ignore_unknown: bool = Fals
     """Reads a `config.json`, text-only or with the text model nested in `text_config`.
 
     Accepts the keys of transformers 4.x (`rope_scaling`, `torch_dtype`) and 5.x (`rope_parameters`,
-    `dtype`, `layer_types`). Lists of layers win over the rules that would generate them.
+    `dtype`, `layer_types`). Lists of layers take precedence over the rules that would generate
+    them. A key whose value is null counts as missing.
 
     Args:
         mapping: the parsed JSON.
         source: what error messages call it, usually the file's path.
-        ignore_unknown: takes the model as it is without the keys that are not known.
+        ignore_unknown: ignores unknown keys instead of refusing them.
 
     Raises:
-        UserError: for an unknown or missing key, a value out of range, or keys that contradict. A
-            key that is null is as if it were not there.
+        UserError: for an unknown or missing key, a value out of range, or keys that contradict each
+            other.
     """
     outer = Keys(mapping, source)
     if mapping.get("model_type") not in (TEXT_MODEL, NESTED_MODEL):
@@ -98,7 +100,7 @@ def _refuse_unknown(source: str, unknown: list[str]) -> NoReturn:
 
 
 def stated_dtype(mapping: Mapping[str, Any]) -> Any:
-    """The dtype that a `config.json` states, of the text model if it does, or None."""
+    """The dtype that a `config.json` states, preferably for its text model; None if it does not."""
     text = mapping.get("text_config")
     for found in (text if isinstance(text, Mapping) else {}, mapping):
         for key in ("dtype", "torch_dtype"):
@@ -108,10 +110,10 @@ def stated_dtype(mapping: Mapping[str, Any]) -> Any:
 
 
 def vision_from_hf(mapping: Mapping[str, Any], source: str) -> VisionConfig | None:
-    """The sizes of the vision tower; None if the model has none.
+    """The sizes of the vision tower in a `config.json`; None if it describes no tower.
 
     Raises:
-        UserError: for a size that is missing or no number.
+        UserError: if a size is missing or not a number.
     """
     if not isinstance(mapping.get("vision_config"), Mapping):
         return None
@@ -122,13 +124,18 @@ def vision_from_hf(mapping: Mapping[str, Any], source: str) -> VisionConfig | No
 
 
 def nest(text: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any]:
-    """The `config.json` of a multimodal model: `to_hf`'s inside what surrounds it."""
+    """The `config.json` of a multimodal model.
+
+    Args:
+        text: the text model's, as `to_hf` makes it.
+        outer: everything else.
+    """
     text = {key: value for key, value in text.items() if key != "architectures"}
     return {**outer, "text_config": text}
 
 
 def to_hf(config: Llama4Config, dtype: str) -> dict[str, Any]:
-    """The text-only `config.json` that transformers 4.51 and later, 5.x included, reads.
+    """The `config.json` of a text model, as transformers 4.51 and later, including 5.x, reads it.
 
     Args:
         config: any configuration.
@@ -139,7 +146,7 @@ def to_hf(config: Llama4Config, dtype: str) -> dict[str, Any]:
     names = {attention: name for name, attention in ATTENTION_NAMES.items()}
     nope = [kind.attention == "global" for kind in config.layers]
     moe = [kind.feed_forward == "moe" for kind in config.layers]
-    intervals = {  # beside the lists, for readers that only know the rules
+    intervals = {  # in addition to the lists, for readers that only know the rules
         "no_rope_layer_interval": _interval(nope),
         "interleave_moe_layer_step": _interval(moe),
     }
@@ -161,13 +168,14 @@ def to_hf(config: Llama4Config, dtype: str) -> dict[str, Any]:
 
 
 def _interval(flags: list[bool]) -> int | None:
-    """The n for which every n-th flag is set and no other; None if there is none."""
+    """The n for which exactly every n-th flag is set; None if there is no such n."""
     first = [*flags, True].index(True) + 1
     regular = [(i + 1) % first == 0 for i in range(len(flags))]
     return first if flags == regular else None
 
 
 def _text_config(keys: Keys) -> Llama4Config:
+    """The configuration of a text model."""
     layers = _layers(keys)
     has_moe = any(kind.feed_forward == "moe" for kind in layers)
     fields: dict[str, Any] = dict(
@@ -192,14 +200,14 @@ def _text_config(keys: Keys) -> Llama4Config:
 
 
 def _chunk(keys: Keys) -> int | None:
-    """Absent means 8192; null means that local layers attend to everything earlier."""
+    """The attention chunk size, by default 8192; None, for null, is attention without chunks."""
     if keys.mapping.get("attention_chunk_size", ...) is None:
         return None
     return keys.integer("attention_chunk_size", Llama4Config.attention_chunk_size)
 
 
 def _layers(keys: Keys) -> tuple[LayerKind, ...]:
-    """Each layer's kind: lists where they are given, else Llama 4's rule."""
+    """The kind of each layer, by the lists if they are given, else by Llama 4's rules."""
     count = keys.integer("num_hidden_layers")
     step = keys.integer("interleave_moe_layer_step", 1, minimum=0) or count + 1  # 0: all dense
     rule = layer_kinds(count, keys.integer("no_rope_layer_interval", 4), step)
@@ -212,7 +220,10 @@ def _layers(keys: Keys) -> tuple[LayerKind, ...]:
 
 
 def _attention_kinds(keys: Keys, count: int) -> list[Attention] | None:
-    """From `no_rope_layers` (1: rotary, so local) or `layer_types`; None if neither says."""
+    """The attention of each layer by `no_rope_layers` or `layer_types`; None if both are missing.
+
+    In `no_rope_layers`, 1 is a layer with rotary embeddings, which is a local one.
+    """
     by_rope: list[Attention] | None = None
     by_type: list[Attention] | None = None
     if keys.mapping.get("no_rope_layers"):
@@ -234,7 +245,7 @@ def _attention_kinds(keys: Keys, count: int) -> list[Attention] | None:
 
 
 def _rope(keys: Keys) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, from the keys of transformers 4.x or 5.x."""
+    """The fields `rope_theta` and `rope_scaling`, by the keys of transformers 4.x or 5.x."""
     if "rope_scaling" in keys and "rope_parameters" in keys:
         keys.refuse("rope_scaling", "null beside rope_parameters")
     name = "rope_parameters" if "rope_parameters" in keys else "rope_scaling"
@@ -267,7 +278,10 @@ def _rope_scaling(rope: Keys) -> RopeScaling | None:
 
 
 def _token_ids(keys: Keys) -> dict[str, Any]:
-    """Ids of special tokens; absent ones are Llama 4's, as far as the vocabulary has them."""
+    """The fields with ids of special tokens; missing ones are left to `Llama4Config`'s defaults.
+
+    The padding token defaults to 0 if Llama 4's is outside the vocabulary.
+    """
     ids: dict[str, Any] = {}
     if "bos_token_id" in keys:
         ids["bos_token_id"] = keys.integer("bos_token_id", minimum=0)
@@ -275,7 +289,7 @@ def _token_ids(keys: Keys) -> dict[str, Any]:
         ids["eos_token_ids"] = _eos_ids(keys)
     fallback = Llama4Config.pad_token_id
     if fallback >= keys.mapping["vocab_size"]:
-        fallback = 0  # padding is masked out: any row of the embedding will do
+        fallback = 0  # padding is masked out, so any row of the embedding will do
     pad = keys.mapping.get("pad_token_id")
     ids["pad_token_id"] = fallback if pad in (None, -1) else keys.integer("pad_token_id", minimum=0)
     return ids

@@ -1,4 +1,4 @@
-"""The keys of a Hugging Face `config.json`: which there are, what they may be, and their reader."""
+"""The known keys of a Hugging Face `config.json`, their allowed values, and a reader of them."""
 
 import json
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ SIZES = (
 )
 ROPE_FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
 
-# The largest whole numbers: some ten times those of any model, so that nothing is made for a slip.
-# Ids of tokens and positions are int32.
+# The largest integers that are accepted: some ten times those of any model, so that nothing is
+# allocated for a typing error. Ids of tokens and positions are int32.
 LARGEST = {
     "hidden_size": 2**18,
     "intermediate_size": 2**22,
@@ -31,7 +31,7 @@ LARGEST = {
     "num_local_experts": 2**16,
 }
 LARGEST_OTHER = 2**31 - 1
-RANGES = {  # of the other numbers
+RANGES = {  # of numbers that are no integers
     "rope_theta": (1, 1e12),
     "rms_norm_eps": (1e-20, 0.1),
     "attn_scale": (1e-9, 1e3),
@@ -39,7 +39,7 @@ RANGES = {  # of the other numbers
     **dict.fromkeys(ROPE_FACTORS, (1e-3, 1e6)),
 }
 
-# Keys that say how the text model computes.
+# Keys that determine what the text model computes.
 TEXT_KEYS = frozenset(
     """
     num_hidden_layers num_local_experts num_experts_per_tok interleave_moe_layer_step moe_layers
@@ -49,7 +49,7 @@ TEXT_KEYS = frozenset(
     """.split()
 ).union(SIZES)
 
-# Keys that change the model unless they have this value.
+# Keys that would change the model if they had another value.
 FIXED = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -58,8 +58,8 @@ FIXED = {
     "per_layer_config": (None,),
 }
 
-# Keys without effect on the text model's forward pass: training, the vision side, and what
-# transformers keeps in every config (its bookkeeping and its generation defaults).
+# Keys without effect on the text model's forward pass: those for training and the vision tower, and
+# those that transformers writes into every config (its bookkeeping and generation defaults).
 IGNORED = frozenset(
     """
     attention_dropout router_aux_loss_coef router_jitter_noise output_router_logits
@@ -89,7 +89,7 @@ KNOWN = TEXT_KEYS | FIXED.keys() | IGNORED | {"text_config"}
 
 
 class Keys:
-    """A JSON object read key by key; every refusal names the file, the key and its value."""
+    """Reads a JSON object key by key; error messages name the file, the key and its value."""
 
     def __init__(self, mapping: Mapping[str, Any], source: str):
         self.mapping = mapping
@@ -100,24 +100,32 @@ class Keys:
         return self.mapping.get(key) is not None
 
     def refuse(self, key: str, expected: str) -> NoReturn:
-        """Raises a UserError about a key that is missing or has another value than expected."""
+        """Raises a UserError: a key is missing, or has another value than expected."""
         if key not in self.mapping:
             raise UserError(f"{self.source} lacks {key}; add it: {expected}.")
         value = json.dumps(self.mapping[key], default=str)
         raise UserError(f"{self.source} gives {key} the value {value:.80}; expected {expected}.")
 
     def unknown(self) -> list[str]:
-        """The keys that are not known, and not null."""
+        """The unknown keys whose value is not null."""
         return [key for key in self.mapping if key in self and key not in KNOWN]
 
     def check_fixed(self) -> None:
-        """Refuses values of `FIXED` keys for which the model would be another."""
+        """Checks the `FIXED` keys.
+
+        Raises:
+            UserError: if one has another value.
+        """
         for key, allowed in FIXED.items():
             if key in self and not any(_is(self.mapping[key], value) for value in allowed):
                 self.refuse(key, " or ".join(json.dumps(value) for value in allowed))
 
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """A whole number up to the largest that makes sense."""
+        """An integer from `minimum` to the key's number in `LARGEST`.
+
+        Raises:
+            UserError: if the value is none; or it is missing and there is no default.
+        """
         value = default if key not in self else self.mapping[key]
         most = LARGEST.get(key, LARGEST_OTHER)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= most:
@@ -125,7 +133,11 @@ class Keys:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number of its range in `RANGES`."""
+        """A number in the key's range in `RANGES`.
+
+        Raises:
+            UserError: if the value is none; or it is missing and there is no default.
+        """
         value = default if key not in self else self.mapping[key]
         least, most = RANGES[key]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -134,14 +146,27 @@ class Keys:
         return float(value)
 
     def flag(self, key: str, default: bool, also: tuple[int, ...] = ()) -> bool:
-        """A boolean; `also` are numbers that some configs store for one."""
+        """A boolean.
+
+        Args:
+            key: the key.
+            default: its value if it is missing.
+            also: numbers that some configs have instead, which count as `bool(number)`.
+
+        Raises:
+            UserError: if the value is none.
+        """
         value = default if key not in self else self.mapping[key]
         if type(value) is not bool and not any(_is(value, number) for number in also):
             self.refuse(key, "true or false")
         return bool(value)
 
     def integers(self, key: str, allowed: range) -> list[int]:
-        """A list of whole numbers."""
+        """A list of integers in `allowed`; the key must be there.
+
+        Raises:
+            UserError: if the value is none.
+        """
         value = self.mapping[key]
         expected = f"a list of integers from {allowed[0]} to {allowed[-1]}"
         if not isinstance(value, list):
@@ -152,5 +177,5 @@ class Keys:
 
 
 def _is(value: Any, expected: Any) -> bool:
-    """Whether they are the same in JSON, where 1 is not true."""
+    """Whether two values are the same in JSON, where 1 is not `true`."""
     return type(value) is type(expected) and value == expected

@@ -1,6 +1,7 @@
-"""The readers of JSON and YAML: of bounded size, depth and numbers, whatever a file holds.
+"""Reads JSON and YAML with bounded size, depth and numbers.
 
-A file is a stranger's: what a parser of a library raises, or would swallow, is one sentence here.
+Files may come from anyone: whatever a library's parser raises, or would silently accept, becomes a
+UserError here.
 """
 
 import collections
@@ -14,24 +15,24 @@ import yaml
 
 from jaxmoe.errors import UserError
 
-MAX_BYTES = 256 * 2**20  # a tokenizer.json of 200,000 words has 30
-MAX_TEXT_BYTES = 16 * 2**30  # of what is as long as a user's work: text, requests, records
-MAX_YAML_BYTES = 2**20  # written by hand, and parsed slowly
+MAX_BYTES = 256 * 2**20  # a tokenizer.json with 200,000 tokens has 30 * 2**20
+MAX_TEXT_BYTES = 16 * 2**30  # for files as long as users make them: text, requests, records
+MAX_YAML_BYTES = 2**20  # YAML is written by hand, and parsed slowly
 MAX_DEPTH = 64
-MAX_DIGITS = 40  # a number of 128 bits has 39
-MAX_YAML_VALUES = 100_000  # with aliases written out
-_PIECE = 2**24  # bytes read at once
+MAX_DIGITS = 40  # a 128-bit number has 39
+MAX_YAML_VALUES = 100_000  # with aliases expanded
+_PIECE = 2**24  # bytes that are read at once
 
 
 class _Refused(ValueError):
-    """What a file holds that no reader here accepts."""
+    """Content that no reader here accepts; the message completes "it cannot be used: "."""
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        UserError: as `read_bytes`, or if it is no UTF-8.
+        UserError: as `read_bytes`, or if it is not UTF-8.
     """
     content = read_bytes(path, max_bytes)
     try:
@@ -41,12 +42,12 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
 
 
 def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """What a file holds.
+    """The content of a file.
 
     Raises:
         UserError: if it cannot be read or has more than `max_bytes`.
     """
-    pieces, size = [], 0  # not `read(max_bytes)`, which takes so much memory at once
+    pieces, size = [], 0  # `read(max_bytes)` would allocate that much memory at once
     try:
         with open(path, "rb") as file:
             while size <= max_bytes and (piece := file.read(_PIECE)):
@@ -61,7 +62,7 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
-    """What a JSON file holds.
+    """The value in a JSON file.
 
     Raises:
         UserError: as `read_text` and `parse_json`.
@@ -70,20 +71,21 @@ def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """What a JSON text holds.
+    """The value of a JSON text.
 
     Args:
-        where: the file, or the line of it, for messages.
+        text: the text.
+        where: the file, or the line in it, for error messages.
 
     Raises:
-        UserError: if it is no JSON, names a key twice, is nested more than `MAX_DEPTH` deep, or has
-            NaN, Infinity or a whole number of more than `MAX_DIGITS` digits.
+        UserError: if it is not JSON, names a key twice, is nested more than `MAX_DEPTH` deep, or
+            has NaN, Infinity or an integer with more than `MAX_DIGITS` digits.
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_int=_whole, parse_constant=_constant
+            text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
         )
-        _weigh(value)
+        _count_values(value)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if error.lineno > 1 else ""
         place = f"{line}column {error.colno}"
@@ -96,16 +98,17 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds; `3e-4` is a number, as in YAML 1.2.
+    """The value in a YAML file; `3e-4` is a number, as in YAML 1.2.
 
     Raises:
-        UserError: if it cannot be read, is no YAML, names a key twice, is nested more than
-            `MAX_DEPTH` deep, has more than `MAX_YAML_VALUES` values or too long a number.
+        UserError: if it cannot be read, is not YAML, names a key twice, is nested more than
+            `MAX_DEPTH` deep, or has more than `MAX_YAML_VALUES` values or an integer with more than
+            `MAX_DIGITS` digits.
     """
     text = read_text(path, MAX_YAML_BYTES)
     try:
         value = yaml.load(text, _Loader)
-        if _weigh(value) > MAX_YAML_VALUES:
+        if _count_values(value) > MAX_YAML_VALUES:
             raise _Refused(f"it has more than {MAX_YAML_VALUES} values")
     except RecursionError:
         raise UserError(f"{path} is nested more than {MAX_DEPTH} deep.") from None
@@ -116,6 +119,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; refuses one that names a key twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -124,41 +128,43 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _whole(digits: str) -> int:
+def _integer(digits: str) -> int:
+    """A JSON integer; refuses one with too many digits."""
     if len(digits) > MAX_DIGITS:
         raise _Refused(f"it has a number of {len(digits)} digits")
     return int(digits)
 
 
 def _constant(name: str) -> Any:
+    """Refuses NaN and Infinity, which Python's `json` accepts."""
     raise _Refused(f"{name} is no number in JSON")
 
 
-def _weigh(value: Any) -> int:
-    """How many values there are; one that stands in several places counts in each.
+def _count_values(value: Any) -> int:
+    """The number of values in a value; one that occurs in several places counts in each.
 
     Raises:
         RecursionError: if it is nested more than `MAX_DEPTH` deep, or in itself.
     """
     known: dict[int, int] = {}
 
-    def weigh(value: Any, depth: int) -> int:
+    def count(value: Any, depth: int) -> int:
         if not isinstance(value, dict | list | set | tuple):
             return 1
         if depth == MAX_DEPTH:
             raise RecursionError
         if id(value) not in known:
             parts = [*value, *value.values()] if isinstance(value, dict) else value
-            known[id(value)] = 1 + sum(weigh(part, depth + 1) for part in parts)
+            known[id(value)] = 1 + sum(count(part, depth + 1) for part in parts)
         return known[id(value)]
 
-    return weigh(value, 0)
+    return count(value, 0)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types, with YAML 1.2's numbers and no key twice."""
+    """Loads YAML's plain types, with YAML 1.2's numbers; refuses a key that is named twice."""
 
-    merged = 0  # values that `<<` has copied, in the whole file
+    merged = 0  # how many values `<<` has copied in the whole file
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -169,7 +175,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Puts what `<<` merges in its place, once it is known not to be too much."""
+        """Expands `<<`, unless it would copy more than `MAX_YAML_VALUES` values in all."""
         for key, merged in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 parts = merged.value if isinstance(merged, yaml.SequenceNode) else [merged]

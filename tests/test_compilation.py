@@ -1,4 +1,4 @@
-"""Compiled programs are kept where users expect, and a word is said while one is compiled."""
+"""Compiled programs are kept where users expect, and long compilations are announced."""
 
 import pwd
 
@@ -19,7 +19,7 @@ SETTINGS = (
 
 @pytest.fixture(autouse=True)
 def no_cache():
-    """As a process begins that was told nothing, and afterwards as it was."""
+    """Unsets the cache's folder at the start of a test, and restores all settings at its end."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     jax.config.update("jax_compilation_cache_dir", None)
     yield

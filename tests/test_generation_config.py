@@ -1,4 +1,4 @@
-"""generation_config.json: where answers end and how tokens are drawn, or an error that names it."""
+"""Stop tokens and sampling come from generation_config.json, and errors name it."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_ids_that_end_an_answer(folder, content, ids):
 
 
 def test_stop_ids_are_those_of_both_files(folder):
-    """A fine-tune may name one in either; leaving one out would write on and on."""
+    """A fine-tune may name a stop token in either file; without it, answers would not end."""
     config = replace(SCOUT, eos_token_ids=(1, 2))
     assert with_stop_ids(config, folder({"eos_token_id": [2, 9]})).eos_token_ids == (1, 2, 9)
 

@@ -1,4 +1,4 @@
-"""Every spelling of config.json gives the same numbers; what is not known is refused by name."""
+"""Every spelling of config.json gives the same config; unknown keys are refused by name."""
 
 import dataclasses
 import json
@@ -243,7 +243,7 @@ def test_two_rope_spellings_are_refused():
 
 @pytest.mark.parametrize("where", ["outer", "text"])
 def test_how_matrices_are_stored_changes_no_model(where):
-    """`checkpoint/compressed.py` reads that key, and refuses what it must."""
+    """`checkpoint/formats/compressed_tensors.py` reads and checks that key."""
     outer, _ = tiny.nested(SCOUT_HF, {})
     expected = read(outer)
     part = outer if where == "outer" else outer["text_config"]
@@ -279,7 +279,7 @@ def test_written_configs_are_read_back(config):
     ],
 )
 def test_written_rules_agree_with_the_lists(layers, interval, step):
-    """Some readers know the rules only."""
+    """Some readers only know the rules."""
     written = to_hf(dataclasses.replace(SCOUT, layers=layers), "bfloat16")
     assert written.get("no_rope_layer_interval") == interval
     assert written.get("interleave_moe_layer_step") == step

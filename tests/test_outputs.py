@@ -1,4 +1,4 @@
-"""Output files: whole or not there, by one process at a time, and never in a device's place."""
+"""Output files appear whole, are written by one process at a time, and replace no device."""
 
 import contextlib
 import errno
@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from jaxmoe import outputs
 from jaxmoe.errors import UserError
-from jaxmoe.outputs import check_writable, write_file, write_json
+from jaxmoe.files import atomic, outputs
+from jaxmoe.files.outputs import check_writable, write_file, write_json
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
@@ -24,7 +24,7 @@ def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
 
 
 def test_a_link_is_followed(tmp_path):
-    """Catches a link that the rename replaces."""
+    """Catches a rename that replaces a link."""
     (tmp_path / "there").mkdir()
     link = tmp_path / "link"
     link.symlink_to("there/file")
@@ -70,31 +70,31 @@ def test_two_runs_do_not_write_one_file(tmp_path):
 
 
 def test_a_file_that_another_run_has_just_renamed_is_not_taken(tmp_path, monkeypatch):
-    """Catches a lock of the other run's finished file."""
-    file, flock = tmp_path / "a", outputs.fcntl.flock
+    """Catches a lock of the file that the other run has finished."""
+    file, flock = tmp_path / "a", atomic.fcntl.flock
 
     def late(descriptor, how):
         (tmp_path / "a.partial").rename(file)
         flock(descriptor, how)
 
-    monkeypatch.setattr(outputs.fcntl, "flock", late)
-    with pytest.raises(UserError, match="is being written by another run"):
+    monkeypatch.setattr(atomic.fcntl, "flock", late)
+    with pytest.raises(UserError, match="was written by another run a moment ago"):
         write_file(file, "x")
 
 
 def test_another_run_that_begins_meanwhile_keeps_its_file(tmp_path):
-    """Catches the end of one run that removes what the next has just begun."""
+    """Catches a run that removes the file that the next run has just begun."""
     file = tmp_path / "a"
     with outputs.locked(file) as (stream, partial):
         stream.write(b"x")
-        outputs.publish(stream, partial, file)
+        atomic.publish(stream, partial, file)
         partial.touch()
     assert partial.exists()
 
 
 @pytest.mark.parametrize("stdout", [None, io.StringIO()])
 def test_without_a_standard_output_that_is_a_file(tmp_path, monkeypatch, stdout):
-    """Catches an error where stdout is closed, or a notebook's, and not written to."""
+    """Catches an error if stdout is closed or a notebook's, although nothing is written to it."""
     monkeypatch.setattr(sys, "stdout", stdout)
     for _ in range(2):
         write_file(tmp_path / "a", "x")

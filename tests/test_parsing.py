@@ -1,4 +1,4 @@
-"""JSON and YAML of strangers: read, or refused in one sentence."""
+"""JSON and YAML of any content is read, or refused in one sentence."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_bad_yaml_is_one_sentence(tmp_path, text, message):
 
 
 def test_aliases_that_grow_are_refused(tmp_path):
-    """Catches a file of 600 bytes that becomes 10^10 values."""
+    """Catches a file of 600 bytes that expands to 10^10 values."""
     file = tmp_path / "f.yaml"
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
@@ -60,7 +60,7 @@ def test_aliases_that_grow_are_refused(tmp_path):
 
 
 def test_merges_that_grow_are_refused(tmp_path):
-    """Catches mappings that are merged into each other, which grow while YAML is read."""
+    """Catches mappings that are merged into each other and grow while YAML is parsed."""
     file = tmp_path / "f.yaml"
     lines = ["a0: &a0 {k: 1}"]
     merged = ("[" + ", ".join([f"*a{i - 1}"] * 10) + "]" for i in range(1, 7))
@@ -74,7 +74,7 @@ def test_merges_that_grow_are_refused(tmp_path):
 
 
 def test_many_keys_take_time_in_proportion(tmp_path, monkeypatch):
-    """Catches a search for keys named twice that compares each with each: minutes for 1 MiB."""
+    """Catches a quadratic search for keys named twice, which takes minutes for 1 MiB."""
 
     class Key(str):
         compared = 0
@@ -129,7 +129,7 @@ def test_other_bytes_and_too_many(tmp_path):
 
 
 def test_a_large_limit_takes_no_memory(tmp_path):
-    """Catches a buffer of the limit's size, which a small machine does not have."""
+    """Catches a buffer as large as the limit, for which a small machine has no memory."""
     file = tmp_path / "f.json"
     file.write_bytes(b"[1]")
     assert read_json(file, max_bytes=2**60) == [1]

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.benchmarks.timing import today, versions, write_json
-from jaxmoe.checkpoint import names
-from jaxmoe.checkpoint.tensors import array_shapes, expand
+from jaxmoe.checkpoint.mapping import names
+from jaxmoe.checkpoint.mapping.tensors import array_shapes, expand
 from jaxmoe.cli.terminal import task_progress
 from jaxmoe.config import SCOUT, layer_kinds
 from jaxmoe.hf_config import from_hf, to_hf

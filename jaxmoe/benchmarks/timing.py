@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jaxlib
 
-from jaxmoe import outputs
 from jaxmoe.errors import UserError
+from jaxmoe.files import outputs
 
 ROOT = Path(__file__).parents[2]
 SLOW_SECONDS = 1.0  # a call that takes longer is timed once

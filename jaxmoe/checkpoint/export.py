@@ -1,21 +1,20 @@
-"""A checkpoint -> the Hugging Face layout: `config.json`, safetensors, tokenizer files."""
+"""Exports a checkpoint to the Hugging Face layout: `config.json`, safetensors, tokenizer files."""
 
 import collections
-import dataclasses
 import functools
 import json
-import math
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint import compressed, names
-from jaxmoe.checkpoint.arrays import StoredArray
-from jaxmoe.checkpoint.convert import Report
-from jaxmoe.checkpoint.reader import DTYPES, INDEX, SINGLE
+from jaxmoe.checkpoint.convert.conversion import Report
+from jaxmoe.checkpoint.convert.recode import FLOATS, decode
+from jaxmoe.checkpoint.formats import compressed_tensors, safetensors
+from jaxmoe.checkpoint.formats.safetensors import INDEX, SINGLE, TensorToWrite
+from jaxmoe.checkpoint.mapping import names
+from jaxmoe.checkpoint.mapping.tensors import Block, Group, array_shapes, expand, main_dtype
 from jaxmoe.checkpoint.store import (
     Checkpoint,
     Progress,
@@ -23,17 +22,14 @@ from jaxmoe.checkpoint.store import (
     no_progress,
     read_checkpoint,
 )
-from jaxmoe.checkpoint.tensors import Block, Group, array_shapes, expand, join, main_dtype
-from jaxmoe.checkpoint.transfer import FLOATS, decode
-from jaxmoe.checkpoint.workspace import RESULT, prepared
+from jaxmoe.checkpoint.zarr.arrays import StoredArray
 from jaxmoe.errors import UserError
+from jaxmoe.files.workspace import RESULT, prepared
 from jaxmoe.hf_config import nest, to_hf
 from jaxmoe.model.params import named_specs
 
 SHARD_BYTES = 5 * 10**9
-
 FLOAT_NAMES = ("bfloat16", "float16", "float32")
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def export(
@@ -46,110 +42,106 @@ def export(
     """Writes a checkpoint in the Hugging Face layout that transformers reads.
 
     One file, or shards of at most 5 GB (or of one tensor) and their index. Every tensor keeps its
-    dtype and its bytes. Matrices in fp8 or int8 with a scale an output become compressed-tensors'.
-    The vision tower is there if the checkpoint has it. On an error nothing of the output is left.
+    dtype and its bytes. Matrices in fp8 or int8 with one scale per output are written as
+    compressed-tensors. A vision tower is written if the checkpoint has one. After an error nothing
+    of the output is left.
 
     Args:
         checkpoint: the checkpoint's folder.
         output: the model's folder, which must not exist or be empty.
-        progress: called after every block.
-        weights: "bf16" or "float32" widens quantized matrices to it.
+        progress: called after every block with the bytes done and the bytes in all.
+        weights: "bf16" or "float32" widens quantized matrices to that dtype.
 
     Raises:
-        UserError: for a bad checkpoint, matrices that the layout cannot hold as they are, or an
-            output that exists or cannot be written.
+        UserError: if the checkpoint is bad, its matrices have a format that the layout does not
+            have, or the output exists or cannot be written.
     """
     opened = read_checkpoint(checkpoint)
     tensors = _tensors(opened, weights)
-    files = _plan(tensors)
+    files = safetensors.shard(tensors, SHARD_BYTES)
     total = sum(tensor.nbytes for tensor in tensors)
     with prepared(Path(output)) as workspace:
         folder = workspace / RESULT
         folder.mkdir()
         done = 0
-        for name, some in files.items():
-            for nbytes in _write(folder / name, some):
+        for name, in_file in files.items():
+            for nbytes in safetensors.write_file(folder / name, in_file):
                 done += nbytes
                 progress(done, total)
         if SINGLE not in files:
-            _write_json(folder / INDEX, _index(files, total))
+            _write_json(folder / INDEX, safetensors.index_of(files, total))
         _write_json(folder / "config.json", _config(opened, _dtype(opened, tensors), weights))
         copy_companions(Path(checkpoint), folder)
     return Report(len(tensors), total, left_out=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """A tensor to be written; `blocks` are its contiguous parts in order."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    blocks: Callable[[], Iterator[np.ndarray]]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def _tensors(checkpoint: Checkpoint, weights: str | None) -> list[_Tensor]:
-    """Every tensor, in model order."""
+def _tensors(checkpoint: Checkpoint, weights: str | None) -> list[TensorToWrite]:
+    """Every tensor to be written, in model order."""
     widens = weights is not None
     formats = {} if widens else checkpoint.formats
     if not widens:
         _check_formats(checkpoint)
     arrays = checkpoint.open_arrays(vision=True)
     shapes = array_shapes(checkpoint.config, formats, checkpoint.specs(vision=True))
-    # Blocks of gate and up follow one another, and each would decode all of its matrix again.
+    # Blocks of gate and up alternate, and without the cache each would decode its whole matrix.
     matrix = functools.lru_cache(maxsize=2)(functools.partial(_matrix, checkpoint, arrays))
     tensors = []
     for group in expand(_rows(formats), shapes):
-        read = _reader(checkpoint, group, arrays, matrix, weights)
+        dtype, read = _reader(checkpoint, group, arrays, matrix, weights)
         for name, shape in group.tensors.items():
-            tensors.append(_tensor(group, name, _full(checkpoint, name), shape, *read))
+            blocks = functools.partial(_blocks, group, name, dtype.itemsize, read)
+            tensors.append(TensorToWrite(_full_name(checkpoint, name), shape, dtype, blocks))
     return tensors
 
 
+def _blocks(group: Group, tensor: str, itemsize: int, read) -> Iterator[np.ndarray]:
+    """The stored blocks of one of a group's tensors, in order."""
+    for block in group.blocks(itemsize, tensor=tensor):
+        yield group.layout.join(read(block))
+
+
 def _rows(formats: Iterable[str]) -> tuple[names.Row, ...]:
-    """compressed-tensors has a tensor for each expert."""
-    apart = any(names.EACH in name for name in formats)
-    return names.TEXT + (names.UNFUSED if apart else names.FUSED) + names.LAST + names.VISION
+    """The rows of the table; quantized experts are a tensor each, as compressed-tensors has it."""
+    unfused = any(map(names.has_experts, formats))
+    return names.TEXT + (names.UNFUSED if unfused else names.FUSED) + names.LAST + names.VISION
 
 
-def _full(checkpoint: Checkpoint, name: str) -> str:
+def _full_name(checkpoint: Checkpoint, name: str) -> str:
     """A tensor's name in the file: beside a vision tower the text model's have a prefix."""
     nested = checkpoint.outer is not None and not names.is_vision(name)
     return names.TEXT_PREFIX + name if nested else name
 
 
 def _check_formats(checkpoint: Checkpoint) -> None:
-    """Refuses what compressed-tensors with a scale an output does not hold."""
+    """Refuses formats other than fp8 and int8 with one scale per output, and mixtures of both."""
     specs = named_specs(checkpoint.config)
-    for name, (kind, width) in checkpoint.formats.items():
-        if kind not in compressed.NAMES or width != specs[name].matrix_shape[-2]:
+    for name, (kind, group_size) in checkpoint.formats.items():
+        if kind not in compressed_tensors.NAMES or group_size != specs[name].matrix_shape[-2]:
             raise UserError(
-                f"{checkpoint.path} holds {name} in {kind} with a scale for {width} inputs, which "
-                "is not exported as it is; use --weights bf16."
+                f"{checkpoint.path} holds {name} in {kind} with a scale for {group_size} inputs, "
+                "which is not exported as it is; use --weights bf16."
             )
     kinds = {kind for kind, _ in checkpoint.formats.values()}
     if len(kinds) > 1:
         raise UserError(f"{checkpoint.path} mixes {' and '.join(kinds)}; use --weights bf16.")
 
 
-def _reader(checkpoint: Checkpoint, group: Group, arrays, matrix, weights: str | None):
-    """The dtype of a group's tensors, and a function from a slice to its parameters' blocks."""
-    if group.ours[0] in checkpoint.formats:
+def _reader(
+    checkpoint: Checkpoint, group: Group, arrays: dict[str, StoredArray], matrix, weights
+) -> tuple[np.dtype, Callable[[Block], list[np.ndarray]]]:
+    """The dtype of a group's tensors, and a function that reads a block of its parameters."""
+    if group.params[0] in checkpoint.formats:
         assert weights is not None
         dtype = np.dtype(FLOATS[weights])
         return dtype, lambda block: [
-            _widened(checkpoint, name, matrix, block).astype(dtype) for name in group.ours
+            _widened(name, matrix, block).astype(dtype) for name in group.params
         ]
-    held: list[StoredArray] = [arrays[name] for name in group.ours]
-    dtypes = {array.dtype for array in held}
+    stored = [arrays[name] for name in group.params]
+    dtypes = {array.dtype for array in stored}
     if len(dtypes) > 1:
-        raise UserError(f"{' and '.join(group.ours)} differ in dtype but share one tensor.")
+        raise UserError(f"{' and '.join(group.params)} differ in dtype but share one tensor.")
     return dtypes.pop(), lambda block: [
-        array.read(block.index).reshape(block.shape) for array in held
+        array.read(block.index).reshape(block.shape) for array in stored
     ]
 
 
@@ -162,72 +154,16 @@ def _matrix(checkpoint: Checkpoint, arrays, name: str, expert: int | None) -> np
     return decode(qvalue, scale, checkpoint.formats[name].name).reshape(shape)
 
 
-def _widened(checkpoint: Checkpoint, name: str, matrix, block: Block) -> np.ndarray:
-    """A block of a quantized parameter."""
-    if names.EACH not in name:
+def _widened(name: str, matrix, block: Block) -> np.ndarray:
+    """A block of a quantized parameter, in float32."""
+    if not names.has_experts(name):
         return matrix(name, None)[block.index]
     expert, *inner = block.index
     return matrix(name, expert.start)[tuple(inner)]
 
 
-def _tensor(group: Group, stored: str, name: str, shape, dtype: np.dtype, read) -> _Tensor:
-    pieces = [piece for piece in group.pieces if piece.tensor == stored]
-
-    def blocks():
-        for piece in pieces:
-            for block in piece.blocks(dtype.itemsize):
-                yield join(group.layout, read(block))
-
-    return _Tensor(name, shape, dtype, blocks)
-
-
-def _plan(tensors: list[_Tensor]) -> dict[str, list[_Tensor]]:
-    """Which file holds which tensors, in model order."""
-    shards: list[list[_Tensor]] = [[]]
-    held = 0
-    for tensor in tensors:
-        if shards[-1] and held + tensor.nbytes > SHARD_BYTES:
-            shards.append([])
-            held = 0
-        shards[-1].append(tensor)
-        held += tensor.nbytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard
-        for i, shard in enumerate(shards, start=1)
-    }
-
-
-def _write(file: Path, tensors: list[_Tensor]) -> Iterator[int]:
-    """Writes one safetensors file, header first; yields the bytes of each block."""
-    with open(file, "wb") as stream:
-        header = _header(tensors)
-        stream.write(struct.pack("<Q", len(header)))
-        stream.write(header)
-        for tensor in tensors:
-            for block in tensor.blocks():
-                stream.write(block.reshape(-1).view(np.uint8))
-                yield block.nbytes
-
-
-def _header(tensors: list[_Tensor]) -> bytes:
-    """The header's JSON, padded so that the data begins at a multiple of 8 bytes."""
-    fields: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        begin, end = end, end + tensor.nbytes
-        fields[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": (begin, end),
-        }
-    header = json.dumps(fields, separators=(",", ":")).encode()
-    return header + b" " * (-len(header) % 8)
-
-
-def _dtype(checkpoint: Checkpoint, tensors: list[_Tensor]) -> str:
-    """What the model as a whole is in."""
+def _dtype(checkpoint: Checkpoint, tensors: list[TensorToWrite]) -> str:
+    """The dtype that `config.json` gives the model."""
     nbytes: dict[str, int] = collections.Counter()
     for tensor in tensors:
         if tensor.dtype.name in FLOAT_NAMES and not tensor.name.endswith(".weight_scale"):
@@ -236,29 +172,26 @@ def _dtype(checkpoint: Checkpoint, tensors: list[_Tensor]) -> str:
 
 
 def _config(checkpoint: Checkpoint, dtype: str, weights: str | None) -> dict[str, Any]:
+    """The content of `config.json`."""
     config = to_hf(checkpoint.config, dtype)
     if checkpoint.outer is not None:
         config = nest(config, checkpoint.outer)
     if not checkpoint.formats or weights is not None:
         return config
     kind = next(iter(checkpoint.formats.values())).name
-    return config | {compressed.KEY: compressed.describe(kind, _plain_modules(checkpoint))}
+    described = compressed_tensors.describe(kind, _plain_modules(checkpoint))
+    return config | {compressed_tensors.KEY: described}
 
 
 def _plain_modules(checkpoint: Checkpoint) -> list[str]:
-    """Names of the Linear modules that are not quantized."""
+    """The names of the Linear modules that are not quantized."""
     shapes = array_shapes(checkpoint.config, checkpoint.formats, checkpoint.specs(vision=True))
     return [
-        _full(checkpoint, name).removesuffix(".weight")
+        _full_name(checkpoint, name).removesuffix(".weight")
         for group in expand(_rows(checkpoint.formats), shapes)
         for name in group.tensors
-        if group.layout.in_axes and not group.ours[0].endswith(".scale")
+        if group.layout.in_axes and not group.params[0].endswith(".scale")
     ]
-
-
-def _index(files: dict[str, list[_Tensor]], total: int) -> dict:
-    weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def _write_json(path: Path, content: dict) -> None:

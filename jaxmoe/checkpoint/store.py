@@ -1,13 +1,13 @@
-"""Checkpoints on disk, in Orbax's layout.
+"""Saves and loads checkpoints in Orbax's layout.
 
 A checkpoint is one folder: an Orbax v1 checkpoint of the parameter tree, one Zarr array per
 parameter, with the configuration in its custom metadata and the tokenizer's files beside it.
 `orbax.checkpoint.v1.load` reads it without this project. A quantized matrix is two arrays, `qvalue`
-and `scale`. The vision tower is a tree of its own beside the text model's. A manifest binds it all
-together (see `jaxmoe.checkpoint.manifest`).
+and `scale`. The vision tower is a tree of its own beside the text model's. A manifest lists the
+checksums of it all (see `jaxmoe.checkpoint.zarr.manifest`).
 
-`jaxmoe.checkpoint.writer` fills them. TensorStore reads them, and not Orbax: one device's share at
-a time, where Orbax holds many, and what is damaged is named.
+`zarr.writer` fills the arrays. TensorStore reads them, and not Orbax: it holds one device's share
+at a time where Orbax holds many, and its errors name what is damaged.
 """
 
 import collections
@@ -25,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxmoe.checkpoint.arrays import StoredArray, even_part
-from jaxmoe.checkpoint.manifest import FORMAT, Finished, open_finished
-from jaxmoe.checkpoint.tensors import BLOCK_BYTES, Format, array_shapes, main_dtype
-from jaxmoe.checkpoint.workspace import prepared, workspace_of, writable
-from jaxmoe.checkpoint.writer import Writer
+from jaxmoe.checkpoint.mapping.tensors import BLOCK_BYTES, Format, array_shapes, main_dtype
+from jaxmoe.checkpoint.zarr.arrays import StoredArray, even_part
+from jaxmoe.checkpoint.zarr.manifest import FORMAT, Finished, open_finished
+from jaxmoe.checkpoint.zarr.writer import Writer
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.files.atomic import writable
+from jaxmoe.files.workspace import prepared, workspace_of
 from jaxmoe.generation_config import with_stop_ids
 from jaxmoe.hf_config import from_hf, stated_dtype, to_hf, vision_from_hf
 from jaxmoe.model.params import (
@@ -45,10 +46,10 @@ from jaxmoe.model.params import (
 from jaxmoe.model.vision_params import vision_specs
 from pallas_kernels.quantized import QuantizedMatrix
 
-KEY = "jaxmoe"  # of the custom metadata
+KEY = "jaxmoe"  # names the metadata among Orbax's custom metadata
 REMEDY = "make one with jaxmoe convert"
-FLOATS = ("bfloat16", "float32", "float16")  # what an array that is not quantized may be in
-QVALUES = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "int8"}  # dtypes by format
+FLOATS = ("bfloat16", "float32", "float16")  # dtypes of arrays that are not quantized
+QVALUES = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "int8"}  # dtypes of others, by format
 
 COMPANIONS = (  # files that travel with the weights
     "tokenizer.json",
@@ -67,18 +68,25 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 def no_progress(done: int, total: int) -> None:
-    """For callers that do not watch."""
+    """Does nothing: the default of functions that take a `progress`."""
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies those of `COMPANIONS` that `source` has."""
+    """Copies the files of `COMPANIONS` that are in folder `source` to folder `target`."""
     for name in COMPANIONS:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
 
 
 def save(path: str | Path, config: Llama4Config, params: dict) -> None:
-    """Saves parameters that lie on a mesh; each host writes what it holds, to one file system.
+    """Saves parameters that lie on a mesh.
+
+    Every host calls it and writes the shares of its own devices to one shared file system.
+
+    Args:
+        path: the checkpoint's folder.
+        config: of the model.
+        params: as `param_specs` declares them; rows that fill up the vocabulary are left out.
 
     Raises:
         UserError: if `path` exists and is not empty, or cannot be written.
@@ -92,23 +100,23 @@ def save(path: str | Path, config: Llama4Config, params: dict) -> None:
     metadata = model_metadata(config, params["embed"].dtype.name, formats)
     first = jax.process_index() == 0
     workspace = workspace_of(path)
-    _meet("looked")  # every host, before the first one makes it
+    _barrier("looked")  # every host looks at the path before the first one makes a folder there
     with prepared(path) if first else contextlib.nullcontext():
         with writable(path), Writer(workspace, alone=jax.process_count() == 1) as writer:
             if first:
                 for name, array in arrays.items():
                     writer.create(name, array.shape, array.dtype, _block(array))
-            _meet("created")
+            _barrier("created")
             for name, array in arrays.items():
                 _write_shares(writer, writer.reopen(name), array)
             writer.wait()
-            _meet("written")
+            _barrier("written")
             writer.finish(arrays, KEY, metadata)
-    _meet("saved")
+    _barrier("saved")
 
 
 def _named_arrays(config: Llama4Config, params: dict) -> dict[str, jax.Array]:
-    """By the names of `array_shapes`."""
+    """The arrays to be saved, by the names that `array_shapes` gives them."""
     arrays = {}
     for name, (_, w) in named_params(config, params).items():
         if isinstance(w, QuantizedMatrix):
@@ -119,13 +127,13 @@ def _named_arrays(config: Llama4Config, params: dict) -> dict[str, jax.Array]:
 
 
 def _block(array: jax.Array) -> tuple[int, ...]:
-    """What is a file: a device's share, or an even part of it."""
+    """The shape of a file's block: a device's share, or an even part of it."""
     share = array.sharding.shard_shape(array.shape)
     return tuple(even_part(share, array.dtype.itemsize, BLOCK_BYTES))
 
 
 def _write_shares(writer: Writer, stored: StoredArray, array: jax.Array) -> None:
-    """Writes what this host holds of an array, block by block; of equal shares one is written."""
+    """Writes this host's shares of an array block by block, each replicated share once."""
     block = stored.grid.block
     for shard in array.addressable_shards:
         if shard.replica_id:
@@ -140,24 +148,25 @@ def _write_shares(writer: Writer, stored: StoredArray, array: jax.Array) -> None
         writer.write(blocks)
 
 
-def _meet(name: str) -> None:
-    """Waits for the other hosts."""
+def _barrier(name: str) -> None:
+    """Returns once all hosts have called it with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"jaxmoe.save {name}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint's metadata says.
+    """A finished checkpoint of a model: what its metadata says, and its arrays.
 
     Attributes:
+        finished: the checkpoint's folder and metadata.
         config: of the text model.
-        formats: of the parameters that are quantized, by name.
-        outer: the config.json around the text model's where the vision tower is there, else None.
+        formats: the formats of the quantized parameters, by name.
+        outer: the `config.json` around the text model's; None without a vision tower.
         stated: the dtype that the configuration states.
     """
 
-    found: Finished
+    finished: Finished
     config: Llama4Config
     formats: dict[str, Format]
     outer: dict[str, Any] | None
@@ -165,21 +174,21 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """Its folder."""
-        return self.found.path
+        """The checkpoint's folder."""
+        return self.finished.path
 
     def specs(self, vision: bool = False) -> dict[str, ParamSpec]:
-        """Declarations of the parameters by name; with `vision`, also of a vision tower's."""
+        """The declarations of the parameters by name; `vision` adds those of a vision tower."""
         tower = vision_from_hf(self.outer, str(self.path)) if vision and self.outer else None
         seen = vision_specs(self.config, tower) if tower is not None else {}
         return named_specs(self.config) | seen
 
     def shapes(self, vision: bool = False) -> dict[str, tuple[int, ...]]:
-        """Shapes of the stored arrays by name; `vision` as in `specs`."""
+        """The shapes of the stored arrays by name; `vision` as in `specs`."""
         return array_shapes(self.config, self.formats, self.specs(vision))
 
     def open_arrays(self, vision: bool = False) -> dict[str, StoredArray]:
-        """Every array by dotted name, to be read in slices.
+        """Opens every array, by dotted name, to be read in slices; `vision` as in `specs`.
 
         Raises:
             UserError: if an array is missing or contradicts the metadata.
@@ -188,16 +197,20 @@ class Checkpoint:
         return {name: self.open_array(name, shape) for name, shape in shapes.items()}
 
     def open_array(self, name: str, shape: tuple[int, ...]) -> StoredArray:
-        """One of them; raises as `open_arrays`."""
+        """Opens the array of a dotted name and this shape.
+
+        Raises:
+            UserError: as `open_arrays`.
+        """
         param, _, end = name.rpartition(".")
         is_qvalue = end == "qvalue" and param in self.formats
-        return self.found.open_array(
+        return self.finished.open_array(
             name, shape, (QVALUES[self.formats[param].name],) if is_qvalue else FLOATS
         )
 
 
 def main_dtypes(path: str | Path) -> tuple[str, ...]:
-    """The dtypes of what is not quantized, first the one to compute in where there are several.
+    """The dtypes of the arrays that are not quantized; the first is the one to compute in.
 
     Raises:
         UserError: as `load`.
@@ -212,27 +225,31 @@ def main_dtypes(path: str | Path) -> tuple[str, ...]:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """What a checkpoint is, from its metadata.
+    """Reads a checkpoint's metadata, and no arrays.
 
     Raises:
         UserError: if `path` is no finished checkpoint, of a newer format, or damaged.
     """
-    found = open_finished(Path(path), KEY, REMEDY)
-    described = found.field("config", dict)
-    layers, held = described.get("num_hidden_layers"), found.count_arrays()
-    if isinstance(layers, int) and layers > held:  # before there is a value for each
+    finished = open_finished(Path(path), KEY, REMEDY)
+    described = finished.field("config", dict)
+    layers, arrays = described.get("num_hidden_layers"), finished.count_arrays()
+    if isinstance(layers, int) and layers > arrays:  # before something is allocated for each layer
         raise UserError(
-            f"{path} holds {held} arrays, too few for {layers} layers; convert it again."
+            f"{path} holds {arrays} arrays, too few for {layers} layers; convert it again."
         )
     config = from_hf(described, source=str(path))
-    outer = found.field("outer", dict) if "outer" in found.metadata else None
-    return Checkpoint(found, config, _formats(found, config), outer, stated_dtype(described))
+    outer = finished.field("outer", dict) if "outer" in finished.metadata else None
+    return Checkpoint(finished, config, _formats(finished, config), outer, stated_dtype(described))
 
 
-def _formats(found: Finished, config: Llama4Config) -> dict[str, Format]:
-    """The formats of the quantized parameters, by name."""
+def _formats(finished: Finished, config: Llama4Config) -> dict[str, Format]:
+    """The formats of the quantized parameters, by name.
+
+    Raises:
+        UserError: if the metadata name an unknown parameter or an impossible format.
+    """
     specs = named_specs(config)
-    stored = found.field("formats", dict) if "formats" in found.metadata else {}
+    stored = finished.field("formats", dict) if "formats" in finished.metadata else {}
     formats = {}
     for name, value in stored.items():
         match value:
@@ -246,14 +263,18 @@ def _formats(found: Finished, config: Llama4Config) -> dict[str, Format]:
                 formats[name] = Format(kind, width)
             case _:
                 raise UserError(
-                    f"{found.path} has {name!r:.80} in the format {value!r:.80}, which cannot be; "
-                    "convert it again."
+                    f"{finished.path} has {name!r:.80} in the format {value!r:.80}, which cannot "
+                    "be; convert it again."
                 )
     return formats
 
 
 def read_config(path: str | Path) -> Llama4Config:
-    """The configuration of a checkpoint, as `load` returns it; raises as `read_checkpoint`."""
+    """The configuration of a checkpoint, as `load` returns it.
+
+    Raises:
+        UserError: as `read_checkpoint`.
+    """
     return with_stop_ids(read_checkpoint(path).config, path)
 
 
@@ -265,22 +286,23 @@ def load(
 ) -> tuple[Llama4Config, dict]:
     """Loads a checkpoint straight into the sharding that `mesh` gives each parameter.
 
-    Each host reads the shares of its own devices, one share after the other: beyond the parameters
-    themselves, memory holds one device's share of one parameter. The vision tower is not read.
+    Each host reads the shares of its own devices, one share after the other: host memory holds one
+    device's share of one parameter beyond the parameters themselves. A vision tower is not read.
 
     Args:
         path: a checkpoint folder.
         mesh: the devices, with the axes of `jaxmoe.mesh`.
         dtype: what to cast to while reading; None keeps the dtype of each array. Matrices that are
             stored in 8 or 4 bits stay so, with scales in float32.
-        progress: called after every array.
+        progress: called after every array with the bytes done and the bytes in all.
 
     Returns:
-        The configuration, with the tokens that end an answer by `generation_config.json` beside its
-        own, and parameters as `param_specs` declares them.
+        The configuration, with the stop tokens of `generation_config.json` added to its own, and
+        the parameters as `param_specs` declares them.
 
     Raises:
-        UserError: if the checkpoint is unfinished or damaged, or the mesh does not divide it.
+        UserError: if the checkpoint is unfinished or damaged, or the mesh does not divide a
+            parameter.
     """
     checkpoint = read_checkpoint(path)
     arrays = checkpoint.open_arrays()
@@ -295,17 +317,21 @@ def load(
 
 
 def abstract(path: str | Path, mesh: jax.sharding.Mesh, dtype: Any = None) -> dict:
-    """The shapes, dtypes and shardings of what `load` returns; raises as `load`."""
+    """The parameters that `load` returns, as shapes, dtypes and shardings without numbers.
+
+    Raises:
+        UserError: as `load`.
+    """
     checkpoint = read_checkpoint(path)
     return _placed(checkpoint, checkpoint.open_arrays(), mesh, dtype)
 
 
 def _placed(checkpoint: Checkpoint, arrays: dict[str, StoredArray], mesh, dtype: Any) -> dict:
-    """The parameters as they will be loaded."""
+    """The shapes, dtypes and shardings of the parameters to be loaded."""
 
     def shape(name: str, dtype: Any):
-        found = arrays[name].dtype
-        return jax.ShapeDtypeStruct(arrays[name].shape, found if dtype is None else dtype)
+        stored = arrays[name].dtype
+        return jax.ShapeDtypeStruct(arrays[name].shape, stored if dtype is None else dtype)
 
     leaves: list[Any] = []
     for name in named_specs(checkpoint.config):
@@ -319,12 +345,12 @@ def _placed(checkpoint: Checkpoint, arrays: dict[str, StoredArray], mesh, dtype:
 
 
 def _in_order(checkpoint: Checkpoint, arrays: dict[str, StoredArray]) -> list[StoredArray]:
-    """As the leaves of the parameters' tree are."""
+    """The arrays in the order of the leaves of the parameters' tree."""
     return [arrays[name] for name in checkpoint.shapes()]
 
 
 def _load_array(array: StoredArray, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """The array as `target` says; what this has beyond the array is 0."""
+    """Reads an array into the dtype, sharding and shape of `target`, with zeros appended."""
     sharding = target.sharding
     devices_of = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(target.shape).items():
@@ -339,17 +365,17 @@ def _load_array(array: StoredArray, target: jax.ShapeDtypeStruct) -> jax.Array:
 def _read_share(
     array: StoredArray, index: tuple[slice, ...], target: jax.ShapeDtypeStruct
 ) -> np.ndarray:
-    """A slice of `target`, of which the array is the beginning and the rest 0."""
-    wanted = [axis.indices(size)[:2] for axis, size in zip(index, target.shape, strict=True)]
-    there = [
+    """Reads a slice of `target`, which is the array with zeros appended along its axes."""
+    ranges = [axis.indices(size)[:2] for axis, size in zip(index, target.shape, strict=True)]
+    stored = [
         slice(min(start, size), min(stop, size))
-        for (start, stop), size in zip(wanted, array.shape, strict=True)
+        for (start, stop), size in zip(ranges, array.shape, strict=True)
     ]
-    share = array.read(there, dtype=jnp.dtype(target.dtype))
-    missing = [
-        (0, stop - start - held) for (start, stop), held in zip(wanted, share.shape, strict=True)
+    share = array.read(stored, dtype=jnp.dtype(target.dtype))
+    padding = [
+        (0, stop - start - size) for (start, stop), size in zip(ranges, share.shape, strict=True)
     ]
-    return np.pad(share, missing) if any(map(any, missing)) else share
+    return np.pad(share, padding) if any(map(any, padding)) else share
 
 
 def model_metadata(
@@ -358,7 +384,14 @@ def model_metadata(
     formats: dict[str, Format] | None = None,
     outer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What names a model: its configuration, how it is stored, and who wrote it."""
+    """The metadata of a model's checkpoint: its configuration, its formats, and this version.
+
+    Args:
+        config: of the text model.
+        dtype: the one that the model as a whole counts as.
+        formats: the formats of the quantized parameters, by name.
+        outer: the `config.json` around the text model's, with a vision tower.
+    """
     version = importlib.metadata.version("jaxmoe")
     metadata = {"format": FORMAT, "version": version, "config": to_hf(config, dtype)}
     metadata["formats"] = {name: list(value) for name, value in (formats or {}).items()}

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from jaxmoe import outputs
 from jaxmoe.cli import devices
 from jaxmoe.cli.terminal import task_progress
 from jaxmoe.errors import UserError
 from jaxmoe.eval.logits import token_logits
+from jaxmoe.files import outputs
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

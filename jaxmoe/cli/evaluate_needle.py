@@ -23,7 +23,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.eval import logits as evaluate
 from jaxmoe.eval import needle_report
 from jaxmoe.eval.needle import HAYSTACK, Needle, is_found, make_needle, random_key
-from jaxmoe.outputs import check_writable, write_json
+from jaxmoe.files.outputs import check_writable, write_json
 from jaxmoe.text import Tokenizer
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}

@@ -17,11 +17,11 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.eval import needle_report
 from jaxmoe.eval.logits import token_logits
+from jaxmoe.files.outputs import check_writable, write_json
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.model.cache import FORMATS
 from jaxmoe.model.params import abstract_params, quantize_params
-from jaxmoe.outputs import check_writable, write_json
 from pallas_kernels.quantized import LARGEST
 
 SEGMENT = 128  # tokens read at once, so that most keys that are seen come out of the cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.manifest import digest_of
+from jaxmoe.checkpoint.zarr.manifest import digest_of
 from jaxmoe.cli import devices
 from jaxmoe.cli.terminal import byte_progress, task_progress
 from jaxmoe.errors import UserError

@@ -6,7 +6,7 @@ import sys
 
 from jaxmoe.cli import devices
 from jaxmoe.errors import UserError
-from jaxmoe.outputs import check_writable
+from jaxmoe.files.outputs import check_writable
 from jaxmoe.train.make_tokens import documents, save_tokens, tokens_of
 
 

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.manifest import is_finished
-from jaxmoe.checkpoint.workspace import workspace_path
+from jaxmoe.checkpoint.zarr.manifest import is_finished
 from jaxmoe.cli import devices
 from jaxmoe.cli.terminal import task_progress
 from jaxmoe.errors import UserError
+from jaxmoe.files.workspace import workspace_path
 from jaxmoe.generation import document, saved_document
 from jaxmoe.model.cache import FORMATS
 from jaxmoe.parsing import MAX_TEXT_BYTES, read_text

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.errors import UserError
-from jaxmoe.outputs import write_file
+from jaxmoe.files.outputs import write_file
 
 Record = dict[str, Any]
 CELL, LEFT, TOP = (56, 28), 72, 40  # pixels: of a cell, and beside and above the cells

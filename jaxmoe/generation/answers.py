@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxmoe import outputs
 from jaxmoe.errors import UserError
+from jaxmoe.files import outputs
 from jaxmoe.generation.engine import Request
 from jaxmoe.generation.jobs import Refusal
 from jaxmoe.parsing import parse_json

@@ -24,12 +24,13 @@ from jax.sharding import PartitionSpec
 
 from jaxmoe import mesh as meshes
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.arrays import StoredArray
-from jaxmoe.checkpoint.manifest import Finished, is_finished, open_finished
-from jaxmoe.checkpoint.workspace import Resumable, writable
-from jaxmoe.checkpoint.writer import Writer
+from jaxmoe.checkpoint.zarr.arrays import StoredArray
+from jaxmoe.checkpoint.zarr.manifest import Finished, is_finished, open_finished
+from jaxmoe.checkpoint.zarr.writer import Writer
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.files.atomic import writable
+from jaxmoe.files.workspace import Resumable
 from jaxmoe.generation.document import SEGMENT, Document, check_length, new_document, read
 from jaxmoe.mesh import current_mesh
 from jaxmoe.model.cache import (

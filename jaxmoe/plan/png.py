@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from jaxmoe.outputs import write_file
+from jaxmoe.files.outputs import write_file
 from jaxmoe.plan.memory import Memory, memory
 from jaxmoe.plan.planner import GIB, Plan
 

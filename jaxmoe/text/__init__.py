@@ -1,4 +1,4 @@
-"""Text in and out: the tokenizer and the chat format."""
+"""The tokenizer, and the rendering of chats into token ids."""
 
 from jaxmoe.text.chat import render
 from jaxmoe.text.tokenizer import StreamDecoder, Tokenizer

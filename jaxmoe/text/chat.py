@@ -1,10 +1,10 @@
-"""Messages in, token ids out: by the checkpoint's own template, else in the Llama 4 chat format.
+"""Renders chats into token ids: by the checkpoint's chat template, else in Llama 4's chat format.
 
 The text between two special tokens is that of the chat template published with the Hugging Face
-checkpoints. It is encoded here piece by piece, so that nothing a message says can become a special
-token. Where that template loses or garbles a message this module keeps it: an assistant turn with
-an empty list of tool calls, a system message of several text items, tools before a first user
-message that is a list of items, and tool call arguments that are already JSON text.
+checkpoints. It is encoded piece by piece, so that nothing in a message can become a special token.
+Unlike that template, which loses or garbles them, this module keeps an assistant turn with an empty
+list of tool calls, a system message of several text items, tools before a first user message that
+is a list of items, and tool call arguments that are already JSON text.
 """
 
 import json
@@ -43,6 +43,8 @@ _TOOLS_IN_USER = (
 
 @dataclass(frozen=True)
 class _Turn:
+    """A message: its role's name in the format, its text, and its tool calls as JSON text."""
+
     role: str
     text: str
     calls: str = ""
@@ -54,9 +56,9 @@ def render(
     tools: Json = None,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """The token ids of a conversation, from the begin-of-text token on.
+    """The token ids of a conversation, beginning with the begin-of-text token.
 
-    A checkpoint's own chat template writes it (`render_by_template`); without one, this module.
+    If the tokenizer has chat templates, they render it (`render_by_template`).
 
     Args:
         messages: a list of `{"role": ..., "content": ...}`; a role is system (also called
@@ -65,11 +67,13 @@ def render(
             any JSON value. An assistant message may have `tool_calls`, each
             `{"function": {"name": ..., "arguments": {...}}}`.
         tokenizer: one that has chat templates, or the special tokens of the Llama 4 format.
-        tools: a list of JSON objects that describe functions, which go into the first user message.
+        tools: a list of JSON objects that describe functions; they are written into the first user
+            message.
         add_generation_prompt: whether to open the assistant's turn at the end.
 
     Raises:
-        UserError: the tokenizer has no chat format, or a message is not as described above.
+        UserError: if the tokenizer has neither templates nor the special tokens, or a message is
+            not as described above.
     """
     if tokenizer.templates:
         return render_by_template(messages, tokenizer, tools, add_generation_prompt)
@@ -109,7 +113,7 @@ def _turn_ids(turn: _Turn, tokenizer: Tokenizer) -> list[int]:
             *tokenizer.encode(turn.calls),
         ]
     else:
-        # One text, since a leading newline of the content merges with the header's.
+        # Encoded as one text, since a newline at its start merges with those of the header.
         ids += tokenizer.encode("\n\n" + turn.text)
     return [*ids, tokenizer.special(_END_OF_TURN)]
 
@@ -120,6 +124,11 @@ def _header_ids(role: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _with_tools(turns: list[_Turn], tools: Json) -> list[_Turn]:
+    """The turns with descriptions of the tools in the first user message.
+
+    Raises:
+        UserError: if that is not the first message after the system message.
+    """
     check_tools(tools)
     system, rest = turns[:1], turns[1:]
     if system[0].role != "system":
@@ -132,6 +141,11 @@ def _with_tools(turns: list[_Turn], tools: Json) -> list[_Turn]:
 
 
 def _turn(message: Json, where: str) -> _Turn:
+    """A message as a turn; `where` names it in error messages.
+
+    Raises:
+        UserError: if it is not as `render` describes it.
+    """
     if not isinstance(message, dict) or str(message.get("role")) not in _ROLES:
         raise UserError(f"{where} has no known role; give it one of {', '.join(_ROLES)}")
     role, content = _ROLES[str(message["role"])], message.get("content")
@@ -147,6 +161,7 @@ def _turn(message: Json, where: str) -> _Turn:
 
 
 def _text(content: Json, where: str) -> str:
+    """The text of a message's content."""
     text = joined(content)
     if isinstance(text, str):
         return text
@@ -157,7 +172,7 @@ def _text(content: Json, where: str) -> str:
 
 
 def _calls(calls: Json, where: str) -> str:
-    """The JSON of each tool call, one after the other without a separator."""
+    """The JSON text of all tool calls, without separators."""
     if not isinstance(calls, list):
         raise UserError(f"{where} has tool_calls that are not a list; write them as one")
     return "".join(_call(call, where) for call in calls)

@@ -1,11 +1,11 @@
-"""Renders chat templates in a process of its own.
+"""Renders chat templates in a process of its own, with limited time and memory.
 
-A template is a stranger's program. Jinja's sandbox keeps it from files and from Python, but not
-from running for ever or from filling the memory; the limits of a process do.
+A template is a program by a stranger. Jinja's sandbox keeps it from files and from Python, but not
+from running forever or filling the memory; the limits of a process do.
 
-Run as a script it answers each line of its input, a JSON object of `template`, `variables` and
-`seconds`, by a line: `{"text": ...}`, or `{"error": ..., "line": of the template or null}`. It
-imports Jinja and the standard library only, so it starts at once.
+Run as a script, it answers each line of its input, a JSON object with `template`, `variables` and
+`seconds`, by one line: `{"text": ...}`, or `{"error": ..., "line": ...}` with the line of the
+template or null. It imports only Jinja and the standard library, so it starts quickly.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# What Jinja and Python would import while they render, when no file can be opened any more.
+# Modules that would be imported during a rendering, when no file can be opened any more.
 LATE = (encodings.unicode_escape, html.entities, jinja2.constants, jinja2.debug)
 
-MEMORY = 2**30  # bytes of address space, beside 64 for each byte of the request
-TEXT = 2**20  # characters that a rendering may have, beside four for each byte of the request
+MEMORY = 2**30  # bytes of address space, plus 64 for each byte of the request
+TEXT = 2**20  # characters of a rendering, plus four for each byte of the request
 
 
 class _Generation(Extension):
-    """Reads `{% generation %}`, which marks what a model is trained to write, as nothing."""
+    """Ignores the tag `{% generation %}`, which marks what a model is trained to write."""
 
-    tags = {"generation"}  # noqa: RUF012  # as the class above has it
+    tags = {"generation"}  # noqa: RUF012  # the type that `Extension` declares
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -47,7 +47,7 @@ class _Generation(Extension):
 
 @functools.lru_cache(maxsize=16)
 def compiled(source: str) -> jinja2.Template:
-    """The template in the environment that transformers gives to chat templates."""
+    """The compiled template, with the filters and functions that transformers gives to it."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -57,7 +57,12 @@ def compiled(source: str) -> jinja2.Template:
 
 
 def answer(request: dict[str, Any], longest: int) -> dict[str, Any]:
-    """What the template of a request makes of its variables, at most `longest` characters."""
+    """The reply to a request: the rendered text, or why there is none.
+
+    Args:
+        request: with `template` and `variables`.
+        longest: the most characters that the text may have.
+    """
     parts, length = [], 0
     try:
         for part in compiled(request["template"]).generate(**request["variables"]):
@@ -70,13 +75,13 @@ def answer(request: dict[str, Any], longest: int) -> dict[str, Any]:
         return {"error": f"it takes more than {MEMORY >> 20} MiB of memory", "line": None}
     except RecursionError:
         return {"error": "it is nested too deeply", "line": None}
-    except Exception as error:  # whatever an expression of the template may raise
+    except Exception as error:  # an expression of the template may raise anything
         return {"error": str(error) or type(error).__name__, "line": _line(error)}
 
 
 def main() -> None:
-    """Answers until the input ends."""
-    time.localtime()  # reads the time zone's file, while files can be opened
+    """Answers requests until the input ends."""
+    time.localtime()  # reads the file of the time zone while files can still be opened
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
     for line in sys.stdin.buffer:
         request = json.loads(line)
@@ -87,19 +92,27 @@ def main() -> None:
 
 
 def _limit(seconds: int, size: int) -> None:
-    """Limits what the next rendering may take; the system ends a process that takes more."""
+    """Limits the processor time and memory of the next rendering.
+
+    The system ends the process when it needs more.
+
+    Args:
+        seconds: of processor time.
+        size: bytes of the request.
+    """
     _lower(resource.RLIMIT_CPU, int(time.process_time()) + 1 + seconds)
     with contextlib.suppress(*((ValueError,) if sys.platform == "darwin" else ())):
-        _lower(resource.RLIMIT_AS, MEMORY + 64 * size)  # macOS has processes of any size
+        _lower(resource.RLIMIT_AS, MEMORY + 64 * size)  # which macOS refuses
 
 
 def _lower(kind: int, limit: int) -> None:
-    """Limits something, to less if this process was given less."""
+    """Sets a limit of this process, at most to the hard limit that it was given."""
     _, most = resource.getrlimit(kind)
     resource.setrlimit(kind, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
 
 
 def _line(error: Exception) -> int | None:
+    """The line of the template that an error comes from; None if it is unknown."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return error.lineno
     steps = traceback.walk_tb(error.__traceback__)
@@ -114,7 +127,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is, where Jinja's own filter escapes HTML."""
+    """A value as JSON text; unlike Jinja's own filter, it escapes no HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

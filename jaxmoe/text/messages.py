@@ -1,10 +1,10 @@
-"""What every chat format asks of a list of messages."""
+"""Checks of messages that all chat formats share."""
 
 from typing import Any
 
 from jaxmoe.errors import UserError
 
-type Json = Any  # what a JSON file may hold
+type Json = Any  # a value from a JSON file
 
 
 def check_messages(messages: Json) -> None:
@@ -28,7 +28,7 @@ def is_text_items(content: Json) -> bool:
 
 
 def joined(content: Json) -> Json:
-    """The text of a list of text items; any other content as it is."""
+    """The text of a list of text items; any other content unchanged."""
     return "".join(item["text"] for item in content) if is_text_items(content) else content
 
 

@@ -1,7 +1,7 @@
-"""Meta's `tokenizer.model` for Llama 4, read into a byte-level BPE of the `tokenizers` library.
+"""Reads Meta's `tokenizer.model` for Llama 4 into a byte-level BPE of the `tokenizers` library.
 
-The file holds one "base64 rank" line a token. The ranks are the ids, and lower ranks merge first;
-the split pattern and the special tokens are not in the file, so they are written down here.
+The file has one line "base64 rank" per token. The ranks are the ids, and lower ranks merge first.
+The split pattern and the special tokens are not in the file, so they are written down here.
 """
 
 import base64
@@ -52,17 +52,21 @@ def load_meta_vocabulary(path: Path) -> tokenizers.Tokenizer:
     """Reads Meta's Llama 4 `tokenizer.model`.
 
     Raises:
-        UserError: the file cannot be read, a line is not "base64 rank", or the ranks are not Llama
-            4's 200,000.
+        UserError: if the file cannot be read, a line is not "base64 rank", or the ranks are not
+            Llama 4's 200,000.
     """
     return byte_pair_encoder(_read_ranks(path), special_names())
 
 
 def byte_pair_encoder(ranks: dict[bytes, int], specials: list[str]) -> tokenizers.Tokenizer:
-    """Builds the byte-level BPE of `ranks`, with `specials` at the ids that follow the last rank.
+    """Builds a byte-level BPE tokenizer.
 
-    The tokenizer's own post-processor puts the first special in front of a text, as the published
+    Its post-processor puts the first special token in front of a text, as the published
     `tokenizer.json` does.
+
+    Args:
+        ranks: the id of each token, by its bytes; lower ids merge first.
+        specials: the names of the special tokens, whose ids follow the last rank.
     """
     char_of_byte = dict(enumerate(BYTE_CHARS))
     vocab = {token.decode("latin-1").translate(char_of_byte): rank for token, rank in ranks.items()}
@@ -87,7 +91,7 @@ def byte_pair_encoder(ranks: dict[bytes, int], specials: list[str]) -> tokenizer
 
 
 def special_names() -> list[str]:
-    """The 2,048 special tokens of Llama 4 in the order of their ids, from 200000 on."""
+    """The names of Llama 4's 2,048 special tokens in the order of their ids, from 200000 on."""
     post_train, vision, reasoning = (
         f"{use}_reserved_special_token" for use in ("text_post_train", "vision", "reasoning")
     )
@@ -117,7 +121,7 @@ def _numbered(name: str, start: int, stop: int) -> list[str]:
 
 
 def _merges(vocab: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Every pair of tokens that makes a token, lowest rank of the result first."""
+    """Every pair of tokens whose concatenation is a token, in the order of that token's rank."""
     for token in sorted(vocab, key=vocab.__getitem__):
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]

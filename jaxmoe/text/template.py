@@ -1,4 +1,4 @@
-"""The chat templates of a checkpoint: where they are, and how they are rendered."""
+"""Finds and renders the chat templates of a checkpoint."""
 
 import atexit
 import json
@@ -14,7 +14,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.parsing import read_json, read_text
 from jaxmoe.text import jinja_worker
 
-SECONDS = 10  # of the processor, for one rendering
+SECONDS = 10  # of processor time for one rendering
 
 _JINJA_FILE = "chat_template.jinja"
 _JSON_FILE = "chat_template.json"
@@ -24,27 +24,27 @@ _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class TooMuch(UserError):
-    """A template takes more time or memory than it may, or writes more."""
+    """The error of a template that needs more time or memory, or writes more, than it may."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A program in Jinja that writes a conversation as text.
+    """A Jinja program that writes a conversation as text.
 
     Attributes:
         source: the program.
-        where: its file, for messages.
+        where: its file, for error messages.
     """
 
     source: str
     where: str
 
     def render(self, **variables: Any) -> str:
-        """What the template writes, in a sandbox of bounded time and memory.
+        """The text that the template writes, in a sandbox with limited time and memory.
 
         Raises:
-            UserError: if the template is broken or refuses the variables; a `TooMuch`, if it takes
-                too much.
+            UserError: if the template is broken or refuses the variables.
+            TooMuch: if it needs more than the limits.
         """
         request = {"template": self.source, "variables": variables, "seconds": SECONDS}
         answer = _WORKER.ask(request)
@@ -58,12 +58,12 @@ class ChatTemplate:
 
 
 def read_templates(folder: Path) -> dict[str, ChatTemplate]:
-    """The chat templates of a checkpoint by name; most have one, `default`, or none.
+    """The chat templates of a checkpoint folder by name; most have one, `default`, or none.
 
     They are in chat_template.jinja, else in chat_template.json, else in tokenizer_config.json.
 
     Raises:
-        UserError: one of these files is broken.
+        UserError: if one of these files is broken.
     """
     path = folder / _JINJA_FILE
     if path.exists():
@@ -76,7 +76,12 @@ def read_templates(folder: Path) -> dict[str, ChatTemplate]:
 
 
 def _templates(found: Any, where: str) -> dict[str, ChatTemplate]:
-    """From one text, or a list of `{"name": ..., "template": ...}`."""
+    """The templates in the value of a `chat_template`, by name.
+
+    Args:
+        found: one text, or a list of `{"name": ..., "template": ...}`.
+        where: the file and key, for error messages.
+    """
     named = {"default": found} if isinstance(found, str) else {}
     for entry in found if isinstance(found, list) else ():
         match entry:
@@ -94,12 +99,12 @@ def _templates(found: Any, where: str) -> dict[str, ChatTemplate]:
 
 
 def read_special_names(folder: Path) -> dict[str, str]:
-    """Which special tokens a checkpoint calls `bos_token`, `eos_token` and so on.
+    """The special tokens of a checkpoint by their roles: `bos_token`, `eos_token` and so on.
 
-    tokenizer_config.json says it, else special_tokens_map.json.
+    They are in tokenizer_config.json, else in special_tokens_map.json.
 
     Raises:
-        UserError: one of these files is broken.
+        UserError: if one of these files is broken.
     """
     names: dict[str, str] = {}
     for path in (folder / _NAMES_FILE, folder / _CONFIG_FILE):
@@ -116,7 +121,7 @@ def read_special_names(folder: Path) -> dict[str, str]:
 
 
 def _object(path: Path) -> Mapping[str, Any]:
-    """What a JSON file holds, or nothing if there is no such file."""
+    """The object in a JSON file; an empty one if there is no such file."""
     content = read_json(path) if path.exists() else {}
     if not isinstance(content, dict):
         raise UserError(f"{path} is no JSON object; correct or remove it")
@@ -128,17 +133,18 @@ def _short(reason: str) -> str:
 
 
 class _Worker:
-    """The process that renders templates: started when needed, and anew when it died."""
+    """The process that renders templates; it is started when needed, and again if it dies."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The worker's reply to a request; see `jinja_worker`."""
         with self._lock:
             try:
                 return self._exchange(json.dumps(request).encode() + b"\n")
-            except BaseException:  # Ctrl-C too: the next request would get this answer
+            except BaseException:  # also Ctrl-C: the next request would get this reply
                 self.stop()
                 raise
 
@@ -173,7 +179,7 @@ def _start() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the program that asks
+        start_new_session=True,  # Ctrl-C then reaches only the parent process
     )
 
 

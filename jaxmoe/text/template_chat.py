@@ -1,8 +1,8 @@
-"""Messages rendered by the checkpoint's own chat template.
+"""Renders messages by a checkpoint's own chat template.
 
-A template writes text in which its special tokens stand by name. So that no message can name one,
+A template writes text that contains its special tokens by name. So that no message can name one,
 the characters that begin such a name in a message are replaced by others before the template sees
-them, and put back once the text is cut at the special tokens.
+them, and restored once the text is split at the special tokens.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from jaxmoe.text.messages import Json, check_messages, check_tools, is_text_item
 from jaxmoe.text.template import ChatTemplate, TooMuch
 from jaxmoe.text.tokenizer import BEGIN_OF_TEXT, Tokenizer
 
-_PRIVATE = range(0xE000, 0xF900)  # code points that Unicode leaves to its users
+_PRIVATE = range(0xE000, 0xF900)  # Unicode's private-use code points
 
 
 def render_by_template(
@@ -24,19 +24,19 @@ def render_by_template(
 ) -> list[int]:
     """The token ids of a conversation, as one of the tokenizer's templates writes it.
 
-    The template called `tool_use` writes those with tools, if there is one. It sees the messages as
-    they are, but for the keys that are null, which are left out; a developer, who is a system where
-    the template does not know the role; and arguments of tool calls that are JSON text, which are
-    read.
+    With tools, that is the template called `tool_use` if there is one. The template gets the
+    messages with three changes: keys whose value is null are left out, the role developer becomes
+    system where the template does not know it, and arguments of tool calls that are JSON text are
+    parsed.
 
     Args:
-        messages: a list of JSON objects with a `role`, and all else that the template reads.
+        messages: a list of JSON objects with a `role` and whatever else the template reads.
         tokenizer: one with `templates`.
         tools: a list of JSON objects that describe functions.
         add_generation_prompt: whether to open the assistant's turn at the end.
 
     Raises:
-        UserError: the template is broken or refuses the messages, or they hold images.
+        UserError: if the template is broken or refuses the messages, or they hold images.
     """
     check_messages(messages)
     tools = tools or None
@@ -46,22 +46,23 @@ def render_by_template(
     messages = [
         _message(message, template, f"messages[{index}]") for index, message in enumerate(messages)
     ]
-    shield = _Shield(tokenizer.specials, [messages, tools])
+    escaper = _Escaper(tokenizer.specials, [messages, tools])
     text = _render(
         template,
-        shield.over(messages),
-        tools=shield.over(tools),
+        escaper.escape(messages),
+        tools=escaper.escape(tools),
         documents=None,
         add_generation_prompt=add_generation_prompt,
         **_names(tokenizer),
     )
     ids: list[int] = []
     for part in tokenizer.split(text):
-        ids += [part] if isinstance(part, int) else tokenizer.encode(shield.off(part))
+        ids += [part] if isinstance(part, int) else tokenizer.encode(escaper.unescape(part))
     return ids
 
 
 def _template(templates: Mapping[str, ChatTemplate], tools: Json) -> ChatTemplate:
+    """The template for a conversation with or without tools."""
     for name in ("tool_use", "default") if tools else ("default",):
         if name in templates:
             return templates[name]
@@ -70,11 +71,13 @@ def _template(templates: Mapping[str, ChatTemplate], tools: Json) -> ChatTemplat
 
 
 def _names(tokenizer: Tokenizer) -> dict[str, str]:
+    """The variables `bos_token` and so on that templates use."""
     known = {"bos_token": BEGIN_OF_TEXT} if BEGIN_OF_TEXT in tokenizer.specials else {}
     return known | dict(tokenizer.names)
 
 
 def _message(message: Json, template: ChatTemplate, where: str) -> dict[str, Json]:
+    """A message as the template gets it; `where` names it in error messages."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f"{where} is no object with a role; give it one, such as user")
     message = {key: value for key, value in message.items() if value is not None}
@@ -86,19 +89,24 @@ def _message(message: Json, template: ChatTemplate, where: str) -> dict[str, Jso
 
 
 def _call(call: Json, where: str) -> Json:
+    """A tool call whose arguments are parsed if they are JSON text."""
     match call:
         case {"function": {"arguments": str(text)} as function}:
-            with contextlib.suppress(UserError):  # what is no JSON stays a text
+            with contextlib.suppress(UserError):  # not JSON: stays text
                 arguments = parse_json(text, where)
                 return call | {"function": function | {"arguments": arguments}}
     return call
 
 
 def _render(template: ChatTemplate, messages: list[dict], **variables: Json) -> str:
-    """What the template writes of the messages.
+    """The text that the template writes of the messages.
 
     Some templates read content only as one text, others only as a list of items, and most of these
-    say nothing when they get the other. So the last user's text is looked for in what is written.
+    write nothing when they get the other. So the messages are rendered with their content as it is,
+    as text and as items, until the output contains the last user message.
+
+    Raises:
+        UserError: if every attempt fails.
     """
     failure = None
     forms = [[_with_content(message, form) for message in messages] for form in (joined, _as_items)]
@@ -118,26 +126,30 @@ def _render(template: ChatTemplate, messages: list[dict], **variables: Json) -> 
 
 
 def _with_content(message: dict[str, Json], form) -> dict[str, Json]:
+    """A message whose content, if any, is replaced by `form(content)`."""
     return message | {"content": form(message["content"])} if "content" in message else message
 
 
 def _as_items(content: Json) -> Json:
+    """A text as a list of one text item; any other content unchanged."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _misread(text: str, messages: list[dict]) -> bool:
+    """Whether a rendering lacks the last user message, or has a list as Python prints it."""
     contents = [message.get("content") for message in messages]
     if any(str(content) in text for content in contents if is_text_items(content) and content):
-        return True  # a list as Python writes it
-    said = [joined(message.get("content")) for message in messages if message["role"] == "user"]
-    return bool(said) and isinstance(said[-1], str) and said[-1].strip() not in text
+        return True
+    of_user = [joined(message.get("content")) for message in messages if message["role"] == "user"]
+    return bool(of_user) and isinstance(of_user[-1], str) and of_user[-1].strip() not in text
 
 
-class _Shield:
-    """Hides the names of special tokens in text: `over` puts it up, `off` takes it down.
+class _Escaper:
+    """Escapes the names of special tokens in text, and restores them.
 
-    The first character of what is, or could be continued to be, a special token's name becomes one
-    that is nowhere in the values. Nothing gets longer or shorter.
+    The first character of every name of a special token, or of a beginning of one that text after
+    it could complete, is replaced by a private-use character that the values do not have. Lengths
+    stay as they are.
     """
 
     def __init__(self, specials: Iterable[str], values: Json) -> None:
@@ -147,25 +159,30 @@ class _Shield:
         self._mark = dict(zip(sorted({name[0] for name in names}), free, strict=False))
         self._begin = re.compile("|".join(sorted(set(_beginnings(names)))) or r"(?!)")
 
-    def over(self, value: Json) -> Json:
+    def escape(self, value: Json) -> Json:
+        """A JSON value with every text in it escaped."""
         match value:
             case str():
                 return self._begin.sub(lambda found: self._mark[found[0]], value)
             case list():
-                return [self.over(item) for item in value]
+                return [self.escape(item) for item in value]
             case dict():
-                return {self.over(key): self.over(item) for key, item in value.items()}
+                return {self.escape(key): self.escape(item) for key, item in value.items()}
         return value
 
-    def off(self, text: str) -> str:
+    def unescape(self, text: str) -> str:
+        """The original of an escaped text."""
         for char, mark in self._mark.items():
-            escaped = json.dumps(mark)[1:-1]  # as a template's tojson may write it
+            escaped = json.dumps(mark)[1:-1]  # what a template's tojson may make of it
             text = text.replace(mark, char).replace(escaped, char)
         return text
 
 
 def _beginnings(names: list[str]) -> Iterator[str]:
-    """Patterns of the first character of each name where the second, or no more text, follows."""
+    """Patterns of each name's first character, followed by its second or by the end of the text.
+
+    Whitespace may come before the end of the text, since templates strip it.
+    """
     for name in names:
         first = re.escape(name[0])
         yield f"{first}(?={re.escape(name[1])})" if len(name) > 1 else first

@@ -1,4 +1,4 @@
-"""The tokenizer: text to token ids and back, whole or one token at a time."""
+"""The tokenizer: encodes text into token ids and decodes them, also one at a time."""
 
 import codecs
 import re
@@ -26,8 +26,8 @@ from jaxmoe.text.tokenizer_file import (
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 STOP_NAMES = ("<|end_of_text|>", "<|eom|>", "<|eot|>")
 
-_MAX_PIECE = 400_000
-_MAX_RUN = 25_000
+_MAX_PIECE = 400_000  # characters that are encoded at once
+_MAX_RUN = 25_000  # characters of whitespace, or without any, that are encoded at once
 _RUN = re.compile(r"\s+|\S+")
 _BYTE_OF_CHAR = {char: byte for byte, char in enumerate(BYTE_CHARS)}
 
@@ -37,11 +37,11 @@ class Tokenizer:
     """A byte-level BPE tokenizer whose special tokens never come from text.
 
     Attributes:
-        backend: the `tokenizers` object, which this class takes over: it is set to read special
-            tokens in text as plain text, to cut and pad nothing, and to drop no merges at random.
-        names: the special tokens that the checkpoint names, such as `eos_token`.
-        templates: the checkpoint's own chat templates by name; without one, `render` writes the
-            Llama 4 chat format.
+        backend: the `tokenizers` object. This class changes its settings: special tokens in text
+            are plain text, and there is no truncation, padding or BPE dropout.
+        names: the checkpoint's special tokens by their roles, such as `eos_token`.
+        templates: the checkpoint's chat templates by name; without any, `render` writes Llama 4's
+            chat format.
     """
 
     backend: tokenizers.Tokenizer
@@ -57,13 +57,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Loads a tokenizer file, or the one in a checkpoint folder.
+        """Loads a tokenizer, with the chat templates and names of special tokens beside it.
 
-        In a folder `tokenizer.json` comes before Meta's `tokenizer.model`. What the files beside it
-        say of chat templates and special tokens is read too.
+        Args:
+            path: a tokenizer file, or a folder with `tokenizer.json` or else Meta's
+                `tokenizer.model`.
 
         Raises:
-            UserError: there is no tokenizer at `path`, or one of the files is broken, or the
+            UserError: if there is no tokenizer at `path`, one of the files is broken, or the
                 tokenizer loses text or is not byte-level.
         """
         file = find_tokenizer(Path(path))
@@ -74,6 +75,7 @@ class Tokenizer:
         return tokenizer
 
     def _check_round_trip(self, file: Path) -> None:
+        """Raises a UserError if encoding and decoding loses bytes."""
         normalizer = self.backend.normalizer
         with errors_of_library(f"{file} is no tokenizer that can be used"), quiet_panics():
             in_bytes = normalizer is None or isinstance(normalizer, normalizers.ByteLevel)
@@ -87,7 +89,10 @@ class Tokenizer:
             )
 
     def _check_specials(self, file: Path) -> None:
-        """Only a special token that is an entry of the vocabulary too could come from text."""
+        """Raises a UserError if a special token's name in plain text becomes that token.
+
+        That is possible only for special tokens that the vocabulary of the BPE has too.
+        """
         entries = self.backend.model
         name_of = {id_: name for name, id_ in self.specials.items()}
         for name in self.specials:
@@ -115,41 +120,54 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the greatest id; the model's embedding may have more rows."""
+        """The greatest id plus one; the model's embedding may have more rows."""
         return max(self.backend.get_vocab().values()) + 1
 
     @property
     def bos_id(self) -> int:
-        """The id of `<|begin_of_text|>`; UserError if there is none."""
+        """The id of `<|begin_of_text|>`.
+
+        Raises:
+            UserError: if the tokenizer does not have it.
+        """
         return self.special(BEGIN_OF_TEXT)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids at which Llama 4 ends a text or a turn, and of the checkpoint's `eos_token`.
+        """The ids that end a text or a turn of Llama 4, and that of the checkpoint's `eos_token`.
 
-        Only those that the tokenizer has.
+        Tokens that the tokenizer does not have are left out.
         """
         names = dict.fromkeys((*STOP_NAMES, self.names.get("eos_token")))
         return tuple(self.specials[name] for name in names if name in self.specials)
 
     def special(self, name: str) -> int:
-        """The id of a special token, such as `<|eot|>`; UserError if there is none."""
+        """The id of a special token, such as `<|eot|>`.
+
+        Raises:
+            UserError: if the tokenizer does not have it.
+        """
         if name not in self.specials:
             raise UserError(f"the tokenizer has no special token {name}; use the one of the model")
         return self.specials[name]
 
     def encode(self, text: str, *, bos: bool = False, parse_special: bool = False) -> list[int]:
-        """The token ids of `text`, after the begin-of-text id if `bos`.
+        """Encodes a text.
 
-        A special token's name in the text is encoded as plain text, unless `parse_special`; with
-        that a text that itself begins with the begin-of-text token gets no second one. As in Meta's
-        tokenizer the text is first cut every 400,000 characters, and within such a piece every
-        25,000 characters of a run of spaces or of non-spaces: both bound the work for one piece of
-        a huge input.
+        As in Meta's tokenizer, the text is first split every 400,000 characters, and then every
+        25,000 characters within a run of whitespace or of other characters, which bounds the work
+        for one piece of a huge text.
+
+        Args:
+            text: the text.
+            bos: whether to put the begin-of-text token in front. With `parse_special`, a text that
+                begins with that token gets no second one.
+            parse_special: whether names of special tokens in the text become these tokens; else
+                they are encoded as plain text.
 
         Raises:
-            UserError: the text holds half of a surrogate pair; or `bos`, and the tokenizer has no
-                begin-of-text token.
+            UserError: if the text holds half of a surrogate pair, or there is no begin-of-text
+                token and `bos` is true.
         """
         ids: list[int] = []
         for part in self.split(text) if parse_special else [text]:
@@ -159,10 +177,10 @@ class Tokenizer:
         return ids
 
     def split(self, text: str) -> list[str | int]:
-        """`text` cut at the special tokens that it names, with their ids in their place.
+        """Splits a text at the names of special tokens, which are replaced by their ids.
 
         Raises:
-            UserError: the text holds half of a surrogate pair.
+            UserError: if the text holds half of a surrogate pair.
         """
         _check_unicode(text)
         parts, end = [], 0
@@ -175,7 +193,7 @@ class Tokenizer:
 
     @cached_property
     def _splitter(self) -> tokenizers.Tokenizer:
-        """Knows the special tokens and nothing else; all other text is no token to it."""
+        """A tokenizer without a vocabulary, which finds the special tokens in a text."""
         splitter = tokenizers.Tokenizer(models.BPE())
         splitter.add_special_tokens([token for token in self._added.values() if token.special])
         return splitter
@@ -189,15 +207,20 @@ class Tokenizer:
         return ids
 
     def decode(self, tokens: Iterable[int], skip_special: bool = True) -> str:
-        """The text of `tokens`, with U+FFFD for bytes that are no UTF-8.
+        """Decodes token ids; bytes that are not UTF-8 become U+FFFD.
 
-        An id that the tokenizer does not know (the embedding may have more rows) has no text.
+        An id that the tokenizer does not have decodes to nothing: the embedding may have more rows
+        than the tokenizer has ids.
+
+        Args:
+            tokens: the ids.
+            skip_special: whether special tokens decode to nothing, and not to their names.
         """
         text = b"".join(self.token_bytes(token, skip_special) for token in tokens)
         return text.decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int, skip_special: bool = True) -> bytes:
-        """The bytes that one token stands for, which may be a part of a character."""
+        """The bytes of one token, which may be a part of a character; arguments as in `decode`."""
         if added := self._added.get(token):
             return b"" if added.special and skip_special else added.content.encode()
         chars = self.backend.id_to_token(token) or ""
@@ -205,9 +228,10 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes tokens one at a time, for printing them as they come.
+    """Decodes token ids one at a time, to print them while they are generated.
 
-    The pieces joined, with the one from `flush`, are `tokenizer.decode` of all the tokens.
+    The concatenation of all texts that `push` and finally `flush` return is `tokenizer.decode` of
+    all tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
@@ -216,11 +240,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` completes: whole characters only, so it may be empty."""
+        """The text that a token completes; only whole characters, so it may be empty."""
         return self._utf8.decode(self._tokenizer.token_bytes(token, self._skip_special))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if the last character was never completed."""
+        """The rest of the text: U+FFFD if the last character is incomplete, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -236,6 +260,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _pieces(text: str) -> Iterator[str]:
+    """The pieces of a text that are encoded one by one; see `Tokenizer.encode`."""
     for start in range(0, len(text), _MAX_PIECE):
         piece = text[start : start + _MAX_PIECE]
         cuts = (

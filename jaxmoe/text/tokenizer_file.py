@@ -1,6 +1,6 @@
-"""Tokenizer files: which one a folder has, and whether what it says can be used.
+"""Finds, reads and checks tokenizer files.
 
-A `tokenizer.json` may come from anyone. The `tokenizers` library checks its form, but not that
+A `tokenizer.json` may come from anyone. The `tokenizers` library checks its structure, but not that
 every entry of a byte-level vocabulary stands for bytes, and some files make it panic.
 """
 
@@ -23,20 +23,25 @@ META_FILE = "tokenizer.model"
 _NO_BYTE = re.compile(f"[^{re.escape(''.join(BYTE_CHARS))}]")
 _CODE_POINTS = (
     *range(0x80),
-    *range(0x80, 0x800, 0x40),  # each first byte of two, three and four
+    *range(0x80, 0x800, 0x40),  # every first byte of sequences of two, then three, then four
     *(0x800, *range(0x1000, 0x10000, 0x1000)),
     *(0x10000, *range(0x40000, 0x110000, 0x40000)),
-    *range(0x400, 0x440),  # each byte that is not the first
+    *range(0x400, 0x440),  # every byte after the first
 )
 ALL_BYTES = " " + "".join(map(chr, _CODE_POINTS))
-"""Every byte that UTF-8 may have, after a space, which some tokenizers put in front of a text."""
+"""A text with every byte that occurs in UTF-8.
+
+It begins with a space, which some tokenizers would put in front otherwise.
+"""
 
 
 def find_tokenizer(path: Path) -> Path:
-    """The tokenizer file at `path`: itself, or in a folder `tokenizer.json` before Meta's file.
+    """The tokenizer file at `path`, which is a file or a folder.
+
+    In a folder that is `tokenizer.json`, or else Meta's `tokenizer.model`.
 
     Raises:
-        UserError: there is none.
+        UserError: if there is none.
     """
     if not path.is_dir():
         if path.is_file():
@@ -52,16 +57,16 @@ def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     """Reads a `tokenizer.json` or Meta's `tokenizer.model`.
 
     Raises:
-        UserError: the file cannot be read, is broken or is not byte-level.
+        UserError: if the file cannot be read, is broken or is not byte-level.
     """
     return _read_tokenizer_json(file) if file.suffix == ".json" else load_meta_vocabulary(file)
 
 
 @contextlib.contextmanager
 def errors_of_library(sentence: str) -> Iterator[None]:
-    """Turns whatever the `tokenizers` library raises into a UserError that begins so.
+    """Turns whatever the `tokenizers` library raises into a UserError that begins with `sentence`.
 
-    A panic in Rust is a BaseException, so all are caught but those that end a program.
+    Panics in Rust are BaseExceptions, so all exceptions are caught but those that end a program.
     """
     try:
         yield
@@ -74,7 +79,7 @@ def errors_of_library(sentence: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_panics() -> Iterator[None]:
-    """Hides what Rust itself writes to the standard error of the process when it panics."""
+    """Discards the process's standard error within the context, where Rust reports panics."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -98,7 +103,11 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 
 
 def _check_vocabulary(path: Path, backend: tokenizers.Tokenizer) -> None:
-    """Each entry stands for bytes or is an added token, and no two have one id."""
+    """Checks that every entry stands for bytes or is an added token, and that ids are unique.
+
+    Raises:
+        UserError: naming the first entry that is not so.
+    """
     entries = list(map(backend.id_to_token, range(backend.get_vocab_size())))
     token_of = {id_: token for id_, token in enumerate(entries) if token is not None}
     if len(token_of) < len(entries):  # an id is missing, or above the others
@@ -115,6 +124,7 @@ def _check_vocabulary(path: Path, backend: tokenizers.Tokenizer) -> None:
 
 
 def _token_of_id(path: Path, vocab: dict[str, int]) -> dict[int, str]:
+    """The tokens by id; raises a UserError if two have the same."""
     token_of: dict[int, str] = {}
     for token, id_ in sorted(vocab.items()):
         if token_of.setdefault(id_, token) != token:

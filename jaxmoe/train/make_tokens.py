@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from jaxmoe.errors import UserError
-from jaxmoe.outputs import written
+from jaxmoe.files.outputs import written
 from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_text
 from jaxmoe.text import Tokenizer
 

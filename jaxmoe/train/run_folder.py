@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.workspace import locked, writable
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.fields import read_fields
-from jaxmoe.outputs import PARTIAL, write_file
+from jaxmoe.files.atomic import locked, writable
+from jaxmoe.files.outputs import PARTIAL, write_file
 from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_json, read_text
 from jaxmoe.train.config import TrainConfig
 

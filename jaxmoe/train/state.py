@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from jaxmoe import mesh as meshes
-from jaxmoe.checkpoint.arrays import reason
-from jaxmoe.checkpoint.writer import orbax_writes, quiet_orbax
+from jaxmoe.checkpoint.zarr.arrays import reason
+from jaxmoe.checkpoint.zarr.writer import orbax_writes, quiet_orbax
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.model.params import abstract_params, init_params

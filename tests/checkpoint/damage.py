@@ -1,13 +1,13 @@
-"""Ways to damage a finished checkpoint or document, for tests of what is noticed."""
+"""Ways to damage a finished checkpoint or document, for tests that damage is noticed."""
 
 import json
 
-from jaxmoe.checkpoint.checksums import CHECKSUMS
-from jaxmoe.checkpoint.manifest import MANIFEST, MARKER, STATE, ZARR
+from jaxmoe.checkpoint.zarr.checksums import CHECKSUMS
+from jaxmoe.checkpoint.zarr.manifest import MANIFEST, MARKER, STATE, ZARR
 
 
 def made_old(folder, key):
-    """As before there were manifests."""
+    """Makes a checkpoint one of format 2, which has no manifest."""
     (folder / MANIFEST).unlink()
     for file in folder.glob(f"{STATE}/*/{CHECKSUMS}"):
         file.unlink()
@@ -41,5 +41,5 @@ def exchange(one, other):
 
 
 def flipped(content, byte):
-    """With one bit of a byte flipped."""
+    """A copy of some bytes in which one bit of a byte is flipped."""
     return content[:byte] + bytes([content[byte] ^ (1 << byte % 8)]) + content[byte + 1 :]

@@ -1,4 +1,4 @@
-"""Bad and hostile .pth files: no code run, and every one refused."""
+"""Bad and hostile .pth files run no code, and every one is refused."""
 
 import os
 import pickle
@@ -7,8 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import pth
-from jaxmoe.checkpoint.pth import PthFolder
+from jaxmoe.checkpoint.formats import pth
+from jaxmoe.checkpoint.formats.pth import PthFolder
 from jaxmoe.errors import UserError
 from tests import pth_files
 from tests.checkpoint.test_pth import (
@@ -81,7 +81,7 @@ def test_code_in_scales_is_not_run(tmp_path):
         ("torch", "load"),
         ("torch._utils", "_rebuild_tensor_v2.__call__"),
         ("collections", "OrderedDict.fromkeys"),
-        ("jaxmoe.checkpoint.pth", "PthFolder"),
+        ("jaxmoe.checkpoint.formats.pth", "PthFolder"),
         ("io", "open"),
         ("x\ny", "z"),
     ],
@@ -104,7 +104,7 @@ def test_other_names_are_refused(tmp_path, module, name):
 )
 @pytest.mark.parametrize("attribute", ["__init__", "__defaults__", "__setstate__", "result"])
 def test_what_a_pickle_names_cannot_be_changed(tmp_path, module, name, attribute):
-    """BUILD sets attributes, and with a pair as its state does so by setattr."""
+    """The opcode BUILD sets attributes, and with a pair as its state it does so by setattr."""
     state = pickle.EMPTY_DICT + pickle.MARK + plain(attribute) + plain(()) + pickle.SETITEMS
     for build in (state, pth_files.tuple_of(plain(None), state)):
         save_pickle(tmp_path, named(module, name) + build + pickle.BUILD + pickle.STOP)
@@ -114,7 +114,7 @@ def test_what_a_pickle_names_cannot_be_changed(tmp_path, module, name, attribute
 
 
 def test_bytes_of_any_length_are_not_made(tmp_path):
-    """Only `bytes()` is in torch's files, and `bytes(10**11)` could end the process."""
+    """torch's files only call `bytes()`; `bytes(10**11)` could fill the memory."""
     made = call(named("__builtin__", "bytes"), plain(3))
     save_pickle(tmp_path, pth_files.as_pickle({"w": made}))
     refused(tmp_path, tmp_path / FILE, "damaged data.pkl")
@@ -122,7 +122,7 @@ def test_bytes_of_any_length_are_not_made(tmp_path):
 
 @pytest.mark.parametrize("put", [b"p1048576\n", b"r\0\0\x10\0"])
 def test_large_memo_is_not_made(tmp_path, put):
-    """Its list of a million values could as well be one of 2**32, which no machine survives."""
+    """A memo index of a million could as well be 2**32, for which no machine has the memory."""
     save_pickle(tmp_path, b"\x80\x02}" + put + b".")
     refused(tmp_path, tmp_path / FILE, "damaged data.pkl")
     save_pickle(tmp_path, b"\x80\x02}q\0.")
@@ -231,7 +231,7 @@ def test_compressed_tensor(tmp_path):
 
 @pytest.mark.parametrize("field", [38, 22])
 def test_record_that_is_not_what_it_holds(tmp_path, field):
-    """Encrypted, or of a size unlike its own: fields that many bytes before the last name."""
+    """Changes the flags or sizes in the zip's directory, some bytes before the last name."""
     file = save_tensor(tmp_path)
     data = bytearray(file.read_bytes())
     data[data.rindex(b"consolidated.00/data/0") - field] ^= 1
@@ -269,7 +269,7 @@ def test_record_that_is_not_where_the_directory_says(tmp_path):
 
 
 def test_flipped_bit_in_the_pickle(tmp_path):
-    """The zip has a checksum of it, so even a changed letter of a name is noticed."""
+    """Its checksum in the zip shows even a changed letter of a name."""
     file = save(tmp_path, **{WQKV: W})
     data = bytearray(file.read_bytes())
     data[data.index(WQKV.encode())] ^= 1
@@ -278,7 +278,7 @@ def test_flipped_bit_in_the_pickle(tmp_path):
 
 
 def test_flipped_byte_anywhere_but_in_data(tmp_path):
-    """Refused, or read as if nothing had happened; never another exception."""
+    """The file is refused or read correctly, and nothing else is raised."""
     file = save_pth(tmp_path / FILE, {"w": W, "e": EXTRA_STATE})
     good = file.read_bytes()
     data = range(good.index(W.tobytes()), good.index(W.tobytes()) + W.nbytes)
@@ -320,7 +320,7 @@ def test_file_that_shrinks_after_it_was_opened(tmp_path):
 
 
 def flip(file, data, position):
-    """One bit of the data, which lies in the file once."""
+    """Flips one bit of some data that occurs in the file once."""
     content = bytearray(file.read_bytes())
     assert content.count(data) == 1
     content[content.index(data) + position] ^= 4
@@ -329,7 +329,7 @@ def flip(file, data, position):
 
 @pytest.mark.parametrize("position", [0, 50, 95])
 def test_flipped_bits_of_data_are_found(tmp_path, position):
-    """Read in pieces, when the last is read; read in part, when that is confirmed."""
+    """Damage is found with the last piece of a record, or, if a part was read, by `confirm`."""
     flip(save(tmp_path, **{WQKV: W}), W.tobytes(), position)
     words = rf"{FILE} is damaged in the data of {WQKV} .*CRC-32"
     pieces = PthFolder(tmp_path)

@@ -1,4 +1,4 @@
-"""Convert and export: byte for byte there and back, and nothing half-done that looks finished."""
+"""Converting and exporting keeps every byte, and nothing unfinished looks finished."""
 
 import json
 import os
@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmoe.checkpoint import export as export_module
-from jaxmoe.checkpoint import sources, store
+from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert, verify
+from jaxmoe.checkpoint.convert import source as source_module
 from jaxmoe.checkpoint.export import export
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config
@@ -82,7 +83,7 @@ def test_round_trip_keeps_every_finite_pattern_and_zeros(tmp_path):
 def test_what_is_no_number_is_named(tmp_path, dtype, value):
     tensors = weights(dtype)
     tensors["lm_head.weight"][33, 7] = value
-    source = sources.open_source(checkpoint(tmp_path, CONFIG, tensors))
+    source = source_module.open_source(checkpoint(tmp_path, CONFIG, tensors))
     source.read("lm_head.weight", 0, 33 * 64 + 7)
     source.read("lm_head.weight", 33 * 64 + 8, 1000)
     with pytest.raises(
@@ -127,7 +128,7 @@ def test_round_trip_of_mixed_dtypes(tmp_path):
     ],
 )
 def test_the_dtype_of_a_model_is_not_that_of_its_embedding(tmp_path, embed, rest, stated, main):
-    """Nothing is widened for the embedding, and nothing rounded that the configuration keeps."""
+    """Parameters are neither widened to the embedding's dtype nor rounded to it."""
     config = {**CONFIG, "num_hidden_layers": 1, "torch_dtype": stated}
     tensors = weights(rest, config)
     name = "model.embed_tokens.weight"
@@ -150,7 +151,7 @@ def test_round_trip_of_a_tied_model(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_head_that_is_no_copy_of_the_embedding_is_kept(tmp_path, dtype):
-    """As transformers 5.23 does, whatever the configuration says; a copy of any dtype is none."""
+    """The head is kept, as in transformers 5.23, if its numbers differ from the embedding's."""
     config = {**CONFIG, "num_hidden_layers": 1, "tie_word_embeddings": True}
     tensors = tiny.random_tensors(config, seed=1)
     head = tensors["model.embed_tokens.weight"].astype(dtype)
@@ -270,7 +271,7 @@ def assert_nothing_left(tmp_path):
 
 
 def refused(tmp_path, *parts):
-    """Converts `hf`: it must fail with one sentence that holds `parts`, and leave nothing."""
+    """Asserts that converting `hf` fails with a sentence that has `parts`, and leaves nothing."""
     with pytest.raises(UserError) as caught:
         convert(tmp_path / "hf", tmp_path / "out")
     message = str(caught.value)
@@ -351,7 +352,7 @@ def read_files(folder):
 
 
 def test_what_is_finished_is_not_done_again(tmp_path):
-    """Catches a loop that retries and sees a failure for ever."""
+    """Catches a failure that would make a script that retries run forever."""
     source, output = checkpoint(tmp_path / "hf"), tmp_path / "out"
     first = convert(source, output, weights="int8")
     before = read_files(output)
@@ -375,19 +376,19 @@ def test_empty_output_folder_is_filled(tmp_path):
 def test_disk_too_small_is_refused_before_writing(tmp_path, monkeypatch):
     checkpoint(tmp_path / "hf")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("jaxmoe.checkpoint.workspace.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("jaxmoe.files.atomic.shutil.disk_usage", lambda _: usage)
     refused(tmp_path, tmp_path, "bytes free, but")
 
 
 def run_script(script, *arguments, limits=""):
-    """Runs a script as from a shell, there under `limits`."""
+    """Runs a script in a shell with limits."""
     command = [sys.executable, ROOT / "scripts" / script, *arguments]
     shell = ["bash", "-c", f'{limits}\nexec "$@"', "bash", *command]
     return subprocess.run(shell, capture_output=True, text=True, check=False)
 
 
 def test_full_disk_is_one_sentence(tmp_path):
-    """A limit on the size of files fails writes as a full disk does."""
+    """A limit on the size of files makes writes fail as a full disk does."""
     limits = "ulimit -f 8"  # KiB: less than the experts
     source = checkpoint(tmp_path / "hf")
     result = run_script("convert.py", source, tmp_path / "out", limits=limits)

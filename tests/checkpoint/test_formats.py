@@ -1,4 +1,4 @@
-"""Every published format: what it stands for, byte for byte there and back, or one refusal."""
+"""Every published format is converted right and exported byte for byte, or refused."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import safetensors
 
-from jaxmoe.checkpoint import convert as convert_module
-from jaxmoe.checkpoint import meta, store
-from jaxmoe.checkpoint.convert import convert, verify
+from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.convert import conversion, convert, verify
 from jaxmoe.checkpoint.export import export
-from jaxmoe.checkpoint.reader import DTYPES
+from jaxmoe.checkpoint.formats import params_json
+from jaxmoe.checkpoint.formats.tensor_files import DTYPES
 from jaxmoe.errors import UserError
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.hf_config import from_hf, read_config
@@ -46,7 +46,7 @@ def converted(folder, config, tensors, **options):
 
 
 def read_all(folder):
-    """By the safetensors library, whose NumPy side knows no float8."""
+    """All tensors of a folder by the safetensors library, whose NumPy part has no float8."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in safetensors.deserialize(file.read_bytes()):
@@ -104,7 +104,7 @@ def test_a_tower_that_the_config_does_not_describe(tmp_path):
 
 
 def meta_config(like, **changes):
-    """With the widths that Meta's formula gives."""
+    """A config with the widths that Meta's formula gives."""
     overrides = SIZES | {"intermediate_size_mlp": 128, "attn_scale": 0.1, **changes}
     return LIKE[like](**overrides)
 
@@ -122,11 +122,11 @@ def assert_meta_equals_hf(tmp_path, config, found, ranks, expected, scales=None)
 
 
 def test_meta_with_a_flipped_bit(tmp_path, small_blocks, monkeypatch):
-    """Found before the job that read it is noted, so a run with the mended file goes on.
+    """It is found before its job is noted as done, so a run with the repaired file resumes.
 
-    The bit is of v, and q, which lies in the same record, is read first.
+    The bit belongs to v; q, which is in the same record, is read first.
     """
-    monkeypatch.setattr(convert_module, "SAMPLE_BYTES", 100)  # not of the data
+    monkeypatch.setattr(conversion, "SAMPLE_BYTES", 100)  # not of the data
     config = meta_config("maverick", num_hidden_layers=2)
     found = formats.in_meta(config, tiny.random_tensors(config, 5), ranks=1)
     source = formats.write_meta(tmp_path / "meta", formats.meta_params(config), found, 1)
@@ -192,7 +192,7 @@ def test_metas_fp8_equals_what_it_stands_for(tmp_path, small_blocks, ranks):
 
 
 def meant_experts(config, n, found, scales, ranks):
-    """A layer's experts as Hugging Face has them, out of Meta's fp8."""
+    """A layer's experts in Hugging Face's layout, made from Meta's fp8."""
     E, stem = config["num_local_experts"], f"layers.{n}.feed_forward.experts"
 
     def whole(name, short, axis):
@@ -302,10 +302,10 @@ def test_ranks_that_disagree(tmp_path):
 def test_params_that_no_model_has(change, words):
     params = formats.meta_params(meta_config("scout")) | change
     with pytest.raises(UserError, match=rf"^params\.json (has a value that )?{words}") as caught:
-        from_hf(meta.to_hf_mapping(params, "params.json"), "params.json")
+        from_hf(params_json.to_hf_mapping(params, "params.json"), "params.json")
     assert len(str(caught.value)) < 500
 
 
 def test_meta_writes_whole_numbers_as_floats():
     params = formats.meta_params(meta_config("scout")) | {"floor_scale": 8192.0}
-    assert meta.to_hf_mapping(params, "params.json")["floor_scale"] == 8192
+    assert params_json.to_hf_mapping(params, "params.json")["floor_scale"] == 8192

@@ -1,4 +1,4 @@
-"""Two hosts, as processes with four devices each: each reads its own devices' shares, no more."""
+"""Two hosts, processes with four devices each, read the shares of their own devices only."""
 
 import json
 import socket
@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import arrays, names, store
+from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
-from jaxmoe.checkpoint.tensors import array_shapes, expand
+from jaxmoe.checkpoint.mapping import names
+from jaxmoe.checkpoint.mapping.tensors import array_shapes, expand
+from jaxmoe.checkpoint.zarr import arrays
 from jaxmoe.config import SCOUT
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.model.params import named_specs
@@ -67,7 +69,7 @@ print(json.dumps({"loading": loading, "shares": sum(shares.values())}))
 
 
 def on_two_hosts(*arguments):
-    """What each of two processes that form one mesh prints."""
+    """The outputs of two processes that form one mesh."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -93,14 +95,14 @@ def on_two_hosts(*arguments):
 
 
 def test_shares_of_many_devices():
-    """Of experts, which are nearly all of a model, chunks fit what devices hold, or two of them."""
+    """Devices read at most twice their share of the experts, which are nearly all of a model."""
     specs = named_specs(SCOUT)
     for group in expand(names.TEXT + names.FUSED + names.LAST, array_shapes(SCOUT, {}, specs)):
-        if names.EACH not in group.ours[0]:
+        if not names.has_experts(group.params[0]):
             continue
-        chunk = arrays.even_part(group.block_shape(2), 2, arrays.CHUNK_BYTES)
+        chunk = arrays.even_part(group.array_block(2), 2, arrays.CHUNK_BYTES)
         sizes = zip(group.shape, chunk, strict=True)
-        split = dict(zip(specs[group.ours[0]].axes, sizes, strict=True))
+        split = dict(zip(specs[group.params[0]].axes, sizes, strict=True))
         for axis, devices in {"embed": 32, "ffn": 16}.items():
             size, held = split[axis]
             assert size // devices % held == 0
@@ -112,7 +114,7 @@ def test_shares_of_many_devices():
     ("spec", "weights", "part"), [("fsdp=8", None, 0.5), ("expert=2,tensor=4", "int8", 0.8)]
 )
 def test_each_host_reads_its_own_shares(spec, weights, part, tmp_path, monkeypatch):
-    """Half, or on a mesh whose hosts divide the experts only, half of those and all of the rest."""
+    """A host reads half of everything, or half of the experts where hosts divide only those."""
     monkeypatch.setattr(arrays, "CHUNK_BYTES", 2**10)  # smaller than a share, as of real sizes
     tensors = tiny.random_tensors(CONFIG, seed=1)
     tiny.write_checkpoint(tmp_path / "hf", CONFIG, tensors)

@@ -1,4 +1,4 @@
-"""SIGKILL at random times: each conversion goes on, and ends as if nothing had happened.
+"""Conversions that are killed at random times resume, with the same result to the byte.
 
 `JAXMOE_KILLS=25` kills more often, `JAXMOE_KILL_SEED` repeats a run.
 """
@@ -24,7 +24,8 @@ SIZES = {"num_hidden_layers": 4, "num_local_experts": 8}
 
 CONVERT = """
 import sys
-from jaxmoe.checkpoint import arrays, tensors
+from jaxmoe.checkpoint.mapping import tensors
+from jaxmoe.checkpoint.zarr import arrays
 arrays.CHUNK_BYTES, tensors.BLOCK_BYTES = 1000, 3000
 from jaxmoe.checkpoint.convert import convert
 print("ready", flush=True)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds under a name is what was written under it, or it is refused."""
+"""A checkpoint whose content is not what was written under each name is refused."""
 
 import hashlib
 import itertools
@@ -9,11 +9,13 @@ import subprocess
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import arrays, checksums, store, tensors
-from jaxmoe.checkpoint.checksums import CHECKSUMS, Grid
+from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.checkpoint.export import export
-from jaxmoe.checkpoint.manifest import FORMAT, MANIFEST, MARKER, STATE, ZARR, digest_of
+from jaxmoe.checkpoint.mapping import tensors
+from jaxmoe.checkpoint.zarr import arrays, checksums
+from jaxmoe.checkpoint.zarr.checksums import CHECKSUMS, Grid
+from jaxmoe.checkpoint.zarr.manifest import FORMAT, MANIFEST, MARKER, STATE, ZARR, digest_of
 from jaxmoe.errors import UserError
 from tests import tiny
 from tests.checkpoint.damage import (
@@ -45,13 +47,13 @@ def made(source, folder, **options):
 
 @pytest.fixture(scope="module")
 def pristine(source, tmp_path_factory):
-    """Not to be changed."""
+    """A checkpoint that tests must not change."""
     return made(source, tmp_path_factory.mktemp("pristine") / "orbax")
 
 
 @pytest.fixture
 def copy(pristine, tmp_path):
-    """To be changed."""
+    """A copy of the checkpoint that a test may change."""
     return shutil.copytree(pristine, tmp_path / "orbax")
 
 
@@ -88,7 +90,7 @@ def blocks(folder):
 
 @pytest.mark.parametrize("what", ["folder", "data", "block and checksums"])
 def test_arrays_that_were_exchanged(copy, what):
-    """Exchanges every two arrays of one shape: each file is whole, but belongs to the other."""
+    """Exchanges two arrays of the same shape: every file is whole, but belongs to the other."""
     pairs = equal_pairs(copy)
     assert len(pairs) > 30
     for names in pairs:
@@ -112,7 +114,7 @@ def test_blocks_of_one_array_that_were_exchanged(copy):
 
 
 def test_an_array_of_another_time(copy, tmp_path):
-    """Puts arrays of a model with other weights in place of this one's."""
+    """Replaces arrays by those of a model with other weights."""
     tiny.write_checkpoint(tmp_path / "hf", CONFIG, tiny.random_tensors(CONFIG, seed=7))
     other = made(tmp_path / "hf", tmp_path / "other")
     shutil.rmtree(copy / STATE / "lm_head")
@@ -134,7 +136,7 @@ def test_any_flipped_bit(copy, file):
 
 
 def test_any_flipped_byte_of_data(copy):
-    """Chunks, their checksums, and their places in the file."""
+    """Flips bytes of chunks, of their checksums, and of the index of the file."""
     file = copy / STATE / "norm/c/0"
     content = file.read_bytes()
     for byte in range(0, len(content), 3):
@@ -159,11 +161,11 @@ def test_another_valid_config(copy, key, value):
 
 
 def store_config(path):
-    return store.read_checkpoint(path).found.metadata["config"]
+    return store.read_checkpoint(path).finished.metadata["config"]
 
 
 def test_checksums_of_sha256sum(pristine):
-    """The manifest's lines are what this tool reads."""
+    """The tool `sha256sum` can read and check the manifest."""
     if shutil.which("sha256sum") is None:
         pytest.skip("there is no sha256sum")
     command = ["sha256sum", "--check", "--strict", "--quiet", MANIFEST]
@@ -188,7 +190,7 @@ def test_quantized_arrays_are_bound(source, tmp_path):
 
 
 def test_bytes_read_beside_the_data(pristine, monkeypatch):
-    """Onto one device: of each chunk its checksum and its place."""
+    """For each chunk, loading onto one device reads its checksum, offset and size once more."""
     opened = store.read_checkpoint(pristine).open_arrays()
     read, original = [], checksums._read
     monkeypatch.setattr(checksums, "_read", lambda *x: read.append(x[1]) or original(*x))
@@ -220,7 +222,7 @@ def test_saved_twice_is_the_same(saved, tmp_path):
 
 
 def test_equal_models_of_other_numbers_have_other_names(saved, tmp_path):
-    """Catches a name that is of the metadata, which two runs of one config share."""
+    """Catches a digest of the metadata only, which two runs of one config share."""
     config, params = store.load(saved, one_device())
     store.save(tmp_path / "same", config, params)
     params["embed"] = params["embed"] + 1
@@ -231,7 +233,7 @@ def test_equal_models_of_other_numbers_have_other_names(saved, tmp_path):
 
 
 def test_a_line_of_the_manifest_that_lists_nothing(copy):
-    """Catches a traceback: a manifest's own digest is no secret."""
+    """Catches a traceback for a damaged line under a right digest, which anyone can compute."""
     (copy / MANIFEST).write_text(f"x\n# {hashlib.sha256(b'x' + bytes([10])).hexdigest()}\n")
     with pytest.raises(UserError, match=f"is not the file that {MANIFEST} lists"):
         store.read_checkpoint(copy)
@@ -243,11 +245,11 @@ def test_a_flipped_bit_in_what_was_saved(saved):
     assert "embed" in refusal(saved)
 
 
-# Of before there were manifests
+# Checkpoints of format 2, without a manifest
 
 
 def test_an_older_checkpoint_loads(pristine, old, caplog):
-    """With one sentence, however often."""
+    """It is loaded with one warning, no matter how often."""
     with caplog.at_level(logging.WARNING):
         config, params = store.load(old, one_device())
         store.load(old, one_device())
@@ -280,7 +282,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_descriptions_that_do_not_fit(old, change):
-    """Some would take more memory than there is, and end the process."""
+    """Some would make TensorStore allocate more memory than there is."""
     change_description(old, "embed", CHANGES[change])
     assert "embed" in refusal(old)
 
@@ -341,7 +343,7 @@ def test_a_newer_format(copy):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_touched_chunks(seed):
-    """As found by asking each element."""
+    """Compares with the blocks and chunks of every single element."""
     draw = np.random.default_rng(seed)
     shape = tuple(draw.integers(1, 20, 3).tolist())
     chunk = tuple(draw.integers(1, 4, 3).tolist())

@@ -1,4 +1,4 @@
-"""Memory is bounded by a block when converting, by the model and one share when loading.
+"""Converting needs memory for a few blocks, loading for the model and one share.
 
 Peaks are what the kernel counts: the high-water mark of resident memory (VmHWM) of a process of its
 own, over its mark once everything is imported. Shared library pages count; pages of files read do
@@ -53,14 +53,14 @@ print(peak() - before)
 
 
 def measure(code, *arguments):
-    """How many bytes the peak of a fresh process rises while `code` runs."""
+    """How many bytes the peak memory of a new process rises while it runs `code`."""
     command = [sys.executable, "-c", PEAK + code, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 def write_sparse_checkpoint(folder):
-    """A safetensors file whose data is one hole; returns the data's size in bytes."""
+    """Writes a sparse safetensors file; returns the size of its data in bytes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     fields, end = {}, 0
@@ -81,7 +81,7 @@ def folder(tmp_path):
 
 
 def test_peak_memory_of_converting_and_loading_2_gb(folder):
-    """Half a gigabyte over the model is about one share, and what the allocator keeps."""
+    """The half gigabyte beyond the model is about one share and what the allocator keeps."""
     size = write_sparse_checkpoint(folder / "hf")
     assert size > 2e9
     assert measure(CONVERT, folder / "hf", folder / "orbax") < 600e6

@@ -1,4 +1,4 @@
-"""The name table: one to one, whole, and the same weights in both directions."""
+"""The name table covers every tensor and parameter once, and is right in both directions."""
 
 import math
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import names, tensors
-from jaxmoe.checkpoint.match import match
-from jaxmoe.checkpoint.reader import Entry, TensorFiles
-from jaxmoe.checkpoint.tensors import Format, array_shapes, expand, join, split
+from jaxmoe.checkpoint.formats.tensor_files import Entry, TensorFiles
+from jaxmoe.checkpoint.mapping import names, tensors
+from jaxmoe.checkpoint.mapping.match import match
+from jaxmoe.checkpoint.mapping.tensors import Format, array_shapes, expand
 from jaxmoe.config import MAVERICK, SCOUT, VisionConfig
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import from_hf
@@ -45,10 +45,10 @@ def hf_names(config):
 
 
 def experts_in_fp8(config, layers, ranks=1):
-    """Of Meta's files, `down` has a scale for each rank's inputs."""
+    """The formats of experts in some layers; in Meta's files, `down` has scales for each rank."""
     formats = {}
     for name, spec in named_specs(config).items():
-        if names.EACH in name and int(name.split(".")[1]) in layers:
+        if names.has_experts(name) and int(name.split(".")[1]) in layers:
             width = spec.matrix_shape[-2] // (ranks if name.endswith("down") else 1)
             formats[name] = Format("fp8", width)
     return formats
@@ -83,7 +83,7 @@ def test_every_tensor_of_the_fp8_maverick():
 
 
 def test_every_tensor_of_one_of_metas_files():
-    """Shapes of the released files: a layer of each kind, and the vision side."""
+    """Checks the shapes in the released files for a layer of each kind and the vision tower."""
     scout = shapes_of(groups_of(SCOUT, META, vision=True, ranks=8))
     maverick = shapes_of(groups_of(MAVERICK, META, vision=True, ranks=8))
     experts = "3:layers.5.feed_forward.experts.moe_w_"
@@ -137,17 +137,17 @@ def real_groups(model, case):
 @pytest.mark.parametrize("model", REAL)
 @pytest.mark.parametrize("case", CASES)
 def test_every_array_is_covered_exactly_once(model, case):
-    """By pieces of its groups, which cover their tensors exactly once, too."""
+    """The pieces of all groups cover every array and every tensor exactly once."""
     config, formats, groups = real_groups(model, case)
     shapes = array_shapes(config, formats)
-    assert sorted(name for group in groups for name in group.ours) == sorted(shapes)
+    assert sorted(name for group in groups for name in group.params) == sorted(shapes)
     taken = dict.fromkeys(shapes_of(groups), 0)
     for group in groups:
-        assert all(shapes[name] == group.shape for name in group.ours)
-        assert sum(math.prod(p.shape) for p in group.pieces) == math.prod(group.shape)
+        assert all(shapes[name] == group.shape for name in group.params)
+        assert len(group.pieces) * math.prod(group.piece_shape) == math.prod(group.shape)
         assert len({(p.expert, p.origin) for p in group.pieces}) == len(group.pieces)
         for piece in group.pieces:
-            taken[piece.tensor] += tensors.stored_size(piece.layout, piece.shape)
+            taken[piece.tensor] += group.layout.stored_size(group.piece_shape)
     assert taken == {name: math.prod(shape) for name, shape in shapes_of(groups).items()}
 
 
@@ -158,12 +158,12 @@ def test_blocks_of_real_tensors_are_small_and_cover_them_in_order(model, case, i
     for group in real_groups(model, case)[2]:
         for piece in group.pieces[:: max(1, len(group.pieces) // 9)]:
             end = piece.start
-            for block in piece.blocks(itemsize):
+            for block in group.blocks(itemsize, tensor=piece.tensor, expert=piece.expert):
                 assert block.start == end
                 assert block.count * itemsize <= tensors.BLOCK_BYTES
-                assert block.count == math.prod(block.shape) * len(group.ours)
+                assert block.count == math.prod(block.shape) * len(group.params)
                 end += block.count
-            assert end == piece.start + tensors.stored_size(piece.layout, piece.shape)
+            assert end == piece.start + group.layout.stored_size(group.piece_shape)
 
 
 @pytest.fixture(params=[700, 5000, 2**30], ids="{} byte blocks".format)
@@ -172,23 +172,20 @@ def block_bytes(request, monkeypatch):
 
 
 def through_blocks(group, weights):
-    """Our parameters, filled block by block from stored tensors."""
-    ours = [np.full(group.shape, np.nan, np.float32) for _ in group.ours]
-    for piece in group.pieces:
-        flat = weights[piece.tensor].reshape(-1)
-        for block in piece.blocks(4):
-            part = flat[block.start : block.start + block.count]
-            for array, found in zip(ours, split(piece.layout, part, block.shape), strict=True):
-                array[block.index] = found.reshape(array[block.index].shape)
+    """A group's parameters, filled block by block from stored tensors."""
+    ours = [np.full(group.shape, np.nan, np.float32) for _ in group.params]
+    for block in group.blocks(4):
+        part = weights[block.tensor].reshape(-1)[block.start : block.start + block.count]
+        for array, found in zip(ours, group.layout.split(part, block.shape), strict=True):
+            array[block.index] = found.reshape(array[block.index].shape)
     return ours
 
 
 def back_through_blocks(group, ours):
     return np.concatenate(
         [
-            join(group.layout, [a[block.index].reshape(block.shape) for a in ours]).reshape(-1)
-            for piece in group.pieces
-            for block in piece.blocks(4)
+            group.layout.join([a[block.index].reshape(block.shape) for a in ours]).reshape(-1)
+            for block in group.blocks(4)
         ]
     )
 
@@ -221,7 +218,7 @@ def test_blocks_give_the_weights_that_the_formulas_give(model, block_bytes):
 
 
 def matched(config, given):
-    """`match` of files that hold tensors of these names, in the shapes that are asked for."""
+    """The result of `match` for files with tensors of these names and the expected shapes."""
     groups = groups_of(config)
     shapes = shapes_of(groups)
 

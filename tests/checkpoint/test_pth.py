@@ -1,4 +1,4 @@
-"""Meta's .pth files: read without torch, no code run, and every bad file refused."""
+"""Meta's .pth files are read without torch and without running their code."""
 
 import os
 import pickle
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint.pth import PthFolder
+from jaxmoe.checkpoint.formats.pth import PthFolder
 from jaxmoe.errors import UserError
 from tests import pth_files
 from tests.pth_files import EXTRA_STATE, Parameter, View, plain, save_pth
@@ -28,7 +28,7 @@ def save_ranks(folder, *names):
 
 
 def save_tensor(folder, key="0", offset=0, shape=(4, 6), strides=(6, 1), data=bytes(96), **how):
-    """A file whose one tensor, `w`, is described as told."""
+    """Saves a file with one tensor, `w`, described by the arguments."""
     code = pth_files.tensor("float32", key, 24, offset, shape, strides)
     records = {"data/0": data}
     return pth_files.save_records(folder / FILE, pth_files.as_pickle({"w": code}), records, **how)
@@ -60,7 +60,7 @@ def test_ranks(tmp_path):
 
 
 def test_files_of_two_ranks_that_are_exchanged(tmp_path):
-    """torch writes a file's name into it; each is whole, so nothing else would tell."""
+    """Only the name that torch writes into a file shows it, since each file is whole."""
     save_ranks(tmp_path, "consolidated.00.pth", "consolidated.01.pth")
     (tmp_path / FILE).rename(tmp_path / "x")
     (tmp_path / "consolidated.01.pth").rename(tmp_path / FILE)
@@ -121,7 +121,7 @@ def test_elements_out_of_order(tmp_path, shape, strides):
 
 
 def test_extra_state_is_left_out(tmp_path):
-    """Also where it is no BytesIO, as other versions of Meta's libraries write it."""
+    """It may also be something else than a BytesIO, in other versions of Meta's libraries."""
     kinds = {
         "a._extra_state": pth_files.extra_state(),
         "b._extra_state": pth_files.extra_state(contents=""),
@@ -137,7 +137,7 @@ def test_extra_state_is_left_out(tmp_path):
 
 
 def test_ordered_dict_with_attributes(tmp_path):
-    """A state dict of torch has `_metadata`."""
+    """torch's state dicts have the attribute `_metadata`."""
     items = pickle.MARK + plain("w") + pth_files.tensor("float32", "0", 24, 0, (4, 6), (6, 1))
     state = pickle.EMPTY_DICT + pickle.MARK + plain("_metadata") + plain(1) + pickle.SETITEMS
     pickled = pth_files.hooks() + items + pickle.SETITEMS + state + pickle.BUILD + pickle.STOP
@@ -174,7 +174,7 @@ def test_scale_called_like_a_weight(tmp_path):
 
 
 def test_int4_weights_are_refused(tmp_path):
-    """They are stored as if they were float8."""
+    """They are declared as float8 in the files of weights."""
     save(tmp_path, w=W.astype(jnp.float8_e4m3fn))
     save_pth(tmp_path / "int4_scales_0.pt", {"w": W})
     refused(tmp_path, "int4_scales_0.pt", "bfloat16")

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: they mean what they stand for, keep their bytes, or are refused."""
+"""Quantized checkpoints have the right numbers and keep their bytes, or are refused."""
 
 import itertools
 import json
@@ -46,7 +46,7 @@ def test_groups_that_cannot_be_paired(tmp_path):
     ],
 )
 def test_quantized_means_the_same(tmp_path, small_blocks, like, make):
-    """Equal to the model of the numbers that it stands for."""
+    """The logits equal those of the model with the dequantized numbers."""
     config, tensors = model(like)
     described, stored, meant = make(config, tensors)
     quantized = converted(tmp_path / "quantized", described, stored)
@@ -61,7 +61,7 @@ def test_quantized_means_the_same(tmp_path, small_blocks, like, make):
 
 
 def test_fp8_there_and_back(tmp_path, small_blocks):
-    """Values and scales keep their bytes, in a multimodal checkpoint, too."""
+    """Values and scales keep their bytes, also in a multimodal checkpoint."""
     text, stored, _ = formats.in_fp8(*model("maverick", ml_dtypes.bfloat16))
     described = text.pop("quantization_config")
     config, tensors = formats.multimodal(text, stored, ml_dtypes.bfloat16)
@@ -80,7 +80,7 @@ def test_fp8_there_and_back(tmp_path, small_blocks):
     "make", [formats.in_fp8, formats.in_w4a16, formats.in_fp8_blocks, formats.in_fp8_tensors]
 )
 def test_widened(tmp_path, small_blocks, make):
-    """By the conversion or by the export: the numbers that it stands for, rounded once."""
+    """Both the conversion and the export widen to the dequantized numbers, rounded once."""
     config, tensors = model("maverick")
     described, stored, meant = make(config, tensors)
     kept = converted(tmp_path / "kept", described, stored)
@@ -97,7 +97,7 @@ def test_widened(tmp_path, small_blocks, make):
 
 @pytest.mark.parametrize("weights", ["fp8", "int8", "int4"])
 def test_quantized_on_the_way(tmp_path, small_blocks, weights):
-    """As `quantize_params` does it, to the bit; and every matrix is covered."""
+    """Every matrix is quantized to the bit as by `quantize_params`."""
     config, tensors = model("maverick")
     tiny.write_checkpoint(tmp_path / "hf", config, tensors)
     report = convert(tmp_path / "hf", tmp_path / "quantized", weights=weights)
@@ -118,7 +118,7 @@ def test_quantized_on_the_way(tmp_path, small_blocks, weights):
 
 
 def test_scales_of_activations_are_left_out_with_a_sentence(tmp_path):
-    """Scales of a whole matrix become a scale for each output, and are exported so."""
+    """A scale of a whole matrix becomes one per output, and is exported so."""
     described, stored, _ = formats.in_fp8_tensors(*model("maverick"))
     source = tiny.write_checkpoint(tmp_path / "hf", described, stored)
     report = convert(source, tmp_path / "orbax")
@@ -143,7 +143,7 @@ def test_blocks_that_are_not_those_of_the_scales(tmp_path, block):
 
 
 def test_modelopt_is_named(tmp_path):
-    """As its first releases said it: beside a config.json without a word of it."""
+    """ModelOpt's first releases have a file beside a config.json that does not mention it."""
     config, tensors = model("maverick")
     source = tiny.write_checkpoint(tmp_path, config, tensors)
     (source / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
@@ -152,7 +152,7 @@ def test_modelopt_is_named(tmp_path):
 
 
 def test_fp8_is_kept_when_fp8_is_asked_for(tmp_path):
-    """Its scales are the publisher's; what was plain is quantized."""
+    """The publisher's scales are kept, and matrices that were not quantized become fp8."""
     described, stored, _ = formats.in_fp8(*model("maverick"))
     orbax = converted(tmp_path, described, stored, weights="fp8")
     _, params = store.load(orbax, one_device())
@@ -191,7 +191,7 @@ def test_saved_quantized_parameters_are_loaded(tmp_path):
 
 
 def test_quantized_with_other_dtype(tmp_path):
-    """Only what is plain is cast."""
+    """Only parameters that are not quantized are cast."""
     described, stored, _ = formats.in_fp8(*model("maverick", ml_dtypes.bfloat16))
     _, params = store.load(converted(tmp_path, described, stored), one_device(), "float32")
     expert = params["layers"][1]["feed_forward"]["experts"]["gate"]
@@ -238,7 +238,7 @@ def test_a_config_that_says_quantized_of_plain_tensors(tmp_path):
 
 
 def test_plain_experts_beside_quantized_ones_are_named(tmp_path):
-    """Layer 1 is plain: a reader must not look for its scales."""
+    """Layer 1 is not quantized, so it has no scales."""
     config, tensors = model("maverick")
     described, stored, _ = formats.in_fp8(config, tensors)
     plain = formats.unfused(config, tensors)

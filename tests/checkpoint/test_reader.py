@@ -1,4 +1,4 @@
-"""The safetensors reader: what the `safetensors` library wrote, and every bad file refused."""
+"""The safetensors reader reads what the `safetensors` library wrote, and refuses bad files."""
 
 import json
 import struct
@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxmoe.checkpoint.reader import SafetensorsFolder
+from jaxmoe.checkpoint.formats.safetensors import SafetensorsFolder
 from jaxmoe.errors import UserError
 from tests import tiny
 
@@ -119,7 +119,7 @@ def test_header_that_lies(tmp_path, field):
 
 
 def write_places(file, places, nbytes=8, names="abc", **more):
-    """One-byte numbers at these offsets."""
+    """Writes a file of one-byte numbers whose tensors have these offsets."""
     fields = {
         name: {"dtype": "I8", "shape": [end - begin], "data_offsets": [begin, end]}
         for name, (begin, end) in zip(names, places, strict=False)
@@ -143,7 +143,7 @@ def write_places(file, places, nbytes=8, names="abc", **more):
     ],
 )
 def test_every_byte_is_of_one_tensor(tmp_path, places, words):
-    """As the safetensors library has it."""
+    """Tensors may not overlap or leave holes, as in the safetensors library."""
     file = tmp_path / "model.safetensors"
     write_places(file, places)
     if words is None:
@@ -172,7 +172,7 @@ def test_headers_that_no_parser_survives(tmp_path, header):
 
 
 def test_one_tensor_in_two_shards(sharded):
-    """Whichever of them the index means."""
+    """It is refused, whichever shard the index names."""
     first, second, _ = shards(sharded)
     save_file({Q: TENSORS[Q]}, second)
     refused(sharded, f"{first} and {second} both hold the tensor {Q}")
@@ -208,7 +208,7 @@ def test_unreadable_index(tmp_path, content):
     "name", ["../out.safetensors", "a/../../out.safetensors", "{out}", "link", "folder/out"]
 )
 def test_names_in_the_index_stay_in_the_folder(sharded, name):
-    """The file outside is whole, so only the path can be what is wrong."""
+    """The file outside is valid, so only its path can be the reason."""
     outside = sharded.parent / "out.safetensors"
     shards(sharded)[0].rename(outside)
     (sharded / "link").symlink_to(outside)
@@ -228,7 +228,7 @@ def test_names_in_the_index_that_no_file_has(sharded, name):
 
 
 def test_hub_cache_keeps_files_beside_the_snapshot(tmp_path):
-    """The hub's download cache is links from snapshots/<revision> to blobs."""
+    """The hub's download cache has links from snapshots/<revision> to blobs."""
     folder = tiny.write_checkpoint(tmp_path / "snapshots/1234", CONFIG, TENSORS, shards=2)
     (tmp_path / "blobs").mkdir()
     for shard in shards(folder):

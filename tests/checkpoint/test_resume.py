@@ -1,4 +1,4 @@
-"""Interrupted anywhere, a conversion goes on, and ends as if nothing had happened."""
+"""A conversion that is interrupted anywhere resumes, with the same result to the byte."""
 
 import errno
 import io
@@ -13,19 +13,19 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import convert as convert_module
-from jaxmoe.checkpoint import reader, store
-from jaxmoe.checkpoint.convert import convert
-from jaxmoe.checkpoint.reader import SafetensorsFolder
-from jaxmoe.checkpoint.workspace import Resumable
+from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.convert import conversion, convert
+from jaxmoe.checkpoint.formats import tensor_files
+from jaxmoe.checkpoint.formats.safetensors import SafetensorsFolder
 from jaxmoe.errors import UserError
+from jaxmoe.files.workspace import Resumable
 from tests import tiny
 from tests.checkpoint.test_convert import CONFIG, ROOT, checkpoint, weights
 from tests.conftest import one_device
 
 
 def interrupted_at(part, error=KeyboardInterrupt):
-    """A progress function that interrupts after this part of all bytes."""
+    """A progress function that interrupts after this fraction of all bytes."""
 
     def interrupt(done, total):
         if done > part * total:
@@ -63,7 +63,7 @@ def test_interrupted_conversion_goes_on(tmp_path, small_blocks, error):
 
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_power_lost_what_was_noted(tmp_path, small_blocks, monkeypatch, weights):
-    """A restarted system may lack what was in its cache: it is read, and redone where damaged."""
+    """After a reboot, arrays that were not synced are read, and made again if they are damaged."""
     source = checkpoint(tmp_path / "hf")
     whole = convert(source, tmp_path / "once", weights=weights)
     with pytest.raises(KeyboardInterrupt):
@@ -73,7 +73,7 @@ def test_power_lost_what_was_noted(tmp_path, small_blocks, monkeypatch, weights)
     damaged = written[len(written) // 3]
     damaged_size = damaged.stat().st_size
     os.truncate(damaged, damaged_size // 2)
-    monkeypatch.setattr(convert_module, "boot", lambda: "another")
+    monkeypatch.setattr(conversion, "boot", lambda: "another")
     seen = []
     report = convert(source, tmp_path / "out", lambda done, _: seen.append(done), weights=weights)
     assert 0.2 * whole.nbytes < report.resumed < 0.8 * whole.nbytes - damaged_size
@@ -101,7 +101,7 @@ def test_another_conversion_was_interrupted(tmp_path, change):
 
 
 def killed_at(monkeypatch, owner, name, nth):
-    """The nth call of a function of the file system is the last thing that is done."""
+    """Interrupts before any call of a file system function after the nth."""
     original, calls = getattr(owner, name), []
 
     def function(*arguments, **more):
@@ -115,7 +115,7 @@ def killed_at(monkeypatch, owner, name, nth):
 
 @pytest.mark.parametrize("owner, name", [(Path, "rename"), (shutil, "rmtree"), (Path, "mkdir")])
 def test_killed_between_file_operations(tmp_path, monkeypatch, owner, name):
-    """At each of them in turn, until none is left; then it goes on, or the output is whole."""
+    """Interrupts at each of them in turn; the conversion resumes, or its output is complete."""
     source = checkpoint(tmp_path / "hf", tiny.maverick_like(num_hidden_layers=2), two())
     convert(source, tmp_path / "once")
     expected = files(tmp_path / "once")
@@ -137,7 +137,7 @@ def test_killed_between_file_operations(tmp_path, monkeypatch, owner, name):
 
 
 def test_two_runs_with_one_output(tmp_path):
-    """The second is refused while the first goes on, which it does not disturb."""
+    """The second run is refused and does not disturb the first."""
     source = checkpoint(tmp_path / "hf")
     refusals = []
 
@@ -154,7 +154,7 @@ def test_two_runs_with_one_output(tmp_path):
 
 
 def test_two_runs_that_begin_together(tmp_path):
-    """Neither found a workspace; the one that begins later is refused, and takes nothing away."""
+    """If neither finds a workspace, the later one is refused and removes nothing."""
     with Resumable(tmp_path / "out") as one, Resumable(tmp_path / "out") as other:
         one.begin(1)
         (one.path / "arrays").mkdir()
@@ -165,7 +165,7 @@ def test_two_runs_that_begin_together(tmp_path):
 
 
 def test_a_disk_that_fails_at_the_end(tmp_path, monkeypatch):
-    """What a later sync would say is no proof: nothing noted is believed again."""
+    """After a failed sync the note is dropped, since a later sync would prove nothing."""
     source = checkpoint(tmp_path / "hf")
 
     def fails(descriptor):
@@ -188,7 +188,7 @@ def two():
 
 
 def test_shard_that_breaks_during_conversion(tmp_path, small_blocks):
-    """What was done is kept, and nothing looks finished."""
+    """Finished jobs are kept, and nothing looks like a finished checkpoint."""
     shard = checkpoint(tmp_path / "hf", shards=3) / "model-00003-of-00003.safetensors"
     whole = shard.read_bytes()
     with pytest.raises(UserError, match=rf"{shard.name} ends inside "):
@@ -199,7 +199,7 @@ def test_shard_that_breaks_during_conversion(tmp_path, small_blocks):
 
 
 class BadSector(io.FileIO):
-    """A file whose disk fails in its second half."""
+    """A file that cannot be read in its second half."""
 
     def readinto(self, buffer):
         if self.tell() > os.fstat(self.fileno()).st_size // 2:
@@ -208,11 +208,11 @@ class BadSector(io.FileIO):
 
 
 def test_read_error_in_the_middle(tmp_path, small_blocks, monkeypatch):
-    """Names file and tensor; what was done is kept, and the repaired disk's files end the same."""
+    """The error names file and tensor, and a run with a repaired disk resumes."""
     source = checkpoint(tmp_path / "hf", shards=3)
     convert(source, tmp_path / "once")
     with monkeypatch.context() as patch:
-        patch.setattr(reader, "open", lambda file, *_, **__: BadSector(file), raising=False)
+        patch.setattr(tensor_files, "open", lambda file, *_, **__: BadSector(file), raising=False)
         found = SafetensorsFolder(source).tensors
         with pytest.raises(UserError) as caught:
             convert(source, tmp_path / "out")
@@ -226,7 +226,7 @@ def test_read_error_in_the_middle(tmp_path, small_blocks, monkeypatch):
 
 
 def test_killed_conversion_goes_on(tmp_path, small_blocks):
-    """SIGKILL, twice; `test_kills.py` has random times."""
+    """Kills the process twice; `test_kills.py` does so at random times."""
     source = checkpoint(tmp_path / "hf")
     convert(source, tmp_path / "once")
     code = (
@@ -245,7 +245,7 @@ def test_killed_conversion_goes_on(tmp_path, small_blocks):
 
 
 def assert_same_arrays(got, expected):
-    """Of files written in blocks of other sizes only the content is the same."""
+    """Files written in blocks of other sizes have the same content, and other bytes."""
     (_, one), (_, two) = store.load(got, one_device()), store.load(expected, one_device())
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -1,4 +1,4 @@
-"""Loading: the source's numbers on any mesh and dtype, and damage refused."""
+"""Loading gives the source's numbers on any mesh and in any dtype, and refuses damage."""
 
 import shutil
 
@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from jaxmoe.checkpoint import arrays, store, tensors
+from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
+from jaxmoe.checkpoint.mapping import tensors
+from jaxmoe.checkpoint.zarr import arrays
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config
 from jaxmoe.mesh import MeshConfig
@@ -37,7 +39,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory, weights):
-    """A checkpoint of several blocks and chunks an array; not to be changed."""
+    """A checkpoint with several blocks and chunks per array, which tests must not change."""
     folder = tmp_path_factory.mktemp("pristine")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "BLOCK_BYTES", 20000)
@@ -57,7 +59,7 @@ def mesh(spec="data=1"):
 
 
 def expected(weights):
-    """Our tree, written out once by hand from the orientation of each tensor."""
+    """The parameters, made by hand from the orientation of each tensor."""
 
     def linear(name):
         return weights[f"{name}.weight"].T
@@ -226,16 +228,16 @@ def test_missing_array(damaged):
 
 
 def test_config_that_contradicts_the_arrays(damaged):
-    """Of an older checkpoint, whose metadata no manifest binds."""
+    """In a checkpoint without a manifest, as older versions made it."""
     made_old(damaged, store.KEY)
-    config = store.read_checkpoint(damaged).found.metadata["config"]
+    config = store.read_checkpoint(damaged).finished.metadata["config"]
     change_metadata(damaged, store.KEY, {"config": config | {"intermediate_size": 32}})
     refused(damaged, damaged, "layers.1.feed_forward.experts.down", "[8, 64, 64]", "[8, 32, 64]")
 
 
 def test_config_with_more_layers_than_the_arrays(damaged):
     made_old(damaged, store.KEY)
-    config = store.read_checkpoint(damaged).found.metadata["config"]
+    config = store.read_checkpoint(damaged).finished.metadata["config"]
     more = {
         "num_hidden_layers": 5,
         "no_rope_layers": [*config["no_rope_layers"], 1],

@@ -1,12 +1,12 @@
-"""Workspaces: of one run at a time, and what is said of one that is there."""
+"""A workspace belongs to one run at a time, and errors say whether it is in use."""
 
 import errno
 
 import pytest
 
-from jaxmoe.checkpoint.arrays import reason
-from jaxmoe.checkpoint.workspace import RESULT, prepared
+from jaxmoe.checkpoint.zarr.arrays import reason
 from jaxmoe.errors import UserError
+from jaxmoe.files.workspace import RESULT, prepared
 
 
 def test_a_workspace_in_use_is_not_called_left(tmp_path):

@@ -15,7 +15,7 @@ import yaml
 
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
-from jaxmoe.checkpoint.sources import open_source
+from jaxmoe.checkpoint.convert.source import open_source
 from jaxmoe.generation.answers import Answers, job_digest
 from jaxmoe.generation.engine import Request
 from jaxmoe.generation.jobs import read_requests

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint.manifest import FORMAT, MANIFEST, MARKER, STATE
-from jaxmoe.checkpoint.writer import Writer
+from jaxmoe.checkpoint.zarr.manifest import FORMAT, MANIFEST, MARKER, STATE
+from jaxmoe.checkpoint.zarr.writer import Writer
 from jaxmoe.errors import UserError
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.document import new_document, read

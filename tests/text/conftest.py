@@ -1,4 +1,4 @@
-"""A small tokenizer made on the spot, and Meta's real one from the package that ships it."""
+"""Fixtures: a small tokenizer that is trained here, and Meta's from the package llama-models."""
 
 import base64
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def small() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def meta_folder() -> Path:
-    """Where the PyPI package keeps Meta's tokenizers; found without importing the package."""
+    """The folder of Meta's tokenizers in the installed package, which is not imported."""
     spec = find_spec("llama_models")
     if spec is None or not spec.submodule_search_locations:
         pytest.fail("Meta's tokenizer.model is missing: pip install llama-models")
@@ -58,7 +58,7 @@ def meta(meta_folder) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def tiktoken_oracle(meta_folder):
-    """The library that the file format belongs to, reading the same ranks on its own."""
+    """The tiktoken library, whose file format this is, with the same ranks."""
     lines = (meta_folder / "llama4/tokenizer.model").read_text().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
     letters = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"

@@ -20,7 +20,7 @@ def turn(role: str, content: str) -> str:
 
 
 def rendered(tokenizer: Tokenizer, messages, **options) -> str:
-    """What `render` gives, as text, without the begin of text."""
+    """The text that `render` makes, without the begin-of-text token."""
     ids = render(messages, tokenizer, add_generation_prompt=False, **options)
     assert ids[0] == tokenizer.bos_id
     return tokenizer.decode(ids[1:], skip_special=False)

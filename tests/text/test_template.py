@@ -1,4 +1,4 @@
-"""Chat templates of checkpoints: found, rendered as transformers does, and kept within bounds."""
+"""Chat templates are found, rendered as by transformers, and limited in time and memory."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def user(content) -> dict:
 
 @pytest.fixture
 def written(small):
-    """What a template writes of messages, as text."""
+    """The text that a template writes of some messages."""
 
     def write(source, messages=None, **options) -> str:
         names = {"eos_token": "<|eot|>"}
@@ -213,7 +213,7 @@ DOUBLED = "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
     ],
 )
 def test_a_hostile_template_is_stopped(written, monkeypatch, source, complaint):
-    """The limit of time is a second, to which the system adds up to one."""
+    """The time limit is one second, to which the system adds up to one more."""
     monkeypatch.setattr(template, "SECONDS", 1)
     with pytest.raises(UserError, match=complaint):
         written(source)
@@ -221,7 +221,7 @@ def test_a_hostile_template_is_stopped(written, monkeypatch, source, complaint):
 
 
 def worker(prelude):
-    """Answers of a worker that begins so, to one request."""
+    """The replies to one request of a worker that begins with this code."""
     run = f"import runpy\nrunpy.run_path({jinja_worker.__file__!r}, run_name='__main__')"
     request = {"template": PLAIN, "variables": {"messages": [user("hi")]}, "seconds": 9}
     done = subprocess.run(
@@ -234,14 +234,14 @@ def worker(prelude):
 
 
 def test_a_worker_of_a_system_with_lower_limits():
-    """Catches a worker that dies where it may not have as much as it would."""
+    """Catches a worker that dies where the system's limits are lower than its own."""
     limits = "(resource.RLIMIT_CPU, (7, 7)), (resource.RLIMIT_AS, (2**29, 2**29))"
     prelude = f"import resource\nfor limit in {limits}: resource.setrlimit(*limit)"
     assert worker(prelude) == {"text": "hi<|eot|>"}
 
 
 def test_a_worker_of_a_system_without_limits_of_memory():
-    """Catches macOS, which refuses a limit below what a process has mapped."""
+    """Catches a crash on macOS, which refuses a limit below what a process has mapped."""
     prelude = """
 import resource, sys
 sys.platform, limit = "darwin", resource.setrlimit

@@ -57,7 +57,7 @@ def ids_by_pieces(tokenizer: Tokenizer, *pieces: str) -> list[int]:
 
 
 def tiny(*merged: bytes) -> Tokenizer:
-    """All single bytes, then `merged` in the order of their ranks."""
+    """A tokenizer of all single bytes, and `merged` in the order of their ranks."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {token: 256 + rank for rank, token in enumerate(merged)}
     return Tokenizer(byte_pair_encoder(ranks, ["<|begin_of_text|>", "<|eot|>"]))
@@ -109,7 +109,7 @@ def test_parsed_begin_of_text_is_not_doubled(small):
 
 @pytest.mark.parametrize("text", [*NASTY, "<|eot|><|eot|> x <|begin_of_text|>\u00e9<|eot|>"])
 def test_parsed_ids_are_the_librarys(small, text):
-    """Also where a special token takes the spaces around it."""
+    """The ids are the same even if a special token absorbs the spaces around it."""
     small.backend.add_special_tokens([AddedToken("<\u00e9>", special=True, lstrip=True)])
     text += "  <\u00e9> y"
     plain = tokenizers.Tokenizer.from_str(small.backend.to_str())
@@ -233,7 +233,7 @@ def test_broken_tokenizer_json_is_named(tmp_path, text):
 
 @pytest.fixture
 def broken(small, tmp_path):
-    """Saves the small tokenizer with its JSON changed, and returns what loading it says."""
+    """Saves the small tokenizer with changed JSON; returns the error of loading it."""
 
     def write(change) -> str:
         content = json.loads(small.backend.to_str())

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint import names
-from jaxmoe.checkpoint.tensors import array_shapes, expand, split
+from jaxmoe.checkpoint.mapping import names
+from jaxmoe.checkpoint.mapping.tensors import array_shapes, expand
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.moe import Routing, router_stats
 from jaxmoe.model.params import named_specs
@@ -158,12 +158,11 @@ def test_gradient_equals_finite_differences_of_the_reference(small, packed):
             reference_loss(small, packed, name, sign * step * direction) for sign in (1, -1)
         )
         slope = 0.0
-        for piece in group.pieces:
-            for block in piece.blocks(itemsize=8):
-                flat = direction.reshape(-1)[block.start : block.start + block.count]
-                parts = split(group.layout, flat, block.shape)
-                for n, part in zip(group.ours, parts, strict=True):
-                    slope += np.vdot(ours[n][block.index], part)
+        for block in group.blocks(itemsize=8):
+            flat = direction.reshape(-1)[block.start : block.start + block.count]
+            parts = group.layout.split(flat, block.shape)
+            for n, part in zip(group.params, parts, strict=True):
+                slope += np.vdot(ours[n][block.index], part)
         np.testing.assert_allclose(
             slope, (up - down) / (2 * step), rtol=1e-4, atol=1e-6, err_msg=name
         )

@@ -11,7 +11,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.tensors import Format
+from jaxmoe.checkpoint.mapping.tensors import Format
 from jaxmoe.errors import UserError
 from jaxmoe.train import data, trainer
 from jaxmoe.train.config import DataConfig, OptimizerConfig, TrainConfig

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint.writer import save_tree
+from jaxmoe.checkpoint.zarr.writer import save_tree
 from jaxmoe.errors import UserError
 from jaxmoe.train.state import SavedStates, TrainState
 

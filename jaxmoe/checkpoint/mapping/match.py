@@ -1,18 +1,17 @@
-"""Whether files hold exactly the tensors that a configuration asks for, in the right shapes."""
+"""Checks that files hold exactly the tensors that a configuration asks for, in the right shapes."""
 
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from jaxmoe.checkpoint.names import TEXT_PREFIX, is_unused, is_vision
-from jaxmoe.checkpoint.reader import TensorFiles
-from jaxmoe.checkpoint.tensors import Group
+from jaxmoe.checkpoint.formats.tensor_files import TensorFiles
+from jaxmoe.checkpoint.mapping.names import TEXT_PREFIX, is_unused, is_vision
+from jaxmoe.checkpoint.mapping.tensors import Group, Shape
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 
-Shape = tuple[int, ...]
 FLOATS = ("BF16", "F16", "F32")
-DTYPES_OF = {"qvalue": ("F8_E4M3", "I8"), "packed": ("I32",)}  # of anything else FLOATS
+DTYPES_OF = {"qvalue": ("F8_E4M3", "I8"), "packed": ("I32",)}  # all other tensors: FLOATS
 
 
 def match(
@@ -22,46 +21,52 @@ def match(
     source: str,
     keeps_vision: bool,
 ) -> tuple[dict[str, str], list[str]]:
-    """Finds the tensors of all groups in the files, whose names may begin with `language_model.`.
+    """Finds every tensor of some groups in files, where names may begin with `language_model.`.
 
     Args:
-        source: what messages call the checkpoint.
-        keeps_vision: whether the groups hold the vision side, too.
+        config: of the text model.
+        groups: of all parameters that are to be read.
+        files: the files.
+        source: what error messages call the checkpoint.
+        keeps_vision: whether the groups include those of the vision tower.
 
     Returns:
-        The name in the files of every tensor, and the names of what is left out.
+        The name in the files of every tensor of the groups, and the names of the files' other
+        tensors, which no model needs or which were not asked for.
 
     Raises:
-        UserError: naming the first tensor that is missing, unknown, there twice, or of another
-            shape or dtype than can be read.
+        UserError: naming the first tensor that is missing, unknown, stored twice, or has a shape or
+            dtype other than expected.
     """
     groups = list(groups)
-    wanted = _wanted(groups)
-    found: dict[str, str] = {}
+    wanted = _wanted_shapes(groups)
+    stored_names: dict[str, str] = {}
     left_out = []
     for name in files.tensors:
         plain = name.removeprefix(TEXT_PREFIX)
-        if plain in found:
-            raise UserError(f"{source} holds both {found[plain]} and {name}; remove one of them.")
+        if plain in stored_names:
+            raise UserError(
+                f"{source} holds both {stored_names[plain]} and {name}; remove one of them."
+            )
         if plain in wanted:
-            found[plain] = name
+            stored_names[plain] = name
         elif is_unused(name) or (is_vision(name) and not keeps_vision) or _is_tied(config, plain):
             left_out.append(name)
         else:
             _refuse_unknown(name, wanted, source)
     for name, shape in wanted.items():
-        if name not in found:
+        if name not in stored_names:
             raise UserError(
                 f"{source} lacks the tensor {name} that its configuration asks for; "
                 "download it again or correct the configuration."
             )
-        _check(files, found[name], shape)
+        _check_shape(files, stored_names[name], shape)
     for group in groups:
-        _check_dtypes(files, group, found)
-    return found, left_out
+        _check_dtypes(files, group, stored_names)
+    return stored_names, left_out
 
 
-def _wanted(groups: Iterable[Group]) -> dict[str, Shape]:
+def _wanted_shapes(groups: Iterable[Group]) -> dict[str, Shape]:
     wanted: dict[str, Shape] = {}
     for group in groups:
         wanted |= group.tensors
@@ -70,12 +75,12 @@ def _wanted(groups: Iterable[Group]) -> dict[str, Shape]:
 
 
 def _is_tied(config: Llama4Config, name: str) -> bool:
-    """A copy of the embedding, which a tied model reads instead."""
+    """Whether a tensor is a copy of the embedding, which serves as the head of a tied model."""
     return config.tie_word_embeddings and name == "lm_head.weight"
 
 
-def _check(files: TensorFiles, name: str, shape: Shape) -> None:
-    files.dtype(name)
+def _check_shape(files: TensorFiles, name: str, shape: Shape) -> None:
+    files.dtype(name)  # refuses unknown ones, of which even the size is not known
     entry = files.tensors[name]
     one_number = math.prod(entry.shape) == math.prod(shape) == 1  # [], [1] and [1, 1] are the same
     if entry.shape != shape and not one_number:
@@ -85,18 +90,18 @@ def _check(files: TensorFiles, name: str, shape: Shape) -> None:
         )
 
 
-def _check_dtypes(files: TensorFiles, group: Group, found: dict[str, str]) -> None:
-    """One dtype for all tensors of a group, and one that what they hold may have."""
-    stored = "packed" if group.layout.packed else group.ours[0].rpartition(".")[2]
+def _check_dtypes(files: TensorFiles, group: Group, stored_names: dict[str, str]) -> None:
+    """Refuses a group whose tensors differ in dtype, or have one that is not for their kind."""
+    stored = "packed" if group.layout.packed else group.params[0].rpartition(".")[2]
     allowed = DTYPES_OF.get(stored, FLOATS)
-    entries = {name: files.tensors[found[name]] for name in (*group.tensors, *group.copies)}
+    entries = {name: files.tensors[stored_names[name]] for name in (*group.tensors, *group.copies)}
     first = next(iter(entries.values())).dtype
     for name, entry in entries.items():
         if entry.dtype not in allowed or entry.dtype != first:
             expected = first if first in allowed else " or ".join(allowed)
             raise UserError(
-                f"{entry.file} holds {found[name]} as {entry.dtype}, but {expected} is expected; "
-                "download the model again."
+                f"{entry.file} holds {stored_names[name]} as {entry.dtype}, but {expected} is "
+                "expected; download the model again."
             )
 
 

@@ -1,11 +1,10 @@
-"""Output files: locked while they are written, and there only once they are whole.
+"""Output files that are locked while they are written, and appear only when they are whole.
 
-A file is written as `NAME.partial` beside it, synced and renamed. Links are followed; a device or a
-pipe is written to as it is, and `-` is the standard output.
+A file is written as `NAME.partial` beside it, synced and renamed. Links are followed. A device or a
+pipe is written to directly, and `-` is the standard output.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import stat
@@ -14,14 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxmoe.checkpoint.workspace import sync, writable
 from jaxmoe.errors import UserError
+from jaxmoe.files.atomic import is_same_file, lock, publish, writable
 
 PARTIAL = ".partial"
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Makes `content`, text in UTF-8, the whole content of a file, at once or not at all.
+    """Replaces the content of a file, at once or not at all.
+
+    Args:
+        path: the file, or `-` for the standard output.
+        content: the new content; text is encoded in UTF-8.
 
     Raises:
         UserError: if the file is a folder, is being written by another process, or cannot be
@@ -33,7 +36,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def written(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to, whose content is there at the end of the context, or not at all.
+    """Opens a file that replaces `path` when the context ends; after an error `path` is unchanged.
 
     Raises:
         UserError: as `write_file`.
@@ -51,18 +54,24 @@ def written(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Replaces a file by `content` as indented JSON; raises as `write_file`."""
+    """Replaces the content of a file by indented JSON.
+
+    Raises:
+        UserError: as `write_file`.
+    """
     write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def check_writable(path: str | Path, *, empty: bool = False) -> None:
-    """Refuses before the work what could not be written after it.
+    """Checks that an output can be written, before the work of computing it.
 
     Args:
-        empty: whether a file with content is refused too.
+        path: the file, or `-` for the standard output.
+        empty: whether to refuse a file that has content.
 
     Raises:
-        UserError: if the path is a folder, in no folder, or its folder may not be written to.
+        UserError: if the path is a folder, its folder does not exist or may not be written to,
+            another process writes the file, or it has content and must not.
     """
     if str(path) == "-":
         return
@@ -80,10 +89,10 @@ def check_writable(path: str | Path, *, empty: bool = False) -> None:
 
 
 def place_of(path: str | Path) -> Path:
-    """Where a file lies, after all links.
+    """The path of a file after all links.
 
     Raises:
-        UserError: if no file can have such a name.
+        UserError: if no file can have this name.
     """
     try:
         return Path(path).resolve()
@@ -92,10 +101,12 @@ def place_of(path: str | Path) -> Path:
 
 
 def direct(path: str | Path) -> BinaryIO | None:
-    """What is written to as it is: `-`, a device, a pipe, or standard output by another name.
+    """Opens an output that is written to directly; returns None if it is to be a regular file.
+
+    Direct outputs are `-`, devices, pipes, and the standard output under any name.
 
     Raises:
-        UserError: if it is a folder.
+        UserError: if the path is a folder.
     """
     if str(path) == "-":
         return open(os.dup(_stdout()), "wb")
@@ -112,7 +123,10 @@ def direct(path: str | Path) -> BinaryIO | None:
 
 
 def _stdout() -> int:
-    """The process's own where `sys.stdout` is no file, as in a notebook, or is closed."""
+    """The descriptor of the standard output.
+
+    It is the process's own where `sys.stdout` is closed or no file, as in a notebook.
+    """
     try:
         return sys.stdout.fileno()
     except (AttributeError, OSError, ValueError):
@@ -128,45 +142,25 @@ def _is_stdout(there: os.stat_result) -> bool:
 
 @contextlib.contextmanager
 def locked(place: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """`place` + `PARTIAL`, opened with what an earlier run left in it, and its path.
+    """Opens and locks the file beside `place` that becomes `place` when it is published.
 
-    The lock ends with the process, however that ends. An empty file vanishes.
+    The file keeps what an earlier run left in it. If it is empty at the end of the context, it is
+    removed. The lock ends with the process, however that ends.
+
+    Yields:
+        The open file, and its path: `place` with `PARTIAL` appended.
 
     Raises:
         UserError: if another process writes it.
     """
     partial = place.with_name(place.name + PARTIAL)
     with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        _lock(file, partial)
+        lock(file.fileno(), partial)
         try:
             yield file, partial
         finally:
             with contextlib.suppress(OSError, ValueError):
                 file.flush()
-            with contextlib.suppress(OSError, ValueError):
-                there = os.stat(partial)  # which may be another process's by now
-                if not there.st_size and os.path.samestat(there, os.fstat(file.fileno())):
+            with contextlib.suppress(OSError, ValueError):  # closed, or renamed by `publish`
+                if not os.stat(partial).st_size and is_same_file(file.fileno(), partial):
                     partial.unlink()
-
-
-def _lock(file: BinaryIO, partial: Path) -> None:
-    busy = UserError(
-        f"{partial} is being written by another run; wait for it, or choose another output."
-    )
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise busy from None
-    except OSError:
-        return  # some network file systems have no locks
-    there = partial.exists() and os.path.samestat(os.stat(partial), os.fstat(file.fileno()))
-    if not there:  # its owner has renamed it since it was opened
-        raise busy
-
-
-def publish(file: BinaryIO, partial: Path, place: Path) -> None:
-    """What was written becomes `place`, once it is on disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    partial.rename(place)
-    sync(place.parent)

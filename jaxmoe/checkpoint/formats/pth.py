@@ -1,10 +1,10 @@
-"""Reads Meta's `consolidated.NN.pth` files, one per model-parallel rank, in pieces.
+"""Reads Meta's `consolidated.NN.pth` files, one per model-parallel rank, piece by piece.
 
 Torch is not used: it would be a dependency of 2 GB for one format, it maps files into memory, where
-every page touched counts as the process's, and its unpickler can run code from the file unless told
-not to. A .pth file is a zip whose `data.pkl` says which tensors there are (`pickles.py` reads it),
-and whose records `data/<key>` hold their bytes, uncompressed; they are read at their position, and
-held against the zip's CRC-32 of the record as they are read.
+every page that was touched counts as the process's, and its unpickler can run code from the file
+unless told not to. A .pth file is a zip whose `data.pkl` describes the tensors (`pickles` reads it)
+and whose records `data/<key>` hold their bytes, uncompressed. Bytes are read at their offsets, and
+each record is compared with its CRC-32 in the zip while it is read.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxmoe.checkpoint.pickles import ITEMSIZE, ExtraState, Storage, Tensor, unpickle
-from jaxmoe.checkpoint.reader import Entry, TensorFiles, read_into
+from jaxmoe.checkpoint.formats.pickles import ITEMSIZE, ExtraState, Storage, Tensor, unpickle
+from jaxmoe.checkpoint.formats.tensor_files import Entry, TensorFiles, read_into
 from jaxmoe.errors import UserError
 
 CONSOLIDATED = "consolidated.{:02d}.pth"
@@ -28,11 +28,11 @@ FP8_SCALES = "fp8_scales_{}.pt"
 INT4_SCALES = "int4_scales_{}.pt"
 
 _EXTRA_STATE = "._extra_state"  # settings of Meta's training, no weights
-_PIECE = 2**22  # bytes that are read at once only to be checked
-_MAX_PICKLE = 100 * 2**20  # Meta's have less than 1 MiB
+_PIECE = 2**22  # bytes that are read at once when they are only checked
+_MAX_PICKLE = 100 * 2**20  # bytes; Meta's have less than 1 MiB
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-_ENCRYPTED = 1  # a flag of a record
+_ENCRYPTED = 1  # the flag of an encrypted record
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, length of the name, length of the extra field
 
 
@@ -40,18 +40,18 @@ class PthFolder(TensorFiles):
     """The tensors of `consolidated.00.pth`, `consolidated.01.pth` and so on.
 
     A tensor is called `{rank}:{key}`, such as `0:layers.3.attention.wqkv.weight`. Tensors of
-    `fp8_scales_{rank}.pt`, if there, are called `{rank}:{key}.scale`.
+    `fp8_scales_{rank}.pt`, if such files are there, are called `{rank}:{key}.scale`.
 
     Attributes:
-        ranks: how many ranks there are.
+        ranks: the number of model-parallel ranks.
     """
 
     def __init__(self, folder: str | Path):
-        """Reads what each file says of its tensors, no data.
+        """Reads the descriptions of all tensors.
 
         Raises:
-            UserError: for a file that is missing, damaged, cut short, or tries to run code; for a
-                tensor that does not lie in its file in one piece; for int4 weights.
+            UserError: if a file is missing, damaged, cut short, or tries to run code; if a tensor
+                is not contiguous; or if the weights are int4.
         """
         self.folder = Path(folder)
         self.tensors: dict[str, Entry] = {}
@@ -67,8 +67,8 @@ class PthFolder(TensorFiles):
             self._add_file(file, rank, ".scale")
 
     def _add_file(self, file: Path, rank: int, suffix: str) -> None:
-        found, about = _read_file(file)
-        for key, (entry, record) in found.items():
+        tensors, about = _read_file(file)
+        for key, (entry, record) in tensors.items():
             name = f"{rank}:{key}{suffix}"
             if name in self.tensors:
                 raise UserError(
@@ -78,40 +78,49 @@ class PthFolder(TensorFiles):
         self.files.append(about)
 
     def read(self, name: str, start: int, count: int) -> np.ndarray:
-        """As of any `TensorFiles`, and checked once the record that the tensor is in was read."""
+        """Reads as `TensorFiles.read`, and checks the tensor's record once all of it was read."""
         data = super().read(name, start, count)
         first = self.tensors[name].start + start * data.itemsize
         self._records[name].add(first, data.view(np.uint8))
         return data
 
     def confirm(self) -> None:
-        """Checks the records that were read in part, of which the rest is read."""
+        """Reads the rest of the records that were read in part, and checks them."""
         for record in self._records.values():
             record.finish()
 
 
 def _find_ranks(folder: Path, template: str) -> list[Path]:
-    """The files whose names are the template with the ranks 0, 1 and so on."""
+    """The files whose names are the template with the ranks 0, 1 and so on, in that order.
+
+    Raises:
+        UserError: if two files are of one rank, or a rank is missing.
+    """
     before, after = re.split(r"\{.*\}", template)
     pattern = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
-    found: dict[int, Path] = {}
+    files: dict[int, Path] = {}
     for file in sorted(folder.glob(f"{before}*{after}")):
         if match := pattern.fullmatch(file.name):
-            other = found.setdefault(int(match[1]), file)
+            other = files.setdefault(int(match[1]), file)
             if other != file:
                 raise UserError(f"{other} and {file} are both of one rank; remove the wrong one.")
-    for rank in range(len(found)):
-        if rank not in found:
-            last = found[max(found)].name
+    for rank in range(len(files)):
+        if rank not in files:
+            last = files[max(files)].name
             raise UserError(
                 f"{folder} holds {last} but no {template.format(rank)}; download that too."
             )
-    return [found[rank] for rank in range(len(found))]
+    return [files[rank] for rank in range(len(files))]
 
 
 def _find_scales(folder: Path, ranks: int) -> list[Path]:
+    """The files of fp8 scales, one per rank, or none.
+
+    Raises:
+        UserError: if the weights are int4, or there are scales of some ranks only.
+    """
     if int4 := _find_ranks(folder, INT4_SCALES):
-        # Packed int4 is declared as float8 in the files of weights, so nothing else would notice.
+        # Nothing else shows it: the files of weights declare packed int4 as float8.
         raise UserError(
             f"{int4[0]} says that the weights are int4, which cannot be read; use the model's "
             "bfloat16 or float8 release."
@@ -128,19 +137,27 @@ def _find_scales(folder: Path, ranks: int) -> list[Path]:
 
 
 class _Record:
-    """A range of a file whose CRC-32 is known; its bytes are checked as they are read."""
+    """A range of a file with a known CRC-32, which is computed while the range is read."""
 
     def __init__(self, file: Path, name: str, start: int, nbytes: int, crc: int):
-        """`name` is that of a tensor in it, for messages."""
+        """Describes the range.
+
+        Args:
+            file: the file.
+            name: a tensor in the range, for error messages.
+            start: the offset of its first byte.
+            nbytes: its size.
+            crc: its CRC-32.
+        """
         self.start, self.nbytes = start, nbytes
         self._file, self._name, self._expected = file, name, crc
         self._done, self._crc = start, 0
 
     def add(self, start: int, data: np.ndarray) -> None:
-        """Takes what was read at `start`; what was skipped before it is read now.
+        """Takes bytes that were read at offset `start`; first reads those that were skipped.
 
         Raises:
-            UserError: if these are the last bytes, and those of the record are not as written.
+            UserError: if the record is complete now and its CRC-32 is wrong.
         """
         self._read_to(start)
         new = memoryview(data)[self._done - start :]
@@ -155,7 +172,7 @@ class _Record:
             )
 
     def finish(self) -> None:
-        """Reads and checks the rest of a record that was begun."""
+        """Reads the rest of a record that was read in part, and checks it."""
         if self._done > self.start:
             self._read_to(self.start + self.nbytes)
 
@@ -167,23 +184,26 @@ class _Record:
 
 
 def _read_file(file: Path) -> tuple[dict[str, tuple[Entry, _Record]], dict[str, Any]]:
-    """The tensors of one file, and about it: name, size and SHA-256 of all but the data."""
+    """The tensors of one file, and its entry in `TensorFiles.files`.
+
+    The header is everything but the data.
+    """
     try:
         with open(file, "rb") as stream:
             archive = _Archive(file, stream)
             pickled = archive.read_pickle()
             archive.check_byte_order()
             tensors = _tensors(file, unpickle(file, pickled))
-            found = {name: _entry(archive, name, tensor) for name, tensor in tensors.items()}
+            located = {name: _entry(archive, name, tensor) for name, tensor in tensors.items()}
             digest = hashlib.sha256(pickled + archive.read_directory()).hexdigest()
             size = stream.seek(0, io.SEEK_END)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}; download it again.") from None
-    return found, {"name": file.name, "bytes": size, "header_sha256": digest}
+    return located, {"name": file.name, "bytes": size, "header_sha256": digest}
 
 
 class _Archive:
-    """An open .pth file as the zip that it is."""
+    """An open .pth file, which is a zip."""
 
     def __init__(self, file: Path, stream: BinaryIO):
         self.file = file
@@ -205,7 +225,11 @@ class _Archive:
         self._root = self._find_root()
 
     def _find_root(self) -> str:
-        """The folder in the zip, named after the file that torch wrote: `archive/` or so."""
+        """The one folder in the zip; torch names it after the file, or `archive/`.
+
+        Raises:
+            UserError: if there is not one with a `data.pkl`, or it has another rank's name.
+        """
         roots = [name for name in self._infos if re.fullmatch("[^/]+/data\\.pkl", name)]
         if len(roots) != 1:
             raise UserError(f"{self.file} is a zip but not of torch.save; download it again.")
@@ -218,7 +242,11 @@ class _Archive:
         return root + "/"
 
     def read_pickle(self) -> bytes:
-        """The pickled object."""
+        """The bytes of `data.pkl`.
+
+        Raises:
+            UserError: if it is damaged or too large, or the file has no checksums.
+        """
         info = self._infos[f"{self._root}data.pkl"]
         if info.CRC == 0 and info.file_size:
             raise UserError(
@@ -230,10 +258,10 @@ class _Archive:
         return self._read("data.pkl")
 
     def check_byte_order(self) -> None:
-        """Refuses numbers of a big-endian machine; older files are little-endian and say nothing.
+        """Checks that the numbers are little-endian, as in older files, which do not state it.
 
         Raises:
-            UserError: if they are of one.
+            UserError: if they are big-endian.
         """
         if f"{self._root}byteorder" in self._infos and self._read("byteorder") != b"little":
             raise UserError(
@@ -242,18 +270,22 @@ class _Archive:
             )
 
     def read_directory(self) -> bytes:
-        """The zip's own list of its records, which lies behind them."""
+        """The bytes of the zip's directory of its records."""
         self._stream.seek(self._zip.start_dir)
         return self._stream.read()
 
     def find(self, record: str, tensor: str) -> _Record:
-        """The record that a tensor is in; tensors may share one.
+        """The range of the record that holds a tensor; tensors may share a record.
 
-        The central directory says only where the record's own header is, and torch lets the extra
-        field of that header differ from the directory's, to align the bytes behind it.
+        The zip's directory only gives the offset of the record's own header, and torch lets the
+        extra field of that header differ from the directory's, to align the data behind it.
+
+        Args:
+            record: the record's name in the file's folder of the zip.
+            tensor: the tensor, for error messages.
 
         Raises:
-            UserError: if it is not there, compressed or cut short.
+            UserError: if the record is missing, compressed or cut short.
         """
         if record in self._data:
             return self._data[record]
@@ -291,6 +323,11 @@ class _Archive:
 
 
 def _tensors(file: Path, values: Any) -> dict[str, Tensor]:
+    """The tensors of an unpickled state dict, without extra states.
+
+    Raises:
+        UserError: if it is no dict of tensors by name.
+    """
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no tensors by name; is it a file of weights?")
     tensors = {}
@@ -306,6 +343,11 @@ def _tensors(file: Path, values: Any) -> dict[str, Tensor]:
 
 
 def _entry(archive: _Archive, name: str, tensor: Tensor) -> tuple[Entry, _Record]:
+    """Where a tensor lies, and the record that it lies in.
+
+    Raises:
+        UserError: if its description makes no sense, or its record is too small.
+    """
     _check(archive.file, name, tensor)
     itemsize, count = ITEMSIZE[tensor.dtype], math.prod(tensor.shape)
     record = archive.find(f"data/{tensor.storage.key}", name)
@@ -320,7 +362,7 @@ def _entry(archive: _Archive, name: str, tensor: Tensor) -> tuple[Entry, _Record
 
 
 def _check(file: Path, name: str, tensor: Tensor) -> None:
-    """Refuses a tensor that makes no sense, or whose elements are not in order and in one piece."""
+    """Refuses a tensor whose description makes no sense or that is not contiguous."""
     shape, strides = tensor.shape, tensor.strides
     sensible = (
         isinstance(tensor.storage, Storage)

@@ -1,8 +1,8 @@
-"""A finished checkpoint, model or document, and the manifest that binds what is read of it.
+"""Finished checkpoints, of a model or a document, and the manifest that lists their checksums.
 
-The manifest lists the SHA-256 of the metadata and, under every array's name, of `zarr.json`, which
-has its shape and dtype, and of the checksums of its chunks. What is not as listed is refused before
-it is believed. The lines are those of `sha256sum`, which can check them, too.
+The manifest lists the SHA-256 of the metadata and, under every array's name, of its `zarr.json`,
+with shape and dtype, and of its file of checksums. Files that differ from it are refused. Its lines
+are those of `sha256sum`, which can check them too.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.checkpoint.arrays import StoredArray, open_array
-from jaxmoe.checkpoint.checksums import CHECKSUMS
+from jaxmoe.checkpoint.zarr.arrays import StoredArray, open_array
+from jaxmoe.checkpoint.zarr.checksums import CHECKSUMS
 from jaxmoe.errors import UserError
 from jaxmoe.parsing import parse_json, read_text
 
@@ -28,12 +28,13 @@ ZARR = "zarr.json"
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A finished checkpoint.
+    """A finished checkpoint, to be read.
 
     Attributes:
         path: its folder.
-        metadata: what was saved with it, as the manifest lists it.
-        digests: of its files, by their paths in it; None: it has no manifest, and is older.
+        metadata: the custom metadata, compared with the manifest.
+        digests: the SHA-256 of its files, by their paths in the folder; None if it has no manifest,
+            as before format 3.
     """
 
     path: Path
@@ -43,8 +44,12 @@ class Finished:
     def field(self, name: str, kind: type) -> Any:
         """A value of the metadata.
 
+        Args:
+            name: its key.
+            kind: its type.
+
         Raises:
-            UserError: if it is missing or of another kind.
+            UserError: if it is missing or of another type.
         """
         value = self.metadata.get(name)
         if type(value) is not kind:
@@ -54,28 +59,32 @@ class Finished:
         return value
 
     def count_arrays(self) -> int:
-        """How many there are."""
+        """The number of arrays in the folder."""
         return sum(1 for _ in self.path.glob(f"{STATE}/*/{ZARR}"))
 
     def open_array(self, name: str, shape: tuple[int, ...], dtypes: Collection[str]) -> StoredArray:
-        """An array, to be read in slices whose chunks are compared with those listed.
+        """Opens an array; the chunks that are read of it are compared with the manifest.
 
         Args:
-            name: dotted.
-            shape: what it must have, as the metadata say.
-            dtypes: one of which it must have.
+            name: its dotted name.
+            shape: the shape that it must have.
+            dtypes: the names of the dtypes that it may have.
 
         Raises:
-            UserError: if it is missing, damaged or another.
+            UserError: if it is missing, damaged, or has another shape or dtype.
         """
         description = self._listed(f"{STATE}/{name}/{ZARR}")
-        held = parse_json(description, str(self.path / STATE / name / ZARR))
-        _check_description(held, f"{self.path} holds {name}", shape, dtypes)
+        described = parse_json(description, str(self.path / STATE / name / ZARR))
+        _check_description(described, f"{self.path} holds {name}", shape, dtypes)
         listed = None if self.digests is None else self._listed(f"{STATE}/{name}/{CHECKSUMS}")
         return open_array(self.path / STATE / name, listed)
 
     def _listed(self, file: str) -> bytes:
-        """The content of a file, which is as the manifest lists it."""
+        """The content of a file of the checkpoint.
+
+        Raises:
+            UserError: if it cannot be read or differs from the manifest.
+        """
         try:
             content = (self.path / file).read_bytes()
         except OSError as error:
@@ -90,21 +99,21 @@ class Finished:
 
 
 def is_finished(path: str | Path) -> bool:
-    """Whether there is a finished checkpoint, or a saved document; False where none can be."""
+    """Whether a folder is a finished checkpoint or saved document; False for any other path."""
     return os.path.isfile(Path(path) / MARKER)
 
 
 def open_finished(path: Path, key: str, remedy: str) -> Finished:
-    """A finished checkpoint; Orbax would open every array to give its metadata.
+    """Opens a finished checkpoint by its metadata; unlike Orbax, without opening every array.
 
     Args:
         path: its folder.
-        key: of the custom metadata.
-        remedy: how to make such a checkpoint, for messages.
+        key: the key of its custom metadata, which says whose checkpoint it is.
+        remedy: how to make such a checkpoint, for error messages.
 
     Raises:
         UserError: if `path` is no finished checkpoint with such metadata, was written by a newer
-            version, or has metadata other than its manifest lists.
+            version, or differs from its manifest.
     """
     if not (path / MARKER).is_file():
         raise UserError(f"{path} is no finished checkpoint; {remedy}.")
@@ -113,33 +122,40 @@ def open_finished(path: Path, key: str, remedy: str) -> Finished:
         metadata = metadata.get(part) if isinstance(metadata, dict) else None
     if not isinstance(metadata, dict):
         raise UserError(f"{path} is no checkpoint of this kind; {remedy}.")
-    found = Finished(path, metadata, None)
-    if found.field("format", int) > FORMAT:
+    finished = Finished(path, metadata, None)
+    if finished.field("format", int) > FORMAT:
         raise UserError(f"{path} was written by jaxmoe {metadata.get('version')!r}; update jaxmoe.")
     if metadata["format"] < FORMAT and not (path / MANIFEST).exists():
         _warn(path)
-        return found
-    found = dataclasses.replace(found, digests=_read_manifest(path))
-    found._listed(MARKER)
-    return found
+        return finished
+    finished = dataclasses.replace(finished, digests=_read_manifest(path))
+    finished._listed(MARKER)
+    return finished
 
 
 def digest_of(path: Path) -> str:
-    """Names a finished checkpoint by all that it holds; one without manifest by its metadata."""
+    """A SHA-256 that differs between checkpoints with different content.
+
+    It is that of the manifest; without a manifest that of the metadata.
+    """
     listed = path / MANIFEST
     return _sha256((listed if listed.exists() else path / MARKER).read_bytes())
 
 
 def write_manifest(folder: Path, names: Iterable[str]) -> None:
-    """Lists what a checkpoint in `folder` holds, whose arrays have these names."""
-    arrays = [f"{STATE}/{name}/{each}" for name in sorted(names) for each in (ZARR, CHECKSUMS)]
+    """Writes the manifest of the checkpoint in `folder`, whose arrays have these names."""
+    arrays = [f"{STATE}/{name}/{file}" for name in sorted(names) for file in (ZARR, CHECKSUMS)]
     lines = [f"{_sha256((folder / file).read_bytes())}  {file}\n" for file in (MARKER, *arrays)]
     listed = "".join(lines)
     (folder / MANIFEST).write_text(f"{listed}# {_sha256(listed.encode())}\n")
 
 
 def _read_manifest(path: Path) -> dict[str, str]:
-    """Digests by file."""
+    """The digests that the manifest of a checkpoint lists, by file.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path} lacks its {MANIFEST}; make it again.")
     listed, _, own = read_text(path / MANIFEST).rpartition("# ")
@@ -151,7 +167,7 @@ def _read_manifest(path: Path) -> dict[str, str]:
 
 @functools.cache
 def _warn(path: Path) -> None:
-    """Once for each checkpoint."""
+    """Logs, once per checkpoint, that it has no manifest."""
     logging.getLogger(__name__).warning(
         "%s has no %s, as an older jaxmoe made it: files that were exchanged would not be noticed; "
         "make it again.",
@@ -161,16 +177,19 @@ def _warn(path: Path) -> None:
 
 
 def _check_description(
-    found: Any, subject: str, shape: tuple[int, ...], dtypes: Collection[str]
+    described: Any, subject: str, shape: tuple[int, ...], dtypes: Collection[str]
 ) -> None:
-    """Before TensorStore reads what a `zarr.json` says, which may be more than memory holds."""
+    """Refuses a `zarr.json` that contradicts the metadata, before TensorStore acts on it.
+
+    Wrong sizes could make TensorStore allocate more than the memory has.
+    """
     try:
-        held, dtype = found["shape"], found["data_type"]
-        block = found["chunk_grid"]["configuration"]["chunk_shape"]
+        stored, dtype = described["shape"], described["data_type"]
+        block = described["chunk_grid"]["configuration"]["chunk_shape"]
     except (KeyError, TypeError):
         raise UserError(f"{subject} in a way that cannot be read; make it again.") from None
-    if held != list(shape):
-        said = f"with shape {held!r:.80}, but its metadata say {list(shape)}"
+    if stored != list(shape):
+        said = f"with shape {stored!r:.80}, but its metadata say {list(shape)}"
     elif dtype not in dtypes:
         said = f"in {dtype!r:.40}, but its metadata say {' or '.join(dtypes)}"
     elif not isinstance(block, list) or len(block) != len(shape):

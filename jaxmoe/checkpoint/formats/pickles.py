@@ -1,7 +1,7 @@
-"""The pickle of a torch file, read without torch and without running what it names.
+"""Reads the pickle of a torch file without torch and without running code that it names.
 
-A pickle says by calls what it holds. Here those calls are noted, not made: the unpickler knows a
-fixed list of names, each standing for a value of this module.
+A pickle describes its content by calls of functions that it names. The unpickler here knows a fixed
+list of names, and gives each a harmless value of this module in place of the function.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from jaxmoe.errors import UserError
 
-_DTYPES = (  # name in an Entry, bytes, torch's dtype, torch's class of storages
+_DTYPES = (  # safetensors' name, bytes, torch's dtype, torch's class of storages
     ("BF16", 2, "bfloat16", "BFloat16Storage"),
     ("F16", 2, "float16", "HalfStorage"),
     ("F32", 4, "float32", "FloatStorage"),
@@ -32,14 +32,27 @@ ITEMSIZE = {name: itemsize for name, itemsize, _, _ in _DTYPES}
 
 
 class Storage(NamedTuple):
-    """A record of numbers, as the pickle names it."""
+    """A storage of torch, which one or several tensors share.
+
+    Attributes:
+        dtype: safetensors' name of its dtype.
+        key: its record in the file is `data/<key>`.
+    """
 
     dtype: str
     key: str
 
 
 class Tensor(NamedTuple):
-    """A tensor as the pickle describes it; nothing in it has been checked."""
+    """A tensor as the pickle describes it, unchecked: any value may be of any type.
+
+    Attributes:
+        storage: a `Storage`.
+        offset: its first element in the storage.
+        shape: its shape.
+        strides: in elements, of each axis.
+        dtype: safetensors' name of its dtype.
+    """
 
     storage: Any
     offset: Any
@@ -50,9 +63,10 @@ class Tensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Call:
-    """What the pickle has in place of a function.
+    """Stands for a function that a pickle names.
 
-    A function itself would not do: a pickle may set attributes of all it names, defaults included.
+    It is not a function itself, since a pickle may set attributes of what it names, such as a
+    function's defaults.
     """
 
     result: Callable[..., Any]
@@ -65,7 +79,7 @@ class _Call:
 
 
 class _Dict(dict):
-    """What the pickle has in place of an OrderedDict."""
+    """Stands for an OrderedDict."""
 
     __slots__ = ()
 
@@ -74,12 +88,12 @@ class _Dict(dict):
 
 
 class ExtraState:
-    """What the pickle has in place of a BytesIO; a class, as only classes are made by NEWOBJ."""
+    """Stands for a BytesIO; a class, because the opcode NEWOBJ makes instances of classes only."""
 
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        """Drops the contents, which are a pickle too."""
+        """Drops the content, which is a pickle too."""
 
 
 def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
@@ -89,7 +103,7 @@ def _rebuild_v2(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) ->
 def _rebuild_v3(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
 ) -> Tensor:
-    """For dtypes without a class of storages, which are stored as bytes."""
+    """A tensor whose dtype has no class of storages: its storage is one of bytes."""
     return Tensor(storage, offset, shape, strides, dtype)
 
 
@@ -102,14 +116,14 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
     **{("torch", dtype): name for name, _, dtype, _ in _DTYPES},
     ("collections", "OrderedDict"): _Dict,
     ("_io", "BytesIO"): ExtraState,
-    # How the contents of a BytesIO are pickled; they are dropped.
+    # Calls by which the content of a BytesIO is pickled, which is dropped.
     ("_codecs", "encode"): _Call(lambda text, encoding: b""),
     ("__builtin__", "bytes"): _Call(lambda: b""),
 }
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes values of this module, and none else."""
+    """An unpickler that only makes dicts, plain values and the values of this module."""
 
     def __init__(self, file: Path, pickled: bytes):
         super().__init__(io.BytesIO(pickled))
@@ -131,10 +145,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def unpickle(file: Path, pickled: bytes) -> Any:
-    """The object that a file's pickle describes, out of dicts and this module's values.
+    """The object that a pickle describes: dicts, plain values and this module's values.
+
+    Args:
+        file: where the pickle is from, for error messages.
+        pickled: the pickle.
 
     Raises:
-        UserError: if it is damaged, or names what no file of weights needs.
+        UserError: if it is damaged, or names a function that no file of weights needs.
     """
     try:
         _check_sizes(pickled)
@@ -146,9 +164,11 @@ def unpickle(file: Path, pickled: bytes) -> Any:
 
 
 def _check_sizes(pickled: bytes) -> None:
-    """Refuses what would make the unpickler allocate more than a pickle of this size can need.
+    """Refuses memo indices that would make the unpickler allocate more than the pickle's size.
 
-    The walk itself finds strings that would end behind the pickle.
+    Raises:
+        ValueError: from `pickletools`, for a string that would end behind the pickle.
+        pickle.UnpicklingError: for such an index.
     """
     for opcode, argument, _ in pickletools.genops(pickled):
         index = argument if opcode.name in ("PUT", "LONG_BINPUT") else None

@@ -1,135 +1,43 @@
-"""Reads a folder of safetensors files in pieces, in memory bounded by the piece.
+"""Safetensors: reads a folder of files piece by piece, and writes files block by block.
 
-The `safetensors` library maps whole files into memory, where every page touched counts as the
-process's, and a file cut short while it is read kills the process. Here the headers are parsed, and
-bytes are read at their position into a buffer: nothing else is held, and a bad file is an error.
+The `safetensors` library is not used. It maps whole files into memory, where every page that was
+touched counts as the process's, and a file that is cut short meanwhile kills the process; and it
+writes a file from arrays that are all in memory. Here headers are parsed and bytes are read at
+their offsets, so that memory holds one piece, and a bad file is an error.
 """
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.checkpoint.formats.tensor_files import DTYPES, Entry, TensorFiles
 from jaxmoe.errors import UserError
 from jaxmoe.parsing import parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "BF16": np.dtype(jnp.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "I8": np.dtype(np.int8),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-}
-MAX_HEADER = 100 * 2**20  # the format's own limit
-MAX_AXES = 32  # of a tensor; a published one has at most 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies.
-
-    Attributes:
-        file: the file that holds it.
-        dtype: its dtype in the format's spelling, such as `BF16`.
-        shape: its shape.
-        start: its first byte, counted from the beginning of the file.
-        nbytes: its size.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-class TensorFiles:
-    """Tensors in files, read in pieces.
-
-    Attributes:
-        folder: where the files are.
-        tensors: every tensor by name.
-        files: what was opened: name, size in bytes and SHA-256 of the header of each file.
-    """
-
-    folder: Path
-    tensors: dict[str, Entry]
-    files: list[dict[str, Any]]
-
-    def dtype(self, name: str) -> np.dtype:
-        """The dtype of a tensor.
-
-        Raises:
-            UserError: if it is not one of `DTYPES`.
-        """
-        entry = self.tensors[name]
-        if entry.dtype not in DTYPES:
-            raise UserError(
-                f"{entry.file} holds {name} as {entry.dtype}, but only {', '.join(DTYPES)} can "
-                "be read; use the model's bfloat16 release."
-            )
-        return DTYPES[entry.dtype]
-
-    def read(self, name: str, start: int, count: int) -> np.ndarray:
-        """Elements `start` to `start + count` of the flat tensor.
-
-        Raises:
-            UserError: if the file cannot be read, or has become shorter.
-        """
-        entry, dtype = self.tensors[name], self.dtype(name)
-        data = np.empty(count, dtype)
-        read_into(data.view(np.uint8), entry.file, entry.start + start * dtype.itemsize, name)
-        return data
-
-    def confirm(self) -> None:
-        """Returns if what was read is what was written, as far as the format can tell.
-
-        Raises:
-            UserError: if it is not.
-        """
-
-
-def read_into(data: np.ndarray, file: Path, start: int, name: str) -> None:
-    """Fills bytes from a file at `start`; `name` is the tensor's that lies there.
-
-    Raises:
-        UserError: if the file cannot be read, or has become shorter.
-    """
-    buffer = memoryview(data)
-    try:
-        with open(file, "rb", buffering=0) as stream:
-            stream.seek(start)
-            while buffer:
-                done = stream.readinto(buffer)
-                if not done:
-                    raise UserError(f"{file} ends inside {name}; download it again.")
-                buffer = buffer[done:]
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read at {name} ({error.strerror}); check its disk and run again."
-        ) from None
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100 * 2**20  # bytes; the format's own limit
+MAX_AXES = 32  # of a tensor; the published ones have at most 4
 
 
 class SafetensorsFolder(TensorFiles):
-    """The tensors of `model.safetensors`, or of the shards that its index names."""
+    """The tensors of `model.safetensors`, or of the shards that `INDEX` names."""
 
     def __init__(self, folder: str | Path):
-        """Reads the index and all headers, no data.
+        """Reads the index and the headers of all files.
 
         Raises:
-            UserError: for a file that is missing, cut short, outside the folder, or contradicts
-                the index.
+            UserError: if a file is missing, cut short, outside the folder, or contradicts the
+                index.
         """
         self.folder = Path(folder)
         self.tensors: dict[str, Entry] = {}
@@ -180,10 +88,14 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _inside(folder: Path, name: str, index: Path) -> Path:
-    """The file `name` of the folder, which a name from a downloaded file may not leave.
+    """The path of a file that an index names.
 
-    A link may lead into the folder, or, in the download cache of the Hugging Face hub, from
-    `snapshots/<revision>` to its sibling `blobs`, where the cache keeps the files themselves.
+    The index comes from a stranger, so the file must lie in the folder. A link may lead into the
+    folder, or, in the download cache of the Hugging Face hub, from `snapshots/<revision>` to its
+    sibling `blobs`, where the cache keeps the files themselves.
+
+    Raises:
+        UserError: if it lies elsewhere, or the name is not one of a file.
     """
     path = PurePosixPath(name)
     if not path.is_absolute() and ".." not in path.parts:
@@ -205,7 +117,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
 
 
 def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """The tensors of one file, and its record: name, size and the header's SHA-256."""
+    """The tensors of one file, and its entry in `TensorFiles.files`."""
     try:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -246,7 +158,7 @@ def _parse_entry(file: Path, field: Mapping[str, Any], data_start: int) -> Entry
 
 
 def _check_places(file: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
-    """Refuses tensors that overlap or leave holes, as the format does: all bytes are of one."""
+    """Refuses tensors that overlap or leave holes, which the format forbids."""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if entry.start != start:
             problem = "overlaps another" if entry.start < start else "lies behind a hole"
@@ -256,3 +168,84 @@ def _check_places(file: Path, entries: Mapping[str, Entry], start: int, size: in
         raise UserError(
             f"{file} has {size} bytes but its header speaks of {start}; download it again."
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorToWrite:
+    """A tensor for `write_file`.
+
+    Attributes:
+        name: its name in the file.
+        shape: its shape.
+        dtype: one of `DTYPES`.
+        blocks: a function that yields its contiguous parts in order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """The tensor's size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_file(file: Path, tensors: list[TensorToWrite]) -> Iterator[int]:
+    """Writes one safetensors file; yields the bytes of each block once it is written."""
+    with open(file, "wb") as stream:
+        header = _header(tensors)
+        stream.write(struct.pack("<Q", len(header)))
+        stream.write(header)
+        for tensor in tensors:
+            for block in tensor.blocks():
+                stream.write(block.reshape(-1).view(np.uint8))
+                yield block.nbytes
+
+
+def _header(tensors: list[TensorToWrite]) -> bytes:
+    """The header's JSON, padded so that the data begins at a multiple of 8 bytes."""
+    fields: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        fields[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (begin, end),
+        }
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8)
+
+
+def shard(tensors: list[TensorToWrite], max_bytes: int) -> dict[str, list[TensorToWrite]]:
+    """Distributes tensors over files in their order: one file, or shards.
+
+    Args:
+        tensors: all tensors of a model.
+        max_bytes: the most of a shard; a tensor that is larger has a shard of its own.
+
+    Returns:
+        The tensors of each file, by the file's name.
+    """
+    shards: list[list[TensorToWrite]] = [[]]
+    nbytes = 0
+    for tensor in tensors:
+        if shards[-1] and nbytes + tensor.nbytes > max_bytes:
+            shards.append([])
+            nbytes = 0
+        shards[-1].append(tensor)
+        nbytes += tensor.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": tensors
+        for i, tensors in enumerate(shards, start=1)
+    }
+
+
+def index_of(files: Mapping[str, list[TensorToWrite]], total: int) -> dict[str, Any]:
+    """The content of `INDEX` for shards that hold `total` bytes of tensors."""
+    weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -1,10 +1,10 @@
-"""Fills a checkpoint's arrays block by block, in bounded memory.
+"""Writes a checkpoint's arrays block by block, in bounded memory.
 
-Why TensorStore writes the arrays and not Orbax: Orbax takes whole arrays, and one of a Maverick
-layer's experts is 10 GB. Orbax's layout without OCDBT is a plain Zarr array in
-`state/<dotted name>`, so `Writer` fills such arrays block by block, lets Orbax write a tree of
-placeholders, and puts the arrays in their place. All of it happens beside the output under another
-name; before the last rename there is nothing that Orbax or `load` would take for a checkpoint.
+Orbax itself takes whole arrays, and one of a Maverick layer's experts is 10 GB. Its layout without
+OCDBT is a plain Zarr array in `state/<dotted name>`. So `Writer` fills such arrays through
+TensorStore, lets Orbax save a tree of placeholders, and moves the arrays to the placeholders'
+places. All of it happens in a workspace; before its last rename there is nothing that Orbax or
+`load` would take for a checkpoint.
 """
 
 import collections
@@ -22,14 +22,21 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from jaxmoe.checkpoint import checksums
-from jaxmoe.checkpoint.arrays import StoredArray, create_array, open_array, readable, reason, writes
-from jaxmoe.checkpoint.manifest import MARKER, STATE, write_manifest
-from jaxmoe.checkpoint.workspace import ARRAYS, RESULT
+from jaxmoe.checkpoint.zarr import checksums
+from jaxmoe.checkpoint.zarr.arrays import (
+    StoredArray,
+    create_array,
+    open_array,
+    readable,
+    reason,
+    writes,
+)
+from jaxmoe.checkpoint.zarr.manifest import MARKER, STATE, write_manifest
 from jaxmoe.errors import UserError
+from jaxmoe.files.workspace import ARRAYS, RESULT
 
-COMMITTED = "commit_success.txt"  # Orbax's own; only that it exists says something
-IN_FLIGHT = 2  # calls of `Writer.write` whose blocks are being written
+COMMITTED = "commit_success.txt"  # Orbax's own; its content means nothing
+IN_FLIGHT = 2  # calls of `Writer.write` that may be unfinished at once
 
 Index = tuple[slice, ...]
 
@@ -43,19 +50,21 @@ class _Begun(NamedTuple):
 
 
 class Writer:
-    """Writes a checkpoint's arrays block by block, then makes it a checkpoint.
+    """Writes arrays block by block, then makes them a checkpoint.
 
-    While blocks are written the next are read: memory holds those of `IN_FLIGHT` calls and of the
-    next, and TensorStore's encoded copies. A context: at its end nothing is being written any more.
+    Writing goes on in the background while the caller reads the next blocks: memory holds the
+    blocks of `IN_FLIGHT` calls and of the next, and TensorStore's encoded copies. It is a context
+    manager, which waits at its end until nothing is being written any more.
     """
 
     def __init__(self, workspace: Path, synced: bool = True, alone: bool = True):
-        """Begins nothing yet.
+        """Prepares a writer; nothing is written yet.
 
         Args:
-            workspace: the folder of arrays and result.
-            synced: what is written survives a loss of power at once; else once it is synced.
-            alone: no other process writes blocks of the same arrays.
+            workspace: the folder for the arrays and the result.
+            synced: whether every write survives a loss of power; if not, the caller syncs the files
+                before it relies on them.
+            alone: whether no other process writes blocks of the same arrays.
         """
         self._arrays = workspace / ARRAYS
         self._result = workspace / RESULT
@@ -68,7 +77,7 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         for begun in itertools.chain(*self._pending):
-            begun.done.exception()  # waits, raises nothing
+            begun.done.exception()  # waits without raising
 
     def create(
         self,
@@ -78,11 +87,11 @@ class Writer:
         block: tuple[int, ...],
         chunk: tuple[int, ...] | None = None,
     ) -> StoredArray:
-        """A new array, to be written in aligned blocks; see `create_array`."""
+        """Creates an array, to be written in aligned blocks; see `create_array`."""
         return create_array(self._arrays / name, shape, dtype, block, chunk, synced=self._synced)
 
     def reopen(self, name: str) -> StoredArray:
-        """An array that an interrupted run created, perhaps in the middle of `finish`.
+        """Opens an array that an earlier run created, which may have been killed in `finish`.
 
         Raises:
             UserError: if it is missing or damaged.
@@ -95,10 +104,14 @@ class Writer:
         return open_array(path, listed, synced=self._synced)
 
     def write(self, blocks: Iterable[tuple[StoredArray, Index, np.ndarray]]) -> None:
-        """Starts writing blocks of arrays, once fewer than `IN_FLIGHT` calls are being done.
+        """Starts writing some blocks; waits first if `IN_FLIGHT` calls are unfinished.
+
+        Args:
+            blocks: of each the array, the slice of it, and the numbers, which must not change until
+                they are written.
 
         Raises:
-            UserError: if the file system refuses, as when the disk is full.
+            UserError: if an earlier block cannot be written, as when the disk is full.
         """
         self._wait(IN_FLIGHT - 1)
         self._pending.append([])
@@ -107,11 +120,15 @@ class Writer:
             self._pending[-1].append(_Begun(array, index, done))
 
     def wait(self) -> None:
-        """Returns once all that was written is in its files, and its checksums in theirs."""
+        """Returns once all blocks, and their checksums, are in their files.
+
+        Raises:
+            UserError: if a block cannot be written.
+        """
         self._wait(0)
 
     def _wait(self, allowed: int) -> None:
-        """Returns once at most so many calls are being done."""
+        """Returns once at most `allowed` calls of `write` are unfinished."""
         while len(self._pending) > allowed:
             for array, index, done in self._pending[0]:
                 with writes(array.path):
@@ -121,38 +138,43 @@ class Writer:
             self._pending.popleft()
 
     def finish(self, names: Iterable[str], key: str, metadata: dict[str, Any]) -> None:
-        """Makes the arrays of these names an Orbax checkpoint, in `RESULT` of the workspace.
+        """Makes arrays an Orbax checkpoint with a manifest, the folder `RESULT` of the workspace.
 
-        Where other processes write the same arrays, all of them call it once all have written:
-        Orbax saves together, and the first process does the rest.
+        If several processes write the same arrays, all of them call it once all have written: they
+        save the placeholders together, and the first process does the rest.
 
         Args:
-            key: of the custom metadata.
+            names: the dotted names of the arrays.
+            key: names the metadata among Orbax's custom metadata.
+            metadata: what JSON can hold.
+
+        Raises:
+            UserError: if the file system refuses.
         """
         self.wait()
         names = list(names)
         first = self._alone or jax.process_index() == 0
         if first:
-            self._gather(names)
+            self._complete(names)
         save_tree(self._result, nested(names), key, metadata)
         if not first:
             return
-        _forget_when_and_where(self._result)
+        _remove_time_and_path(self._result)
         for name in names:
             shutil.rmtree(self._result / STATE / name)
             (self._arrays / name).rename(self._result / STATE / name)
         write_manifest(self._result, names)
 
-    def _gather(self, names: list[str]) -> None:
-        """Every array is in its place, and has all its checksums."""
+    def _complete(self, names: list[str]) -> None:
+        """Returns arrays that a killed `finish` moved away, and writes checksums still missing."""
         for name in names:
             array = self.reopen(name)
             if not self._alone:
                 checksums.record(array.path, array.grid, (), self._synced)
 
 
-def _forget_when_and_where(path: Path) -> None:
-    """Makes equal checkpoints equal to the byte: Orbax notes the time, and the workspace's name."""
+def _remove_time_and_path(path: Path) -> None:
+    """Makes equal checkpoints equal to the byte: Orbax writes the time and the workspace's path."""
     marker = json.loads((path / MARKER).read_text())
     for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
         marker[key] = 0
@@ -161,7 +183,10 @@ def _forget_when_and_where(path: Path) -> None:
 
 
 def nested(names: Iterable[str]) -> dict[str, Any]:
-    """Placeholders in the tree that dotted names spell; numbers are places in lists."""
+    """A tree of placeholders, int8 scalars, with a leaf for every dotted name.
+
+    Numbers in names are indices of lists.
+    """
     tree: dict[str, Any] = {}
     for name in names:
         *outer, last = name.split(".")
@@ -182,7 +207,13 @@ def _with_lists(tree: Any) -> Any:
 
 
 def save_tree(path: Path, tree: Any, key: str, metadata: dict[str, Any]) -> None:
-    """Lets Orbax save arrays, each as a plain Zarr array, with custom metadata.
+    """Saves a tree of arrays with Orbax, each as a plain Zarr array.
+
+    Args:
+        path: the checkpoint's folder; one that exists is replaced.
+        tree: the arrays.
+        key: names the metadata among Orbax's custom metadata.
+        metadata: what JSON can hold.
 
     Raises:
         UserError: if the file system refuses.
@@ -195,20 +226,24 @@ def save_tree(path: Path, tree: Any, key: str, metadata: dict[str, Any]) -> None
 
 @contextlib.contextmanager
 def orbax_writes(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses Orbax into a UserError."""
+    """Turns the errors that Orbax raises while it writes `path` into a UserError."""
     try:
         with quiet_orbax():
             yield
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
     except ValueError as error:
-        why = reason(error).rpartition(": ")[2]  # after what failed, and in which file of Orbax's
+        why = reason(error).rpartition(": ")[2]  # without the file and the call in Orbax
         raise UserError(f"{path} cannot be written: {why}.") from error
 
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Orbax warns that plain Zarr arrays are unusual, and logs what it raises, thread by thread."""
+    """Silences Orbax's log within the context.
+
+    Orbax warns that plain Zarr arrays are unusual, and logs every exception in each of its threads
+    before it raises it.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

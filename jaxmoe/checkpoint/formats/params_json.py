@@ -1,17 +1,22 @@
-"""Meta's `params.json` as the Hugging Face config.json of the same model."""
+"""Reads Meta's `params.json` as the Hugging Face config.json of the same model."""
 
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from jaxmoe.errors import UserError
 
-# Of the released instruction-tuned models; params.json does not say it.
-CONTEXT = {True: 10485760, False: 1048576}  # by whether rotary frequencies are scaled
+# The context lengths of the released instruction-tuned models, which params.json does not have, by
+# whether rotary frequencies are scaled.
+CONTEXT = {True: 10485760, False: 1048576}
 DEFAULTS = {"multiple_of": 256, "norm_eps": 1e-5, "rope_theta": 500000.0}
 
 
 def to_hf_mapping(params: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What `jaxmoe.hf_config.from_hf` reads.
+    """The config.json of a model, as `jaxmoe.hf_config.from_hf` reads it.
+
+    Args:
+        params: the parsed params.json.
+        source: its file, for error messages.
 
     Raises:
         UserError: if a size is missing, or a value makes no sense.
@@ -33,6 +38,7 @@ def to_hf_mapping(params: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _text(args: dict[str, Any]) -> dict[str, Any]:
+    """The config of the text model."""
     moe = args["moe_args"]
     return {
         "model_type": "llama4_text",
@@ -51,7 +57,7 @@ def _text(args: dict[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": args["norm_eps"],
         "rope_theta": args["rope_theta"],
         "rope_scaling": _rope_scaling(args),
-        # null: every layer is rotary
+        # 0 or null: every layer has rotary embeddings
         "no_rope_layer_interval": args.get("nope_layer_interval", 4) or args["n_layers"] + 1,
         "attention_chunk_size": args.get("attention_chunk_size"),
         "use_qk_norm": _flag(args, "use_qk_norm", False),
@@ -69,19 +75,27 @@ def _flag(args: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def _whole(value: Any) -> Any:
-    """8192 of 8192.0; anything else stays what it is."""
+    """A float without a fraction as an int; anything else unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _width(args: Mapping[str, Any], expansion: float, active: float = 1.0) -> int:
-    """Hidden width of a SwiGLU; every step rounds down, and the end up, as in the reference."""
+    """The hidden width of a SwiGLU layer, as Meta's code computes it.
+
+    Every step rounds down, and the last one up to a multiple of `multiple_of`.
+
+    Args:
+        args: of the model.
+        expansion: the hidden width over the model's, before the factor 2 / 3 of a SwiGLU.
+        active: how many experts share the width.
+    """
     width = int(2 * int(expansion * args["dim"]) / 3)
     width = int(int((args.get("ffn_dim_multiplier") or 1.0) * width) / active)
     return -(-width // args["multiple_of"]) * args["multiple_of"]
 
 
 def _expert_width(args: Mapping[str, Any], moe: Mapping[str, Any]) -> int:
-    """Routed and shared experts divide a dense layer's width among those that are active."""
+    """The hidden width of an expert: the active experts together are as wide as a dense layer."""
     active = moe.get("capacity_factor", 1.0) + 1 if _flag(moe, "auto_scale_F", True) else 1.0
     return _width(args, args.get("ffn_exp") or 4.0, active)
 
@@ -99,6 +113,7 @@ def _rope_scaling(args: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _with_vision(text: dict[str, Any], vision: Mapping[str, Any] | None, source: str):
+    """The config of the text model inside that of a multimodal one, if there is a vision tower."""
     if vision is None:
         return text
     for key in ("image_size", "patch_size", "dim", "n_layers", "n_heads", "output_dim"):

@@ -1,4 +1,8 @@
-"""Arrays on disk: Zarr, one file a block, inside it chunks with a checksum each, by TensorStore."""
+"""Zarr arrays on disk, read and written by TensorStore.
+
+An array is divided into blocks, a file each, and a block into chunks, each with a checksum. A block
+is what is written at once and a chunk is what is read at once.
+"""
 
 import contextlib
 import dataclasses
@@ -11,12 +15,12 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from jaxmoe.checkpoint import checksums
-from jaxmoe.checkpoint.checksums import Grid
+from jaxmoe.checkpoint.zarr import checksums
+from jaxmoe.checkpoint.zarr.checksums import Grid
 from jaxmoe.errors import UserError
 
-# Read at once. Of 64 devices that divide the experts of Scout or Maverick along one axis, each
-# reads at most twice its share; with 1 MiB it would be eight times.
+# When 64 devices divide the experts of Scout or Maverick along one axis, chunks of this size make
+# each device read at most twice its share; with chunks of 1 MiB it would be eight times.
 CHUNK_BYTES = 2**16
 
 
@@ -27,7 +31,7 @@ class StoredArray:
     Attributes:
         path: its folder.
         tensor: its elements, as TensorStore reads and writes them.
-        checksums: of its chunks, which what is read must have; None: each is only to be whole.
+        checksums: those that the chunks must have; None: any that match their content.
     """
 
     path: Path
@@ -46,12 +50,12 @@ class StoredArray:
 
     @property
     def nbytes(self) -> int:
-        """The size of its elements."""
+        """The size of its elements in bytes."""
         return self.tensor.size * self.dtype.itemsize
 
     @property
     def grid(self) -> Grid:
-        """How it is cut into files and chunks."""
+        """How it is divided into blocks and chunks."""
         layout: Any = self.tensor.chunk_layout
         return Grid(self.shape, layout.write_chunk.shape, layout.read_chunk.shape)
 
@@ -61,26 +65,30 @@ class StoredArray:
         axes: tuple[int, ...] | None = None,
         dtype: np.dtype | None = None,
     ) -> np.ndarray:
-        """A slice, contiguous.
+        """Reads a slice into contiguous memory.
 
         Args:
-            index: a slice for each of the first axes.
+            index: a slice for each of the first axes; the other axes are read whole.
             axes: reorders the axes, as `np.transpose` does.
             dtype: what to cast to; default: as stored.
 
         Raises:
-            UserError: if a part of it is missing, damaged or another array's.
+            UserError: if a chunk is missing, damaged or belongs to another array.
         """
         same = dtype is None or dtype == self.dtype
         part = (self.tensor if same else ts.cast(self.tensor, ts.dtype(dtype)))[tuple(index)]
         with readable(self.path):
             reading = (part if axes is None else part.transpose(axes)).read(order="C")
-            if self.checksums is not None:  # while TensorStore's threads read
+            if self.checksums is not None:  # TensorStore's threads read meanwhile
                 checksums.check(self.path, self.grid, tuple(index), self.checksums)
             return reading.result()
 
     def check(self) -> None:
-        """Reads all of it, block by block; raises as `read`."""
+        """Reads the whole array block by block, only to check it.
+
+        Raises:
+            UserError: as `read`.
+        """
         block = self.grid.block
         starts = (range(0, *x) for x in zip(self.shape, block, strict=True))
         for start in itertools.product(*starts):
@@ -95,12 +103,15 @@ def create_array(
     chunk: tuple[int, ...] | None = None,
     synced: bool = True,
 ) -> StoredArray:
-    """A new array in place of any that an interrupted run left.
+    """Creates an array, in place of any that an interrupted run left there.
 
     Args:
-        block: the shape of what is written at once, a file each.
-        chunk: of what is read at once; default: about `CHUNK_BYTES`.
-        synced: a write ends when it would survive a loss of power.
+        path: its folder.
+        shape: its shape.
+        dtype: its dtype.
+        block: the shape of a block.
+        chunk: the shape of a chunk; default: one of about `CHUNK_BYTES`.
+        synced: whether a write ends only when it would survive a loss of power.
 
     Raises:
         UserError: if the file system refuses.
@@ -114,10 +125,12 @@ def create_array(
 
 
 def open_array(path: Path, listed: bytes | None, synced: bool = True) -> StoredArray:
-    """One array, to be read in slices, or to be written as `create_array` says.
+    """Opens an existing array.
 
     Args:
-        listed: what its file of checksums holds; None if it has none, or to write only.
+        path: its folder.
+        listed: the content of its file of checksums; None if it has none, or is only written.
+        synced: as for `create_array`.
 
     Raises:
         UserError: if it is missing or damaged.
@@ -131,7 +144,7 @@ def open_array(path: Path, listed: bytes | None, synced: bool = True) -> StoredA
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns TensorStore's errors into a UserError; running out of memory stays what it is."""
+    """Turns TensorStore's errors of reading into a UserError; a MemoryError passes."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -140,7 +153,7 @@ def readable(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writes(path: Path) -> Iterator[None]:
-    """The same of what cannot be written."""
+    """Turns TensorStore's errors of writing into a UserError."""
     try:
         yield
     except ValueError as error:
@@ -148,12 +161,12 @@ def writes(path: Path) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The first line of a library's message, without appended details; else its name."""
+    """The first line of an exception's message without appended details; if empty, its type."""
     return str(error).partition("\n")[0].partition(" [")[0].rstrip(".") or type(error).__name__
 
 
 def _spec(path: Path, synced: bool) -> dict[str, Any]:
-    """Which array; data that is missing is an error, never read as zeros."""
+    """TensorStore's description of an array; chunks that are missing are errors, not zeros."""
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path}/"},
@@ -169,6 +182,7 @@ def _zarr_metadata(
     block: tuple[int, ...],
     chunk: tuple[int, ...] | None = None,
 ) -> dict:
+    """The content of `zarr.json`."""
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     codecs = [little_endian, {"name": "crc32c"}]
     sharding = {
@@ -185,7 +199,10 @@ def _zarr_metadata(
 
 
 def even_part(shape: tuple[int, ...], itemsize: int, nbytes: int) -> list[int]:
-    """A shape that tiles another: the largest even axis is halved until it is small enough."""
+    """A shape that tiles `shape`: its largest even axis is halved until it has `nbytes` or fewer.
+
+    It may stay larger if no axis is even any more.
+    """
     part = list(shape)
     while math.prod(part) * itemsize > nbytes:
         even = [size for size in part if size % 2 == 0]

@@ -1,0 +1,1 @@
+"""The project's own checkpoints on disk: Orbax's layout, one Zarr array per parameter."""
