@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.attention.masks import Mask, make_mask
+
 
 def check_ranks(q, k, v) -> None:
     """q, k and v have four axes, none of them empty."""
@@ -12,14 +14,23 @@ def check_ranks(q, k, v) -> None:
             )
 
 
-def check_rule(heads: int, kv_heads: int, scale: float, chunk: int | None) -> None:
+def check_rule(heads: int, kv_heads: int, scale: float, chunk: int | None, mask) -> None:
     """The numbers that say which keys a query sees, and how."""
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key heads.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk {chunk} must be 1 or more, or None for no chunks.")
+    if mask is not None and chunk is not None:
+        raise ValueError(f"mask {mask} and chunk {chunk} are both given; use one of them.")
     if not scale > 0:
         raise ValueError(f"scale {scale} must be positive; it is usually head_size ** -0.5.")
+
+
+def take_mask(options: dict) -> Mask:
+    """Takes `causal`, `chunk` and `mask` out of a call's options; the mask that they mean."""
+    causal, chunk = options.pop("causal", True), options.pop("chunk", None)
+    mask = options.pop("mask", None)
+    return make_mask(causal, chunk) if mask is None else mask
 
 
 def check_coords(**given) -> None:

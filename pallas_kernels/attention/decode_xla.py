@@ -14,7 +14,7 @@ from pallas_kernels.attention.flash_xla import (
     attend_pairs,
     power_of_two,
 )
-from pallas_kernels.attention.masks import Coords, extents, meets, pad_tokens, reach
+from pallas_kernels.attention.masks import Coords, KeyRange, extents, pad_tokens, visible_blocks
 from pallas_kernels.attention.pages import extents_of_rows, rows_of_pages, without_padding
 from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized, dequantize
@@ -28,23 +28,22 @@ def config_for(case) -> Config:
     return Config(block_k=power_of_two(keys, most=2**16), data_decides=False)
 
 
-def decode_xla(q, k, v, q_coords: Coords, k_coords: Coords, table, case, config: Config):
+def decode_xla(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, config: Config):
     """Output [B, H, S, d] and log-sum-exp [B, H, S]."""
     B, H, S, d = q.shape
     q_BKGSd = q.reshape(B, case.kv_heads, H // case.kv_heads, S, d)
-    q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
     read = _in_rows if table is None else _in_pages
     keys_of, extent = read(k, v, k_coords, table, config.block_k)
     pairs = every_block(extent.first.shape[1])
     if config.data_decides:
-        some, _ = meets(q_reach, extent, S)
+        some, _ = visible_blocks(q_range, extent, S)
         pairs = chosen(pairs, jnp.any(some, (0, 1)))
 
     def widened(j):
         k_j, v_j, coords = keys_of(j)
         return Keys(_widened(k_j, q.dtype), _widened(v_j, q.dtype), coords)
 
-    queries = Queries(q_BKGSd, q_reach)
+    queries = Queries(q_BKGSd, q_range)
     out, lse = attend_pairs(case.scale, q_BKGSd, lambda i: queries, widened, pairs)
     return out.reshape(q.shape), lse.reshape(B, H, S)
 
