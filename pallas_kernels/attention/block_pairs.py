@@ -20,7 +20,7 @@ from pallas_kernels.attention.masks import (
 
 
 class Pairs(NamedTuple):
-    """Indices of blocks, of which the first `count` pairs count."""
+    """Indices of blocks of queries and of keys; only the first `count` pairs are used."""
 
     q: jax.Array
     k: jax.Array
@@ -53,9 +53,9 @@ class Rule:
 
 
 def over_pairs(rule: Rule, q: KeyRange, k: Coords, loop: Callable[[Pairs], Any]) -> Any:
-    """`loop` of a list of pairs that holds all of which some query sees some key.
+    """The result of `loop` over a list of pairs, with every pair in which some query sees some key.
 
-    Its length is a number while tracing, unless data decides. Then the list has no other pairs.
+    The list's length is known while tracing, unless data decides; then it has no other pairs.
     """
     sizes = q.segment.shape[1] // rule.block_q, k.segment.shape[1] // rule.block_k
     listed = _possible(rule, *sizes)
@@ -80,7 +80,7 @@ def chosen(pairs: Pairs, visible: jax.Array) -> Pairs:
 
 
 def every_block(count: int) -> Pairs:
-    """One block of queries and all of `count` blocks of keys."""
+    """The pairs of one block of queries with each of `count` blocks of keys."""
     return _listed(np.zeros(count), np.arange(count))
 
 

@@ -1,4 +1,4 @@
-"""What both attention functions ask of their arguments, each a ValueError with the value."""
+"""Checks of the arguments of attention functions; each raises a ValueError with the value."""
 
 import jax.numpy as jnp
 
@@ -6,7 +6,7 @@ from pallas_kernels.attention.masks import Mask, make_mask
 
 
 def check_ranks(q, k, v) -> None:
-    """q, k and v have four axes, none of them empty."""
+    """Raises unless q, k and v have four axes, none of them empty."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if len(x.shape) != 4 or 0 in x.shape:
             raise ValueError(
@@ -15,7 +15,7 @@ def check_ranks(q, k, v) -> None:
 
 
 def check_rule(heads: int, kv_heads: int, scale: float, chunk: int | None, mask) -> None:
-    """The numbers that say which keys a query sees, and how."""
+    """Raises for numbers of heads, a scale, a chunk or a mask that cannot be."""
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads must be a multiple of {kv_heads} key heads.")
     if chunk is not None and chunk < 1:
@@ -27,14 +27,14 @@ def check_rule(heads: int, kv_heads: int, scale: float, chunk: int | None, mask)
 
 
 def take_mask(options: dict) -> Mask:
-    """Takes `causal`, `chunk` and `mask` out of a call's options; the mask that they mean."""
+    """The mask that `causal`, `chunk` and `mask` mean, which are removed from a call's options."""
     causal, chunk = options.pop("causal", True), options.pop("chunk", None)
     mask = options.pop("mask", None)
     return make_mask(causal, chunk) if mask is None else mask
 
 
 def check_coords(**given) -> None:
-    """Each is (coords or None, rows, tokens)."""
+    """Raises unless each of (coords or None, rows, tokens) has coordinates [rows, tokens]."""
     for name, (coords, rows, tokens) in given.items():
         for x in coords or ():
             if x.shape != (rows, tokens):

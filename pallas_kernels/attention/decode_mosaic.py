@@ -71,11 +71,11 @@ from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized
 
 DEFAULT_CORES = 2  # multiprocessors to plan for where the device has none: the interpreter
-FEW_ROWS = 8  # a row and key head for so many multiprocessors: tasks of one row are alike
+FEW_ROWS = 8  # a row and key head for so many multiprocessors: tasks of one row are of one size
 
 
 class Tasks(NamedTuple):
-    """Steps `begin` to `end` of a row's blocks, for each task; none for those to spare."""
+    """The blocks of a row that each task reads, `begin` up to `end`; none for a spare task."""
 
     row: Int[Array, "N"]
     begin: Int[Array, "N"]
@@ -93,8 +93,8 @@ class BlockMask(NamedTuple):
     """What a block of keys that needs a mask does with its scores and values.
 
     Attributes:
-        scores: (step, scores) -> the same, hidden where the rule forbids.
-        values: (step, x) -> the same with zeros for padding: NaN survives a probability of 0.
+        scores: (step, scores) -> scores, MASKED where a query does not see the key.
+        values: (step, x) -> x with zeros for padding: NaN survives a probability of 0.
         padding: which queries are padding.
     """
 
@@ -167,7 +167,7 @@ def decode_mosaic(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, con
 
 
 def _arrays(x) -> tuple:
-    """What TMA copies from: it takes keys in eights."""
+    """Arrays of a cache that TMA can copy: keys are padded to a multiple of 8."""
     arrays = (x.qvalue, x.scale) if isinstance(x, Quantized) else (x,)
     return tuple(pad_axis(array, 2, 8) for array in arrays)
 
@@ -255,7 +255,7 @@ def _kernel(
 
 
 def _join_warpgroups(warpgroup, parts, out_dR, lse_R, joined) -> None:
-    """The first of the two warpgroups puts both of their results together, in shared memory."""
+    """Merges the results of the two warpgroups in the first one, through shared memory."""
     outs, lse = parts
     width = outs[0].shape[0]
 

@@ -21,7 +21,7 @@ from pallas_kernels.quantized import Quantized, dequantize
 
 
 def config_for(case) -> Config:
-    """On GPUs large blocks, all of which are read: each is several launches, and none waits."""
+    """A config with blocks of fixed number on GPUs: large, as each is several launches."""
     if target().platform != "gpu":
         return Config()
     keys = GPU_BYTES // (8 * case.rows * case.kv_heads * case.head_dim)
@@ -65,7 +65,10 @@ def _in_rows(k, v, k_coords: Coords, table, block: int):
 
 
 def _in_pages(k, v, k_coords: Coords, table, block: int):
-    """The same of a pool: as many of a row's pages at a time as are a block."""
+    """A function of the index of a block of pages, and what there is in each block.
+
+    A block is as many of a row's pages as have `block` keys.
+    """
     at_once = max(1, min(table.shape[1], block // k.shape[2]))
     pages = pad_axis(table, 1, at_once)
     real = jnp.arange(pages.shape[1]) < table.shape[1]

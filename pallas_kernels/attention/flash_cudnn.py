@@ -24,7 +24,7 @@ LARGEST_HEAD = 128  # of GPUs before Hopper
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """cuDNN chooses its own sizes."""
+    """Nothing to configure: cuDNN chooses its own sizes."""
 
 
 def why_not(case) -> str | None:
@@ -76,7 +76,7 @@ def _length(case) -> int:
 
 
 def _rows(x: jax.Array, length: int) -> jax.Array:
-    """[B, S, ...] to [B * chunks, length, ...]."""
+    """Reshapes [B, S, ...] to [B * chunks, length, ...]."""
     return x.reshape(-1, length, *x.shape[2:])
 
 
@@ -108,7 +108,7 @@ def _cudnn(case, q_range: KeyRange, q, k, v):
 
 
 def _attention(lengths, interpret, scale: float, q, k, v):
-    """Of [rows, tokens, heads, head size]; interpreted, the same function of JAX's runs on XLA."""
+    """Attention of arrays [rows, tokens, heads, head size]; interpreted, JAX runs it on XLA."""
     return jax.nn.dot_product_attention(
         *(q, k, v),
         scale=scale,

@@ -1,6 +1,6 @@
 """Flash attention on TPUs, of tokens to themselves: the splash kernel that JAX ships.
 
-The kernel is causal by slot and keeps segments apart. That is the whole rule for tokens in order,
+The kernel is causal by slot and separates segments. That is the whole rule for tokens in order,
 once every run of one segment and chunk is a segment of its own.
 """
 
@@ -106,13 +106,13 @@ def _splash(case, config, q_range, k_coords, q, k, v):
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (q, k, v))
     attend = jax.vmap(_kernel(case, S + extra, *blocks))
     out, *lse = jax.tree.leaves(attend(q, k, v, _segments(case, q_range, extra)))
-    # Padding sees itself in the kernel, which may not meet a query that sees nothing.
+    # Padding sees itself in the kernel, which must not get a query that sees nothing.
     out = jnp.where(real[..., None], out[:, :, :S], 0)
     return out, jnp.where(real, lse[0][:, :, :S], -jnp.inf) if lse else None
 
 
 def _even_block(length: int, largest: int) -> int:
-    """The block that pads `length` least: of even parts of it, in whole lanes."""
+    """The size of equal blocks, up to `largest` and in whole lanes, that pads `length` least."""
     parts = -(-length // largest)
     return -(-length // (parts * LANES)) * LANES
 

@@ -51,7 +51,7 @@ class Config:
 
 
 def config_for(case) -> Config:
-    """Large blocks and loops of a fixed length on GPUs, where each step is several launches."""
+    """A config with large blocks and loops of fixed length on GPUs, else the default."""
     if target().platform != "gpu":
         return Config()
     rows = GPU_BYTES // (4 * case.rows * case.heads * GPU_BLOCK)
@@ -59,7 +59,7 @@ def config_for(case) -> Config:
 
 
 def power_of_two(size: int, most: int) -> int:
-    """The largest up to a size, between 64 and `most`."""
+    """The largest power of two up to `size`, but from 64 to `most`."""
     return max(64, min(most, 2 ** max(0, size.bit_length() - 1)))
 
 
@@ -104,14 +104,14 @@ def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class Queries(NamedTuple):
-    """A block of them, and what they see."""
+    """A block of queries, and the range of keys that each sees."""
 
     q: jax.Array  # [B, K, G, q, d]
     range: KeyRange
 
 
 class Keys(NamedTuple):
-    """A block of them."""
+    """A block of keys and values with their coordinates."""
 
     k: jax.Array  # [B, K, t, d]
     v: jax.Array
@@ -126,12 +126,12 @@ def _scores(scale: float, queries: Queries, keys: Keys):
 
 
 def _seen(allowed: jax.Array, x_BKtd: jax.Array) -> jax.Array:
-    """Zeros for keys that no query sees: their NaN would survive a product with 0."""
+    """x with zeros for keys that no query sees: their NaN would survive a product with 0."""
     return jnp.where(allowed.any((2, 3))[..., None], x_BKtd, 0)
 
 
 def _seeing(allowed: jax.Array, x_BKGqd: jax.Array) -> jax.Array:
-    """Zeros for queries that see no key."""
+    """x with zeros for queries that see no key."""
     return jnp.where(allowed.any(4)[..., None], x_BKGqd, 0)
 
 

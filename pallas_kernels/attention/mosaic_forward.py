@@ -168,7 +168,7 @@ def _attend(mma, scale, q_qd, p_2qt, k_ring, v_ring, turns, warpgroup, order, ma
     A step multiplies by its keys and, behind that, by the values of the step before it.
     """
     mine, other = turns.at[warpgroup], turns.at[1 - warpgroup]
-    steps = jnp.maximum(order.steps, 1)  # the mask hides all of a block that nobody sees
+    steps = jnp.maximum(order.steps, 1)  # a block that no query sees is masked whole
 
     def p_at(t):
         return p_2qt.at[lax.rem(t, 2)]

@@ -83,7 +83,7 @@ def apply_mask(x: jax.Array, fill: float, q: KeyRange, k: Coords, q_axis: int) -
 
 
 def real_keys(segments: Any, begin: jax.Array) -> Callable:
-    """Which keys are no padding, for `CleanFill`: of a row's segments, from slot `begin` on."""
+    """A function for `CleanFill`: whether keys are real, from a row's slot `begin` on."""
 
     def real(start):
         return load_tokens(segments.at[pl.ds(begin + start, WARPGROUP)], ROWS) != 0
@@ -92,9 +92,9 @@ def real_keys(segments: Any, begin: jax.Array) -> Callable:
 
 
 class CleanFill:
-    """Fills steps of a ring with tokens of which some hold anything, also NaN.
+    """Fills steps of a ring of buffers with tokens, of which padding may hold NaN.
 
-    What they hold is multiplied by a probability of 0, and 0 times NaN is NaN. So the thread that
+    Padding is multiplied by a probability of 0, and 0 times NaN is NaN. So the thread that
     copies a step puts zeros in their place before it hands the step on.
     """
 
@@ -107,7 +107,7 @@ class CleanFill:
         return plgpu.Barrier(num_arrivals=len(buffers))
 
     def fill(self, step: jax.Array, sources: tuple, clean: jax.Array, real: Callable) -> None:
-        """As `ring.fill`.
+        """Fills a step of the ring as `Ring.fill` does, with zeros for tokens that are not kept.
 
         Args:
             clean: whether nothing has to be replaced, which costs nothing.
