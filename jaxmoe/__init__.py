@@ -11,7 +11,14 @@ print(jaxmoe.generate_text(config, params, tokenizer, "In the beginning", max_ne
 from importlib import metadata
 
 from jaxmoe.checkpoint.store import load, save
-from jaxmoe.config import MAVERICK, SCOUT, LayerKind, Llama4Config, RopeScaling
+from jaxmoe.config import (
+    MAVERICK,
+    SCOUT,
+    AttentionSpec,
+    LayerKind,
+    Llama4Config,
+    RopeScaling,
+)
 from jaxmoe.errors import UserError
 from jaxmoe.generation.document import Document
 from jaxmoe.generation.engine import Request, Token, generate
@@ -28,6 +35,7 @@ __version__ = metadata.version("jaxmoe")
 __all__ = [
     "MAVERICK",
     "SCOUT",
+    "AttentionSpec",
     "Document",
     "LayerKind",
     "Llama4",

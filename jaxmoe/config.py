@@ -7,20 +7,43 @@ import dataclasses
 from typing import Literal
 
 from jaxmoe.errors import UserError
+from pallas_kernels.attention import CAUSAL, Mask, make_mask
 
 Attention = Literal["local", "global"]
 FeedForward = Literal["moe", "dense"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """What a layer's attention is.
+
+    The mask says which cache the layer keeps, too: a ring where a query sees so many positions at
+    most, otherwise the full sequence.
+
+    Attributes:
+        mask: which keys a query sees; a subclass of `Mask` may say anything.
+        rope: rotates queries and keys by their position; without it positions are unknown (NoPE).
+        qk_norm: normalizes queries and keys after the rotation.
+        temperature: scales queries by their position (`Llama4Config.attn_scale`).
+    """
+
+    mask: Mask = CAUSAL
+    rope: bool = True
+    qk_norm: bool = False
+    temperature: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
     """What one decoder layer is.
 
-    `local`: rotary positions, attention within one chunk, QK norm where the model has it.
-    `global`: no positions (NoPE), full causal attention, temperature on the queries.
+    Attributes:
+        attention: "local" (rotary, within one chunk, QK norm where the model has it), "global"
+            (NoPE, causal, temperature), or a spec of another kind, which no `config.json` can say.
+        feed_forward: "moe" or "dense".
     """
 
-    attention: Attention
+    attention: Attention | AttentionSpec
     feed_forward: FeedForward
 
 
@@ -107,10 +130,19 @@ class Llama4Config:
         """How many decoder layers there are."""
         return len(self.layers)
 
+    def attention_spec(self, kind: LayerKind) -> AttentionSpec:
+        """What the attention of a layer of some kind is."""
+        if isinstance(kind.attention, AttentionSpec):
+            return kind.attention
+        if kind.attention == "global":
+            return AttentionSpec(rope=False, temperature=True)
+        mask = make_mask(chunk=self.attention_chunk_size)
+        return AttentionSpec(mask=mask, qk_norm=self.use_qk_norm)
+
     @property
-    def has_local_ring(self) -> bool:
-        """Whether local layers can keep one chunk instead of the whole sequence."""
-        return self.attention_chunk_size is not None
+    def attention_specs(self) -> tuple[AttentionSpec, ...]:
+        """What the attention of each layer is, first to last."""
+        return tuple(self.attention_spec(kind) for kind in self.layers)
 
 
 def layer_kinds(

@@ -140,10 +140,13 @@ def to_hf(config: Llama4Config, dtype: str) -> dict[str, Any]:
     Args:
         config: any configuration.
         dtype: the name of the weights' dtype, such as `bfloat16`.
+
+    Raises:
+        UserError: for a layer whose attention is neither local nor global.
     """
     copied = TEXT_KEYS & set(Llama4Config.__dataclass_fields__) - {"rope_scaling"}
     scaling = config.rope_scaling
-    names = {attention: name for name, attention in ATTENTION_NAMES.items()}
+    types = [_layer_type(i, kind) for i, kind in enumerate(config.layers)]
     nope = [kind.attention == "global" for kind in config.layers]
     moe = [kind.feed_forward == "moe" for kind in config.layers]
     intervals = {  # in addition to the lists, for readers that only know the rules
@@ -157,7 +160,7 @@ def to_hf(config: Llama4Config, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         **{key: interval for key, interval in intervals.items() if interval},
         "no_rope_layers": [int(not flag) for flag in nope],  # 1: the layer is rotary
-        "layer_types": [names[kind.attention] for kind in config.layers],
+        "layer_types": types,
         "moe_layers": [i for i, flag in enumerate(moe) if flag],
         "rope_scaling": {"rope_type": "llama3", **vars(scaling)} if scaling else None,
         "eos_token_id": list(config.eos_token_ids),
@@ -165,6 +168,16 @@ def to_hf(config: Llama4Config, dtype: str) -> dict[str, Any]:
         "attention_bias": False,
         "torch_dtype": dtype,
     }
+
+
+def _layer_type(index: int, kind: LayerKind) -> str:
+    for name, attention in ATTENTION_NAMES.items():
+        if kind.attention == attention:
+            return name
+    raise UserError(
+        f"layer {index} has the attention {kind.attention}, for which config.json has no name; "
+        "write the model with its layers 'local' or 'global'."
+    )
 
 
 def _interval(flags: list[bool]) -> int | None:

@@ -180,12 +180,12 @@ def activation_axes(mesh, logical: str | None, size: int) -> tuple[str, ...]:
 
 def activation_spec(mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """The sharding of an activation or cache array, from its logical axes and shape."""
-    return spread_spec(
+    return sharded_spec(
         mesh, *(activation_axes(mesh, axis, size) for axis, size in zip(axes, shape, strict=True))
     )
 
 
-def spread_spec(mesh, *dimensions: tuple[str, ...]) -> PartitionSpec:
+def sharded_spec(mesh, *dimensions: tuple[str, ...]) -> PartitionSpec:
     """The PartitionSpec of dimensions that are sharded over mesh axes, in jit's canonical form.
 
     The form is that of compiled programs' outputs: without axes of one device, tuples of one axis
@@ -200,7 +200,7 @@ def spread_spec(mesh, *dimensions: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def spread_axes(logical: str) -> tuple[str, ...]:
+def sharded_axes(logical: str) -> tuple[str, ...]:
     """The axes of the current mesh, of more than one device, that shard a parameter's axis."""
     mesh = current_mesh()
     return () if mesh is None else tuple(axis for axis in RULES[logical] if mesh.shape[axis] > 1)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.benchmarks.attention.cases import CHUNK, HEADS, KV_HEADS
-from pallas_kernels.attention import Coords, coords_of, decode_attention, flash_attention, reach
+from pallas_kernels.attention import CAUSAL, Coords, coords_of, decode_attention, flash_attention
 from pallas_kernels.attention.decode import DecodeCase
 from pallas_kernels.attention.decode_config import (
     STORED,
@@ -95,9 +95,9 @@ def _backward(head_dim: int) -> Problem:
     )
 
     def call(config, q_coords, k_coords, saved, d_out, d_lse):
-        q_reach = reach(q_coords, causal=True, chunk=None)
+        q_range = CAUSAL.key_range(q_coords)
         options = {"scale": head_dim**-0.5, "config": config, "interpret": None}
-        return flash_backward(saved, d_out, d_lse, q_reach, k_coords, **options)
+        return flash_backward(saved, d_out, d_lse, q_range, k_coords, **options)
 
     q, k, v = _qkv(head_dim)
     lse = _shaped(*q.shape[:3], dtype=jnp.float32)

@@ -39,9 +39,9 @@ from jaxmoe.model.params import (
     ParamSpec,
     named_params,
     named_specs,
-    place,
     unflatten_params,
     unpadded,
+    with_shardings,
 )
 from jaxmoe.model.vision_params import vision_specs
 from pallas_kernels.quantized import QuantizedMatrix
@@ -341,7 +341,7 @@ def _placed(checkpoint: Checkpoint, arrays: dict[str, StoredArray], mesh, dtype:
             leaves.append(QuantizedMatrix(qvalue, scale, format))  # pyrefly: ignore  # shapes
         else:
             leaves.append(shape(name, dtype))
-    return place(checkpoint.config, unflatten_params(checkpoint.config, leaves), mesh)
+    return with_shardings(checkpoint.config, unflatten_params(checkpoint.config, leaves), mesh)
 
 
 def _in_order(checkpoint: Checkpoint, arrays: dict[str, StoredArray]) -> list[StoredArray]:

@@ -20,7 +20,7 @@ from jaxmoe.eval.logits import token_logits
 from jaxmoe.files.outputs import check_writable, write_json
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
-from jaxmoe.model.cache import FORMATS
+from jaxmoe.model.kv_cache import FORMATS
 from jaxmoe.model.params import abstract_params, quantize_params
 from pallas_kernels.quantized import LARGEST
 

@@ -20,7 +20,7 @@ from jaxmoe.generation.engine import ERROR, Request, fit_context, generate
 from jaxmoe.generation.sampling import sampling_of
 from jaxmoe.generation.saved_document import document_length, load_document
 from jaxmoe.generation_config import FILE, read_generation_config
-from jaxmoe.model.cache import FORMATS
+from jaxmoe.model.kv_cache import FORMATS
 from jaxmoe.text import StreamDecoder, render
 
 

@@ -18,7 +18,7 @@ from jaxmoe.cli.terminal import task_progress
 from jaxmoe.errors import UserError
 from jaxmoe.files.workspace import workspace_path
 from jaxmoe.generation import document, saved_document
-from jaxmoe.model.cache import FORMATS
+from jaxmoe.model.kv_cache import FORMATS
 from jaxmoe.parsing import MAX_TEXT_BYTES, read_text
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.document import SEGMENT, check_length, new_document, read
-from jaxmoe.model.cache import init_cache, round_capacity
+from jaxmoe.model.kv_cache import init_cache, round_capacity
 from jaxmoe.model.transformer import forward, positions_of, unembed
 
 UNEMBED_TOKENS = 1024  # tokens of all rows whose logits are on the device at once

@@ -10,15 +10,15 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.model.cache import (
+from jaxmoe.model.kv_cache import (
     Cache,
     LayerCache,
+    Pool,
     capacity_of,
     init_cache,
     keeps_ring,
     round_capacity,
 )
-from jaxmoe.model.pages import Pool
 from jaxmoe.model.transformer import forward
 
 SEGMENT = 2048  # tokens read at once
@@ -103,29 +103,29 @@ class Bookmark(NamedTuple):
     """What a cache loses when tokens are added: local layers overwrite, global layers append."""
 
     length: int
-    pool: Pool
+    pools: tuple[Pool, ...]  # but that of the full cache
     rings: tuple[LayerCache, ...]
 
 
 def bookmark(config: Llama4Config, document: Document) -> Bookmark:
     """A copy of the local layers' part, to come back to."""
     cache = document.cache
-    kept = (cache.ring, _rings(config, cache))
+    kept = (cache.pools[1:], _rings(config, cache))
     return Bookmark(document.length, *jax.tree.map(jnp.copy, kept))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def rewind(config: Llama4Config, cache: Cache, place: Bookmark) -> Cache:
     """The cache as it was at the bookmark; nothing of later tokens can be seen any more."""
-    position, segment = cache.log.coords
-    coords = cache.log.coords._replace(segment=jnp.where(position < place.length, segment, 0))
+    position, segment = cache.full.coords
+    coords = cache.full.coords._replace(segment=jnp.where(position < place.length, segment, 0))
     rings = iter(place.rings)
     layers = tuple(
         next(rings) if keeps_ring(config, kind) else layer
         for kind, layer in zip(config.layers, cache.layers, strict=True)
     )
     length = jnp.full_like(cache.length, place.length)
-    return Cache(layers, place.pool, cache.log._replace(coords=coords), length)
+    return Cache(layers, (cache.full._replace(coords=coords), *place.pools), length)
 
 
 def _rings(config: Llama4Config, cache: Cache) -> tuple[LayerCache, ...]:

@@ -19,7 +19,7 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.document import Document, bookmark, rewind
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling, request_hash, sample
-from jaxmoe.model.cache import (
+from jaxmoe.model.kv_cache import (
     Cache,
     init_cache,
     pages_a_group,

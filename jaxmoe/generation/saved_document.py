@@ -33,11 +33,12 @@ from jaxmoe.files.atomic import writable
 from jaxmoe.files.workspace import Resumable
 from jaxmoe.generation.document import SEGMENT, Document, check_length, new_document, read
 from jaxmoe.mesh import current_mesh
-from jaxmoe.model.cache import (
+from jaxmoe.model.kv_cache import (
     PAGE,
     Cache,
+    cache_kind,
+    cache_kinds,
     init_cache,
-    keeps_ring,
     keys_spec,
     plan_writes,
     pool_spec,
@@ -52,11 +53,19 @@ INTERVAL = 65_536  # tokens between two saves, about
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Keys, values or their scales of one layer."""
+    """Keys, values or their scales of one layer.
+
+    Attributes:
+        name: of the array on disk.
+        is_full: whether the layer keeps the full sequence; otherwise a ring.
+        table: of the pages that the row has, in the layer's pool.
+        keys: an array, or its shape and dtype.
+    """
 
     name: str
-    spread: bool  # over the `slots` axis, as global layers are; else it is a ring
-    keys: Any  # an array, or its shape and dtype
+    is_full: bool
+    table: Any
+    keys: Any
 
 
 def read_document(
@@ -234,7 +243,7 @@ def _create(config, document: Document, length: int, interval: int, writer: Writ
     arrays = {}
     for part in _parts(config, document.cache):
         pages, *page = shape = _stored_shape(part, document.cache, length)
-        block = min(pages, interval // PAGE) if part.spread else pages
+        block = min(pages, interval // PAGE) if part.is_full else pages
         arrays[part.name] = writer.create(
             part.name, shape, part.keys.dtype, (block, *page), (1, *page)
         )
@@ -245,29 +254,30 @@ def _create(config, document: Document, length: int, interval: int, writer: Writ
 
 
 def _parts(config: Llama4Config, cache: Cache) -> list[_Part]:
-    parts = []
-    for i, (kind, layer) in enumerate(zip(config.layers, cache.layers, strict=True)):
+    parts, kinds = [], cache_kinds(config)
+    for i, (spec, layer) in enumerate(zip(config.attention_specs, cache.layers, strict=True)):
         for path, keys in jax.tree.leaves_with_path(layer):
             name = ".".join(["layers", str(i), *(entry.name for entry in path)])
-            parts.append(_Part(name, not keeps_ring(config, kind), keys))
+            pool = cache.pools[kinds.index(cache_kind(spec))]
+            parts.append(_Part(name, cache_kind(spec).sharded, pool.table, keys))
     return parts
 
 
 def _stored_shape(part: _Part, cache: Cache, length: int) -> tuple[int, ...]:
     """The shape on disk of a part: the pages of the whole text, or of a ring."""
-    pages = -(-length // PAGE) if part.spread else cache.ring.table.shape[2]
+    pages = -(-length // PAGE) if part.is_full else part.table.shape[2]
     return (pages, *part.keys.shape[1:])
 
 
 def _save_pages(config, document: Document, start: int, interval: int, arrays, writer) -> None:
     """Writes the pages of the tokens from `start` on, which begins a page."""
-    shards = document.cache.log.table.shape[0]
+    shards = document.cache.full.table.shape[0]
     first, stop = start // PAGE, -(-document.length // PAGE)
     column, count = first // shards, interval // (PAGE * shards) + 2
     for part in _parts(config, document.cache):
-        if not part.spread:
+        if not part.is_full:
             continue
-        found = np.asarray(_columns(True, count, document.cache.log.table, part.keys, column))
+        found = np.asarray(_columns(True, count, part.table, part.keys, column))
         in_order = np.swapaxes(found, 0, 1).reshape(-1, *found.shape[2:])
         data = in_order[first - column * shards :][: stop - first]
         writer.write([(arrays[part.name], (slice(first, stop),), np.ascontiguousarray(data))])
@@ -276,10 +286,10 @@ def _save_pages(config, document: Document, start: int, interval: int, arrays, w
 
 def _save_rings(config: Llama4Config, document: Document, arrays, writer: Writer) -> None:
     """Writes what the next token may see of local layers: the begun chunk; the rest is zeros."""
-    table = document.cache.ring.table
     for part in _parts(config, document.cache):
-        if part.spread:
+        if part.is_full:
             continue
+        table = part.table
         data = np.array(_columns(False, table.shape[2], table, part.keys, 0)[0])
         columns, _, page = data.shape[:3]
         slot = np.arange(columns * page).reshape(columns, page)
@@ -288,7 +298,7 @@ def _save_rings(config: Llama4Config, document: Document, arrays, writer: Writer
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _columns(spread: bool, count: int, table, keys, first):
+def _columns(sharded: bool, count: int, table, keys, first):
     """Pages [shards, count, K, t, ...] of the only row from a column of its tables on."""
 
     def body(table, keys):
@@ -298,8 +308,8 @@ def _columns(spread: bool, count: int, table, keys, first):
     mesh = current_mesh()
     if mesh is None:
         return body(table, keys)
-    pages, heads = (*keys_spec(mesh, 1, spread, keys), None, None)[:2]
-    specs = (pool_spec(mesh, 1, spread).table, PartitionSpec(pages, heads))
+    pages, heads = (*keys_spec(mesh, 1, sharded, keys), None, None)[:2]
+    specs = (pool_spec(mesh, 1, sharded).table, PartitionSpec(pages, heads))
     return meshes.per_device(body, specs, PartitionSpec(pages, None, heads))(table, keys)
 
 
@@ -324,21 +334,21 @@ def _restore(
             part.name, _stored_shape(part, planned, length), (part.keys.dtype.name,)
         )
         for part in _parts(config, planned)
-        if part.spread or rings
+        if part.is_full or rings
     }
     empty = make()
-    parts, shards, keys, done = _parts(config, empty), empty.log.table.shape[0], [], 0
+    parts, shards, keys, done = _parts(config, empty), empty.full.table.shape[0], [], 0
     total = sum(part.keys.nbytes for part in parts)
     for part in parts:
         loaded = part.keys
         if part.name in arrays:
             pages = _stored_shape(part, empty, length)[0]
-            loaded = _load(part, arrays[part.name], pages, shards if part.spread else 1)
+            loaded = _load(part, arrays[part.name], pages, shards if part.is_full else 1)
         keys.append(loaded)
         done += loaded.nbytes
         progress(done, total)
     layers = jax.tree.unflatten(jax.tree.structure(empty.layers), keys)
-    return Document(_admit(empty._replace(layers=layers), length), length)
+    return Document(_admit(config, empty._replace(layers=layers), length), length)
 
 
 def _load(part: _Part, array: StoredArray, pages: int, shards: int) -> jax.Array:
@@ -359,8 +369,8 @@ def _load(part: _Part, array: StoredArray, pages: int, shards: int) -> jax.Array
     return jax.make_array_from_callback(shape, place, share)
 
 
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def _admit(cache: Cache, length: int) -> Cache:
+@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=1)
+def _admit(config: Llama4Config, cache: Cache, length: int) -> Cache:
     """The cache with pages and coordinates of the text's tokens."""
     position = jnp.arange(length, dtype=jnp.int32)[None]
-    return plan_writes(cache, Coords(position, jnp.ones_like(position)))[1]
+    return plan_writes(config, cache, Coords(position, jnp.ones_like(position)))[1]

@@ -20,19 +20,19 @@ from jaxtyping import Array, Float
 
 from jaxmoe import mesh as meshes
 from jaxmoe.config import LayerKind, Llama4Config
-from jaxmoe.model.attention import Step, merge_over_devices
-from jaxmoe.model.cache import (
+from jaxmoe.model.attention import Step
+from jaxmoe.model.kv_cache import (
     PAGE,
     Cache,
     LayerCache,
-    keeps_ring,
+    cache_kind,
     keys_spec,
     pool_spec,
-    ring_page,
     row_groups,
 )
 from jaxmoe.model.moe import RouterStats, choose, exchange_way, router_stats
 from jaxmoe.model.params import layer_specs, map_arrays
+from jaxmoe.model.sequence import merge_over_devices
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention import Coords, decode_attention
 from pallas_kernels.mosaic import why_not_hopper
@@ -55,7 +55,7 @@ MOST_COLUMNS = 24  # query heads that share a key head
 
 
 class Residual(NamedTuple):
-    """Activations between layers, and what is still to be added to them."""
+    """The residual stream between layers, as a sum of two terms that is not yet taken."""
 
     x: Float[Array, "B 1 D"]
     more: Float[Array, "C D"] | None  # float32; of each device's rows
@@ -64,7 +64,7 @@ class Residual(NamedTuple):
 def final_norm(
     config: Llama4Config, interpret: Any, weight: Float[Array, "D"], residual: Residual
 ) -> Float[Array, "B 1 D"]:
-    """What follows the last layer."""
+    """The last residual sum and the final norm."""
 
     def body(weight, residual):
         x = residual.x[:, 0]
@@ -74,14 +74,14 @@ def final_norm(
     mesh = meshes.current_mesh()
     if mesh is None:
         return body(weight, residual)
-    of_rows = _of_rows(mesh, residual)
-    return meshes.per_device(body, (PartitionSpec(), of_rows), of_rows)(weight, residual)
+    row_spec = _row_spec(mesh, residual)
+    return meshes.per_device(body, (PartitionSpec(), row_spec), row_spec)(weight, residual)
 
 
 def why_not_fused(
     config: Llama4Config, params: dict, x, cache: Cache | None, interpret: Any = None
 ) -> str | None:
-    """Why a step does not run as kernels here, or None. Known when a step is traced.
+    """Why the kernels of this module do not serve a step, or None; known while tracing.
 
     Args:
         x: the embedded tokens [B, S, D], or a ShapeDtypeStruct.
@@ -103,17 +103,22 @@ def why_not_fused(
 def why_not_sizes(
     config: Llama4Config, tensor: int, rows: int, dtype: str = "bfloat16"
 ) -> str | None:
-    """Why the kernels do not take a model, or None.
+    """Why the kernels of this module do not take a model's sizes, or None.
 
     Args:
-        tensor: devices that heads and feed-forward widths are spread over.
-        rows: of a device.
-        dtype: of activations.
+        tensor: devices that heads and feed-forward widths are sharded over.
+        rows: the batch's rows on one device.
+        dtype: the name of the activations' dtype.
     """
     group = config.num_attention_heads // config.num_key_value_heads
     if config.head_dim != HEAD_DIM or group > MOST_COLUMNS or config.num_experts_per_tok != 1:
         return f"it takes heads of {HEAD_DIM}, up to {MOST_COLUMNS} a key head, and one expert"
-    if not config.has_local_ring or ring_page(config) != PAGE:
+    specs = set(config.attention_specs)
+    if any(spec.mask.span is None if spec.rope else spec.qk_norm for spec in specs):
+        return "it takes rotary layers with a ring, and others without a norm of queries and keys"
+    if any(spec.rope and spec.temperature for spec in specs):
+        return "it takes no layers with both rotation and temperature"
+    if any(cache_kind(spec).page % PAGE for spec in specs):
         return f"it takes chunks that are multiples of {PAGE} tokens"
     experts = config.num_local_experts
     if experts % 8 or (experts > 32 and experts % 64):  # what TMA cuts the router into
@@ -135,18 +140,17 @@ def decode_layer(
     step: Step,
     cache: LayerCache,
 ) -> tuple[Residual, LayerCache, RouterStats | None]:
-    """One layer, on each device's part of the rows, heads and widths."""
+    """One decoder layer; each device computes its part of the rows, heads and widths."""
     mesh = meshes.current_mesh()
     if mesh is not None and meshes.axis_size(mesh, "embed") > 1:
         p, _ = lax.optimization_barrier(
             (p, residual)
         )  # or all layers' weights are gathered at once
-    spread = not keeps_ring(config, kind)
-    held: Any = step.cache  # `why_not_fused` wants a cache
-    pool, places = (held.log, held.writes.log) if spread else (held.ring, held.writes.ring)
+    held: Any = step.cache  # `why_not_fused` asks for a cache
     real = step.tokens.own.segment != 0
     body = functools.partial(_layer, config, kind, interpret)
-    arguments = (p, residual, step.tokens.own, step.rope, step.temperature, pool, places, cache)
+    of_tokens = (step.tokens.own, step.rope, step.temperature)
+    arguments = (p, residual, *of_tokens, held.pool, held.index, cache)
     if mesh is None:
         residual, cache, routing = body(*arguments)
     else:
@@ -159,31 +163,31 @@ def decode_layer(
 
 
 def _specs(config: Llama4Config, kind: LayerKind, mesh, arguments) -> tuple:
-    """Where the arguments and results of `_layer` lie."""
+    """PartitionSpecs of the arguments and results of `_layer`."""
     p, residual, *_, cache = arguments
-    rows, spread = residual.x.shape[0], not keeps_ring(config, kind)
-    of_rows = _of_rows(mesh, residual)
-    pool = pool_spec(mesh, rows, spread)
-    cache_spec = jax.tree.map(functools.partial(keys_spec, mesh, rows, spread), cache)
+    rows, sharded = residual.x.shape[0], cache_kind(config.attention_spec(kind)).sharded
+    row_spec = _row_spec(mesh, residual)
+    pool = pool_spec(mesh, rows, sharded)
+    cache_spec = jax.tree.map(functools.partial(keys_spec, mesh, rows, sharded), cache)
     specs = layer_specs(config, kind)
     p_spec = map_arrays(lambda w, axes: meshes.param_spec_at_use(axes), specs, p)
-    in_specs = (p_spec, *(of_rows,) * 4, pool, pool.table, cache_spec)
-    return in_specs, (of_rows, cache_spec, of_rows)
+    in_specs = (p_spec, *(row_spec,) * 4, pool, pool.table, cache_spec)
+    return in_specs, (row_spec, cache_spec, row_spec)
 
 
-def _of_rows(mesh, residual: Residual) -> PartitionSpec:
-    return meshes.spread_spec(mesh, meshes.activation_axes(mesh, "batch", residual.x.shape[0]))
+def _row_spec(mesh, residual: Residual) -> PartitionSpec:
+    return meshes.sharded_spec(mesh, meshes.activation_axes(mesh, "batch", residual.x.shape[0]))
 
 
 def _layer(
-    config, kind, interpret, p, residual, own: Coords, rope, temperature, pool, places, cache
+    config, kind, interpret, p, residual, own: Coords, rope, temperature, pool, index, cache
 ):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), but for the last sum."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), with its sum left to the next."""
     eps, run = config.rms_norm_eps, {"interpret": interpret}
     rows = residual.x.shape[0]
     x = residual.x.reshape(rows, -1)
     x, normed = add_rms_norm(x, residual.more, p["attention_norm"], eps, **run)
-    plan = _head_plan(kind, rope, temperature, places)
+    plan = _head_plan(rope, temperature, index)
     out, cache = _attention(config, kind, run, p["attention"], normed, own, plan, pool, cache)
     x, normed = add_rms_norm(x, out, p["feed_forward_norm"], eps, **run)
     if kind.feed_forward == "moe":
@@ -193,21 +197,22 @@ def _layer(
     return Residual(x[:, None], out), cache, routing
 
 
-def _head_plan(kind: LayerKind, rope, temperature, places) -> HeadPlan:
-    """Rotation on local layers, temperature on global ones, and where the tokens go."""
-    place = places[0, :, 0]
-    if kind.attention == "local":
+def _head_plan(rope, temperature, index) -> HeadPlan:
+    """The tokens' rotation or temperature, and where they go in the cache."""
+    cos = sin = None
+    if rope is not None:
         cos, sin = (pad_axis(jnp.repeat(x[:, 0], 2, axis=-1), 0, MAX_TOKENS) for x in rope)
-        return HeadPlan(cos, sin, None, place)
-    return HeadPlan(None, None, pad_axis(temperature[:, 0], 0, MAX_TOKENS), place)
+    if temperature is not None:
+        temperature = pad_axis(temperature[:, 0], 0, MAX_TOKENS)
+    return HeadPlan(cos, sin, temperature, index[0, :, 0])
 
 
 def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pool, cache):
     """The output projection's sum over devices, float32, and the cache with the new tokens."""
-    local = kind.attention == "local"
+    spec = config.attention_spec(kind)
     D, heads, d = p["q"].shape
     qkv = matmul_few(x, tuple(p[name].reshape(D, -1) for name in "qkv"), parts=None, **run)
-    norm_eps = config.rms_norm_eps if local and config.use_qk_norm else None
+    norm_eps = config.rms_norm_eps if spec.qk_norm else None
     q, *cache = write_heads(qkv, plan, *cache, heads=heads, norm_eps=norm_eps, **run)
     cache = LayerCache(*cache)
     out, lse = decode_attention(
@@ -217,18 +222,18 @@ def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pool, cache
         pool.coords,
         table=pool.table[0],
         scale=d**-0.5,
-        chunk=config.attention_chunk_size if local else None,
+        mask=spec.mask,
         return_lse=True,
         **run,
     )
-    if not local:
+    if cache_kind(spec).sharded:
         out = merge_over_devices(out, lse)
     out = matmul_few(out.reshape(len(x), -1), (p["o"].reshape(-1, D),), **run)[0]
     return _sum_over(out, "heads"), cache
 
 
 def _moe(config: Llama4Config, run, p, x, real):
-    """The experts' and the shared expert's sum over devices, float32; routing and what came."""
+    """The experts' output summed over devices, float32; the routing and the tokens served."""
     E, here = config.num_local_experts, p["experts"]["down"].shape[0]
     logits = jnp.sum(matmul_few(x, (p["router"],), parts=None, **run), axis=0)[: len(x)]
     routing = choose(config, logits.astype(x.dtype)[:, None], real)
@@ -244,7 +249,7 @@ def _moe(config: Llama4Config, run, p, x, real):
 
 
 def _dense(run, p, x):
-    """A dense layer is a shared expert alone."""
+    """A dense layer, as a shared expert without routed ones."""
     no_expert = jnp.full(len(x), -1, jnp.int32)
     slots, score = jnp.zeros(1, jnp.int32), jnp.ones(len(x))
     hidden = experts_gate_up(x, None, (p["gate"], p["up"]), no_expert, score, slots, **run)
@@ -252,6 +257,6 @@ def _dense(run, p, x):
 
 
 def _sum_over(x: jax.Array, *logical: str) -> jax.Array:
-    """One all-reduce over the devices that the logical axes are spread over."""
-    axes = tuple(axis for name in logical for axis in meshes.spread_axes(name))
+    """One all-reduce over the devices that the logical axes are sharded over."""
+    axes = tuple(axis for name in logical for axis in meshes.sharded_axes(name))
     return lax.psum(x, axes) if axes else x

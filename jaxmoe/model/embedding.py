@@ -1,4 +1,4 @@
-"""Tokens to vectors and vectors to logits, with the vocabulary spread over the mesh.
+"""Tokens to vectors and vectors to logits, with the vocabulary sharded over the mesh.
 
 Where the mesh does not divide the vocabulary, V here is more than `vocab_size`: no token has the
 rest of the table, and logits end before it.
@@ -14,7 +14,7 @@ from jaxmoe.model.layers import linear
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-    """Rows of the table; each device looks up the tokens of its part of the vocabulary."""
+    """Each token's row of the table, from the device that has its part of the vocabulary."""
     mesh = meshes.current_mesh()
     if mesh is None:
         return table[tokens]
@@ -23,8 +23,8 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array,
     def body(table, tokens):
         index = tokens - lax.axis_index(vocab) * table.shape[0]
         here = (index >= 0) & (index < table.shape[0])
-        found = table[jnp.where(here, index, 0)]
-        return lax.psum(jnp.where(here[..., None], found, 0), vocab)
+        rows = table[jnp.where(here, index, 0)]
+        return lax.psum(jnp.where(here[..., None], rows, 0), vocab)
 
     out_spec = meshes.activation_spec(mesh, ("batch", "length", None), (*tokens.shape, 1))
     token_spec = meshes.activation_spec(mesh, ("batch", "length"), tokens.shape)
@@ -35,7 +35,7 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array,
 def unembed(
     config: Llama4Config, params: dict, hidden: Float[Array, "*batch D"]
 ) -> Float[Array, "*batch vocab"]:
-    """Logits of the vocabulary, float32."""
+    """Logits [..., vocab] in float32."""
     if config.tie_word_embeddings:
         table = meshes.constrain_param(params["embed"], ("vocab", "embed"))
         logits = linear("...D,VD->...V", hidden, table)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import Llama4Config, RopeScaling
 from jaxmoe.model.quantized import quantized_linear
+from pallas_kernels.attention import Mask
 from pallas_kernels.quantized import QuantizedMatrix
 
 
@@ -21,7 +22,7 @@ def linear(
     w: Float[Array, "..."] | QuantizedMatrix,
     head_dim: int | None = None,
 ) -> Float[Array, "..."]:
-    """An einsum with float32 sums, rounded to the dtype of `x`.
+    """The einsum of `x` and a weight with float32 sums, rounded to the dtype of `x`.
 
     Args:
         head_dim: of the heads that `w` makes; needed where it is quantized.
@@ -48,7 +49,7 @@ def rms_norm(
 
 
 def swiglu(p: dict, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """down(silu(gate(x)) * up(x))."""
+    """The SwiGLU feed-forward layer down(silu(gate(x)) * up(x))."""
     hidden = jax.nn.silu(linear("BSD,DF->BSF", x, p["gate"]))
     return linear("BSF,FD->BSD", hidden * linear("BSD,DF->BSF", x, p["up"]), p["down"])
 
@@ -56,7 +57,7 @@ def swiglu(p: dict, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
 def rope_frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> Float[Array, "half"]:
-    """Angle per position of each pair of dimensions, float32.
+    """The angle in radians, a position, of each pair of a head's dimensions, float32.
 
     `theta ** (-2m / head_dim)`, and with `llama3` scaling divided by `factor` where the wavelength
     exceeds `original / low`, unchanged below `original / high`, and a ramp between the two, which
@@ -76,15 +77,19 @@ def rope_frequencies(
 
 
 def rope_angles(
-    config: Llama4Config, positions: Int[Array, "B S"]
+    config: Llama4Config, mask: Mask, positions: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
-    """Cosine and sine of every rotation, from the position within the chunk.
+    """Cosine and sine of the rotation of each token and pair of dimensions.
 
-    Rotation is relative and rotary layers attend within one chunk, so `position % chunk` gives the
-    same attention as `position`, and float32 stays exact at ten million tokens.
+    Rotation is relative. So where a mask keeps chunks from each other, positions within the chunk
+    give the same attention as positions in the sequence, and float32 stays exact at ten million
+    tokens.
+
+    Args:
+        mask: of the layers whose queries and keys are rotated.
     """
-    if config.attention_chunk_size is not None:
-        positions = positions % config.attention_chunk_size
+    if mask.span is not None and mask.block_diagonal:
+        positions = positions - mask.first(positions)
     frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
@@ -101,7 +106,7 @@ def rotate(
 
 
 def temperature(config: Llama4Config, positions: Int[Array, "B S"]) -> Float[Array, "B S"]:
-    """The queries' scale on global layers: 1 + attn_scale * ln(floor((p+1) / floor_scale) + 1)."""
+    """The scale of global layers' queries: 1 + attn_scale * ln(floor((p+1) / floor_scale) + 1)."""
     if not config.attn_temperature_tuning:
         return jnp.ones(positions.shape, jnp.float32)
     steps = (positions + 1) // config.floor_scale

@@ -42,7 +42,7 @@ class ParamSpec:
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """As matrices [..., in, out]: of several dimensions that are summed or not, one."""
+        """The shape as matrices [..., in, out]; dimensions that are summed are merged."""
         first, last = self._summed
         inputs, outputs = self.shape[first:last], self.shape[last:]
         return (*self.shape[:first], math.prod(inputs), math.prod(outputs))
@@ -61,7 +61,7 @@ class ParamSpec:
         return self.inputs[0], self.inputs[-1] + 1
 
     def init(self, key: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """Random values, or ones."""
+        """Initial values: normals of deviation `fan_in ** -0.5`, or ones for a norm."""
         if self.fan_in is None:
             return jnp.ones(self.shape, dtype)
         return (jax.random.normal(key, self.shape) * self.fan_in**-0.5).astype(dtype)
@@ -84,7 +84,7 @@ def attention_specs(config: Llama4Config) -> SpecTree:
 
 
 def swiglu_specs(D: int, F: int) -> SpecTree:
-    """A dense layer, or the shared expert."""
+    """The matrices of a dense feed-forward layer, or of the shared expert: D inputs, width F."""
     return {
         "gate": ParamSpec((D, F), ("embed", "ffn"), (0,), quantizable=True),
         "up": ParamSpec((D, F), ("embed", "ffn"), (0,), quantizable=True),
@@ -121,7 +121,7 @@ def layer_specs(config: Llama4Config, kind: LayerKind) -> SpecTree:
 
 
 def param_specs(config: Llama4Config) -> SpecTree:
-    """The whole text model; `layers` is a list, first layer first."""
+    """The parameters of the text model; `layers` is a list, first layer first."""
     D, V = config.hidden_size, config.vocab_size
     specs = {
         "embed": ParamSpec((V, D), ("vocab", "embed"), ()),
@@ -134,7 +134,7 @@ def param_specs(config: Llama4Config) -> SpecTree:
 
 
 def is_spec(x) -> bool:
-    """For `is_leaf` of tree functions."""
+    """Whether `x` is a ParamSpec, for `is_leaf` of tree functions."""
     return isinstance(x, ParamSpec)
 
 
@@ -144,7 +144,7 @@ def map_specs(function: Callable, specs: SpecTree | ParamSpec, *rest):
 
 
 def named_specs(config: Llama4Config) -> dict[str, ParamSpec]:
-    """Dotted name, such as `layers.3.attention.q`, to spec, in a fixed order."""
+    """Each parameter's spec by dotted name, such as `layers.3.attention.q`, in a fixed order."""
     leaves, _ = jax.tree.flatten_with_path(param_specs(config), is_leaf=is_spec)
     return {
         ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): spec
@@ -153,7 +153,7 @@ def named_specs(config: Llama4Config) -> dict[str, ParamSpec]:
 
 
 def named_params(config: Llama4Config, params: SpecTree) -> dict[str, tuple[ParamSpec, Any]]:
-    """Dotted name to spec and what is stored: an array or a `QuantizedMatrix`."""
+    """Each parameter by dotted name: its spec, and its array or `QuantizedMatrix`."""
     treedef = jax.tree.structure(param_specs(config), is_leaf=is_spec)
     specs = named_specs(config)
     stored = zip(specs.items(), treedef.flatten_up_to(params), strict=True)
@@ -161,12 +161,12 @@ def named_params(config: Llama4Config, params: SpecTree) -> dict[str, tuple[Para
 
 
 def unflatten_params(config: Llama4Config, stored: list) -> SpecTree:
-    """The tree of what is stored for each parameter, in the order of `named_specs`."""
+    """The parameter tree of leaves in the order of `named_specs`."""
     return jax.tree.unflatten(jax.tree.structure(param_specs(config), is_leaf=is_spec), stored)
 
 
 def num_params(config: Llama4Config) -> int:
-    """Parameters of the text model."""
+    """How many numbers the parameters of the text model are."""
     return sum(math.prod(spec.shape) for spec in named_specs(config).values())
 
 
@@ -184,7 +184,7 @@ def stored_axes(spec: ParamSpec, w):
 
 
 def map_arrays(function: Callable, specs: SpecTree | ParamSpec, params):
-    """`function(array, axes)` of every array that stores a parameter, with its logical axes."""
+    """The tree of `function(array, logical axes)` for every array that stores a parameter."""
 
     def mapped(spec: ParamSpec, w):
         return jax.tree.map(function, w, stored_axes(spec, w))
@@ -209,8 +209,8 @@ def abstract_params(
     """ShapeDtypeStructs with shardings: what a compiler or a loader needs to know.
 
     Args:
-        format: of quantized matrices; None for none.
-        pads: as of `place`.
+        format: how matrices are quantized; None for not at all.
+        pads: as for `with_shardings`.
 
     Raises:
         UserError: if the mesh does not divide a parameter.
@@ -218,14 +218,14 @@ def abstract_params(
     params = map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), param_specs(config))
     if format is not None:
         params = jax.eval_shape(lambda params: quantize_params(config, params, format), params)
-    return place(config, params, mesh, pads)
+    return with_shardings(config, params, mesh, pads)
 
 
-def place(config: Llama4Config, params: dict, mesh, pads: bool = True) -> dict:
+def with_shardings(config: Llama4Config, params: dict, mesh, pads: bool = True) -> dict:
     """The shapes and dtypes of parameters, with the sharding that `mesh` gives each array.
 
     Args:
-        pads: whether a vocabulary that the mesh does not divide is filled up until it does, which
+        pads: whether a vocabulary that the mesh does not divide is padded until it does, which
             `embed` and `unembed` know and files never have.
 
     Raises:
@@ -238,21 +238,21 @@ def place(config: Llama4Config, params: dict, mesh, pads: bool = True) -> dict:
     for name, (spec, w) in named_params(config, params).items():
         map_arrays(lambda x, axes, n=name: check_divides(n, shape(x, axes), axes, mesh), spec, w)
 
-    def placed(x, axes):
-        place = sharding(mesh, param_spec(axes))
-        return jax.ShapeDtypeStruct(shape(x, axes), x.dtype, sharding=place)
+    def laid_out(x, axes):
+        layout = sharding(mesh, param_spec(axes))
+        return jax.ShapeDtypeStruct(shape(x, axes), x.dtype, sharding=layout)
 
-    return map_arrays(placed, param_specs(config), params)
+    return map_arrays(laid_out, param_specs(config), params)
 
 
 def unpadded(config: Llama4Config, params: dict) -> dict:
-    """Placed parameters in their own shapes; what was filled up is whole on every device."""
+    """The parameters without padding, whose dimension is then whole on every device."""
 
     def cut(spec: ParamSpec, w):
         if isinstance(w, QuantizedMatrix) or w.shape == spec.shape:
             return w
         axes = tuple(None if axis in PADDED else axis for axis in spec.axes)
-        there = sharding(w.sharding.mesh, param_spec(axes))
-        return jax.jit(lambda w: w[tuple(map(slice, spec.shape))], out_shardings=there)(w)
+        layout = sharding(w.sharding.mesh, param_spec(axes))
+        return jax.jit(lambda w: w[tuple(map(slice, spec.shape))], out_shardings=layout)(w)
 
     return map_specs(cut, param_specs(config), params)

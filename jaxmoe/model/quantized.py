@@ -29,10 +29,10 @@ AXES = {
 
 
 def matrix_axes(w: QuantizedMatrix, *axes: str | None) -> QuantizedMatrix:
-    """The logical axes of each of its arrays, where `axes` are those of what it stands for.
+    """The logical axes of a quantized matrix's arrays, from those of the matrix [..., in, out].
 
-    A scale of all inputs is on every device. Inputs of int4 are packed in widths, which share a
-    scale: no device has part of one.
+    A scale that all inputs share is on every device. Inputs of int4 are packed in groups that share
+    a scale, and a group is never divided.
     """
     *outer, inputs, outputs = axes
     whole = w.scale.shape[-2] == 1 and w.format != "int4"
@@ -56,12 +56,16 @@ def quantized_linear(
     x = jnp.einsum(f"{x_letters}->{lead}{summed}", x)
     outer = x.shape[: len(lead)]
     axes = tuple(AXES[letter] for letter in (*lead, summed[0], kept[0]))
-    out = _spread(axes, x.reshape(*outer, -1), w)
+    out = _sharded_product(axes, x.reshape(*outer, -1), w)
     return out.reshape(*outer, -1, head_dim) if kept.endswith("d") else out
 
 
-def _spread(axes: tuple[str | None, ...], x: jax.Array, w: QuantizedMatrix) -> jax.Array:
-    """x [..., in] @ w on each device's part; `axes` are those of x, then of the outputs."""
+def _sharded_product(axes: tuple[str | None, ...], x: jax.Array, w: QuantizedMatrix) -> jax.Array:
+    """x [..., in] @ w, each device its part.
+
+    Args:
+        axes: the logical axes of x, then of the outputs.
+    """
     mesh = meshes.current_mesh()
     if mesh is None:
         return _multiply(x, w)
@@ -81,7 +85,10 @@ def _spread(axes: tuple[str | None, ...], x: jax.Array, w: QuantizedMatrix) -> j
 
 
 def _multiply(x: jax.Array, w: QuantizedMatrix) -> jax.Array:
-    """One group of rows: blocks for a kernel, or all at once, to widen the matrix once."""
+    """x [..., in] @ w on one device, as a grouped matmul of one group.
+
+    XLA gets all rows as one block, so that it widens the matrix once.
+    """
     rows = x.reshape(-1, x.shape[-1])
     groups = jax.tree.map(lambda array: array[None], w)
     block = block_rows(len(rows), 1)

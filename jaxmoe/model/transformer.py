@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import constrain, constrain_param
 from jaxmoe.model.attention import Step, attention, start_step
-from jaxmoe.model.cache import Cache, LayerCache
 from jaxmoe.model.decode_step import Residual, decode_layer, final_norm, why_not_fused
 from jaxmoe.model.embedding import embed, unembed
+from jaxmoe.model.kv_cache import Cache, LayerCache
 from jaxmoe.model.layers import rms_norm, swiglu
 from jaxmoe.model.moe import RouterStats, moe
 from jaxmoe.model.params import init_params, layer_specs, map_arrays
@@ -59,7 +59,7 @@ def forward(
         fused: run a step of one new token a row by the kernels of `decode_step` where they serve.
         interpret: `plgpu.InterpretGPUParams()` runs those without their hardware.
     """
-    step, cache = start_step(config, Coords(positions, segment_ids), cache)
+    steps, cache = start_step(config, Coords(positions, segment_ids), cache)
     entries = cache.layers if cache is not None else [None] * len(config.layers)
     x = constrain(embed(params["embed"], tokens), "batch", "length", None)
     run_layer = _remat_layer if remat else _jit_layer
@@ -68,9 +68,10 @@ def forward(
     if fused:
         carried, run_layer = Residual(x, None), functools.partial(_jit_decode_layer, interpret)
     new_entries, router_stats = [], []
-    for i, (kind, p) in enumerate(zip(config.layers, params["layers"], strict=True)):
+    layers = zip(config.layers, config.attention_specs, params["layers"], strict=True)
+    for i, (kind, spec, p) in enumerate(layers):
         with jax.named_scope(f"layer_{i}"):  # in the compiled program; jaxmoe.plan.operations reads
-            carried, entry, stats = run_layer(config, kind, p, carried, step, entries[i])
+            carried, entry, stats = run_layer(config, kind, p, carried, steps[spec], entries[i])
         new_entries.append(entry)
         router_stats += [stats] if stats is not None else []
     if cache is not None:
@@ -90,8 +91,8 @@ def decoder_layer(
     step: Step,
     cache: LayerCache | None,
 ) -> tuple[Float[Array, "B S D"], LayerCache | None, RouterStats | None]:
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-    p, x = jax.lax.optimization_barrier((p, x))  # or all layers' weights are gathered at once
+    """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    p, x = jax.lax.optimization_barrier((p, x))  # else XLA gathers all layers' weights at once
     p = map_arrays(constrain_param, layer_specs(config, kind), p)
     normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
     out, cache = attention(config, kind, p["attention"], normed, step, cache)

@@ -34,8 +34,8 @@ def launch_seconds(work: Work, mesh: MeshConfig, target: Target) -> float:
     if mesh.tensor * mesh.expert * mesh.fsdp > 1:
         seconds += target.latency * sum(sums[kind] for kind in kinds)
     if mesh.sequence > 1:
-        global_layers = sum(kind.attention == "global" for kind in work.config.layers)
-        seconds += target.latency * SUMS_OF_SEQUENCE * global_layers
+        full = sum(spec.mask.span is None for spec in work.config.attention_specs)
+        seconds += target.latency * SUMS_OF_SEQUENCE * full
     return seconds
 
 

@@ -128,12 +128,14 @@ def _matmul_flops(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
 def _attention_flops(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
     """Operations of attention: two products for each query and each key that it sees."""
     position = np.arange(work.context - work.tokens, work.context, dtype=np.float64)
-    chunk = work.config.attention_chunk_size or work.context
-    pairs = {
-        "global": (position + 1).sum() / mesh.sequence,
-        "local": (position % chunk + 1).sum() * share.length / work.tokens,
-    }
-    by_layer = sum(pairs[kind.attention] for kind in work.config.layers)
+    pairs = {}
+    for mask in {spec.mask for spec in work.config.attention_specs}:
+        if mask.span is None:
+            pairs[mask] = (position + 1).sum() / mesh.sequence
+        else:
+            seen = np.minimum(position - mask.first(position), position) + 1
+            pairs[mask] = seen.sum() * share.length / work.tokens
+    by_layer = sum(pairs[spec.mask] for spec in work.config.attention_specs)
     return 4.0 * share.rows * share.heads * work.config.head_dim * by_layer
 
 
@@ -180,10 +182,12 @@ def _sent_along_sequence(work: Work, mesh: MeshConfig, share: DeviceShare) -> fl
     queries = (ACTIVATION + 4 if is_split else 2 * 4) * share.heads
     if work.task == "train":
         queries = 0  # each device has all keys of its queries
-    layers = [kind.attention for kind in work.config.layers]
-    whole_chunks = share.length % (work.config.attention_chunk_size or work.context) == 0
-    numbers = layers.count("global") * (keys + queries)
-    numbers += 0 if whole_chunks else layers.count("local") * keys
+    masks = [spec.mask for spec in work.config.attention_specs]
+    numbers = sum(mask.span is None for mask in masks) * (keys + queries)
+    numbers += keys * sum(
+        mask.span is not None and not (mask.block_diagonal and share.length % mask.span == 0)
+        for mask in masks
+    )
     return _part(mesh.sequence) * tokens * d * numbers
 
 

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.mesh import activation_spec, sharding
-from jaxmoe.model.cache import Cache, abstract_cache
+from jaxmoe.model.kv_cache import Cache, abstract_cache
 from jaxmoe.model.params import abstract_params
 from jaxmoe.model.transformer import forward, unembed
 

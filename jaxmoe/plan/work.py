@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import AXES, MeshConfig, activation_axes, axis_size, check_divides, padded_shape
-from jaxmoe.model.cache import abstract_cache, round_capacity
+from jaxmoe.model.kv_cache import abstract_cache, round_capacity
 from jaxmoe.model.params import abstract_params, named_params, stored_axes
 from jaxmoe.plan.layout import device_bytes
 

@@ -1,4 +1,4 @@
-"""Which blocks of queries meet which blocks of keys, as a list for one loop over pairs."""
+"""Which blocks of queries attend to which blocks of keys, as a list for one loop over pairs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.attention.masks import Coords, Reach, extents, meets, ranges
+from pallas_kernels.attention.masks import (
+    Coords,
+    KeyRange,
+    Mask,
+    block_ranges,
+    extents,
+    visible_blocks,
+)
 
 
 class Pairs(NamedTuple):
-    """Indices of blocks, of which the first `count` pairs count."""
+    """Indices of blocks of queries and of keys; only the first `count` pairs are used."""
 
     q: jax.Array
     k: jax.Array
@@ -33,49 +40,47 @@ class Rule:
 
     block_q: int
     block_k: int
-    causal: bool
-    chunk: int | None
+    mask: Mask
     ahead: int | None
     aligned: bool
     data_decides: bool
 
     @classmethod
     def of(cls, case, block_q: int, block_k: int, data_decides: bool) -> "Rule":
-        """That of a `FlashCase`."""
+        """Reads a `FlashCase`."""
         ahead = case.keys - case.queries if case.in_order or case.plain else None
-        rest = case.causal, case.chunk, ahead, case.plain, data_decides
-        return cls(block_q, block_k, *rest)
+        return cls(block_q, block_k, case.mask, ahead, case.plain, data_decides)
 
 
-def over_pairs(rule: Rule, q: Reach, k: Coords, loop: Callable[[Pairs], Any]) -> Any:
-    """`loop` of a list of pairs that holds all of which some query sees some key.
+def over_pairs(rule: Rule, q: KeyRange, k: Coords, loop: Callable[[Pairs], Any]) -> Any:
+    """The result of `loop` over a list of pairs, with every pair in which some query sees some key.
 
-    Its length is a number while tracing, unless data decides. Then the list has no other pairs.
+    The list's length is known while tracing, unless data decides; then it has no other pairs.
     """
     sizes = q.segment.shape[1] // rule.block_q, k.segment.shape[1] // rule.block_k
     listed = _possible(rule, *sizes)
     if rule.data_decides:
-        return loop(chosen(listed, met_pairs(rule, q, k)[listed.q, listed.k]))
+        return loop(chosen(listed, visible_pairs(rule, q, k)[listed.q, listed.k]))
     band = _widest(rule)
     if rule.ahead is not None or band is None or band >= sizes[1]:
         return loop(listed)
     # Nothing is promised, and tokens may be in order all the same, as on one of several devices.
-    met = met_pairs(rule, q, k)
-    start, *_, stop = (x[0] for x in ranges(met[None], met[None]))
+    visible = visible_pairs(rule, q, k)
+    start, *_, stop = (x[0] for x in block_ranges(visible[None], visible[None]))
     in_band = jnp.all(stop - start <= band)
     start = jnp.minimum(start, sizes[1] - band)
     narrow = _listed(np.repeat(np.arange(sizes[0]), band), start[:, None] + np.arange(band))
     return lax.cond(in_band, lambda: loop(narrow), lambda: loop(listed))
 
 
-def chosen(pairs: Pairs, met: jax.Array) -> Pairs:
-    """Only those pairs that meet, in the same order."""
-    order = jnp.argsort(~met, stable=True)
-    return Pairs(pairs.q[order], pairs.k[order], jnp.sum(met))
+def chosen(pairs: Pairs, visible: jax.Array) -> Pairs:
+    """The pairs for which `visible` is true, in the same order."""
+    order = jnp.argsort(~visible, stable=True)
+    return Pairs(pairs.q[order], pairs.k[order], jnp.sum(visible))
 
 
 def every_block(count: int) -> Pairs:
-    """One block of queries and all of `count` blocks of keys."""
+    """The pairs of one block of queries with each of `count` blocks of keys."""
     return _listed(np.zeros(count), np.arange(count))
 
 
@@ -83,27 +88,27 @@ def _listed(q, k) -> Pairs:
     return Pairs(jnp.asarray(q, jnp.int32), jnp.asarray(k, jnp.int32).reshape(-1), len(q))
 
 
-def met_pairs(rule: Rule, q: Reach, k: Coords) -> jax.Array:
+def visible_pairs(rule: Rule, q: KeyRange, k: Coords) -> jax.Array:
     """[query blocks, key blocks]: whether some query of some row may see some key."""
-    some, _ = meets(q, extents(k, rule.block_k), rule.block_q)
+    some, _ = visible_blocks(q, extents(k, rule.block_k), rule.block_q)
     return jnp.any(some, axis=0)
 
 
 def _possible(rule: Rule, q_blocks: int, k_blocks: int) -> Pairs:
     """The pairs that the rule allows for tokens in order, or all pairs, by block of queries."""
     i, j = (x.reshape(-1) for x in np.indices((q_blocks, k_blocks)))
-    if rule.ahead is None or not rule.causal:
+    if rule.ahead is None or not rule.mask.causal:
         return _listed(i, j)
     first, last = i * rule.block_q + rule.ahead, (i + 1) * rule.block_q + rule.ahead - 1
     allowed = j * rule.block_k <= last
-    if rule.chunk is not None:
-        oldest = first // rule.chunk * rule.chunk if rule.aligned else first - rule.chunk + 1
+    if rule.mask.span is not None:
+        oldest = rule.mask.first(first) if rule.aligned else first - rule.mask.span + 1
         allowed &= (j + 1) * rule.block_k > oldest
     return _listed(i[allowed], j[allowed])
 
 
 def _widest(rule: Rule) -> int | None:
-    """How many blocks of keys a block of queries meets at most if all are in order."""
-    if rule.chunk is None:
+    """How many blocks of keys a block of queries attends to at most if all are in order."""
+    if rule.mask.span is None:
         return None
-    return (rule.chunk + rule.block_q - 3) // rule.block_k + 2
+    return (rule.mask.span + rule.block_q - 3) // rule.block_k + 2

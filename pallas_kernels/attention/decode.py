@@ -7,8 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import decode_config, decode_mosaic, decode_xla, flash_xla
-from pallas_kernels.attention.checks import check_coords, check_ranks, check_rule, is_floating
-from pallas_kernels.attention.masks import Coords, coords_of
+from pallas_kernels.attention.checks import (
+    check_coords,
+    check_ranks,
+    check_rule,
+    is_floating,
+    take_mask,
+)
+from pallas_kernels.attention.masks import CAUSAL, Coords, Mask, coords_of
 from pallas_kernels.choice import Implementation, choose, resolve_config
 from pallas_kernels.mosaic import why_not_hopper
 from pallas_kernels.quantized import Quantized
@@ -28,8 +34,7 @@ class DecodeCase:
     cache: str  # "bfloat16", "float32", ..., or the format of a quantized cache
     page: int | None  # keys a page, with a block table
     scale: float
-    causal: bool = True
-    chunk: int | None = None
+    mask: Mask = CAUSAL
     return_lse: bool = False
     interpret: Any = None
 
@@ -79,6 +84,7 @@ def decode_attention(
     scale: float,
     causal: bool = True,
     chunk: int | None = None,
+    mask: Mask | None = None,
     table: Int[Array, "B pages"] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -97,7 +103,7 @@ def decode_attention(
         k_coords: of the keys [B, T], or of the pool [pages, keys a page]. Default, without a table:
             key t is at position t of segment 1, and causal masking hides what lies beyond the
             queries.
-        scale, causal, chunk, return_lse, config, interpret: as for `flash_attention`.
+        scale, causal, chunk, mask, return_lse, config, interpret: as for `flash_attention`.
         table: the pages of each row, in order. Entries past a row's end must be pages of
             padding (segment 0).
         implementation: "mosaic_gpu" or "xla"; None for the fastest that serves the call, which
@@ -107,15 +113,16 @@ def decode_attention(
         ValueError: as `flash_attention`.
     """
     options = {
-        "scale": scale, "causal": causal, "chunk": chunk, "return_lse": return_lse,
-        "interpret": interpret,
+        "scale": scale, "causal": causal, "chunk": chunk, "mask": mask,
+        "return_lse": return_lse, "interpret": interpret,
     }  # fmt: skip
     case = _case(q, k, v, q_coords, k_coords, table, options)
     chosen = choose(IMPLEMENTATIONS, case, implementation)
     config = resolve_config(chosen, case, config)
     if k_coords is None:
         k_coords = coords_of(case.rows, case.keys)
-    out, lse = chosen.run(q, k, v, q_coords, k_coords, table, case, config)
+    q_range = case.mask.key_range(q_coords)
+    out, lse = chosen.run(q, k, v, q_range, k_coords, table, case, config)
     return (out, lse) if return_lse else out
 
 
@@ -135,12 +142,13 @@ def decode_implementation(
 def _case(q, k, v, q_coords, k_coords, table, options: dict) -> DecodeCase:
     _check(q, k, v, q_coords, k_coords, table, **options)
     (B, H, S, d), (_, K, page, _) = q.shape, k.shape
+    options["mask"] = take_mask(options)
     keys, page = (page, None) if table is None else (page * table.shape[1], page)
     cache = k.format if isinstance(k, Quantized) else jnp.dtype(k.dtype).name
     return DecodeCase(B, H, K, S, keys, d, jnp.dtype(q.dtype).name, cache, page, **options)
 
 
-def _check(q, k, v, q_coords, k_coords, table, *, scale, chunk=None, **_) -> None:
+def _check(q, k, v, q_coords, k_coords, table, *, scale, chunk=None, mask=None, **_) -> None:
     check_ranks(q, k, v)
     (B, H, S, d), (pages, K, length, _) = q.shape, k.shape
     if k.shape != v.shape or k.shape[3] != d or (table is None and pages != B):
@@ -156,7 +164,7 @@ def _check(q, k, v, q_coords, k_coords, table, *, scale, chunk=None, **_) -> Non
             f"k, v are {formats[0]}, {formats[1]} and q is {q.dtype}; use one format for the "
             "cache, floating or Quantized, and a floating type for the queries."
         )
-    check_rule(H, K, scale, chunk)
+    check_rule(H, K, scale, chunk, mask)
     if table is not None and (table.ndim != 2 or table.shape[0] != B):
         raise ValueError(f"table has shape {table.shape}; it must be ({B}, pages of a row).")
     if table is not None and k_coords is None:

@@ -47,14 +47,14 @@ def config_for(case) -> DecodeConfig:
 
 
 def untuned_config(case) -> DecodeConfig:
-    """As many slots as there is memory for, up to what keeps memory busy."""
+    """A config with as many slots as shared memory holds, up to what keeps memory busy."""
     most = 4 if case.cache in STORED else 3  # stored blocks are smaller
     configs = (DecodeConfig(slots=slots) for slots in range(most, 0, -1))
     return next(config for config in configs if smem_bytes(case, config) <= SMEM_BYTES)
 
 
 def columns_of(case) -> int:
-    """R: the queries of the heads that share keys, rounded up."""
+    """R: how many columns the queries of all heads that share keys are, rounded up to a unit."""
     columns = case.queries * case.heads // case.kv_heads
     return -(-columns // COLUMN_UNIT) * COLUMN_UNIT
 

@@ -35,16 +35,23 @@ from pallas_kernels.attention.decode_config import (
 )
 from pallas_kernels.attention.decode_join import decode_join
 from pallas_kernels.attention.masks import (
+    BlockRanges,
     Coords,
-    Ranges,
+    KeyRange,
+    block_ranges,
     extents,
-    meets,
     pad_tokens,
-    ranges,
-    reach,
+    visible_blocks,
 )
 from pallas_kernels.attention.mosaic_forward import FIRST_TOP, LOG2E, MASKED
-from pallas_kernels.attention.mosaic_masks import BlockOrder, apart, eager, hide, lazy, load_tokens
+from pallas_kernels.attention.mosaic_masks import (
+    BlockOrder,
+    apply_mask,
+    eager,
+    lazy,
+    load_tokens,
+    match_no_key,
+)
 from pallas_kernels.attention.pages import extents_of_rows
 from pallas_kernels.mosaic import (
     COLUMNS,
@@ -64,11 +71,11 @@ from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized
 
 DEFAULT_CORES = 2  # multiprocessors to plan for where the device has none: the interpreter
-FEW_ROWS = 8  # a row and key head for so many multiprocessors: tasks of one row are alike
+FEW_ROWS = 8  # a row and key head for so many multiprocessors: tasks of one row are of one size
 
 
 class Tasks(NamedTuple):
-    """Steps `begin` to `end` of a row's blocks, for each task; none for those to spare."""
+    """The blocks of a row that each task reads, `begin` up to `end`; none for a spare task."""
 
     row: Int[Array, "N"]
     begin: Int[Array, "N"]
@@ -86,8 +93,8 @@ class BlockMask(NamedTuple):
     """What a block of keys that needs a mask does with its scores and values.
 
     Attributes:
-        scores: (step, scores) -> the same, hidden where the rule forbids.
-        values: (step, x) -> the same with zeros for padding: NaN survives a probability of 0.
+        scores: (step, scores) -> scores, MASKED where a query does not see the key.
+        values: (step, x) -> x with zeros for padding: NaN survives a probability of 0.
         padding: which queries are padding.
     """
 
@@ -128,7 +135,7 @@ def task_budget(config: DecodeConfig, rows: int, kv_heads: int) -> int:
     return max(1, cores * (1 if few else config.tasks_per_core) // kv_heads)
 
 
-def decode_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, table, case, config: DecodeConfig):
+def decode_mosaic(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, config: DecodeConfig):
     """Output [B, H, S, d] and log-sum-exp [B, H, S]."""
     if case.page is not None and case.page % config.block_k:
         raise ValueError(
@@ -136,16 +143,15 @@ def decode_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, table, case, conf
         )
     B, H, S, d = q.shape
     K, group = case.kv_heads, H // case.kv_heads
-    q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
-    q_reach = jax.tree.map(lambda x: jnp.tile(x, (1, group)), q_reach)
-    q_reach = pad_tokens(q_reach, COLUMN_UNIT)
-    R = q_reach.segment.shape[1]
+    q_range = jax.tree.map(lambda x: jnp.tile(x, (1, group)), q_range)
+    q_range = pad_tokens(q_range, COLUMN_UNIT)
+    R = q_range.segment.shape[1]
     k_coords = pad_tokens(k_coords, config.block_k)
     extent = extents(k_coords, config.block_k)
     if table is not None:
         extent = extents_of_rows(extent, table)
-    blocks = ranges(*meets(q_reach, extent, R))
-    blocks = Ranges(*(x[:, 0] for x in blocks))
+    blocks = block_ranges(*visible_blocks(q_range, extent, R))
+    blocks = BlockRanges(*(x[:, 0] for x in blocks))
     budget = task_budget(config, B, K)
     tasks, of_row = plan_tasks(blocks.stop - blocks.start, budget, config.least_blocks)
     q_BKGd = q.reshape(B, K, group * S, d)
@@ -154,13 +160,14 @@ def decode_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, table, case, conf
     ):  # TMA makes zeros of what a lone unit lacks, not of parts of several
         q_BKGd = pad_axis(q_BKGd, 2, COLUMN_UNIT)
     run = _kernel_call(case, config, (tasks.row.shape[0], K, d, R))
-    outs, lses = run(q_BKGd, _arrays(k), _arrays(v), apart(q_reach), k_coords, blocks, tasks, table)
+    q_range = match_no_key(q_range)
+    outs, lses = run(q_BKGd, _arrays(k), _arrays(v), q_range, k_coords, blocks, tasks, table)
     out, lse = decode_join(outs, lses, *of_row, columns=group * S, interpret=case.interpret)
     return out.reshape(q.shape), lse[:, :, : group * S].reshape(B, H, S)
 
 
 def _arrays(x) -> tuple:
-    """What TMA copies from: it takes keys in eights."""
+    """Arrays of a cache that TMA can copy: keys are padded to a multiple of 8."""
     arrays = (x.qvalue, x.scale) if isinstance(x, Quantized) else (x,)
     return tuple(pad_axis(array, 2, 8) for array in arrays)
 
@@ -186,7 +193,7 @@ def _kernel_call(case, config: DecodeConfig, shape: tuple[int, int, int, int]):
 
 
 def _kernel(
-    mma, scale, q_BKGd, k_arrays, v_arrays, reach_BR, coords_BT, ranges_B, tasks_N, table_BP,
+    mma, scale, q_BKGd, k_arrays, v_arrays, range_BR, coords_BT, ranges_B, tasks_N, table_BP,
     out_NKdR, lse_NKR, q_PRh, q_filled, ring, p_WRt, wide_PWth, values_WtR, out_dR, lse_R, joined,
 ):  # fmt: skip
     n, h = lax.axis_index("task"), lax.axis_index("head")
@@ -200,20 +207,20 @@ def _kernel(
     @pl.when(busy & (warpgroup < WARPGROUPS))
     def _compute():
         ring.open(warpgroup, WARPGROUPS)
-        reach = jax.tree.map(lambda x: eager(x.at[b], COLUMNS), reach_BR)
+        q_range = jax.tree.map(lambda x: eager(x.at[b], COLUMNS), range_BR)
 
         def coords_of(step):
             row, keys = _place(table_BP, k_arrays[0], b, order.block(begin + step), block)
             return jax.tree.map(lambda x: lazy(x.at[row, keys], ROWS), coords_BT)
 
-        def hide_scores(step, scores):
-            return hide(scores, MASKED, reach, coords_of(step), q_axis=1)
+        def mask_scores(step, scores):
+            return apply_mask(scores, MASKED, q_range, coords_of(step), q_axis=1)
 
         def drop_padding(step, x):
             segment = coords_of(step).segment()
             return jnp.where(along_rows(segment, x) != 0, x, jnp.zeros((), x.dtype))
 
-        mask = BlockMask(hide_scores, drop_padding, reach.segment() < 0)
+        mask = BlockMask(mask_scores, drop_padding, q_range.segment() < 0)
         steps = end - begin, jnp.clip(order.masked - begin, 0, end - begin)
         wide = [half.at[warpgroup] for half in wide_PWth]
         plgpu.barrier_wait(q_filled)
@@ -248,7 +255,7 @@ def _kernel(
 
 
 def _join_warpgroups(warpgroup, parts, out_dR, lse_R, joined) -> None:
-    """The first of the two warpgroups puts both of their results together, in shared memory."""
+    """Merges the results of the two warpgroups in the first one, through shared memory."""
     outs, lse = parts
     width = outs[0].shape[0]
 

@@ -14,37 +14,36 @@ from pallas_kernels.attention.flash_xla import (
     attend_pairs,
     power_of_two,
 )
-from pallas_kernels.attention.masks import Coords, extents, meets, pad_tokens, reach
+from pallas_kernels.attention.masks import Coords, KeyRange, extents, pad_tokens, visible_blocks
 from pallas_kernels.attention.pages import extents_of_rows, rows_of_pages, without_padding
 from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized, dequantize
 
 
 def config_for(case) -> Config:
-    """On GPUs large blocks, all of which are read: each is several launches, and none waits."""
+    """A config with blocks of fixed number on GPUs: large, as each is several launches."""
     if target().platform != "gpu":
         return Config()
     keys = GPU_BYTES // (8 * case.rows * case.kv_heads * case.head_dim)
     return Config(block_k=power_of_two(keys, most=2**16), data_decides=False)
 
 
-def decode_xla(q, k, v, q_coords: Coords, k_coords: Coords, table, case, config: Config):
+def decode_xla(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, config: Config):
     """Output [B, H, S, d] and log-sum-exp [B, H, S]."""
     B, H, S, d = q.shape
     q_BKGSd = q.reshape(B, case.kv_heads, H // case.kv_heads, S, d)
-    q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
     read = _in_rows if table is None else _in_pages
     keys_of, extent = read(k, v, k_coords, table, config.block_k)
     pairs = every_block(extent.first.shape[1])
     if config.data_decides:
-        some, _ = meets(q_reach, extent, S)
+        some, _ = visible_blocks(q_range, extent, S)
         pairs = chosen(pairs, jnp.any(some, (0, 1)))
 
     def widened(j):
         k_j, v_j, coords = keys_of(j)
         return Keys(_widened(k_j, q.dtype), _widened(v_j, q.dtype), coords)
 
-    queries = Queries(q_BKGSd, q_reach)
+    queries = Queries(q_BKGSd, q_range)
     out, lse = attend_pairs(case.scale, q_BKGSd, lambda i: queries, widened, pairs)
     return out.reshape(q.shape), lse.reshape(B, H, S)
 
@@ -66,7 +65,10 @@ def _in_rows(k, v, k_coords: Coords, table, block: int):
 
 
 def _in_pages(k, v, k_coords: Coords, table, block: int):
-    """The same of a pool: as many of a row's pages at a time as are a block."""
+    """A function of the index of a block of pages, and what there is in each block.
+
+    A block is as many of a row's pages as have `block` keys.
+    """
     at_once = max(1, min(table.shape[1], block // k.shape[2]))
     pages = pad_axis(table, 1, at_once)
     real = jnp.arange(pages.shape[1]) < table.shape[1]

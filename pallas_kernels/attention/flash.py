@@ -7,8 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import flash_cudnn, flash_mosaic, flash_splash, flash_xla
-from pallas_kernels.attention.checks import check_coords, check_ranks, check_rule, is_floating
-from pallas_kernels.attention.masks import Coords, coords_of
+from pallas_kernels.attention.checks import (
+    check_coords,
+    check_ranks,
+    check_rule,
+    is_floating,
+    take_mask,
+)
+from pallas_kernels.attention.masks import CAUSAL, Coords, Mask, coords_of
 from pallas_kernels.choice import choose, resolve_config
 
 
@@ -24,8 +30,7 @@ class FlashCase:
     head_dim: int
     dtype: str
     scale: float
-    causal: bool = True
-    chunk: int | None = None
+    mask: Mask = CAUSAL
     in_order: bool = False
     return_lse: bool = False
     plain: bool = False  # no coordinates were given
@@ -51,6 +56,7 @@ def flash_attention(
     scale: float,
     causal: bool = True,
     chunk: int | None = None,
+    mask: Mask | None = None,
     in_order: bool = False,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -72,6 +78,7 @@ def flash_attention(
         causal: a query does not see later positions.
         chunk: tokens attend within the chunk `position // chunk` only; None for no chunks. Any
             size: it need not be a multiple of a block, since masks come from positions.
+        mask: any other rule, in place of `causal` and `chunk`.
         in_order: promises that q_coords and k_coords are the same tokens, every segment contiguous
             and its positions strictly ascending.
         return_lse: also give the natural log-sum-exp of the scaled scores.
@@ -86,14 +93,15 @@ def flash_attention(
             serve them; says which value and what is allowed.
     """
     options = {
-        "scale": scale, "causal": causal, "chunk": chunk, "in_order": in_order,
+        "scale": scale, "causal": causal, "chunk": chunk, "mask": mask, "in_order": in_order,
         "return_lse": return_lse, "interpret": interpret,
     }  # fmt: skip
     case = _case(q, k, v, q_coords, k_coords, options)
     chosen = choose(IMPLEMENTATIONS, case, implementation)
     config = resolve_config(chosen, case, config)
     q_coords, k_coords = _coords(case, q_coords, k_coords)
-    out, lse = chosen.run(q, k, v, q_coords, k_coords, case, config)
+    q_range = case.mask.key_range(q_coords)
+    out, lse = chosen.run(q, k, v, q_range, k_coords, case, config)
     return (out, lse) if return_lse else out
 
 
@@ -114,12 +122,15 @@ def _case(q, k, v, q_coords, k_coords, options: dict) -> FlashCase:
     _check(q, k, v, q_coords, k_coords, **options)
     (B, H, S, d), (_, K, T, _) = q.shape, k.shape
     dtype = jnp.dtype(q.dtype).name
+    options["mask"] = take_mask(options)
     plain = q_coords is None and k_coords is None
     options["in_order"] = options.get("in_order", False) or (plain and S == T)
     return FlashCase(B, H, K, S, T, d, dtype, plain=plain, **options)
 
 
-def _check(q, k, v, q_coords, k_coords, *, scale, chunk=None, in_order=False, **_) -> None:
+def _check(
+    q, k, v, q_coords, k_coords, *, scale, chunk=None, mask=None, in_order=False, **_
+) -> None:
     check_ranks(q, k, v)
     (B, H, S, d), (_, K, T, _) = q.shape, k.shape
     if k.shape != v.shape or k.shape != (B, K, T, d):
@@ -131,7 +142,7 @@ def _check(q, k, v, q_coords, k_coords, *, scale, chunk=None, in_order=False, **
         raise ValueError(
             f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; use one floating type for all."
         )
-    check_rule(H, K, scale, chunk)
+    check_rule(H, K, scale, chunk, mask)
     if q_coords is None and (k_coords is not None or S > T):
         raise ValueError(
             f"{S} queries and {T} keys need q_coords: without them the queries are the last keys."

@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention import flash_xla
-from pallas_kernels.attention.masks import Coords, pad_tokens
+from pallas_kernels.attention.masks import Coords, KeyRange, pad_tokens
 from pallas_kernels.choice import Implementation
 from pallas_kernels.platform import target
 
@@ -24,7 +24,7 @@ LARGEST_HEAD = 128  # of GPUs before Hopper
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """cuDNN chooses its own sizes."""
+    """Nothing to configure: cuDNN chooses its own sizes."""
 
 
 def why_not(case) -> str | None:
@@ -33,8 +33,8 @@ def why_not(case) -> str | None:
         return f"it takes {' or '.join(DTYPES)}, not {case.dtype}"
     if case.head_dim > LARGEST_HEAD or case.head_dim % 8:
         return f"it takes head sizes that are multiples of 8 up to {LARGEST_HEAD}"
-    if not case.causal:
-        return "it is used for causal attention only"
+    if not case.mask.causal or not case.mask.block_diagonal:
+        return "it is used for causal attention only, to all tokens or those of a chunk"
     if not case.in_order:
         return "it takes in_order calls only"
     if case.return_lse:
@@ -57,43 +57,43 @@ def _why_jax_does_not() -> str | None:
     return None
 
 
-def flash_cudnn(q, k, v, q_coords: Coords, k_coords: Coords, case, config: Config):
+def flash_cudnn(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: Config):
     """Output [B, H, S, d], and no log-sum-exp."""
     if case.plain:
-        return _cudnn(case, q_coords, q, k, v), None
-    ways = (functools.partial(way, case, q_coords) for way in (_cudnn, _xla))
-    return lax.cond(_serves(case, q_coords), *ways, q, k, v), None
+        return _cudnn(case, q_range, q, k, v), None
+    cudnn = functools.partial(_cudnn, case, q_range)
+    xla = functools.partial(_xla, case, q_range, k_coords)
+    return lax.cond(_serves(case, q_range), cudnn, xla, q, k, v), None
 
 
-def _xla(case, coords, q, k, v):
-    return flash_xla.flash_xla(q, k, v, coords, coords, case, flash_xla.config_for(case))[0]
+def _xla(case, q_range, k_coords, q, k, v):
+    return flash_xla.flash_xla(q, k, v, q_range, k_coords, case, flash_xla.config_for(case))[0]
 
 
 def _length(case) -> int:
     """The length of the rows that cuDNN gets: one chunk each, if there are several."""
-    return min(case.queries, case.chunk or case.queries)
+    return min(case.queries, case.mask.span or case.queries)
 
 
 def _rows(x: jax.Array, length: int) -> jax.Array:
-    """[B, S, ...] to [B * chunks, length, ...]."""
+    """Reshapes [B, S, ...] to [B * chunks, length, ...]."""
     return x.reshape(-1, length, *x.shape[2:])
 
 
-def _serves(case, coords: Coords) -> jax.Array:
+def _serves(case, q_range: KeyRange) -> jax.Array:
     """Whether every row that cuDNN gets begins with its tokens, of one segment and chunk."""
-    position, segment = (_rows(x, _length(case)) for x in pad_tokens(coords, _length(case)))
+    first, _, segment = (_rows(x, _length(case)) for x in pad_tokens(q_range, _length(case)))
     real = segment != 0
     same = segment == segment[:, :1]
-    if case.chunk is not None:
-        chunk = position // case.chunk
-        same &= chunk == chunk[:, :1]
+    if case.mask.span is not None:
+        same &= first == first[:, :1]
     # The first of a row without tokens is padding as well, and the same as the others.
     return jnp.all(same | ~real)
 
 
-def _cudnn(case, coords: Coords, q, k, v):
+def _cudnn(case, q_range: KeyRange, q, k, v):
     length = _length(case)
-    real = _rows(pad_tokens(coords, length).segment != 0, length)
+    real = _rows(pad_tokens(q_range, length).segment != 0, length)
     q, k, v = (_rows(pad_axis(jnp.swapaxes(x, 1, 2), 1, length), length) for x in (q, k, v))
     if case.plain and case.queries % length == 0:
         out = _attention(None, case.interpret, case.scale, q, k, v)
@@ -108,7 +108,7 @@ def _cudnn(case, coords: Coords, q, k, v):
 
 
 def _attention(lengths, interpret, scale: float, q, k, v):
-    """Of [rows, tokens, heads, head size]; interpreted, the same function of JAX's runs on XLA."""
+    """Attention of arrays [rows, tokens, heads, head size]; interpreted, JAX runs it on XLA."""
     return jax.nn.dot_product_attention(
         *(q, k, v),
         scale=scale,

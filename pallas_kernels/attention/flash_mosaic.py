@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import tuning
-from pallas_kernels.attention.masks import Coords, Reach, reach
+from pallas_kernels.attention.masks import Coords, KeyRange
 from pallas_kernels.attention.mosaic_backward import BackwardConfig, flash_backward
 from pallas_kernels.attention.mosaic_forward import ForwardConfig, flash_forward
 from pallas_kernels.choice import Implementation
@@ -47,29 +47,28 @@ def config_for(case) -> Config:
     return Config(ForwardConfig(**forward), BackwardConfig(**backward))
 
 
-def flash_mosaic(q, k, v, q_coords: Coords, k_coords: Coords, case, config: Config):
+def flash_mosaic(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: Config):
     """Output [B, H, S, d] and log-sum-exp [B, H, S]."""
     static = _Static(case.scale, config, case.interpret)
-    q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
-    return _flash(static, q, k, v, q_reach, k_coords)
+    return _flash(static, q, k, v, q_range, k_coords)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(static: _Static, q, k, v, q_reach: Reach, k_coords: Coords):
+def _flash(static: _Static, q, k, v, q_range: KeyRange, k_coords: Coords):
     options = {"scale": static.scale, "interpret": static.interpret}
-    return flash_forward(q, k, v, q_reach, k_coords, config=static.config.forward, **options)
+    return flash_forward(q, k, v, q_range, k_coords, config=static.config.forward, **options)
 
 
-def _forward(static: _Static, q, k, v, q_reach, k_coords):
-    out, lse = _flash(static, q, k, v, q_reach, k_coords)
-    return (out, lse), ((q, k, v, out, lse), q_reach, k_coords)
+def _forward(static: _Static, q, k, v, q_range, k_coords):
+    out, lse = _flash(static, q, k, v, q_range, k_coords)
+    return (out, lse), ((q, k, v, out, lse), q_range, k_coords)
 
 
 def _backward(static: _Static, residuals, cotangents):
-    (saved, q_reach, k_coords), (d_out, d_lse) = residuals, cotangents
+    (saved, q_range, k_coords), (d_out, d_lse) = residuals, cotangents
     options = {"scale": static.scale, "interpret": static.interpret}
     gradients = flash_backward(
-        saved, d_out, d_lse, q_reach, k_coords, config=static.config.backward, **options
+        saved, d_out, d_lse, q_range, k_coords, config=static.config.backward, **options
     )
     return (*gradients, None, None)
 

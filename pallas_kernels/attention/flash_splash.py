@@ -1,6 +1,6 @@
 """Flash attention on TPUs, of tokens to themselves: the splash kernel that JAX ships.
 
-The kernel is causal by slot and keeps segments apart. That is the whole rule for tokens in order,
+The kernel is causal by slot and separates segments. That is the whole rule for tokens in order,
 once every run of one segment and chunk is a segment of its own.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from pallas_kernels.attention import flash_xla
-from pallas_kernels.attention.masks import Coords
+from pallas_kernels.attention.masks import Coords, KeyRange, Mask
 from pallas_kernels.choice import Implementation
 from pallas_kernels.platform import target
 
@@ -50,8 +50,8 @@ def why_not(case) -> str | None:
         return f"it takes {' or '.join(PRECISION)}, not {case.dtype}"
     if case.head_dim > LARGEST_HEAD:
         return f"it takes head sizes up to {LARGEST_HEAD}, not {case.head_dim}"
-    if not case.causal:
-        return "it is causal only"
+    if not case.mask.causal or not case.mask.block_diagonal:
+        return "it is causal only, and takes no windows"
     if not case.in_order:
         return "it takes in_order calls only"
     device = target()
@@ -60,69 +60,70 @@ def why_not(case) -> str | None:
     return f"it needs a TPU, and this is {device}"
 
 
-def flash_splash(q, k, v, q_coords: Coords, k_coords: Coords, case, config: Config):
+def flash_splash(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: Config):
     """Output [B, H, S, d], and log-sum-exp [B, H, S] if the case wants it, else None.
 
     The kernel scales nothing, so q is scaled before and rounded to its own type once more: exact
     only if the scale is a power of two, as for head size 64.
     """
-    return _attend(case, config, q, k, v, q_coords)
+    return _attend(case, config, q, k, v, q_range, k_coords)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(case, config: Config, q, k, v, coords: Coords):
+def _attend(case, config: Config, q, k, v, q_range: KeyRange, k_coords: Coords):
     with jax.default_matmul_precision(PRECISION[case.dtype]):
-        return _splash(case, config, coords, q, k, v)
+        return _splash(case, config, q_range, k_coords, q, k, v)
 
 
-def _attend_forward(case, config, q, k, v, coords):
+def _attend_forward(case, config, q, k, v, q_range, k_coords):
     """The kernel has no gradient of its log-sum-exp: with that, all of it runs on XLA."""
-    run = functools.partial(_xla if case.return_lse else _splash, case, config, coords)
+    function = _xla if case.return_lse else _splash
+    run = functools.partial(function, case, config, q_range, k_coords)
     with jax.default_matmul_precision(PRECISION[case.dtype]):
         return jax.vjp(run, q, k, v)
 
 
 def _attend_backward(case, config, transpose, cotangents):
     with jax.default_matmul_precision(PRECISION[case.dtype]):
-        return *transpose(cotangents), None
+        return *transpose(cotangents), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _xla(case, config, coords, q, k, v):
-    return flash_xla.flash_xla(q, k, v, coords, coords, case, flash_xla.Config())
+def _xla(case, config, q_range, k_coords, q, k, v):
+    return flash_xla.flash_xla(q, k, v, q_range, k_coords, case, flash_xla.Config())
 
 
-def _splash(case, config, coords, q, k, v):
+def _splash(case, config, q_range, k_coords, q, k, v):
     S = case.queries
     blocks = [_even_block(S, size) for size in (config.block_q, config.block_k)]
     extra = -S % math.lcm(*blocks)
     q = (q.astype(jnp.float32) * case.scale).astype(q.dtype)
-    real = (coords.segment != 0)[:, None]
+    real = (q_range.segment != 0)[:, None]
     # What padding holds may be NaN, which a probability of 0 does not undo.
     q, k, v = (jnp.where(real[..., None], x, 0) for x in (q, k, v))
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (q, k, v))
     attend = jax.vmap(_kernel(case, S + extra, *blocks))
-    out, *lse = jax.tree.leaves(attend(q, k, v, _segments(case, coords, extra)))
-    # Padding sees itself in the kernel, which may not meet a query that sees nothing.
+    out, *lse = jax.tree.leaves(attend(q, k, v, _segments(case, q_range, extra)))
+    # Padding sees itself in the kernel, which must not get a query that sees nothing.
     out = jnp.where(real[..., None], out[:, :, :S], 0)
     return out, jnp.where(real, lse[0][:, :, :S], -jnp.inf) if lse else None
 
 
 def _even_block(length: int, largest: int) -> int:
-    """The block that pads `length` least: of even parts of it, in whole lanes."""
+    """The size of equal blocks, up to `largest` and in whole lanes, that pads `length` least."""
     parts = -(-length // largest)
     return -(-length // (parts * LANES)) * LANES
 
 
-def _segments(case, coords: Coords, extra: int) -> splash.SegmentIds | None:
-    """An id for each run of tokens of one segment and chunk; None if all may meet."""
-    if case.plain and case.chunk is None:
+def _segments(case, q_range: KeyRange, extra: int) -> splash.SegmentIds | None:
+    """An id for each run of tokens of one segment and chunk; None where all are of one."""
+    if case.plain and case.mask.span is None:
         return None
-    parts = [coords.segment]
-    if case.chunk is not None:
-        parts.append(coords.position // case.chunk)
+    parts = [q_range.segment]
+    if case.mask.span is not None:
+        parts.append(q_range.first)
     starts = [jnp.diff(part, axis=1, prepend=part[:, :1]) != 0 for part in parts]
     ids = jnp.cumsum(functools.reduce(operator.or_, starts), axis=1, dtype=jnp.int32)
     ids = jnp.pad(ids, ((0, 0), (0, extra)))
@@ -131,7 +132,7 @@ def _segments(case, coords: Coords, extra: int) -> splash.SegmentIds | None:
 
 def _kernel(case, length: int, block_q: int, block_k: int):
     """The library's kernel for one row."""
-    mask = _Slots(length, case.chunk, aligned=case.plain)
+    mask = _Slots(length, case.mask, aligned=case.plain)
     sizes = splash.BlockSizes(
         block_q=block_q, block_kv=block_k, block_q_dq=block_q, block_kv_dq=block_k,
         block_q_dkv=block_q, block_kv_dkv=block_k,
@@ -146,13 +147,13 @@ def _kernel(case, length: int, block_q: int, block_k: int):
 
 @dataclasses.dataclass(frozen=True)
 class _Slots(splash.Mask):
-    """Causal by slot, leaving out blocks of keys in earlier chunks than any query's.
+    """Causal by slot, leaving out blocks of keys before those that any query sees.
 
     The library's own masks evaluate length x length booleans: minutes, at 100k tokens.
     """
 
     length: int
-    chunk: int | None
+    mask: Mask
     aligned: bool  # slots are positions; otherwise a chunk may begin anywhere
     mask_function: ClassVar = operator.ge  # of slots, in the kernel
 
@@ -168,10 +169,9 @@ class _Slots(splash.Mask):
     def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
         """Whether any query of a block may see any key: the library asks no more of it."""
         q, k = idx
-        first = 0
-        if self.chunk is not None:
-            back = q.start % self.chunk if self.aligned else self.chunk - 1
-            first = q.start - back
+        first, span = 0, self.mask.span
+        if span is not None:
+            first = self.mask.first(q.start) if self.aligned else q.start - span + 1
         return np.array([[k.start < q.stop and k.stop > first]])
 
 

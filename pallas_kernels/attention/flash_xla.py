@@ -24,10 +24,10 @@ from pallas_kernels.attention.block_pairs import (
     Rule,
     chosen,
     every_block,
-    met_pairs,
     over_pairs,
+    visible_pairs,
 )
-from pallas_kernels.attention.masks import Coords, Reach, pad_tokens, reach, visible
+from pallas_kernels.attention.masks import Coords, KeyRange, pad_tokens, visible
 from pallas_kernels.choice import Implementation
 from pallas_kernels.platform import target
 
@@ -51,7 +51,7 @@ class Config:
 
 
 def config_for(case) -> Config:
-    """Large blocks and loops of a fixed length on GPUs, where each step is several launches."""
+    """A config with large blocks and loops of fixed length on GPUs, else the default."""
     if target().platform != "gpu":
         return Config()
     rows = GPU_BYTES // (4 * case.rows * case.heads * GPU_BLOCK)
@@ -59,7 +59,7 @@ def config_for(case) -> Config:
 
 
 def power_of_two(size: int, most: int) -> int:
-    """The largest up to a size, between 64 and `most`."""
+    """The largest power of two up to `size`, but from 64 to `most`."""
     return max(64, min(most, 2 ** max(0, size.bit_length() - 1)))
 
 
@@ -69,17 +69,16 @@ class _Static:
     rule: Rule
 
 
-def flash_xla(q, k, v, q_coords: Coords, k_coords: Coords, case, config: Config):
+def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: Config):
     """Output [B, H, S, d] and log-sum-exp [B, H, S], both differentiable."""
     B, H, S, d = q.shape
     K = k.shape[1]
     block_q, block_k = min(config.block_q, S), min(config.block_k, k.shape[2])
     static = _Static(case.scale, Rule.of(case, block_q, block_k, config.data_decides))
-    q_reach = reach(q_coords, causal=case.causal, chunk=case.chunk)
-    q_reach, k_coords = pad_tokens(q_reach, block_q), pad_tokens(k_coords, block_k)
+    q_range, k_coords = pad_tokens(q_range, block_q), pad_tokens(k_coords, block_k)
     q_BKGSd = pad_axis(q, 2, block_q).reshape(B, K, H // K, -1, d)
     k, v = (pad_axis(x, 2, block_k) for x in (k, v))
-    out, lse = _flash(static, q_BKGSd, k, v, q_reach, k_coords)
+    out, lse = _flash(static, q_BKGSd, k, v, q_range, k_coords)
     return out.reshape(B, H, -1, d)[:, :, :S], lse.reshape(B, H, -1)[:, :, :S]
 
 
@@ -105,14 +104,14 @@ def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class Queries(NamedTuple):
-    """A block of them, and what they see."""
+    """A block of queries, and the range of keys that each sees."""
 
     q: jax.Array  # [B, K, G, q, d]
-    reach: Reach
+    range: KeyRange
 
 
 class Keys(NamedTuple):
-    """A block of them."""
+    """A block of keys and values with their coordinates."""
 
     k: jax.Array  # [B, K, t, d]
     v: jax.Array
@@ -120,28 +119,28 @@ class Keys(NamedTuple):
 
 
 def _scores(scale: float, queries: Queries, keys: Keys):
-    """Scaled scores [B, K, G, q, t] with MASKED where the rule forbids, and the rule itself."""
-    allowed = visible(queries.reach, keys.coords)[:, None, None]
+    """Scaled scores [B, K, G, q, t], MASKED where a query sees no key, and where it sees one."""
+    allowed = visible(queries.range, keys.coords)[:, None, None]
     scores = _dot("BKGqd,BKtd->BKGqt", queries.q, keys.k) * scale
     return jnp.where(allowed, scores, MASKED), allowed
 
 
 def _seen(allowed: jax.Array, x_BKtd: jax.Array) -> jax.Array:
-    """Zeros for keys that no query sees: their NaN would survive a product with 0."""
+    """x with zeros for keys that no query sees: their NaN would survive a product with 0."""
     return jnp.where(allowed.any((2, 3))[..., None], x_BKtd, 0)
 
 
 def _seeing(allowed: jax.Array, x_BKGqd: jax.Array) -> jax.Array:
-    """Zeros for queries that see no key."""
+    """x with zeros for queries that see no key."""
     return jnp.where(allowed.any(4)[..., None], x_BKGqd, 0)
 
 
-def _cut(static: _Static, q, k, v, q_reach: Reach, k_coords: Coords):
+def _cut(static: _Static, q, k, v, q_range: KeyRange, k_coords: Coords):
     """Functions of an index that give a block of queries, and one of keys."""
     block_q, block_k = static.rule.block_q, static.rule.block_k
 
     def queries_of(i):
-        return Queries(_block(q, i, block_q, 3), _tokens_block(q_reach, i, block_q))
+        return Queries(_block(q, i, block_q, 3), _tokens_block(q_range, i, block_q))
 
     def keys_of(j):
         k_j, v_j = (_block(x, j, block_k, 2) for x in (k, v))
@@ -151,19 +150,19 @@ def _cut(static: _Static, q, k, v, q_reach: Reach, k_coords: Coords):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(static: _Static, q, k, v, q_reach: Reach, k_coords: Coords):
-    queries_of, keys_of = _cut(static, q, k, v, q_reach, k_coords)
+def _flash(static: _Static, q, k, v, q_range: KeyRange, k_coords: Coords):
+    queries_of, keys_of = _cut(static, q, k, v, q_range, k_coords)
     if not static.rule.data_decides:
         attend = functools.partial(attend_pairs, static.scale, q, queries_of, keys_of)
-        return over_pairs(static.rule, q_reach, k_coords, attend)
+        return over_pairs(static.rule, q_range, k_coords, attend)
 
     def attend_block(_, block):
-        i, met = block
-        queries, pairs = queries_of(i), chosen(every_block(len(met)), met)
+        i, seen = block
+        queries, pairs = queries_of(i), chosen(every_block(len(seen)), seen)
         return None, attend_pairs(static.scale, queries.q, lambda _: queries, keys_of, pairs)
 
-    met = met_pairs(static.rule, q_reach, k_coords)
-    _, (out, lse) = lax.scan(attend_block, None, (jnp.arange(len(met)), met))
+    seen = visible_pairs(static.rule, q_range, k_coords)
+    _, (out, lse) = lax.scan(attend_block, None, (jnp.arange(len(seen)), seen))
     return _join(out), _join(lse)
 
 
@@ -211,18 +210,18 @@ def _online_softmax(scale: float, state, queries: Queries, keys: Keys) -> list[j
     return [new_top, total * shrink + p.sum(-1), acc]
 
 
-def _flash_forward(static, q, k, v, q_reach, k_coords):
-    out, lse = _flash(static, q, k, v, q_reach, k_coords)
-    return (out, lse), (q, k, v, q_reach, k_coords, out, lse)
+def _flash_forward(static, q, k, v, q_range, k_coords):
+    out, lse = _flash(static, q, k, v, q_range, k_coords)
+    return (out, lse), (q, k, v, q_range, k_coords, out, lse)
 
 
 def _flash_backward(static, saved, cotangents):
     """Recomputes the probabilities of each pair of blocks from the log-sum-exp."""
-    q, k, v, q_reach, k_coords, out, lse = saved
+    q, k, v, q_range, k_coords, out, lse = saved
     d_out, d_lse = cotangents
     # dS = P * (dP - sum(dO * O) + dLSE); the last two are constant along the keys.
     constant = d_lse - jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-    queries_of, keys_of = _cut(static, q, k, v, q_reach, k_coords)
+    queries_of, keys_of = _cut(static, q, k, v, q_range, k_coords)
     block_q = static.rule.block_q
 
     def visit(pairs, n, gradients):
@@ -237,7 +236,7 @@ def _flash_backward(static, saved, cotangents):
         sums = lax.fori_loop(0, pairs.count, functools.partial(visit, pairs), tuple(zeros))
         return [x.astype(like.dtype) for x, like in zip(sums, (q, k, v), strict=True)]
 
-    return *over_pairs(static.rule, q_reach, k_coords, differentiate), None, None
+    return *over_pairs(static.rule, q_range, k_coords, differentiate), None, None
 
 
 def _gradients(scale: float, queries: Queries, keys: Keys, d_out, lse, constant):

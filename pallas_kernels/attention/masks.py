@@ -1,9 +1,13 @@
-"""Who sees whom: the attention rule, from the positions and segments of tokens, never from slots.
+"""Which keys a query sees, from the positions and segments of tokens, never from their slots.
+
+A `Mask` says it by position; `Mask.key_range` makes of it a range of keys for each query, which is
+all that kernels compare.
 
 Shape letters: B rows, S queries, T keys; q and t are blocks of queries and of keys.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +24,21 @@ class Coords(NamedTuple):
     segment: Int[Array, "batch length"]
 
 
-class Reach(NamedTuple):
-    """What each query sees: the keys of its segment at positions `first` to `last`, inclusive."""
+class KeyRange(NamedTuple):
+    """What each query sees: the keys of its segment at positions `first` to `last`, inclusive.
+
+    `first` is not after `last`.
+    """
 
     first: Int[Array, "batch length"]
     last: Int[Array, "batch length"]
     segment: Int[Array, "batch length"]
 
 
-class Ranges(NamedTuple):
-    """Of each block on one side, the blocks of the other side that it meets, `start` to `stop`.
+class BlockRanges(NamedTuple):
+    """For each block on one side, the blocks of the other side to visit: `start` up to `stop`.
 
-    Those from `full_start` to `full_stop` need no mask; the others of the range may.
+    Those from `full_start` up to `full_stop` need no mask; the others of the range may.
     """
 
     start: Int[Array, "batch blocks"]
@@ -59,17 +66,82 @@ def coords_of(
     return Coords(index + first, real)
 
 
-def reach(q: Coords, *, causal: bool, chunk: int | None) -> Reach:
-    """Not later if `causal`, and the same chunk `position // chunk` if any."""
-    first = jnp.full_like(q.position, _LOWEST)
-    end = jnp.full_like(q.position, _HIGHEST)
-    if chunk is not None:
-        first = q.position // chunk * chunk
-        end = first + (chunk - 1)
-    return Reach(first, q.position if causal else end, q.segment)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Which keys of its own segment a query sees, by position: here all, or all up to itself.
+
+    A subclass narrows this, and may be written outside the library: every implementation takes any
+    mask, or says why it does not. A mask must be hashable, because programs are compiled for it.
+
+    Attributes:
+        causal: a query does not see later positions than its own.
+    """
+
+    causal: bool = True
+
+    @property
+    def span(self) -> int | None:
+        """How many positions a query sees at most, its own included; None if there is no bound."""
+        return None
+
+    @property
+    def block_diagonal(self) -> bool:
+        """Whether tokens of a segment see each other exactly if their `first` is equal.
+
+        That leaves aside later tokens, if causal. It is true of chunks, and not of sliding windows.
+        """
+        return True
+
+    def first(self, position: Any) -> Any:
+        """The first position that a query sees; it does not fall as positions grow.
+
+        Args:
+            position: of the query, an array of JAX or NumPy or a number.
+        """
+        return jnp.full_like(position, _LOWEST)
+
+    def last(self, position: Any) -> Any:
+        """The last position that a query sees; its own, if the mask is causal."""
+        return position if self.causal else jnp.full_like(position, _HIGHEST)
+
+    def key_range(self, q: Coords) -> KeyRange:
+        """What each query sees, as kernels read it."""
+        return KeyRange(self.first(q.position), self.last(q.position), q.segment)
 
 
-def visible(q: Reach, k: Coords) -> Bool[Array, "B S T"]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkedMask(Mask):
+    """A query sees positions of its own chunk, `position // chunk`, only.
+
+    Attributes:
+        chunk: positions of a chunk, 1 or more.
+    """
+
+    chunk: int
+
+    @property
+    def span(self) -> int:
+        """A chunk."""
+        return self.chunk
+
+    def first(self, position: Any) -> Any:
+        """The first position of the query's chunk."""
+        return position // self.chunk * self.chunk
+
+    def last(self, position: Any) -> Any:
+        """The query's own position, or the last one of its chunk."""
+        return position if self.causal else self.first(position) + (self.chunk - 1)
+
+
+CAUSAL = Mask()
+
+
+def make_mask(causal: bool = True, chunk: int | None = None) -> Mask:
+    """The mask that the arguments `causal` and `chunk` of attention functions mean."""
+    return Mask(causal=causal) if chunk is None else ChunkedMask(causal=causal, chunk=chunk)
+
+
+def visible(q: KeyRange, k: Coords) -> Bool[Array, "B S T"]:
     """Whether each query sees each key."""
     first, last, segment = (x[:, :, None] for x in q)
     position, k_segment = (x[:, None, :] for x in k)
@@ -77,15 +149,15 @@ def visible(q: Reach, k: Coords) -> Bool[Array, "B S T"]:
 
 
 def pad_tokens(tokens, block: int):
-    """Coords or Reach rounded up to a multiple of `block` with padding tokens."""
+    """A Coords or KeyRange rounded up to a multiple of `block` with padding tokens."""
     extra = -tokens.segment.shape[1] % block
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, extra))), tokens) if extra else tokens
 
 
 class Extents(NamedTuple):
-    """What there is in each block of keys: of real tokens, positions and segments, both inclusive.
+    """The least and greatest position and segment of the real tokens in each block of keys.
 
-    A block without any has the lowest as its last and the highest as its first.
+    In a block of padding the least is the largest int32 and the greatest the smallest.
     """
 
     first: Int[Array, "batch blocks"]
@@ -99,18 +171,18 @@ NOTHING = (_HIGHEST, _LOWEST, _HIGHEST, _LOWEST, False)  # Extents of a block of
 
 
 def extents(k: Coords, block: int) -> Extents:
-    """Of blocks of keys, which divide the length."""
+    """The `Extents` of keys cut into blocks of `block` tokens, which divides their number."""
     real = k.segment.reshape(k.segment.shape[0], -1, block) != 0
     return Extents(*_extremes(k.position, real), *_extremes(k.segment, real), jnp.all(real, -1))
 
 
-def meets(
-    q: Reach, k: Extents, block_q: int
+def visible_blocks(
+    q: KeyRange, k: Extents, block_q: int
 ) -> tuple[Bool[Array, "B Nq Nk"], Bool[Array, "B Nq Nk"]]:
-    """Of each pair of blocks: whether some query may see some key, and whether all see all.
+    """(any_visible, all_visible) of each pair of a block of queries and one of keys.
 
-    The first is never false when one can. The second leaves out queries that are padding, whose
-    results need no mask because they are discarded.
+    The first is true wherever some query sees some key, and may be where none does. The second
+    leaves out queries that are padding, whose results need no mask because they are discarded.
     """
     q_real = q.segment.reshape(q.segment.shape[0], -1, block_q) != 0
     (first_low, first_high), (last_low, last_high), (q_low, q_high) = (
@@ -130,15 +202,15 @@ def _extremes(x: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
     return low, jnp.max(jnp.where(real, x, _LOWEST), -1)
 
 
-def ranges(some: Bool[Array, "B N M"], every: Bool[Array, "B N M"]) -> Ranges:
-    """What each of N blocks meets of the M, from `meets` (transposed for keys that meet queries).
+def block_ranges(some: Bool[Array, "B N M"], every: Bool[Array, "B N M"]) -> BlockRanges:
+    """For each of N blocks those of the M to visit, from `visible_blocks` or its transpose.
 
     Blocks that need no mask are used as such only where they lie in one run.
     """
     start, stop = _span(some)
     full_start, full_stop = _span(every)
     one_run = (full_stop - full_start == jnp.sum(every, -1)) & (full_stop > full_start)
-    return Ranges(
+    return BlockRanges(
         start, jnp.where(one_run, full_start, start), jnp.where(one_run, full_stop, start), stop
     )
 

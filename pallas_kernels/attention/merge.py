@@ -15,7 +15,7 @@ def merge(parts: Parts) -> Float[Array, "B H S d"]:
 
 
 def merge_with_lse(parts: Parts) -> tuple[Float[Array, "B H S d"], Float[Array, "B H S"]]:
-    """The same with the log-sum-exp of all keys, to be combined further."""
+    """As `merge`, with the log-sum-exp of all keys, so that the result can be merged again."""
     top = functools.reduce(jnp.maximum, (lse for _, lse in parts))
     weights = [lse_weight(lse, top) for _, lse in parts]
     total = sum(weights)

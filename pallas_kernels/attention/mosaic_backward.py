@@ -20,16 +20,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.attention.masks import Coords, Reach, extents, meets, pad_tokens, ranges
+from pallas_kernels.attention.masks import (
+    Coords,
+    KeyRange,
+    block_ranges,
+    extents,
+    pad_tokens,
+    visible_blocks,
+)
 from pallas_kernels.attention.mosaic_forward import COMPUTE, LOG2E
 from pallas_kernels.attention.mosaic_masks import (
     BlockOrder,
     CleanFill,
-    apart,
+    apply_mask,
     eager,
-    hide,
     lazy,
     load_tokens,
+    match_no_key,
     real_keys,
 )
 from pallas_kernels.mosaic import (
@@ -63,7 +70,7 @@ class BackwardConfig:
 
 
 def flash_backward(
-    saved, d_out, d_lse, q_reach: Reach, k_coords: Coords, *, scale: float,
+    saved, d_out, d_lse, q_range: KeyRange, k_coords: Coords, *, scale: float,
     config: BackwardConfig, interpret,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """dq, dk and dv. `saved` is what the forward pass had: q, k, v, out and lse."""
@@ -81,7 +88,7 @@ def flash_backward(
         axis=2,
     )
     queries = (pad_axis(q, 2, TILE), pad_axis(d_out, 2, TILE), stats)
-    k, v, q_reach = pad_axis(k, 2, 8), pad_axis(v, 2, 8), pad_tokens(q_reach, TILE)
+    k, v, q_range = pad_axis(k, 2, 8), pad_axis(v, 2, 8), pad_tokens(q_range, TILE)
     run = functools.partial(
         plgpu.kernel,
         num_threads=COMPUTE + 1,
@@ -90,16 +97,16 @@ def flash_backward(
         interpret=interpret,
     )
     mma = Wgmma(interpret is not None)
-    dq = _dq(run, mma, scale, config, queries, k, v, q_reach, k_coords)
-    dk, dv = _dkv(run, mma, scale, config, queries, k, v, q_reach, k_coords)
+    dq = _dq(run, mma, scale, config, queries, k, v, q_range, k_coords)
+    dk, dv = _dkv(run, mma, scale, config, queries, k, v, q_range, k_coords)
     return dq[:, :, :S], dk[:, :, :T], dv[:, :, :T]
 
 
-def _dq(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coords):
+def _dq(run, mma, scale, config: BackwardConfig, queries, k, v, q_range, k_coords):
     (B, H, S, d), K = queries[0].shape, k.shape[1]
     k_coords = pad_tokens(k_coords, config.block_k)
     k_extents = extents(k_coords, config.block_k)
-    blocks = ranges(*meets(q_reach, k_extents, TILE))
+    blocks = block_ranges(*visible_blocks(q_range, k_extents, TILE))
     keys = (tile(config.dq_slots, config.block_k, d),) * 2
     sizes = B, S // TILE, H
     kernel = run(
@@ -115,11 +122,11 @@ def _dq(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coord
         kernel_name="flash_attention_dq",
     )
     whole = k_extents.whole.astype(jnp.int32)
-    return kernel(*queries, k, v, apart(q_reach), k_coords, blocks, whole)
+    return kernel(*queries, k, v, match_no_key(q_range), k_coords, blocks, whole)
 
 
 def _dq_kernel(
-    sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_BS, coords_BT,
+    sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, range_BS, coords_BT,
     ranges_BN, whole_BN, dq_BHSd, q_and_do, filled, ring, landed,
 ):  # fmt: skip
     b, n, h = grid_indices(sizes)
@@ -140,7 +147,7 @@ def _dq_kernel(
         plgpu.copy_gmem_to_smem(q_BHSd.at[b, h, mine], q_qd, filled.at[warpgroup])
         plgpu.copy_gmem_to_smem(do_BHSd.at[b, h, mine], do_qd, filled.at[warpgroup])
         ring.open()
-        reach = jax.tree.map(lambda x: eager(x.at[b, mine], ROWS), reach_BS)
+        q_range = jax.tree.map(lambda x: eager(x.at[b, mine], ROWS), range_BS)
         lse, shift = (load_tokens(stats_BH2S.at[b, h, i, mine], ROWS) for i in range(2))
         plgpu.barrier_wait(filled.at[warpgroup])
 
@@ -152,7 +159,7 @@ def _dq_kernel(
                 if not masked:
                     return p
                 coords = jax.tree.map(lambda x: lazy(x.at[b, keys_of(t)], COLUMNS), coords_BT)
-                return hide(p, 0.0, reach, coords, q_axis=0)
+                return apply_mask(p, 0.0, q_range, coords, q_axis=0)
 
             p = probabilities(mma.dot(q_qd, k_td.T))
             ds = p * mma.add(along_rows(shift, p), do_qd, v_td.T)
@@ -185,17 +192,17 @@ def _dq_kernel(
         ring.drain(order.steps)
 
 
-def _dkv(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coords):
+def _dkv(run, mma, scale, config: BackwardConfig, queries, k, v, q_range, k_coords):
     (B, K, T, d), H = k.shape, queries[0].shape[1]
     k_coords = pad_tokens(k_coords, TILE)
-    some, every = meets(q_reach, extents(k_coords, TILE), config.block_q)
-    blocks = ranges(jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2))
+    some, every = visible_blocks(q_range, extents(k_coords, TILE), config.block_q)
+    blocks = block_ranges(jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2))
     sizes = B, -(-T // TILE), K
     query_block = tile(config.dkv_slots, config.block_q, d)
     saw = (queries[2][:, :, 0] < UNSEEN).reshape(B, H, -1, config.block_q).all(-1)
     stats = plgpu.SMEM((config.dkv_slots, 2, config.block_q), jnp.float32)
-    reach = plgpu.SMEM((config.dkv_slots, 3, config.block_q), jnp.int32)
-    queries_at_once = query_block, query_block, stats, reach
+    ranges = plgpu.SMEM((config.dkv_slots, 3, config.block_q), jnp.int32)
+    queries_at_once = query_block, query_block, stats, ranges
     kernel = run(
         functools.partial(_dkv_kernel, sizes, H // K, scale, mma),
         out_type=(jax.ShapeDtypeStruct((B, K, sizes[1] * TILE, d), k.dtype),) * 2,
@@ -208,12 +215,12 @@ def _dkv(run, mma, scale, config: BackwardConfig, queries, k, v, q_reach, k_coor
         **flat_grid(sizes),
         kernel_name="flash_attention_dkv",
     )
-    reach = jnp.stack(apart(q_reach), axis=1)
-    return kernel(*queries, k, v, reach, k_coords, blocks, saw.astype(jnp.int32))
+    q_range = jnp.stack(match_no_key(q_range), axis=1)
+    return kernel(*queries, k, v, q_range, k_coords, blocks, saw.astype(jnp.int32))
 
 
 def _dkv_kernel(
-    sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, reach_B3S, coords_BT,
+    sizes, group, scale, mma, q_BHSd, do_BHSd, stats_BH2S, k_BKTd, v_BKTd, range_B3S, coords_BT,
     ranges_BN, saw_BHN, dk_BKTd, dv_BKTd, k_and_v, filled, ring, landed,
 ):  # fmt: skip
     b, n, h = grid_indices(sizes)  # the keys that most queries see first
@@ -235,7 +242,7 @@ def _dkv_kernel(
             dk, dv = state
             # Addresses that are found anew at each step: with those of both tiles kept, it spills.
             v_td = k_and_v[1].at[lax.optimization_barrier(warpgroup)]
-            q_qd, do_qd, stats_2q, reach_3q = ring.take(t)
+            q_qd, do_qd, stats_2q, range_3q = ring.take(t)
 
             def load(ref, like):
                 return along_columns(load_tokens(ref, COLUMNS), like)
@@ -244,8 +251,8 @@ def _dkv_kernel(
                 p = jnp.exp2(s * (scale * LOG2E) - load(stats_2q.at[0], s))
                 if not masked:
                     return p
-                reach = Reach(*(lazy(reach_3q.at[i], COLUMNS) for i in range(3)))
-                return hide(p, 0.0, reach, coords, q_axis=1)
+                q_range = KeyRange(*(lazy(range_3q.at[i], COLUMNS) for i in range(3)))
+                return apply_mask(p, 0.0, q_range, coords, q_axis=1)
 
             p = probabilities(mma.dot(k_td, q_qd.T))
             ds = p * mma.add(load(stats_2q.at[1], p), v_td, do_qd.T)
@@ -284,7 +291,7 @@ def _dkv_kernel(
                 q_BHSd.at[b, head, queries],
                 do_BHSd.at[b, head, queries],
                 stats_BH2S.at[b, head, :, queries],
-                reach_B3S.at[b, :, queries],
+                range_B3S.at[b, :, queries],
             )
 
             def saw(start):

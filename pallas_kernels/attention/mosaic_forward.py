@@ -18,14 +18,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.attention.masks import Coords, Reach, extents, meets, pad_tokens, ranges
+from pallas_kernels.attention.masks import (
+    Coords,
+    KeyRange,
+    block_ranges,
+    extents,
+    pad_tokens,
+    visible_blocks,
+)
 from pallas_kernels.attention.mosaic_masks import (
     BlockOrder,
     CleanFill,
-    apart,
+    apply_mask,
     eager,
-    hide,
     lazy,
+    match_no_key,
     real_keys,
 )
 from pallas_kernels.mosaic import (
@@ -60,14 +67,14 @@ class ForwardConfig:
 
 
 def flash_forward(
-    q, k, v, q_reach: Reach, k_coords: Coords, *, scale: float, config: ForwardConfig, interpret
+    q, k, v, q_range: KeyRange, k_coords: Coords, *, scale: float, config: ForwardConfig, interpret
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, H, S, d] and natural log-sum-exp [B, H, S]."""
     (B, H, S, d), K = q.shape, k.shape[1]
-    q, q_reach = pad_axis(q, 2, TILE_Q), pad_tokens(q_reach, TILE_Q)
+    q, q_range = pad_axis(q, 2, TILE_Q), pad_tokens(q_range, TILE_Q)
     k, v, k_coords = pad_axis(k, 2, 8), pad_axis(v, 2, 8), pad_tokens(k_coords, config.block_k)
     k_extents = extents(k_coords, config.block_k)
-    blocks = ranges(*meets(q_reach, k_extents, TILE_Q))
+    blocks = block_ranges(*visible_blocks(q_range, k_extents, TILE_Q))
     keys = (tile(config.slots, config.block_k, d),)
     sizes = B, q.shape[2] // TILE_Q, H
     kernel = plgpu.kernel(
@@ -93,12 +100,13 @@ def flash_forward(
         interpret=interpret,
         kernel_name="flash_attention_forward",
     )
-    out, lse = kernel(q, k, v, apart(q_reach), k_coords, blocks, k_extents.whole.astype(jnp.int32))
+    q_range, whole = match_no_key(q_range), k_extents.whole.astype(jnp.int32)
+    out, lse = kernel(q, k, v, q_range, k_coords, blocks, whole)
     return out[:, :, :S], lse[:, :, :S]
 
 
 def _kernel(
-    sizes, group, scale, mma, q_BHSd, k_BKTd, v_BKTd, reach_BS, coords_BT, ranges_BN, whole_BN,
+    sizes, group, scale, mma, q_BHSd, k_BKTd, v_BKTd, range_BS, coords_BT, ranges_BN, whole_BN,
     out_BHSd, lse_BHS, q_qd, p_2qt, lse_q, q_filled, k_ring, v_ring, v_landed, turns,
 ):  # fmt: skip
     b, n, h = grid_indices(sizes)  # heads that share keys run side by side
@@ -116,15 +124,15 @@ def _kernel(
         k_ring.open()
         v_ring.open()
         plgpu.barrier_wait(filled)
-        reach = jax.tree.map(lambda x: eager(x.at[b, mine], ROWS), reach_BS)
+        q_range = jax.tree.map(lambda x: eager(x.at[b, mine], ROWS), range_BS)
 
         def mask(step, scores):
             block = scores.shape[1]
             keys = pl.ds(order.block(step) * block, block)
             coords = jax.tree.map(lambda x: lazy(x.at[b, keys], COLUMNS), coords_BT)
-            return hide(scores, MASKED / scale, reach, coords, q_axis=0)
+            return apply_mask(scores, MASKED / scale, q_range, coords, q_axis=0)
 
-        padding = reach.segment() < 0
+        padding = q_range.segment() < 0
         out, log_sum = _attend(
             mma, scale, q, p, k_ring, v_ring, turns, warpgroup, order, mask, padding
         )
@@ -160,7 +168,7 @@ def _attend(mma, scale, q_qd, p_2qt, k_ring, v_ring, turns, warpgroup, order, ma
     A step multiplies by its keys and, behind that, by the values of the step before it.
     """
     mine, other = turns.at[warpgroup], turns.at[1 - warpgroup]
-    steps = jnp.maximum(order.steps, 1)  # the mask hides all of a block that nobody sees
+    steps = jnp.maximum(order.steps, 1)  # a block that no query sees is masked whole
 
     def p_at(t):
         return p_2qt.at[lax.rem(t, 2)]

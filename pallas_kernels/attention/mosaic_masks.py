@@ -1,4 +1,4 @@
-"""Inside a Hopper kernel: in which order blocks are met, and the mask of those that need one."""
+"""Inside a Hopper kernel: the order of blocks, and the mask of those that need one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.masks import Coords, Ranges, Reach
+from pallas_kernels.attention.masks import BlockRanges, Coords, KeyRange
 from pallas_kernels.mosaic import ROWS, WARPGROUP, Ring, along_rows
 
 
@@ -19,50 +19,50 @@ class BlockOrder:
     The mask's registers are free again in the long second loop.
     """
 
-    def __init__(self, ranges: Ranges):
+    def __init__(self, ranges: BlockRanges):
         self.ranges = ranges
         self.before = ranges.full_start - ranges.start
         self.masked = self.before + ranges.stop - ranges.full_stop
         self.steps = ranges.stop - ranges.start
 
     @classmethod
-    def load(cls, refs: Ranges, *index) -> "BlockOrder":
-        """That of one tile, from arrays of all tiles."""
-        return cls(Ranges(*(ref[index] for ref in refs)))
+    def load(cls, refs: BlockRanges, *index) -> "BlockOrder":
+        """Reads one tile's ranges from arrays that hold those of all tiles."""
+        return cls(BlockRanges(*(ref[index] for ref in refs)))
 
     def block(self, step: jax.Array | int) -> jax.Array:
-        """Which block a step meets."""
+        """The block of a step."""
         before, after = self.ranges.start + step, self.ranges.full_stop + step - self.before
         unmasked = self.ranges.full_start + step - self.masked
         return jnp.where(step < self.masked, jnp.where(step < self.before, before, after), unmasked)
 
 
-def apart(q: Reach) -> Reach:
+def match_no_key(q: KeyRange) -> KeyRange:
     """Gives padding queries a segment that no key has, so that kernels compare segments only."""
     return q._replace(segment=jnp.where(q.segment == 0, -1, q.segment))
 
 
 def load_tokens(ref, layout) -> jax.Array:
-    """One value a token, into registers."""
+    """Loads one value a token into registers."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def eager(ref, layout) -> Any:
-    """The same as a function of nothing, loaded now: for what a loop uses again and again."""
+    """Loads one value a token now, and returns a thunk: for what a loop uses again and again."""
     value = load_tokens(ref, layout)
     return lambda: value
 
 
 def lazy(ref, layout) -> Any:
-    """The same, loaded where it is used: all of a block at once would fill the registers."""
+    """A thunk that loads at each call: all of a block at once would fill the registers."""
     return lambda: load_tokens(ref, layout)
 
 
-def hide(x: jax.Array, fill: float, q: Reach, k: Coords, q_axis: int) -> jax.Array:
-    """x, but `fill` where the rule forbids.
+def apply_mask(x: jax.Array, fill: float, q: KeyRange, k: Coords, q_axis: int) -> jax.Array:
+    """x, but `fill` where a query does not see the key.
 
     Args:
-        q, k: with functions from `eager` or `lazy` for arrays.
+        q, k: holding thunks from `eager` or `lazy` in place of arrays.
         q_axis: the axis of x that queries lie along.
     """
 
@@ -83,7 +83,7 @@ def hide(x: jax.Array, fill: float, q: Reach, k: Coords, q_axis: int) -> jax.Arr
 
 
 def real_keys(segments: Any, begin: jax.Array) -> Callable:
-    """Which keys are no padding, for `CleanFill`: of a row's segments, from slot `begin` on."""
+    """A function for `CleanFill`: whether keys are real, from a row's slot `begin` on."""
 
     def real(start):
         return load_tokens(segments.at[pl.ds(begin + start, WARPGROUP)], ROWS) != 0
@@ -92,9 +92,9 @@ def real_keys(segments: Any, begin: jax.Array) -> Callable:
 
 
 class CleanFill:
-    """Fills steps of a ring with tokens of which some hold anything, also NaN.
+    """Fills steps of a ring of buffers with tokens, of which padding may hold NaN.
 
-    What they hold is multiplied by a probability of 0, and 0 times NaN is NaN. So the thread that
+    Padding is multiplied by a probability of 0, and 0 times NaN is NaN. So the thread that
     copies a step puts zeros in their place before it hands the step on.
     """
 
@@ -107,7 +107,7 @@ class CleanFill:
         return plgpu.Barrier(num_arrivals=len(buffers))
 
     def fill(self, step: jax.Array, sources: tuple, clean: jax.Array, real: Callable) -> None:
-        """As `ring.fill`.
+        """Fills a step of the ring as `Ring.fill` does, with zeros for tokens that are not kept.
 
         Args:
             clean: whether nothing has to be replaced, which costs nothing.

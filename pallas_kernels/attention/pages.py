@@ -13,7 +13,7 @@ from pallas_kernels.attention.masks import NOTHING, Coords, Extents
 def extents_of_rows(
     pool: Extents, table: Int[Array, "B n"], real: Bool[Array, "n"] | None = None
 ) -> Extents:
-    """Those of each row's blocks in order, [B, n * blocks a page], from those of a pool's pages.
+    """The extents of each row's blocks in order, [B, n * blocks a page], from those of a pool's.
 
     Args:
         real: which columns of the table count.
@@ -54,11 +54,11 @@ def rows_of_pages(
 def without_padding(v, coords: Coords):
     """Values [B, K, T, d], an array or `Quantized`, with zeros for padding.
 
-    A probability of 0 does not hide NaN, such as another row may have left in a page.
+    A probability of 0 does not remove NaN, such as another row may have left in a page.
     """
 
-    def hide(leaf):
+    def zero_padding(leaf):
         real = (coords.segment != 0).reshape(len(leaf), 1, -1, *[1] * (leaf.ndim - 3))
         return jnp.where(real, leaf, jnp.zeros((), leaf.dtype))
 
-    return jax.tree.map(hide, v)
+    return jax.tree.map(zero_padding, v)

@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.config import layer_kinds
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model import attention
+from jaxmoe.model import sequence
 from jaxmoe.model.params import abstract_params, init_params
 from jaxmoe.model.transformer import forward
 from tests.model.test_paged_cache import CONFIG as PAGED
@@ -41,7 +41,7 @@ def poison(monkeypatch):
         def all_gather(self, x, *arguments, **more):
             return jax.lax.all_gather(x, *arguments, **more) * jnp.nan
 
-    monkeypatch.setattr(attention, "lax", Poisoned())
+    monkeypatch.setattr(sequence, "lax", Poisoned())
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -10,14 +10,14 @@ from flax import nnx
 
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.cache import (
+from jaxmoe.model.kv_cache import (
     PAGE,
     init_cache,
     plan_writes,
     restart_rows,
     round_capacity,
 )
-from jaxmoe.model.pages import FREE
+from jaxmoe.model.kv_cache.pages import FREE
 from jaxmoe.model.transformer import Llama4
 from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.steps import abstract_arguments, lower_step
@@ -25,7 +25,7 @@ from pallas_kernels.attention import Coords
 
 
 def test_local_layers_keep_one_chunk_and_global_layers_the_sequence(small):
-    """In pages, of which one is nobody's."""
+    """In pages, of which one is the null page."""
     cache = init_cache(small.config, 2, 256)
     pages = [(layer.k.shape[0], layer.k.shape[2]) for layer in cache.layers]
     assert pages == [(3, 16), (3, 16), (3, 16), (1 + 2 * 4, PAGE)]
@@ -42,28 +42,29 @@ def held(pool, row=0):
 
 
 def free_pages(cache):
-    return int((cache.log.owner == FREE).sum())
+    return int((cache.full.owner == FREE).sum())
 
 
 def test_padding_takes_no_slot_and_the_last_chunk_fills_the_ring(small):
     cache = init_cache(small.config, 1, 64)
     new = coords([0, 0, *range(14, 19)], [0, 0, 1, 1, 1, 1, 1])
-    writes, cache = plan_writes(cache, new)
-    assert writes.log[0, 0].tolist() == [128, 128, 64, 65, 66, 67, 68]  # 128: nowhere
-    assert writes.ring[0, 0].tolist() == [32] * 4 + [16, 17, 18]  # 14 and 15 are a chunk behind
+    writes, cache = plan_writes(small.config, cache, new)
+    full, ring = writes.values()
+    assert full.index[0, 0].tolist() == [128, 128, 64, 65, 66, 67, 68]  # 128: nowhere
+    assert ring.index[0, 0].tolist() == [32] * 4 + [16, 17, 18]  # 14 and 15 are a chunk behind
     assert cache.length.tolist() == [5]
-    assert held(cache.log) == ([14, 15, 16, 17, 18], [1] * 5)
-    assert held(cache.ring) == ([16, 17, 18], [1] * 3)
+    assert held(cache.full) == ([14, 15, 16, 17, 18], [1] * 5)
+    assert held(cache.pools[1]) == ([16, 17, 18], [1] * 3)
 
 
 def test_a_restarted_row_holds_nothing(small):
     cache = init_cache(small.config, 2, 64)
     both = Coords(jnp.array([[0, 1]] * 2), jnp.ones((2, 2), jnp.int32))
-    _, cache = plan_writes(cache, both)
+    _, cache = plan_writes(small.config, cache, both)
     assert free_pages(cache) == 0
     cache = restart_rows(cache, jnp.array([1, 0]))
     assert cache.length.tolist() == [0, 2]
-    for pool in (cache.log, cache.ring):
+    for pool in (cache.full, cache.pools[1]):
         assert held(pool) == ([], []) and held(pool, 1) == ([0, 1], [1, 1])
         assert int(pool.coords.segment.sum()) == 2
     assert free_pages(cache) == 1
@@ -71,7 +72,7 @@ def test_a_restarted_row_holds_nothing(small):
 
 def used(cache, shards):
     """Pages in use of each of a row's devices."""
-    return (np.asarray(cache.log.owner) >= 0).reshape(shards, -1).sum(1)
+    return (np.asarray(cache.full.owner) >= 0).reshape(shards, -1).sum(1)
 
 
 @pytest.mark.parametrize("shards", [2, 8])
@@ -80,13 +81,13 @@ def test_pages_are_dealt_out_evenly(small, shards):
     mesh = MeshConfig(sequence=shards).make(jax.devices()[:shards])
     with jax.set_mesh(mesh):
         cache = init_cache(small.config, 1, 4 * shards * PAGE)
-        write = jax.jit(lambda cache, new: plan_writes(cache, new)[1])
+        write = jax.jit(lambda cache, new: plan_writes(small.config, cache, new)[1])
         for start in range(0, 3 * shards * PAGE, 96):
             cache = write(cache, coords(range(start, start + 96), [1] * 96))
             assert np.ptp(used(cache, shards)) <= 1
         rows = init_cache(small.config, shards, shards * PAGE)
         new = Coords(jnp.zeros((shards, 1), jnp.int32), jnp.ones((shards, 1), jnp.int32))
-        assert used(plan_writes(rows, new)[1], shards).tolist() == [1] * shards
+        assert used(plan_writes(small.config, rows, new)[1], shards).tolist() == [1] * shards
 
 
 def test_one_long_row_and_many_short_ones_share_a_pool(small):
@@ -96,10 +97,11 @@ def test_one_long_row_and_many_short_ones_share_a_pool(small):
     lengths = np.array([longest] + [5] * (rows - 1))
     new = jnp.arange(longest)[None] < lengths[:, None]
     positions = jnp.broadcast_to(jnp.arange(longest), new.shape)
-    writes, cache = plan_writes(cache, Coords(positions, new.astype(jnp.int32)))
-    assert len(cache.log.owner) < rows * longest // PAGE // 10
-    assert all(held(cache.log, row)[0] == list(range(n)) for row, n in enumerate(lengths))
-    where = np.asarray(writes.log[0])
+    writes, cache = plan_writes(small.config, cache, Coords(positions, new.astype(jnp.int32)))
+    assert len(cache.full.owner) < rows * longest // PAGE // 10
+    assert all(held(cache.full, row)[0] == list(range(n)) for row, n in enumerate(lengths))
+    full, _ = writes.values()
+    where = np.asarray(full.index[0])
     assert len(set(where[new].tolist())) == lengths.sum()  # no two tokens in one place
 
 
@@ -109,19 +111,20 @@ def test_segments_far_apart_have_room_in_the_ring(small):
     cache = init_cache(config, 1, 64)
     for segment, start in enumerate((0, 1000, 2000, 3000), start=1):
         new = coords(range(start, start + 16), [segment] * 16)
-        writes, cache = plan_writes(cache, new)
-        assert writes.ring.max() < cache.ring.coords.segment.size
-    assert len(held(cache.ring)[0]) == 64
+        writes, cache = plan_writes(config, cache, new)
+        _, ring = writes.values()
+        assert ring.index.max() < cache.pools[1].coords.segment.size
+    assert len(held(cache.pools[1])[0]) == 64
 
 
 def test_without_free_pages_tokens_go_nowhere(small):
     cache = init_cache(small.config, 2, 2 * PAGE, tokens=PAGE)
     new = Coords(jnp.arange(2 * PAGE)[None].repeat(2, 0), jnp.ones((2, 2 * PAGE), jnp.int32))
-    _, full = plan_writes(cache, new)
+    _, full = plan_writes(small.config, cache, new)
     assert free_pages(full) == 0
-    owned = np.asarray(full.log.owner)
-    assert len(held(full.log)[0]) + len(held(full.log, 1)[0]) == PAGE * (owned >= 0).sum()
-    assert not np.asarray(full.log.coords.segment)[0].any()
+    owned = np.asarray(full.full.owner)
+    assert len(held(full.full)[0]) + len(held(full.full, 1)[0]) == PAGE * (owned >= 0).sum()
+    assert not np.asarray(full.full.coords.segment)[0].any()
 
 
 def test_capacity_must_be_dealt_out(small):
@@ -142,12 +145,12 @@ def test_a_cache_made_without_the_mesh_is_refused(small):
         jax.set_mesh(MeshConfig(sequence=8).make()),
         pytest.raises(UserError, match=r"dealt out over 1 device\(s\) is used on a mesh with 8"),
     ):
-        plan_writes(cache, coords([0], [1]))
+        plan_writes(small.config, cache, coords([0], [1]))
 
 
 def test_the_current_mesh_is_the_default(small):
     with jax.set_mesh(MeshConfig(sequence=8).make()):
-        assert init_cache(small.config, 1, round_capacity(1)).log.table.shape == (8, 1, 1)
+        assert init_cache(small.config, 1, round_capacity(1)).full.table.shape == (8, 1, 1)
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "sequence=8", "expert=2,sequence=2,tensor=2"])

@@ -12,8 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.cache import init_cache
 from jaxmoe.model.decode_step import why_not_fused
+from jaxmoe.model.kv_cache import init_cache
 from jaxmoe.model.params import init_params, quantize_params
 from jaxmoe.model.transformer import forward, unembed
 from tests.pallas_kernels.attention.cases import assert_close, no_races

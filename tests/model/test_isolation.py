@@ -11,7 +11,7 @@ from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.cache import PAGE, init_cache, restart_rows
+from jaxmoe.model.kv_cache import PAGE, init_cache, restart_rows
 from jaxmoe.model.transformer import forward
 from tests import tiny
 from tests.conftest import load_tiny, one_device

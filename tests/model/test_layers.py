@@ -11,6 +11,9 @@ from jaxmoe.config import MAVERICK, SCOUT
 from jaxmoe.model.layers import rms_norm, rope_angles, rope_frequencies
 from jaxmoe.model.moe import moe, route
 from jaxmoe.model.params import init_params
+from pallas_kernels.attention import ChunkedMask
+
+CHUNKED = ChunkedMask(chunk=8192)
 
 
 def frequencies(config):
@@ -39,8 +42,8 @@ def test_scaling_is_a_threshold_where_low_equals_high():
 
 def test_angles_come_from_the_place_in_the_chunk():
     far = jnp.array([[10_485_759, 8192, 8191]])
-    cos, sin = rope_angles(SCOUT, far)
-    near_cos, near_sin = rope_angles(SCOUT, far % 8192)
+    cos, sin = rope_angles(SCOUT, CHUNKED, far)
+    near_cos, near_sin = rope_angles(SCOUT, CHUNKED, far % 8192)
     np.testing.assert_array_equal(cos, near_cos)
     np.testing.assert_array_equal(sin, near_sin)
 

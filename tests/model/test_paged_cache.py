@@ -12,8 +12,7 @@ from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model import attention
-from jaxmoe.model.cache import init_cache, restart_rows
+from jaxmoe.model.kv_cache import full, init_cache, restart_rows
 from jaxmoe.model.params import abstract_params, init_params
 from jaxmoe.model.transformer import forward
 
@@ -65,7 +64,7 @@ def test_segments_around_the_edges(params, batch, plain, segment):
 
 def test_pieces_of_a_log(monkeypatch, params, batch, plain):
     """As a long log is read: more pieces than one, the last one partly filled."""
-    monkeypatch.setattr(attention, "PIECE", 128)
+    monkeypatch.setattr(full, "PIECE", 128)
     jax.clear_caches()
     ours = token_logits(CONFIG, params, *batch, prefill_segment=100)
     jax.clear_caches()

@@ -4,7 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.model.pages import FREE, empty_pool, give_back, places, take_pages, write_coords
+from jaxmoe.model.kv_cache.pages import (
+    FREE,
+    empty_pool,
+    give_back,
+    pool_index,
+    take_pages,
+    write_coords,
+)
 from pallas_kernels.attention import Coords
 
 PAGE, ROWS, COLUMNS, PAGES = 4, 5, 6, 19
@@ -13,7 +20,7 @@ PAGE, ROWS, COLUMNS, PAGES = 4, 5, 6, 19
 @jax.jit
 def grow(pool, slots, new):
     pool = take_pages(pool, slots)
-    where = places(pool, slots)
+    where = pool_index(pool, slots)
     return write_coords(pool, where, new), where
 
 

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import Coords, flash_attention, flash_implementation, reach, visible
+from pallas_kernels.attention import (
+    Coords,
+    flash_attention,
+    flash_implementation,
+    make_mask,
+    visible,
+)
 from pallas_kernels.attention.flash_splash import Config, _Slots
 from pallas_kernels.compile.absent import absent_tpus
 
@@ -119,7 +125,7 @@ def test_meets_only_blocks_that_some_token_needs(blocks, chunk, aligned):
     """Of 96 tokens, where a chunk may begin at any token unless slots are positions."""
     starts = [0] if aligned or chunk is None else range(chunk)
     needed = np.any([block_needed(start, chunk, *blocks) for start in starts], axis=0)
-    mask = _Slots(96, chunk, aligned)
+    mask = _Slots(96, make_mask(chunk=chunk), aligned)
     edges = [[slice(i, i + size) for i in range(0, 96, size)] for size in blocks]
     met = [[mask[q, k].item() for k in edges[1]] for q in edges[0]]
     np.testing.assert_array_equal(met, needed)
@@ -127,7 +133,7 @@ def test_meets_only_blocks_that_some_token_needs(blocks, chunk, aligned):
 
 def block_needed(start, chunk, block_q, block_k):
     tokens = Coords(start + jnp.arange(96)[None], jnp.ones((1, 96), jnp.int32))
-    seen = visible(reach(tokens, causal=True, chunk=chunk), tokens)
+    seen = visible(make_mask(chunk=chunk).key_range(tokens), tokens)
     return np.asarray(seen.reshape(96 // block_q, block_q, 96 // block_k, block_k).any((1, 3)))
 
 

@@ -9,7 +9,7 @@ import pytest
 from jaxmoe.config import PRESETS, SCOUT
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.cache import abstract_cache, round_capacity
+from jaxmoe.model.kv_cache import abstract_cache, round_capacity
 from jaxmoe.model.params import abstract_params, num_params
 from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.memory import STEP, largest_context, memory

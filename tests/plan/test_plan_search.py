@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.config import MAVERICK, PRESETS, SCOUT, layer_kinds
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import AXES, MeshConfig
-from jaxmoe.model.cache import abstract_cache, round_capacity
+from jaxmoe.model.kv_cache import abstract_cache, round_capacity
 from jaxmoe.model.params import abstract_params
 from jaxmoe.plan import planner, search
 from jaxmoe.plan.layout import device_bytes

@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoe.config import PRESETS, layer_kinds
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.cache import round_capacity
+from jaxmoe.model.kv_cache import round_capacity
 from jaxmoe.model.params import num_params
 from jaxmoe.plan.layout import device_bytes, layout_table
 from jaxmoe.plan.steps import abstract_arguments, lower_step

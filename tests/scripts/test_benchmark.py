@@ -18,7 +18,7 @@ from jaxmoe.benchmarks.attention.suite import SUITE
 from jaxmoe.benchmarks.checks import Outcome, largest_error, outcome
 from jaxmoe.benchmarks.timing import Call, Effort, time_in_turn
 from jaxmoe.errors import UserError
-from pallas_kernels.attention import coords_of, reach, visible
+from pallas_kernels.attention import coords_of, make_mask, visible
 from tests.scripts import refuses, succeeds
 
 
@@ -57,7 +57,7 @@ def test_mistakes_are_one_line():
 @pytest.mark.parametrize("chunk", [None, 1, 5, 16, 40])
 @pytest.mark.parametrize("queries, keys", [(1, 1), (40, 40), (48, 48), (7, 40), (1, 33)])
 def test_pairs_are_those_of_the_rule(queries, keys, chunk):
-    q = reach(coords_of(1, queries, start=keys - queries), causal=True, chunk=chunk)
+    q = make_mask(chunk=chunk).key_range(coords_of(1, queries, start=keys - queries))
     assert visible_pairs(queries, keys, chunk) == visible(q, coords_of(1, keys)).sum()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxmoe.config import PRESETS, Llama4Config
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.cache import round_capacity
+from jaxmoe.model.kv_cache import round_capacity
 from jaxmoe.plan.operations import entry_operations, marginal_operations, of_layer
 from jaxmoe.plan.steps import abstract_arguments, lower_step
 from jaxmoe.plan.targets import Target, absent_devices, parse_target

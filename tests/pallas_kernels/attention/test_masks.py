@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import Coords, coords_of, reach, visible
-from pallas_kernels.attention.masks import extents, meets, pad_tokens, ranges
+from pallas_kernels.attention import Coords, coords_of, make_mask, visible
+from pallas_kernels.attention.masks import block_ranges, extents, pad_tokens, visible_blocks
 from tests.pallas_kernels.attention.cases import (
     CASES,
     MORE_CASES,
@@ -44,20 +44,20 @@ EVERY = CASES + MORE_CASES + [drawn(seed) for seed in range(30)]
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def compute_visible(q, k, causal, chunk):
-    return visible(reach(q, causal=causal, chunk=chunk), k)
+    return visible(make_mask(causal, chunk).key_range(q), k)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def compute_meets(q, k, causal, chunk, blocks):
-    q = pad_tokens(reach(q, causal=causal, chunk=chunk), blocks[0])
-    return meets(q, extents(pad_tokens(k, blocks[1]), blocks[1]), blocks[0])
+def compute_visible_blocks(q, k, causal, chunk, blocks):
+    q = pad_tokens(make_mask(causal, chunk).key_range(q), blocks[0])
+    return visible_blocks(q, extents(pad_tokens(k, blocks[1]), blocks[1]), blocks[0])
 
 
 def compute(function, case, *more):
     return jax.tree.map(np.asarray, function(case.q, case.k, case.causal, case.chunk, *more))
 
 
-def judge_meets(case, blocks):
+def judge_visible_blocks(case, blocks):
     """Of each pair of blocks: whether a pair of tokens is visible; whether all of real queries."""
 
     def pairs(x, fill):
@@ -87,8 +87,8 @@ def test_visible_is_the_rule(case):
 )
 def test_no_visible_pair_is_left_out(case, blocks):
     """Nor is a pair that is not visible among those that need no mask."""
-    some, every = compute(compute_meets, case, blocks)
-    want_some, want_every = judge_meets(case, blocks)
+    some, every = compute(compute_visible_blocks, case, blocks)
+    want_some, want_every = judge_visible_blocks(case, blocks)
     assert not (want_some & ~some).any()
     assert not (every & ~want_every).any()
 
@@ -97,7 +97,9 @@ def test_no_visible_pair_is_left_out(case, blocks):
 def test_one_sequence_in_order_meets_no_block_too_many(case):
     """Catches bounds that are right but loose: blocks computed for nothing, masks for nothing."""
     for got, want in zip(
-        compute(compute_meets, case, MOSAIC_BLOCKS), judge_meets(case, MOSAIC_BLOCKS), strict=True
+        compute(compute_visible_blocks, case, MOSAIC_BLOCKS),
+        judge_visible_blocks(case, MOSAIC_BLOCKS),
+        strict=True,
     ):
         np.testing.assert_array_equal(got, want)
 
@@ -105,14 +107,16 @@ def test_one_sequence_in_order_meets_no_block_too_many(case):
 def test_padding_queries_do_not_keep_a_block_from_being_full():
     coords = place([(1, 100), (0, 28)])
     case = itself("", coords, causal=False, chunk=None)
-    some, every = compute(compute_meets, case, MOSAIC_BLOCKS)
+    some, every = compute(compute_visible_blocks, case, MOSAIC_BLOCKS)
     assert some.tolist() == [[[True, True]]]
     assert every.tolist() == [[[True, False]]]
 
 
 def compute_ranges(kinds):
     """Of blocks that are "." (unseen), "m" (masked) or "f" (full)."""
-    return [np.asarray(x) for x in ranges(jnp.asarray(kinds != "."), jnp.asarray(kinds == "f"))]
+    return [
+        np.asarray(x) for x in block_ranges(jnp.asarray(kinds != "."), jnp.asarray(kinds == "f"))
+    ]
 
 
 @pytest.mark.parametrize(

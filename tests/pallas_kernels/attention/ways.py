@@ -18,6 +18,7 @@ from pallas_kernels.attention import (
     flash_splash,
     flash_xla,
 )
+from pallas_kernels.attention.checks import take_mask
 from pallas_kernels.attention.flash import FlashCase
 from pallas_kernels.attention.mosaic_backward import BackwardConfig
 from pallas_kernels.attention.mosaic_forward import ForwardConfig
@@ -44,6 +45,7 @@ class Way:
         (rows, queries), (_, keys) = case.q.position.shape, case.k.position.shape
         sizes = (rows, *case.heads, queries, keys, case.head_dim)
         options = {"plain": case.plain, **self._options(case)}
+        options["mask"] = take_mask(options)
         return self.implementation.why_not(FlashCase(*sizes, dtype, **options))
 
     def _options(self, case) -> dict:

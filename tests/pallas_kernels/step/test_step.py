@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxmoe.model.cache import write
+from jaxmoe.model.kv_cache.layer import write
 from jaxmoe.model.layers import rms_norm, rms_normalize, rotate
 from pallas_kernels.quantized import quantize
 from pallas_kernels.step import (

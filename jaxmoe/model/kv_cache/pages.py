@@ -1,8 +1,8 @@
 """A pool of pages that rows share: taken as rows grow, given back when they leave.
 
 On a mesh every device, or group of devices with equal rows and slots, has a pool of its own; the
-functions here work on one of them. Page 0 of each is nobody's and stays empty: tables name it where
-a row has no page.
+functions here work on one of them. Page 0 of each is the null page, which stays empty: tables name
+it where a row has no page.
 
 Shape letters: B rows, S new tokens a row, P pages, t tokens a page, n pages of a row at most.
 """
@@ -15,38 +15,39 @@ from jaxtyping import Array, Bool, Int
 from pallas_kernels.attention import Coords
 
 FREE = -1  # a page's owner
-NOBODY = -2  # of page 0
+NULL = -2  # the owner of page 0
 
 
 class Pool(NamedTuple):
-    """Which pages there are, whose they are, and the token in each slot of each page."""
+    """Which pages there are, which row has each, and the token in each slot of each page.
 
-    coords: Coords  # [P, t]; free pages hold padding only
+    Attributes:
+        coords: of the tokens in the slots [P, t]; free pages hold padding only.
+        owner: the row that has a page, FREE, or NULL.
+        table: the pages of each row in order; the first axis is that of the devices that share it.
+    """
+
+    coords: Coords
     owner: Int[Array, "P"]
-    table: Int[Array, "1 B n"]  # a row's pages in order; the first axis is that of devices
+    table: Int[Array, "1 B n"]
 
 
 def empty_pool(rows: int, columns: int, pages: int, page: int, stores: int, shards: int) -> Pool:
-    """All pages free.
-
-    Args:
-        columns: pages of a row at most, in each store.
-        pages, stores: of each store, page 0 included, and how many stores there are.
-        shards: stores that share a row.
-    """
+    """A pool whose pages are all free; arguments after `rows` as in `PoolSize`."""
     number = jnp.arange(stores * pages, dtype=jnp.int32) % pages
     coords = Coords(*(jnp.zeros((stores * pages, page), jnp.int32) for _ in range(2)))
-    owner = jnp.where(number == 0, NOBODY, FREE).astype(jnp.int32)
+    owner = jnp.where(number == 0, NULL, FREE).astype(jnp.int32)
     return Pool(coords, owner, jnp.zeros((shards, rows, columns), jnp.int32))
 
 
 def take_pages(pool: Pool, slots: Int[Array, "B S"]) -> Pool:
     """Gives rows the pages that their new tokens need and that they do not have yet.
 
-    Where too few are free, the last rows go without: `places` then drops their tokens.
+    Where too few are free, the last rows go without: `pool_index` then drops their tokens.
 
     Args:
-        slots: of each new token in its row; negative ones, and those beyond the table, need none.
+        slots: the slot of each new token in its row; negative ones, and those beyond the table,
+            need no page.
     """
     table, page = pool.table[0], pool.coords.segment.shape[1]
     rows = jnp.arange(len(table))[:, None]
@@ -67,8 +68,8 @@ def take_pages(pool: Pool, slots: Int[Array, "B S"]) -> Pool:
     return pool._replace(owner=owner, table=table[None])
 
 
-def places(pool: Pool, slots: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """Where slots are in the pool, counted over its pages; beyond it for a slot without a page."""
+def pool_index(pool: Pool, slots: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """The index of rows' slots among all slots of the pool; beyond them for one without a page."""
     table, (pages, page) = pool.table[0], pool.coords.segment.shape
     column = slots // page
     here = (slots >= 0) & (column < table.shape[1])
@@ -76,17 +77,17 @@ def places(pool: Pool, slots: Int[Array, "B S"]) -> Int[Array, "B S"]:
     return jnp.where(here & (number != 0), number * page + slots % page, pages * page)
 
 
-def write_coords(pool: Pool, where: Int[Array, "B S"], new: Coords) -> Pool:
-    """Puts the new tokens' coordinates into their places."""
+def write_coords(pool: Pool, index: Int[Array, "B S"], new: Coords) -> Pool:
+    """The pool with the new tokens' coordinates at `index`."""
 
     def put(old, x):
-        return old.reshape(-1).at[where].set(x, mode="drop").reshape(old.shape)
+        return old.reshape(-1).at[index].set(x, mode="drop").reshape(old.shape)
 
     return pool._replace(coords=Coords(*map(put, pool.coords, new)))
 
 
 def give_back(pool: Pool, leaves: Bool[Array, "B"]) -> Pool:
-    """Frees all pages of the rows that leave; nothing of their tokens can be seen any more."""
+    """The pool with all pages of the rows that leave free: their tokens are no longer visible."""
     freed = (pool.owner >= 0) & leaves[jnp.maximum(pool.owner, 0)]
     position, segment = pool.coords
     return Pool(

@@ -1,0 +1,103 @@
+"""The full cache: every token of each row, in the order of arrival.
+
+A row's pages are dealt out in turn over the devices of the `slots` axis, each row's from another
+device on, so that any prefix of a long row and any set of short ones lie evenly on all of them.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxmoe import mesh as meshes
+from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, PoolSize, Room
+from jaxmoe.model.kv_cache.layer import LayerCache, attend_pages
+from jaxmoe.model.kv_cache.layout import PAGE
+from jaxmoe.model.kv_cache.pages import Pool
+from jaxmoe.model.sequence import NewTokens, gather, merge_over_devices
+from pallas_kernels.arrays import pad_axis
+from pallas_kernels.attention import Coords, Mask, decode_attention, merge_with_lse
+
+PIECE = 2**16  # keys, of all rows together, that a step of many tokens attends to at once
+FEW_QUERIES = 4  # up to so many a row, the cache is read at memory speed rather than in tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class FullCache(CacheKind):
+    """Keeps every token; layers whose queries see any distance need it."""
+
+    @property
+    def page(self) -> int:
+        """Tokens of a page."""
+        return PAGE
+
+    @property
+    def sharded(self) -> bool:
+        """The devices of the `slots` axis share each row's pages."""
+        return True
+
+    def size(self, room: Room) -> PoolSize:
+        """Pages for the capacity of each row, or for the tokens of all rows if that is less."""
+        columns = room.capacity // (PAGE * room.shards)
+        pages = room.rows * columns
+        if room.tokens is not None:
+            begun = room.rows  # each row may begin a page
+            pages = max(columns, min(pages, -(-room.tokens // (PAGE * room.shards)) + begun))
+        return PoolSize(columns, 1 + pages, PAGE, room.groups * room.shards, room.shards)
+
+    def slots(self, pool: Pool, new: Coords, order: jax.Array, shards: int) -> jax.Array:
+        """Tokens in order, counted over the row's pages on this device."""
+        if shards == 1:
+            return order
+        page, me = order // PAGE, lax.axis_index(meshes.RULES["slots"])
+        turn = (page + jnp.arange(order.shape[0])[:, None]) % shards
+        here = (order >= 0) & (turn == me)
+        return jnp.where(here, page // shards * PAGE + order % PAGE, -1)
+
+    def attend(
+        self,
+        mask: Mask,
+        scale: float,
+        axes: tuple[str, ...],
+        q: Float[Array, "B H S d"],
+        k: Float[Array, "B K S d"],
+        v: Float[Array, "B K S d"],
+        tokens: NewTokens,
+        cache: LayerCache,
+        step: CacheStep,
+    ) -> tuple[Any, LayerCache]:
+        """Writes first, then attends to this device's pages and merges over devices."""
+        k, v, q = gather((k, v, q), axes)
+        cache = cache.write(k, v, step.index[0])
+        where = (tokens.all, step.pool.coords)
+        table = step.pool.table[0]
+        if q.shape[2] <= FEW_QUERIES:
+            options = {"scale": scale, "mask": mask, "return_lse": True}
+            out, lse = decode_attention(q, *cache, *where, table=table, **options)
+        else:
+            out, lse = _attend_in_pieces(mask, scale, q, cache, *where, table)
+        return merge_over_devices(out, lse, axes).astype(q.dtype), cache
+
+
+def _attend_in_pieces(mask, scale, q, cache, coords, page_coords, table):
+    """`attend_pages`, some columns of the table at a time: memory does not grow with the cache."""
+    columns = min(max(1, PIECE // (PAGE * len(table))), table.shape[1])
+    table = pad_axis(table, 1, columns)
+    used = jnp.max(jnp.where(table != 0, jnp.arange(table.shape[1]) + 1, 0))
+    attend = functools.partial(attend_pages, mask, scale, q, cache, coords, page_coords)
+
+    def piece(i):
+        some = lax.dynamic_slice_in_dim(table, i * columns, columns, 1)
+        out, lse = attend(some)
+        return out.astype(jnp.float32), lse
+
+    def add(i, state):
+        return merge_with_lse([state, piece(i)])
+
+    if table.shape[1] == columns:
+        return piece(0)
+    return lax.fori_loop(1, -(-used // columns), add, piece(0))

@@ -1,0 +1,88 @@
+"""Keys and values of one layer in pages: to make, to write and to attend to.
+
+Shape letters: B rows, H query heads, K key/value heads, P pages, t tokens a page, d head size,
+S new tokens a row, n pages of a row.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.errors import UserError
+from pallas_kernels.attention import Coords, Mask, flash_attention, rows_of_pages
+from pallas_kernels.quantized import LARGEST, Quantized, dequantize, quantize
+
+FORMATS = ("bf16", *LARGEST)  # of keys and values, by name
+FLOATS = ("bf16", "bfloat16", "float32", "float16")
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, [P, K, t, d]: arrays, or quantized with a scale a token."""
+
+    k: Float[Array, "P K t d"] | Quantized
+    v: Float[Array, "P K t d"] | Quantized
+
+    def write(
+        self, k: Float[Array, "B K S d"], v: Float[Array, "B K S d"], index: Int[Array, "B S"]
+    ) -> "LayerCache":
+        """The cache with new keys and values at `index`, which counts the slots of all pages."""
+        return LayerCache(write(self.k, k, index), write(self.v, v, index))
+
+
+def empty_layer(shape: tuple[int, ...], dtype: Any) -> LayerCache:
+    """Zeros of a shape [P, K, t, d].
+
+    Args:
+        dtype: a dtype, or one of FORMATS.
+
+    Raises:
+        UserError: for a format that is unknown.
+    """
+    return LayerCache(_zeros(shape, dtype), _zeros(shape, dtype))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any):
+    if isinstance(dtype, str) and dtype in LARGEST:
+        stored = jax.eval_shape(
+            lambda x: quantize(x, dtype), jax.ShapeDtypeStruct(shape, "float32")
+        )
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored)
+    if isinstance(dtype, str) and dtype not in FLOATS:
+        raise UserError(f"cache format '{dtype}' is unknown; there are {', '.join(FORMATS)}.")
+    return jnp.zeros(shape, jnp.bfloat16 if dtype == "bf16" else dtype)
+
+
+def write(keys, new: Float[Array, "B K S d"], index: Int[Array, "B S"]):
+    """Pages of keys or values with new ones written, quantized if the pages are.
+
+    Args:
+        keys: an array [P, K, t, d] or `Quantized`.
+        index: the slot of each new token, counted over all pages; beyond them for none.
+    """
+    stored = quantize(new, keys.format) if isinstance(keys, Quantized) else new
+
+    def put(leaf, x):
+        page = leaf.shape[2]
+        x = jnp.swapaxes(x, 1, 2).astype(leaf.dtype)
+        return leaf.at[index // page, :, index % page].set(x, mode="drop")
+
+    return jax.tree.map(put, keys, stored)
+
+
+def attend_pages(
+    mask: Mask,
+    scale: float,
+    q: Float[Array, "B H S d"],
+    cache: LayerCache,
+    q_coords: Coords,
+    page_coords: Coords,
+    table: Int[Array, "B n"],
+) -> tuple[Float[Array, "B H S d"], Float[Array, "B H S"]]:
+    """Attention to all keys in the pages of a table, and its log-sum-exp."""
+    *keys, k_coords = rows_of_pages(cache.k, cache.v, page_coords, table)
+    k, v = (dequantize(x, q.dtype) if isinstance(x, Quantized) else x.astype(q.dtype) for x in keys)
+    options = {"scale": scale, "mask": mask, "return_lse": True}
+    out, lse = flash_attention(q, k, v, q_coords, k_coords, **options)
+    return out, lse
