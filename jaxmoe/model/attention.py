@@ -25,6 +25,7 @@ from jaxmoe.model.cache import (
     pool_spec,
     write,
 )
+from jaxmoe.model.kernels import FASTEST, Kernels
 from jaxmoe.model.layers import linear, rms_normalize, rope_angles, rotate, temperature
 from jaxmoe.model.pages import Pool
 from pallas_kernels.arrays import pad_axis
@@ -121,6 +122,7 @@ def attention(
     x: Float[Array, "B S D"],
     step: Step,
     cache: LayerCache | None,
+    kernels: Kernels = FASTEST,
 ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
     """One attention block, without its norm and residual."""
     q = linear("BSD,DHd->BSHd", x, p["q"], config.head_dim)
@@ -133,7 +135,7 @@ def attention(
     else:
         q = (q.astype(jnp.float32) * step.temperature[..., None, None]).astype(x.dtype)
     q, k, v = (jnp.swapaxes(z, 1, 2) for z in (q, k, v))
-    out, cache = attend(config, kind, q, k, v, step, cache)
+    out, cache = attend(config, kind, q, k, v, step, cache, kernels)
     return linear("BHSd,HdD->BSD", out, p["o"]), cache
 
 
@@ -145,12 +147,14 @@ def attend(
     v: Float[Array, "B K S d"],
     step: Step,
     cache: LayerCache | None,
+    kernels: Kernels = FASTEST,
 ) -> tuple[Float[Array, "B H S d"], LayerCache | None]:
     """Attention of the new tokens to themselves and to the cache, on any mesh."""
     local = kind.attention == "local"
     rule = {
         "scale": config.head_dim**-0.5,
         "chunk": config.attention_chunk_size if local else None,
+        "implementation": kernels.attention,
     }
     if cache is None or step.cache is None:
         return _per_device(_attend_new, rule, q, k, v, step.tokens), None

@@ -31,7 +31,7 @@ from jaxmoe.model.cache import (
     ring_page,
     row_groups,
 )
-from jaxmoe.model.moe import RouterStats, choose, exchange_way, router_stats
+from jaxmoe.model.moe import RouterStats, choose_experts, exchange_way, router_stats
 from jaxmoe.model.params import layer_specs, map_arrays
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention import Coords, decode_attention
@@ -231,7 +231,7 @@ def _moe(config: Llama4Config, run, p, x, real):
     """The experts' and the shared expert's sum over devices, float32; routing and what came."""
     E, here = config.num_local_experts, p["experts"]["down"].shape[0]
     logits = jnp.sum(matmul_few(x, (p["router"],), parts=None, **run), axis=0)[: len(x)]
-    routing = choose(config, logits.astype(x.dtype)[:, None], real)
+    routing = choose_experts(config, logits.astype(x.dtype)[:, None], real)
     first = lax.axis_index(meshes.RULES["expert"]) * here if here < E else 0
     expert = routing.expert[:, 0, 0] - first
     slots = busy_experts(expert, here, first == 0)
