@@ -91,7 +91,12 @@ def _time_ours(params: dict, prompt: np.ndarray, args: argparse.Namespace) -> di
     for repeat in range(args.repeats + 1):
         tokens, times = [], [time.perf_counter()]
         for token in generate(
-            MODEL, params, [request], Sampling(temperature=0), segment=prompt.shape[1], stop_ids=()
+            MODEL,
+            params,
+            [request],
+            Sampling(temperature=0),
+            prefill_chunk=prompt.shape[1],
+            stop_ids=(),
         ):
             tokens.append(token.token)
             times.append(time.perf_counter())
