@@ -68,12 +68,12 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 def _value(kind: Any, value: Any, source: str, key: str) -> Any:
     """`value` as a field's type says."""
-    if dataclasses.is_dataclass(kind):
-        return read_fields(typing.cast(type, kind), value, f"{source}, {key}")
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if value is None:
             return None
         kind = typing.get_args(kind)[0]
+    if dataclasses.is_dataclass(kind):
+        return read_fields(typing.cast(type, kind), value, f"{source}, {key}")
     bounds = None
     if typing.get_origin(kind) is typing.Annotated:
         kind, bounds = typing.get_args(kind)

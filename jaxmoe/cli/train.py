@@ -23,7 +23,7 @@ def main() -> None:
         print(f"{folder.checkpoint} is finished: nothing is left to do.")
         return
     mesh = devices.start(argparse.Namespace(mesh=config.mesh, cpu_devices=config.cpu_devices))
-    tokens_a_step = config.data.batch_size * config.data.length
+    tokens_a_step = config.rows.batch_size * config.rows.length
     show_lines = not sys.stderr.isatty()
     done = 0
     with (
