@@ -38,8 +38,8 @@ def measure(config: TrainConfig, checkpoint: Path) -> dict:
     mesh = MeshConfig.parse("data=-1").make()
     model, params = store.load(checkpoint, mesh, "float32")
     tokenizer = Tokenizer.load(checkpoint)
-    tokens = data.read_tokens(config.data.tokens)
-    training, held_out = data.split(tokens, model.bos_token_id, config.data.held_out_every)
+    tokens = data.read_tokens(config.rows.tokens)
+    training, held_out = data.split(tokens, model.bos_token_id, config.rows.held_out_every)
     pairs = target_pairs(config, model, held_out)
     bits = bits_per_byte(tokenizer, pairs)
     with jax.set_mesh(mesh):
@@ -50,7 +50,7 @@ def measure(config: TrainConfig, checkpoint: Path) -> dict:
     return {
         "parameters": num_params(model),
         "training_tokens": len(training),
-        "tokens_seen": config.steps * config.data.batch_size * config.data.length,
+        "tokens_seen": config.steps * config.rows.batch_size * config.rows.length,
         "held_out_documents": int((held_out == model.bos_token_id).sum()),
         "held_out_targets": len(pairs),
         "model": {"nats_per_token": nats, "bits_per_byte": bits * nats},
@@ -63,7 +63,7 @@ def measure(config: TrainConfig, checkpoint: Path) -> dict:
 def target_pairs(config: TrainConfig, model: Llama4Config, tokens: np.ndarray) -> np.ndarray:
     """[targets, 2]: each token that the held-out loss counts, after the one before it."""
     pairs = []
-    rows = {"length": config.data.length, "rows": config.data.batch_size}
+    rows = {"length": config.rows.length, "rows": config.rows.batch_size}
     for batch in data.held_out_batches(tokens, model.bos_token_id, **rows):
         targets, real = map(np.asarray, next_tokens(*map(jax.numpy.asarray, batch)))
         pairs.append(np.stack([batch.tokens[real], targets[real]], axis=1))

@@ -65,11 +65,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 def prepare(config: TrainConfig) -> None:
     """Writes the tokenizer, trained on training chapters only, and the tokens of all chapters."""
     texts = chapters()
-    every = config.data.held_out_every
+    every = config.rows.held_out_every
     seen = [text for i, text in enumerate(texts) if not is_held_out(i, every)]
     tokenizer = train_tokenizer(seen, config.model["vocab_size"])
     ids = tokens_of(texts, tokenizer)
-    tokens = Path(config.data.tokens)
+    tokens = Path(config.rows.tokens)
     tokens.parent.mkdir(parents=True, exist_ok=True)
     np.save(tokens, ids)
     tokenizer.save(tokens.parent)

@@ -80,6 +80,8 @@ def _value(kind: Any, value: Any, source: str, key: str) -> Any:
         if value is None:
             return None
         kind = typing.get_args(kind)[0]
+    if dataclasses.is_dataclass(kind):
+        return read_fields(typing.cast(type, kind), value, f"{source}, {key}")
     bounds = None
     if typing.get_origin(kind) is typing.Annotated:
         kind, bounds = typing.get_args(kind)

@@ -15,7 +15,6 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from demo.make_demo import SPECIALS, tokenizer_config, write_json
 from demo.needle import needle_data, needle_training
-from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.export import export
 from jaxmoe.cli import devices
 from jaxmoe.eval import needle_report
@@ -78,24 +77,19 @@ def model_config(tokenizer: Tokenizer) -> dict:
 
 def train(output: Path) -> None:
     """Writes the tokenizer, trains, and saves the checkpoint."""
-    output.mkdir(parents=True, exist_ok=True)
+    words = output.with_name(output.name + "-tokenizer")
+    words.mkdir(parents=True, exist_ok=True)
     mesh = devices.start(argparse.Namespace(mesh=None, cpu_devices=1))
     tokenizer = make_tokenizer()
-    tokenizer.save(output)
-    write_json(output / "tokenizer_config.json", tokenizer_config())
-    model = from_hf(model_config(tokenizer), "MODEL")
+    tokenizer.save(words)
+    write_json(words / "tokenizer_config.json", tokenizer_config())
+    config = needle_training.run_config(model_config(tokenizer), words, output, SEED)
     task = needle_data.Task(tokenizer, MODEL["attention_chunk_size"])
-    print(f"{num_params(model):,} parameters, {tokenizer.vocab_size} tokens", file=sys.stderr)
-    with jax.set_mesh(mesh), open(output / "metrics.jsonl", "a", buffering=1) as log:
-
-        def report(record: dict) -> None:
-            for file in (log, sys.stderr):
-                print(json.dumps(record), file=file, flush=True)
-
-        params = needle_training.train(model, task, output, SEED, mesh, report)
-    shutil.rmtree(output / "checkpoint", ignore_errors=True)
-    store.save(output / "checkpoint", model, params)
-    store.copy_companions(output, output / "checkpoint")
+    count = num_params(from_hf(config.model, "MODEL"))
+    print(f"{count:,} parameters, {tokenizer.vocab_size} tokens", file=sys.stderr)
+    with jax.set_mesh(mesh):
+        for record in needle_training.train(config, task, mesh):
+            print(json.dumps(record), file=sys.stderr, flush=True)
 
 
 def finish(output: Path) -> None:

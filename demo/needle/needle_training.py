@@ -1,22 +1,21 @@
 """Trains the needle model: rows of growing length, attention kept blunt so that it grows sharp."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from demo.needle import needle_data
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.transformer import forward, unembed
-from jaxmoe.train.config import OptimizerConfig
+from jaxmoe.train import trainer
+from jaxmoe.train.config import OptimizerConfig, TrainConfig
 from jaxmoe.train.loss import cross_entropy_sum, next_tokens, router_losses
-from jaxmoe.train.optimizer import make_optimizer
-from jaxmoe.train.state import SavedStates, TrainState, abstract_state, init_state
 
 OPTIMIZER = OptimizerConfig(peak_lr=0.003, warmup_steps=100, final_lr=0.05, weight_decay=0.01)
 ROUTER_LOSS = 0.01
@@ -26,6 +25,15 @@ BLUNT = (0.4, 1.0)
 TAIL = 16  # tokens at the end of a row that hold the answer
 Record = dict[str, Any]
 LOG_EVERY, SAVE_EVERY = 25, 100
+
+
+class Batch(NamedTuple):
+    """The rows of a step as in `needle_data.Rows`, and the factor of its queries."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    answer: np.ndarray
+    factor: np.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,54 +62,39 @@ def stage_of(step: int, stages: tuple[Stage, ...]) -> Stage:
     raise ValueError("the step is past the last stage")
 
 
-def train(
-    model: Llama4Config,
-    task: needle_data.Task,
-    folder: Path,
-    seed: int,
-    mesh: jax.sharding.Mesh,
-    report: Callable[[Record], None],
-) -> dict:
-    """Trains, or goes on from the state in `folder`; returns the parameters.
-
-    Args:
-        report: called with a record of metrics every `LOG_EVERY` steps.
-    """
-    steps = sum(stage.steps for stage in STAGES)
-    optimizer = make_optimizer(OPTIMIZER, model, steps)
-    step_fn = make_step(model, optimizer)
-    abstract = abstract_state(model, optimizer, mesh)
-    with SavedStates.open(folder / "states") as states:
-        state = states.newest(abstract) or init_state(model, optimizer, mesh, seed)
-        for step in range(int(state.step), steps):
-            stage, done = stage_of(step, STAGES), step + 1
-            rows = task.rows(seed, step, stage.rows, stage.length)
-            factor = np.random.default_rng((seed, step, 1)).uniform(*BLUNT)
-            state, results = step_fn(state, rows, factor)
-            if done % LOG_EVERY == 0 or done == steps:
-                numbers = {name: round(float(value), 6) for name, value in results.items()}
-                report({"step": done, "length": stage.length, **numbers})
-            if done % SAVE_EVERY == 0 or done == steps:
-                states.save(state)
-    return state.params
+def run_config(model: dict, tokenizer: Path, output: Path, seed: int) -> TrainConfig:
+    """The run that makes the model."""
+    return TrainConfig(
+        model=model,
+        data=None,
+        optimizer=OPTIMIZER,
+        output=str(output),
+        steps=sum(stage.steps for stage in STAGES),
+        tokenizer=str(tokenizer),
+        seed=seed,
+        log_every=LOG_EVERY,
+        save_every=SAVE_EVERY,
+    )
 
 
-def make_step(model: Llama4Config, optimizer: optax.GradientTransformation):
-    """The compiled step: (state, rows, bluntness) -> (state, results)."""
-
-    def step(state: TrainState, rows: needle_data.Rows, factor: jax.Array):
-        losses = jax.grad(loss, has_aux=True, argnums=1)
-        gradient, results = losses(model, state.params, rows, factor)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = cast(dict, optax.apply_updates(state.params, updates))
-        return TrainState(params, moments, state.step + 1), results
-
-    return jax.jit(step, donate_argnums=0)
+def batch(task: needle_data.Task, seed: int, step: int) -> Batch:
+    """The rows of one step, and how blunt its attention is."""
+    stage = stage_of(step, STAGES)
+    rows = task.rows(seed, step, stage.rows, stage.length)
+    factor = np.random.default_rng((seed, step, 1)).uniform(*BLUNT)
+    return Batch(*rows, np.float32(factor))
 
 
-def loss(model: Llama4Config, params: dict, rows: needle_data.Rows, factor: jax.Array):
+def train(config: TrainConfig, task: needle_data.Task, mesh: jax.sharding.Mesh) -> Iterator[Record]:
+    """Trains, or goes on where a run was killed; yields records of metrics."""
+    batches = functools.partial(batch, task, config.seed)
+    return trainer.train(config, mesh, loss=loss, batches=batches)
+
+
+def loss(model: Llama4Config, params: dict, batch: Batch):
     """Cross entropy of the answers alone, with the routers' balance; and how many are right."""
-    tokens, positions, answer = map(jnp.asarray, rows)
+    tokens, positions, answer, factor = map(jnp.asarray, batch)
+    length = tokens.shape[1]
     real = jnp.ones_like(tokens)
     out = forward(model, blunt(params, factor), tokens, positions, real)
     tokens, answer = tokens[:, -TAIL:], answer[:, -TAIL:]
@@ -111,6 +104,7 @@ def loss(model: Llama4Config, params: dict, rows: needle_data.Rows, factor: jax.
     targets, counted = next_tokens(tokens, answer)
     right = jnp.all((jnp.argmax(logits, -1) == targets) | ~counted, axis=1)
     results = {"loss": total / count, "right": right.mean(), "router_peak": health.peak.max()}
+    results["length"] = jnp.int32(length)
     return total / count + ROUTER_LOSS * balance, results
 
 

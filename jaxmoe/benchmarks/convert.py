@@ -23,9 +23,9 @@ from rich.table import Table
 from jaxmoe.benchmarks.timing import today, versions, write_json
 from jaxmoe.checkpoint.mapping import names
 from jaxmoe.checkpoint.mapping.tensors import array_shapes, expand
-from jaxmoe.cli.terminal import task_progress
 from jaxmoe.config import SCOUT, layer_kinds
 from jaxmoe.hf_config import from_hf, to_hf
+from jaxmoe.progress import task_progress
 
 CONVERT = [sys.executable, "-m", "jaxmoe", "convert"]
 COPIES = ("cp", "cp, sync")

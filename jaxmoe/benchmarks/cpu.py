@@ -19,13 +19,13 @@ from rich.table import Table
 from jaxmoe.benchmarks.timing import today, versions, write_json
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.export import export
-from jaxmoe.cli.terminal import task_progress
 from jaxmoe.config import Llama4Config, RopeScaling, layer_kinds
 from jaxmoe.errors import UserError
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import init_params, num_params
+from jaxmoe.progress import task_progress
 
 MODEL = Llama4Config(
     vocab_size=8192,
@@ -91,7 +91,12 @@ def _time_ours(params: dict, prompt: np.ndarray, args: argparse.Namespace) -> di
     for repeat in range(args.repeats + 1):
         tokens, times = [], [time.perf_counter()]
         for token in generate(
-            MODEL, params, [request], Sampling(temperature=0), segment=prompt.shape[1], stop_ids=()
+            MODEL,
+            params,
+            [request],
+            Sampling(temperature=0),
+            prefill_chunk=prompt.shape[1],
+            stop_ids=(),
         ):
             tokens.append(token.token)
             times.append(time.perf_counter())

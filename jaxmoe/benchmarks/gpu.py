@@ -27,8 +27,8 @@ from jaxmoe.benchmarks.timing import (
     versions,
     write_json,
 )
-from jaxmoe.cli.terminal import task_progress
 from jaxmoe.errors import UserError
+from jaxmoe.progress import task_progress
 from pallas_kernels import ptxas
 
 KERNELS = "mosaic_gpu"

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.checkpoint.convert import convert, verify
-from jaxmoe.cli.terminal import byte_progress
 from jaxmoe.errors import UserError
+from jaxmoe.progress import byte_progress
 
 WEIGHT_FORMATS = ("bf16", "float32", "fp8", "int8", "int4")
 

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from jaxmoe import compilation
 from jaxmoe.checkpoint import store
-from jaxmoe.cli.terminal import byte_progress
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.eval.self_test import self_test
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.layout import layout_table
+from jaxmoe.progress import byte_progress
 from jaxmoe.text import Tokenizer
 
 MOST_CPU_DEVICES = 1024  # a mistyped 100,000 would take minutes to start

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from jaxmoe.cli import devices
-from jaxmoe.cli.terminal import task_progress
 from jaxmoe.errors import UserError
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.files import outputs
+from jaxmoe.progress import task_progress
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -33,7 +33,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--decode-from", type=int, metavar="N", help="prefill N tokens, then one at a time"
     )
     parser.add_argument(
-        "--prefill-segment", type=int, metavar="N", help="prefill through the cache, N at a time"
+        "--prefill-chunk",
+        "--prefill-segment",
+        type=int,
+        metavar="N",
+        help="prefill through the cache, N tokens at a time",
     )
     devices.add_flags(parser)
     parser.set_defaults(run=main)
@@ -54,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
                 tokens,
                 segment_ids,
                 decode_from=args.decode_from,
-                prefill_segment=args.prefill_segment,
+                prefill_chunk=args.prefill_chunk,
                 out=out,
                 report=advance,
             )
@@ -108,6 +112,6 @@ def output_array(path: str, shape: tuple[int, ...]) -> Iterator[np.memmap]:
 def _check_flags(args: argparse.Namespace) -> None:
     if args.decode_from is not None and args.decode_from < 0:
         raise UserError(f"--decode-from {args.decode_from} is below 0.")
-    if args.prefill_segment is not None and args.prefill_segment < 1:
-        raise UserError(f"--prefill-segment {args.prefill_segment} is below 1.")
+    if args.prefill_chunk is not None and args.prefill_chunk < 1:
+        raise UserError(f"--prefill-chunk {args.prefill_chunk} is below 1.")
     outputs.check_writable(args.output, empty=True)

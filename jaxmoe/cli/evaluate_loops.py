@@ -11,13 +11,13 @@ from rich.table import Table
 
 from jaxmoe.checkpoint import store
 from jaxmoe.cli import devices
-from jaxmoe.cli.terminal import task_progress
 from jaxmoe.errors import UserError
 from jaxmoe.eval import needle_report
 from jaxmoe.eval.repetition import find_loop, seen_fraction
 from jaxmoe.files.outputs import check_writable, write_json
 from jaxmoe.generation.engine import Request, fit_context, generate
 from jaxmoe.generation.sampling import Sampling
+from jaxmoe.progress import task_progress
 from jaxmoe.text import Tokenizer
 
 NGRAMS = (4, 8, 16, 32)

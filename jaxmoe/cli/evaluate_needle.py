@@ -17,13 +17,13 @@ import numpy as np
 
 from jaxmoe.checkpoint import store
 from jaxmoe.cli import devices
-from jaxmoe.cli.terminal import task_progress
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.eval import logits as evaluate
 from jaxmoe.eval import needle_report
 from jaxmoe.eval.needle import HAYSTACK, Needle, is_found, make_needle, random_key
 from jaxmoe.files.outputs import check_writable, write_json
+from jaxmoe.progress import task_progress
 from jaxmoe.text import Tokenizer
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
@@ -58,7 +58,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--haystack", metavar="FILE", help="text to hide it in; default: our own")
     parser.add_argument(
-        "--segment", type=int, default=evaluate.SEGMENT, metavar="N", help="tokens read at once"
+        "--prefill-chunk",
+        "--segment",
+        type=int,
+        default=evaluate.PREFILL_CHUNK,
+        metavar="N",
+        help="prompt tokens that one step takes, at most",
     )
     parser.add_argument(
         "--check-exact",
@@ -119,7 +124,7 @@ def run_cases(
                 params,
                 needle.prompt,
                 needle.room,
-                segment=args.segment,
+                prefill_chunk=args.prefill_chunk,
                 stop_ids=tuple(stop_ids),
                 report=advance,
             )
@@ -164,7 +169,8 @@ def host_peak_bytes() -> int:
 
 def report(args: argparse.Namespace, records: list[Record]) -> Record:
     """What the JSON file holds."""
-    run = {name: getattr(args, name) for name in ("seed", "segment", "haystack", "mesh", "dtype")}
+    run = {"seed": args.seed, "segment": args.prefill_chunk}
+    run |= {name: getattr(args, name) for name in ("haystack", "mesh", "dtype")}
     return {
         "run": {"checkpoint": os.path.basename(os.path.abspath(args.checkpoint)), **run},
         "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
@@ -267,8 +273,9 @@ def read_depths(text: str) -> list[tuple[float, float]]:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    for flag, least in (("trials", 1), ("digits", 1), ("segment", 1), ("seed", 0)):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag} {getattr(args, flag)} is below {least}.")
+    for name, least in (("trials", 1), ("digits", 1), ("prefill_chunk", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(args, name)} is below {least}.")
     for path in filter(None, (args.json, args.png)):
         check_writable(path)

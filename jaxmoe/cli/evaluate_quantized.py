@@ -12,7 +12,6 @@ import numpy as np
 from rich.table import Table
 
 from jaxmoe.cli import devices
-from jaxmoe.cli.terminal import task_progress
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.eval import needle_report
@@ -22,9 +21,10 @@ from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.model.kv_cache import FORMATS
 from jaxmoe.model.params import abstract_params, quantize_params
+from jaxmoe.progress import task_progress
 from pallas_kernels.quantized import LARGEST
 
-SEGMENT = 128  # tokens read at once, so that most keys that are seen come out of the cache
+PREFILL_CHUNK = 128  # so few that most keys that are seen come out of the cache
 Figures = dict[str, Any]
 
 
@@ -92,7 +92,7 @@ def sampled_rows(
 
 def measure(config: Llama4Config, params: dict, tokens: np.ndarray, mesh) -> Figures:
     """Nats a token as the checkpoint is, and what changes with each format."""
-    plain = token_logits(config, params, tokens, prefill_segment=SEGMENT)
+    plain = token_logits(config, params, tokens, prefill_chunk=PREFILL_CHUNK)
     base = nats(plain, tokens)
     results = []
     runs = [("cache", format) for format in FORMATS] + [("matrices", format) for format in LARGEST]
@@ -100,7 +100,7 @@ def measure(config: Llama4Config, params: dict, tokens: np.ndarray, mesh) -> Fig
         for part, format in runs:
             weights = params if part == "cache" else _quantized(config, params, format, mesh)
             kv = format if part == "cache" else None
-            logits = token_logits(config, weights, tokens, prefill_segment=SEGMENT, kv=kv)
+            logits = token_logits(config, weights, tokens, prefill_chunk=PREFILL_CHUNK, kv=kv)
             error = float(np.sqrt(((logits - plain) ** 2).mean() / (plain**2).mean()))
             change = math.exp(nats(logits, tokens) - base) - 1
             results.append(

@@ -7,7 +7,7 @@ import time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # copying files needs no accelerator
 
 from jaxmoe.checkpoint.export import export
-from jaxmoe.cli.terminal import byte_progress
+from jaxmoe.progress import byte_progress
 
 
 def main() -> None:

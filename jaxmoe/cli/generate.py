@@ -12,7 +12,6 @@ import jax
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.zarr.manifest import digest_of
 from jaxmoe.cli import devices
-from jaxmoe.cli.terminal import byte_progress, task_progress
 from jaxmoe.errors import UserError
 from jaxmoe.generation import jobs
 from jaxmoe.generation.answers import Answers, job_digest
@@ -21,6 +20,7 @@ from jaxmoe.generation.sampling import sampling_of
 from jaxmoe.generation.saved_document import document_length, load_document
 from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.model.kv_cache import FORMATS
+from jaxmoe.progress import byte_progress, task_progress
 from jaxmoe.text import StreamDecoder, render
 
 

@@ -14,12 +14,12 @@ import numpy as np
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.zarr.manifest import is_finished
 from jaxmoe.cli import devices
-from jaxmoe.cli.terminal import task_progress
 from jaxmoe.errors import UserError
 from jaxmoe.files.workspace import workspace_path
 from jaxmoe.generation import document, saved_document
 from jaxmoe.model.kv_cache import FORMATS
 from jaxmoe.parsing import MAX_TEXT_BYTES, read_text
+from jaxmoe.progress import task_progress
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +32,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--kv", choices=FORMATS, help="how keys and values are stored")
     parser.add_argument(
-        "--segment", type=int, default=document.SEGMENT, metavar="N", help="tokens read at once"
+        "--prefill-chunk",
+        "--segment",
+        type=int,
+        default=document.PREFILL_CHUNK,
+        metavar="N",
+        help="tokens that one step takes, at most",
     )
     parser.add_argument(
         "--save-every",
@@ -48,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Runs the command."""
     args = parse_args()
-    for flag in ("segment", "save_every"):
+    for flag in ("prefill_chunk", "save_every"):
         if getattr(args, flag) < 1:
             name = flag.replace("_", "-")
             raise UserError(f"--{name} {getattr(args, flag)} is below 1.")
@@ -65,7 +70,7 @@ def main() -> None:
             tokens,
             args.output,
             kv=args.kv,
-            segment=args.segment,
+            prefill_chunk=args.prefill_chunk,
             interval=args.save_every,
         )
         done = saved = next(counts)

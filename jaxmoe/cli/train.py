@@ -6,7 +6,7 @@ import sys
 import jax
 
 from jaxmoe.cli import devices
-from jaxmoe.cli.terminal import task_progress
+from jaxmoe.progress import task_progress
 from jaxmoe.train.config import read_train_config
 from jaxmoe.train.run_folder import RunFolder
 from jaxmoe.train.trainer import Record, train
@@ -23,7 +23,7 @@ def main() -> None:
         print(f"{folder.checkpoint} is finished: nothing is left to do.")
         return
     mesh = devices.start(argparse.Namespace(mesh=config.mesh, cpu_devices=config.cpu_devices))
-    tokens_a_step = config.data.batch_size * config.data.length
+    tokens_a_step = config.rows.batch_size * config.rows.length
     show_lines = not sys.stderr.isatty()
     done = 0
     with (

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxmoe.benchmarks.timing import Call, Effort, one_line, time_in_turn, today, write_json
 from jaxmoe.benchmarks.tuning_problems import Problem, all_problems
-from jaxmoe.cli.terminal import task_progress
 from jaxmoe.errors import UserError
+from jaxmoe.progress import task_progress
 from pallas_kernels import ptxas
 from pallas_kernels.compile.absent import absent_h100s, absent_h200s, compiler_options, lower_for
 from pallas_kernels.compile.assembler import KernelReport, assembler_reports

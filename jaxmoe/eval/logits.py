@@ -1,10 +1,9 @@
-"""Logits of given tokens by any path: one forward pass, or segments and steps through the cache.
+"""Logits of given tokens by any path: one forward pass, or prefill and decode through the cache.
 
 And a greedy answer to a prompt of any length, with the logits that chose it, so that one path can
 be held against another.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,17 +13,12 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generation.document import SEGMENT, check_length, new_document, read
+from jaxmoe.generation.document import PREFILL_CHUNK, check_length, new_document, read
 from jaxmoe.model.kv_cache import init_cache, round_capacity
+from jaxmoe.model.steps import Inputs, hidden_states, prefill, step
 from jaxmoe.model.transformer import forward, positions_of, unembed
 
 UNEMBED_TOKENS = 1024  # tokens of all rows whose logits are on the device at once
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _hidden(config: Llama4Config, params, tokens, positions, segment_ids, cache):
-    out = forward(config, params, tokens, positions, segment_ids, cache)
-    return out.hidden, out.cache
 
 
 _unembed = jax.jit(unembed, static_argnums=0)
@@ -46,22 +40,24 @@ def token_logits(
     segment_ids: np.ndarray | None = None,
     *,
     decode_from: int | None = None,
-    prefill_segment: int | None = None,
+    prefill_chunk: int | None = None,
     positions: np.ndarray | None = None,
     kv: str | None = None,
     out: np.ndarray | None = None,
     report: Callable[[int], None] = lambda count: None,
+    forward: Callable = forward,
 ) -> np.ndarray:
     """Float32 logits [batch, length, vocab] on the current mesh; zeros on padding.
 
     Args:
         tokens, segment_ids: int32 [batch, length]; segment 0 is padding; default: all one segment.
         decode_from: prefill this many tokens, then feed one at a time through the cache.
-        prefill_segment: prefill through the cache in segments of this many tokens.
+        prefill_chunk: prefill through the cache in chunks of this many tokens.
         positions: default: from 0 in each segment.
         kv: how the cache stores keys and values; default: as the parameters.
         out: where to write, for results larger than memory.
         report: called with the number of tokens a row that each call has done.
+        forward: `jaxmoe.forward`, or a fork's function of the same arguments.
 
     Raises:
         UserError: for tokens outside the vocabulary, positions outside the context, or segments
@@ -81,20 +77,40 @@ def token_logits(
             f"{config.max_position_embeddings} tokens; shorten the tokens."
         )
     out = np.zeros((batch, length, config.vocab_size), np.float32) if out is None else out
-    cached = decode_from is not None or prefill_segment is not None
+    cached = decode_from is not None or prefill_chunk is not None
     dtype = kv or params["embed"].dtype
     cache = init_cache(config, batch, round_capacity(length), dtype) if cached else None
-    for start, stop in _steps(length, decode_from, prefill_segment):
-        part = (tokens[:, start:stop], positions[:, start:stop], segment_ids[:, start:stop])
-        hidden, cache = _hidden(config, params, *(jnp.asarray(x) for x in part), cache)
-        width = max(1, UNEMBED_TOKENS // batch)
-        for i in range(start, stop, width):
-            j = min(i + width, stop)
-            real = segment_ids[:, i:j, None] != 0
-            logits = _unembed(config, params, hidden[:, i - start : j - start])
-            out[:, i:j] = np.where(real, np.asarray(logits), 0.0)
-        report(stop - start)
+    prefilled = length if decode_from is None else min(decode_from, length)
+    done = 0
+    for chunk, stop in ((prefill_chunk or length, prefilled), (1, length)):
+        for fed in prefill(
+            config,
+            params,
+            tokens,
+            cache,
+            chunk=chunk,
+            start=done,
+            stop=stop,
+            positions=positions,
+            segment_ids=segment_ids,
+            readout=hidden_states,
+            forward=forward,
+        ):
+            part = slice(done, fed.done)
+            _write_logits(config, params, fed.output, segment_ids[:, part], out[:, part])
+            report(fed.done - done)
+            done, cache = fed.done, fed.cache
     return out
+
+
+def _write_logits(config: Llama4Config, params: dict, hidden, segment_ids, out) -> None:
+    """The logits of a chunk's hidden states, a part at a time; zeros on padding."""
+    batch, length = segment_ids.shape
+    width = max(1, UNEMBED_TOKENS // batch)
+    for i in range(0, length, width):
+        j = min(i + width, length)
+        logits = np.asarray(_unembed(config, params, hidden[:, i:j]))
+        out[:, i:j] = np.where(segment_ids[:, i:j, None] != 0, logits, 0.0)
 
 
 class Answer(NamedTuple):
@@ -110,18 +126,18 @@ def greedy_answer(
     prompt: Sequence[int],
     count: int,
     *,
-    segment: int = SEGMENT,
+    prefill_chunk: int = PREFILL_CHUNK,
     stop_ids: Sequence[int] = (),
     report: Callable[[int], None] = lambda count: None,
 ) -> Answer:
-    """Reads a prompt through the cache in segments, then writes its likeliest next tokens.
+    """Prefills a prompt through the cache, then writes its likeliest next tokens.
 
-    Memory is that of the cache and of one segment, whatever the prompt's length.
+    Memory is that of the cache and of one chunk, whatever the prompt's length.
 
     Args:
         count: tokens to write, at most; fewer if one of `stop_ids` is written, which is kept.
-        segment: tokens to read at once.
-        report: called with the number of tokens that each call has read.
+        prefill_chunk: prompt tokens that one step takes, at most.
+        report: called with the number of tokens that each step has taken.
 
     Raises:
         UserError: if prompt and answer do not fit the model's context.
@@ -131,14 +147,15 @@ def greedy_answer(
             f"{len(prompt)} tokens of prompt and {count} to write; use 1 or more of each."
         )
     document = new_document(config, params, len(prompt) + count)
-    steps, done = read(config, params, document, prompt[:-1], segment=segment), 0
+    steps, done = read(config, params, document, prompt[:-1], prefill_chunk=prefill_chunk), 0
     for document in steps:
         report(document.length - done)
         done = document.length
     cache, tokens, logits = document.cache, [prompt[-1]], []
     while len(logits) < count and not (logits and tokens[-1] in stop_ids):
         fed = (tokens[-1], done + len(logits), 1)
-        hidden, cache = _hidden(config, params, *(jnp.full((1, 1), x) for x in fed), cache)
+        new = Inputs(*(jnp.full((1, 1), x) for x in fed))
+        hidden, cache = step(config, params, new, cache, readout=hidden_states)
         logits.append(np.asarray(_unembed(config, params, hidden)[0, 0]))
         tokens.append(int(logits[-1].argmax()))
         report(1)
@@ -156,13 +173,6 @@ def last_logits(
     check_length(config, len(tokens))
     row = jnp.asarray(tokens, jnp.int32)[None]
     positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
-    hidden, _ = _hidden(config, params, row, positions, jnp.ones_like(row), None)
+    inputs = Inputs(row, positions, jnp.ones_like(row))
+    hidden, _ = step(config, params, inputs, None, readout=hidden_states)
     return np.asarray(_unembed(config, params, hidden[:, -count:]))[0]
-
-
-def _steps(length: int, decode_from: int | None, prefill_segment: int | None):
-    """(start, stop) of each call: the prefill in segments, then one token at a time."""
-    prefill = length if decode_from is None else min(decode_from, length)
-    size = prefill_segment or max(prefill, 1)
-    yield from ((i, min(i + size, prefill)) for i in range(0, prefill, size))
-    yield from ((i, i + 1) for i in range(prefill, length))

@@ -88,7 +88,7 @@ def _exactness_cells(line: Record) -> tuple[str, str]:
 
 
 def depth_name(depth: tuple[float, float]) -> str:
-    """As in 0-10% or 50%."""
+    """A depth in words, such as 0-10% or 50%."""
     low, high = (f"{round(100 * bound, 1):g}" for bound in depth)
     return f"{low}%" if low == high else f"{low}-{high}%"
 

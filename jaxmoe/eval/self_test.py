@@ -10,7 +10,8 @@ import numpy as np
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.model.params import named_params
-from jaxmoe.model.transformer import forward, unembed
+from jaxmoe.model.steps import Inputs, step
+from jaxmoe.model.transformer import unembed
 from jaxmoe.text import Tokenizer
 
 # What any model of English text has seen, and the demo model too.
@@ -93,9 +94,5 @@ def _tokens(config: Llama4Config, tokenizer: Tokenizer | None) -> np.ndarray:
 
 def _logits(config: Llama4Config, params: dict, tokens: jax.Array) -> jax.Array:
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    out = _forward(config, params, tokens, positions, jnp.ones_like(tokens))
-    return _unembed(config, params, out.hidden)
-
-
-_forward = jax.jit(forward, static_argnums=0)
-_unembed = jax.jit(unembed, static_argnums=0)
+    inputs = Inputs(tokens, positions, jnp.ones_like(tokens))
+    return step(config, params, inputs, None, readout=unembed)[0]

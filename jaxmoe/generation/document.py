@@ -1,4 +1,4 @@
-"""Long texts that are read once: a cache of one row, and how much of the text it holds."""
+"""Long texts that the model is given once: a cache of one row, and how many tokens it holds."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
@@ -19,16 +20,22 @@ from jaxmoe.model.kv_cache import (
     keeps_ring,
     round_capacity,
 )
-from jaxmoe.model.transformer import forward
+from jaxmoe.model.steps import prefill
+from pallas_kernels.attention import Coords
 
-SEGMENT = 2048  # tokens read at once
+PREFILL_CHUNK = 2048  # tokens that one step takes, at most
 
 
 class Document(NamedTuple):
-    """A text as the model has read it, from position 0 on; made under the mesh it is used on."""
+    """A text that the model has seen, from position 0 on; made under the mesh it is used on.
 
-    cache: Cache  # of one row
-    length: int  # tokens of the text that the cache holds
+    Attributes:
+        cache: a cache of one row.
+        length: tokens of the text that the cache holds.
+    """
+
+    cache: Cache
+    length: int
 
     @property
     def room(self) -> int:
@@ -40,7 +47,7 @@ def new_document(config: Llama4Config, params: dict, capacity: int, kv: str | No
     """An empty document.
 
     Args:
-        capacity: tokens of the text, of questions about it and of their answers.
+        capacity: how many tokens the text, a question about it and the answer have together.
         kv: how keys and values are stored; default: as parameters.
 
     Raises:
@@ -65,41 +72,28 @@ def read(
     document: Document,
     tokens: Sequence[int] | np.ndarray,
     *,
-    segment: int = SEGMENT,
-    pause: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    boundary: int | None = None,
 ) -> Iterator[Document]:
-    """Reads the rest of a text; memory is that of the cache and of one segment.
+    """Feeds the rest of a text to the model; memory is that of the cache and of one chunk.
 
     Args:
-        document: what was read so far, which is used up: only the last one is valid.
+        document: what the model has seen so far, which is used up: only the last one is valid.
         tokens: the whole text.
-        pause: a segment ends at every multiple of this.
+        prefill_chunk: tokens that one step takes, at most.
+        boundary: a chunk ends at every multiple of this.
 
     Yields:
-        The document after each segment.
+        The document after each chunk.
     """
-    width = min(segment, 1 << (len(tokens) - 1).bit_length())  # few shapes to compile
-    while document.length < len(tokens):
-        start = document.length
-        stop = min(start + width, len(tokens))
-        if pause is not None:
-            stop = min(stop, (start // pause + 1) * pause)
-        new = np.asarray(tokens[start:stop], np.int32)[None]
-        new = np.pad(new, ((0, 0), (0, width - new.shape[1])))
-        order = np.arange(new.shape[1], dtype=np.int32)[None]
-        fed = (new, start + order, (order < stop - start).astype(np.int32))
-        document = Document(_feed(config, params, document.cache, *map(jnp.asarray, fed)), stop)
-        yield document
+    row = np.asarray(tokens, np.int32)[None]
+    size = {"chunk": prefill_chunk, "start": document.length, "boundary": boundary}
+    for done, _, cache in prefill(config, params, row, document.cache, **size):
+        assert cache is not None
+        yield Document(cache, done)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _feed(config: Llama4Config, params, cache: Cache, tokens, positions, segment_ids) -> Cache:
-    out = forward(config, params, tokens, positions, segment_ids, cache)
-    assert out.cache is not None
-    return out.cache
-
-
-class Bookmark(NamedTuple):
+class Snapshot(NamedTuple):
     """What a cache loses when tokens are added: local layers overwrite, global layers append."""
 
     length: int
@@ -107,25 +101,42 @@ class Bookmark(NamedTuple):
     rings: tuple[LayerCache, ...]
 
 
-def bookmark(config: Llama4Config, document: Document) -> Bookmark:
-    """A copy of the local layers' part, to come back to."""
+def snapshot(config: Llama4Config, document: Document) -> Snapshot:
+    """A copy of the local layers' part, for `restore`."""
     cache = document.cache
     kept = (cache.pools[1:], _rings(config, cache))
-    return Bookmark(document.length, *jax.tree.map(jnp.copy, kept))
+    return Snapshot(document.length, *jax.tree.map(jnp.copy, kept))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def rewind(config: Llama4Config, cache: Cache, place: Bookmark) -> Cache:
-    """The cache as it was at the bookmark; nothing of later tokens can be seen any more."""
-    position, segment = cache.full.coords
-    coords = cache.full.coords._replace(segment=jnp.where(position < place.length, segment, 0))
-    rings = iter(place.rings)
+def restore(config: Llama4Config, cache: Cache, before: Snapshot) -> Cache:
+    """The cache as it was at the snapshot; nothing of later tokens can be seen any more."""
+    rings = iter(before.rings)
     layers = tuple(
         next(rings) if keeps_ring(config, kind) else layer
         for kind, layer in zip(config.layers, cache.layers, strict=True)
     )
-    length = jnp.full_like(cache.length, place.length)
-    return Cache(layers, (cache.full._replace(coords=coords), *place.pools), length)
+    cache = truncate(cache, jnp.full_like(cache.length, before.length))
+    return cache._replace(layers=layers, pools=(cache.full, *before.pools))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def truncate(cache: Cache, length: Int[Array, "1"]) -> Cache:
+    """A cache of one row without its tokens from position `length` on, which is used up.
+
+    A token of local layers takes the place of one a chunk before it. So tokens that were added and
+    are now dropped must be of one chunk with the last that stays; else take a `snapshot` first.
+
+    Args:
+        cache: of one row, with one segment.
+        length: tokens that stay, at most as many as there are.
+    """
+
+    def kept(pool: Pool) -> Pool:
+        position, segment = pool.coords
+        return pool._replace(coords=Coords(position, jnp.where(position < length, segment, 0)))
+
+    return cache._replace(pools=tuple(map(kept, cache.pools)), length=length)
 
 
 def _rings(config: Llama4Config, cache: Cache) -> tuple[LayerCache, ...]:

@@ -66,7 +66,7 @@ def sampling_of(checkpoint: str | Path, **wanted: Any) -> Sampling:
 
 
 def _unflatten(_: None, values: tuple) -> Sampling:
-    """Without the checks, which a traced value cannot pass."""
+    """A `Sampling` of these values; traced values cannot pass the checks, so none are made."""
     sampling = object.__new__(Sampling)
     for field, value in zip(dataclasses.fields(Sampling), values, strict=True):
         object.__setattr__(sampling, field.name, value)

@@ -31,7 +31,13 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.files.atomic import writable
 from jaxmoe.files.workspace import Resumable
-from jaxmoe.generation.document import SEGMENT, Document, check_length, new_document, read
+from jaxmoe.generation.document import (
+    PREFILL_CHUNK,
+    Document,
+    check_length,
+    new_document,
+    read,
+)
 from jaxmoe.mesh import current_mesh
 from jaxmoe.model.kv_cache import (
     PAGE,
@@ -75,7 +81,7 @@ def read_document(
     output: str | Path,
     *,
     kv: str | None = None,
-    segment: int = SEGMENT,
+    prefill_chunk: int = PREFILL_CHUNK,
     interval: int = INTERVAL,
 ) -> Iterator[int]:
     """Reads a text on the current mesh and saves what `load_document` needs to go on from it.
@@ -87,11 +93,11 @@ def read_document(
         tokens: the text, its begin-of-text token included.
         output: a folder, which must not exist or be empty.
         kv: how keys and values are stored: "bf16", "int8", "fp8" or "int4"; default: as parameters.
-        segment: tokens that are read at once.
+        prefill_chunk: tokens that one step takes, at most.
         interval: tokens between two saves; rounded up to whole chunks and pages.
 
     Yields:
-        The number of tokens read, after each segment; of a run that goes on, first what was saved.
+        The number of tokens read, after each chunk; of a run that goes on, first what was saved.
 
     Raises:
         UserError: for a text that does not fit the context, an output that exists, one that another
@@ -119,7 +125,8 @@ def read_document(
                 workspace.write_note(identity | {"saved": 0})
                 arrays = _create(config, document, len(tokens), interval, writer)
             yield saved
-            steps = read(config, params, document, tokens, segment=segment, pause=interval)
+            chunks = {"prefill_chunk": prefill_chunk, "boundary": interval}
+            steps = read(config, params, document, tokens, **chunks)
             for document in steps:
                 if document.length % interval == 0:
                     _save_pages(config, document, saved, interval, arrays, writer)

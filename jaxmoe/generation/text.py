@@ -53,6 +53,5 @@ def generate_text(
 def _mesh_of(params: dict) -> contextlib.AbstractContextManager:
     """Sets the mesh that the parameters were loaded onto; arrays of one device have none."""
     sharding = jax.tree.leaves(params)[0].sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.set_mesh(sharding.mesh)
-    return contextlib.nullcontext()
+    mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+    return jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else contextlib.nullcontext()

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe import mesh as meshes
 from jaxmoe.config import AttentionSpec, LayerKind, Llama4Config
+from jaxmoe.model.kernels import FASTEST, AttentionOptions, Kernels
 from jaxmoe.model.kv_cache import (
     Cache,
     CacheKind,
@@ -24,7 +25,7 @@ from jaxmoe.model.kv_cache import (
 )
 from jaxmoe.model.layers import linear, rms_normalize, rope_angles, rotate, temperature
 from jaxmoe.model.sequence import NewTokens, gather, needs_gather
-from pallas_kernels.attention import Coords, Mask, flash_attention
+from pallas_kernels.attention import Coords, flash_attention
 
 
 class Step(NamedTuple):
@@ -76,6 +77,7 @@ def attention(
     x: Float[Array, "B S D"],
     step: Step,
     cache: LayerCache | None,
+    kernels: Kernels = FASTEST,
 ) -> tuple[Float[Array, "B S D"], LayerCache | None]:
     """One attention block, without its norm and residual."""
     q = linear("BSD,DHd->BSHd", x, p["q"], config.head_dim)
@@ -89,13 +91,14 @@ def attention(
     if step.temperature is not None:
         q = (q.astype(jnp.float32) * step.temperature[..., None, None]).astype(x.dtype)
     q, k, v = (jnp.swapaxes(z, 1, 2) for z in (q, k, v))
-    out, cache = attend(spec, config.head_dim**-0.5, q, k, v, step, cache)
+    options = AttentionOptions(config.head_dim**-0.5, spec.mask, kernels.attention)
+    out, cache = attend(spec, options, q, k, v, step, cache)
     return linear("BHSd,HdD->BSD", out, p["o"]), cache
 
 
 def attend(
     spec: AttentionSpec,
-    scale: float,
+    options: AttentionOptions,
     q: Float[Array, "B H S d"],
     k: Float[Array, "B K S d"],
     v: Float[Array, "B K S d"],
@@ -105,11 +108,11 @@ def attend(
     """Attention of the new tokens to themselves and to the cache, on any mesh."""
     axes = _token_axes(q)
     if cache is None or step.cache is None:
-        body = functools.partial(attend_uncached, spec.mask, scale, axes)
+        body = functools.partial(attend_uncached, options, axes)
         in_specs, q_spec = _token_specs(q, k, v, step.tokens)
         return meshes.per_device(body, in_specs, q_spec)(q, k, v, step.tokens), None
     kind = cache_kind(spec)
-    body = functools.partial(kind.attend, spec.mask, scale, axes)
+    body = functools.partial(kind.attend, options, axes)
     in_specs, q_spec = _token_specs(q, k, v, step.tokens)
     cache_specs, step_specs = _cache_specs(kind, len(q), cache)
     run = meshes.per_device(body, (*in_specs, cache_specs, step_specs), (q_spec, cache_specs))
@@ -117,8 +120,7 @@ def attend(
 
 
 def attend_uncached(
-    mask: Mask,
-    scale: float,
+    options: AttentionOptions,
     axes: tuple[str, ...],
     q: Float[Array, "B H S d"],
     k: Float[Array, "B K S d"],
@@ -131,8 +133,8 @@ def attend_uncached(
         axes: the mesh axes that tokens are sharded over: keys are gathered where they are needed.
     """
     k, v = gather((k, v), axes, tokens.needs_gather)
-    options = {"scale": scale, "mask": mask, "in_order": not axes}
-    return flash_attention(q, k, v, tokens.own, tokens.all, **options)
+    in_order = not axes
+    return flash_attention(q, k, v, tokens.own, tokens.all, in_order=in_order, **options._asdict())
 
 
 def _token_axes(q: jax.Array) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from jaxmoe.model.kv_cache import (
     pool_spec,
     row_groups,
 )
-from jaxmoe.model.moe import RouterStats, choose, exchange_way, router_stats
+from jaxmoe.model.moe import RouterStats, choose_experts, exchange_way, router_stats
 from jaxmoe.model.params import layer_specs, map_arrays
 from jaxmoe.model.sequence import merge_over_devices
 from pallas_kernels.arrays import pad_axis
@@ -236,7 +236,7 @@ def _moe(config: Llama4Config, run, p, x, real):
     """The experts' output summed over devices, float32; the routing and the tokens served."""
     E, here = config.num_local_experts, p["experts"]["down"].shape[0]
     logits = jnp.sum(matmul_few(x, (p["router"],), parts=None, **run), axis=0)[: len(x)]
-    routing = choose(config, logits.astype(x.dtype)[:, None], real)
+    routing = choose_experts(config, logits.astype(x.dtype)[:, None], real)
     first = lax.axis_index(meshes.RULES["expert"]) * here if here < E else 0
     expert = routing.expert[:, 0, 0] - first
     slots = busy_experts(expert, here, first == 0)

@@ -3,7 +3,9 @@
 Shape letters: B rows, S tokens a row, T = B * S, D embed, E experts, k experts a token.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe import mesh as meshes
 from jaxmoe.config import Llama4Config
+from jaxmoe.model.kernels import FASTEST, Kernels
 from jaxmoe.model.layers import linear, swiglu
 from jaxmoe.model.params import map_arrays, moe_specs
 from pallas_kernels.experts import (
@@ -63,13 +66,17 @@ class RouterStats(NamedTuple):
 
 
 def route(
-    config: Llama4Config, router: Float[Array, "D E"], x: Float[Array, "B S D"], real: jax.Array
+    config: Llama4Config,
+    router: Float[Array, "D E"],
+    x: Float[Array, "B S D"],
+    real: Bool[Array, "B S"],
+    choose: Callable[..., Routing] | None = None,
 ) -> Routing:
-    """The router's logits, and what they choose."""
-    return choose(config, linear("BSD,DE->BSE", x, router), real)
+    """The router's logits, and what `choose`, by default Llama 4's, makes of them."""
+    return (choose or choose_experts)(config, linear("BSD,DE->BSE", x, router), real)
 
 
-def choose(
+def choose_experts(
     config: Llama4Config, logits: Float[Array, "B S E"], real: Bool[Array, "B S"]
 ) -> Routing:
     """The k largest logits and their sigmoids (no softmax, no renormalization)."""
@@ -83,11 +90,27 @@ def choose(
 
 
 def moe(
-    config: Llama4Config, p: dict, x: Float[Array, "B S D"], real: jax.Array
+    config: Llama4Config,
+    p: dict,
+    x: Float[Array, "B S D"],
+    real: Bool[Array, "B S"],
+    kernels: Kernels = FASTEST,
+    *,
+    choose: Callable[..., Routing] | None = None,
+    weigh_output: bool = False,
 ) -> tuple[Float[Array, "B S D"], RouterStats]:
-    """Shared expert on x, plus the chosen experts on score * x."""
-    routing = route(config, p["router"], x, real)
-    routed, reached = spread_over_mesh(config, p["experts"], x, routing)
+    """Shared expert on x, plus the chosen experts on score * x.
+
+    Args:
+        p: the layer's parameters, as in `moe_specs`.
+        real: which tokens are no padding.
+        kernels: what the experts run on.
+        choose: what makes a routing of the router's logits; default: `choose_experts`.
+        weigh_output: multiplies the experts' output by the score, as most other models do, instead
+            of their input.
+    """
+    routing = route(config, p["router"], x, real, choose)
+    routed, reached = spread_over_mesh(config, p["experts"], x, routing, kernels, weigh_output)
     return swiglu(p["shared"], x) + routed, router_stats(routing, real, reached)
 
 
@@ -116,7 +139,12 @@ def _mean_of_real(x: Float[Array, "B S *rest"], real: Bool[Array, "B S"]) -> Flo
 
 
 def spread_over_mesh(
-    config: Llama4Config, p: dict, x: Float[Array, "B S D"], routing: Routing
+    config: Llama4Config,
+    p: dict,
+    x: Float[Array, "B S D"],
+    routing: Routing,
+    kernels: Kernels = FASTEST,
+    weigh_output: bool = False,
 ) -> tuple[Float[Array, "B S D"], Int[Array, ""]]:
     """Every device runs its experts on the tokens that chose them, wherever these are.
 
@@ -125,9 +153,11 @@ def spread_over_mesh(
         counted there, after the journey, so that a lost one shows.
     """
     mesh = meshes.current_mesh()
-    if mesh is None:
-        return _run_counted(config.num_local_experts, 0, p, x, routing.expert, routing.score)
     tokens = (x, routing.expert, routing.score)
+    options = {"kernels": kernels, "weigh_output": weigh_output}
+    run = functools.partial(_run_counted, config.num_local_experts, **options)
+    if mesh is None:
+        return run(0, p, *tokens)
     token_spec = meshes.activation_spec(mesh, ("batch", "length", None), x.shape)
     specs = moe_specs(config)["experts"]
     p_spec = map_arrays(lambda w, axes: meshes.param_spec_at_use(axes), specs, p)
@@ -135,7 +165,7 @@ def spread_over_mesh(
     counted_over = {*_token_axes(mesh, x.shape), *meshes.RULES["expert"]}
 
     def body(p, *tokens):
-        out, reached = way(config.num_local_experts, p, *tokens)
+        out, reached = way(run, p, *tokens)
         return lax.psum(out, meshes.RULES["ffn"]), lax.psum(reached, tuple(sorted(counted_over)))
 
     out_specs = (token_spec, PartitionSpec())
@@ -171,19 +201,19 @@ def _token_axes(mesh, shape: tuple[int, ...]) -> tuple[str, ...]:
     return meshes.activation_axes(mesh, *rows) + meshes.activation_axes(mesh, *length)
 
 
-def _stay(num_experts: int, p: dict, *tokens):
-    out, reached = _run_counted(num_experts, _first_expert(p), p, *tokens)
+def _stay(run: Callable, p: dict, *tokens):
+    out, reached = run(_first_expert(p), p, *tokens)
     return lax.psum(out, meshes.RULES["expert"]), reached
 
 
-def _gather(num_experts: int, p: dict, *tokens):
+def _gather(run: Callable, p: dict, *tokens):
     experts = meshes.RULES["expert"]
     tokens = [lax.all_gather(z, experts, axis=0, tiled=True) for z in tokens]
-    out, reached = _run_counted(num_experts, _first_expert(p), p, *tokens)
+    out, reached = run(_first_expert(p), p, *tokens)
     return lax.psum_scatter(out, experts, scatter_dimension=0, tiled=True), reached
 
 
-def _exchange(num_experts: int, p: dict, x, expert, score):
+def _exchange(run: Callable, p: dict, x, expert, score):
     """A token is sent once for each of its experts, with its expert and score as two numbers."""
     axis, here, D = meshes.RULES["expert"], p["down"].shape[0], x.shape[-1]
     items = jnp.broadcast_to(x[:, :, None], (*expert.shape, D)).reshape(-1, D)
@@ -191,16 +221,10 @@ def _exchange(num_experts: int, p: dict, x, expert, score):
     about = jnp.stack([expert + 1, score.astype(jnp.float32)], -1).reshape(-1, 2)
     about = send(plan, about, axis)  # expert 0: no row came
     came = about[:, 0] > 0
-    expert_here = jnp.where(came, about[:, 0].astype(jnp.int32) - 1, num_experts)
-    rows = send(plan, items, axis)
-    out, reached = _run_counted(
-        num_experts,
-        _first_expert(p),
-        p,
-        rows[None],
-        expert_here[None, :, None],
-        about[None, :, 1:],
-    )
+    no_expert = lax.axis_size(axis) * here
+    expert_here = jnp.where(came, about[:, 0].astype(jnp.int32) - 1, no_expert)
+    tokens = (send(plan, items, axis)[None], expert_here[None, :, None], about[None, :, 1:])
+    out, reached = run(_first_expert(p), p, *tokens)
     return send_back(plan, out[0], axis).reshape(*expert.shape, D).sum(2), reached
 
 
@@ -209,10 +233,10 @@ def _first_expert(p: dict) -> jax.Array:
     return lax.axis_index(meshes.RULES["expert"]) * p["down"].shape[0]
 
 
-def _run_counted(num_experts: int, first: int | jax.Array, p: dict, x, expert, score):
+def _run_counted(num_experts: int, first: int | jax.Array, p: dict, x, expert, score, **options):
     """`run_experts`, and how many of the assignments were for the experts here."""
     here = (expert >= first) & (expert < first + p["down"].shape[0])
-    return run_experts(num_experts, first, p, x, expert, score), jnp.sum(here)
+    return run_experts(num_experts, first, p, x, expert, score, **options), jnp.sum(here)
 
 
 def run_experts(
@@ -222,15 +246,29 @@ def run_experts(
     x: Float[Array, "B S D"],
     expert: Int[Array, "B S k"],
     score: Float[Array, "B S k"],
+    kernels: Kernels = FASTEST,
+    weigh_output: bool = False,
 ) -> Float[Array, "B S D"]:
-    """This device's experts, `first` and on, on the tokens that chose them; 0 for the others."""
+    """This device's experts, `first` and on, on the tokens that chose them; 0 for the others.
+
+    Args:
+        num_experts: how many there are on all devices together.
+        expert: each token's experts, counted over all devices.
+        weigh_output: as for `moe`.
+    """
     here = p["down"].shape[0]
     group = (expert - first).reshape(-1)
     group = jnp.where((group >= 0) & (group < here), group, here)
     plan = make_group_metadata(group, here, block_rows(group.shape[0], num_experts))
     choices = (*expert.shape, x.shape[-1])
     items = jnp.broadcast_to(x[:, :, None], choices).reshape(-1, x.shape[-1])
-    rows, scale = dispatch(plan, items), dispatch(plan, score.reshape(-1, 1))[:, 0]
-    hidden = gated_matmul(rows, p["gate"], p["up"], plan.group_of_block, scale)
-    out = combine(plan, grouped_matmul(hidden, p["down"], plan.group_of_block))
+    rows = dispatch(plan, items, implementation=kernels.dispatch)
+    of_scores = "xla" if kernels.dispatch else None  # other kernels serve no columns
+    scale = dispatch(plan, score.reshape(-1, 1), implementation=of_scores)[:, 0]
+    matrices = p["gate"], p["up"], plan.group_of_block, None if weigh_output else scale
+    hidden = gated_matmul(rows, *matrices, implementation=kernels.experts)
+    out = grouped_matmul(hidden, p["down"], plan.group_of_block, implementation=kernels.experts)
+    if weigh_output:
+        out = (out * scale[:, None].astype(jnp.float32)).astype(out.dtype)
+    out = combine(plan, out, implementation=kernels.dispatch)
     return out.reshape(*expert.shape, -1).sum(2)

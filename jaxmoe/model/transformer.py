@@ -8,6 +8,7 @@ S tokens a row, D embed, V vocabulary.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,11 @@ from jaxmoe.mesh import constrain, constrain_param
 from jaxmoe.model.attention import Step, attention, start_step
 from jaxmoe.model.decode_step import Residual, decode_layer, final_norm, why_not_fused
 from jaxmoe.model.embedding import embed, unembed
+from jaxmoe.model.kernels import FASTEST, Kernels
 from jaxmoe.model.kv_cache import Cache, LayerCache
 from jaxmoe.model.layers import rms_norm, swiglu
-from jaxmoe.model.moe import RouterStats, moe
+from jaxmoe.model.moe import RouterStats
+from jaxmoe.model.moe import moe as llama4_moe
 from jaxmoe.model.params import init_params, layer_specs, map_arrays
 from pallas_kernels.attention import Coords
 
@@ -46,6 +49,8 @@ def forward(
     remat: bool = False,
     fused: bool = True,
     interpret: Any = None,
+    kernels: Kernels = FASTEST,
+    moe: Callable | None = None,
 ) -> Output:
     """Runs the decoder on new tokens, after those that `cache` holds.
 
@@ -58,11 +63,19 @@ def forward(
         remat: recompute each layer in the backward pass instead of keeping its activations.
         fused: run a step of one new token a row by the kernels of `decode_step` where they serve.
         interpret: `plgpu.InterpretGPUParams()` runs those without their hardware.
+        kernels: the implementations to run on; naming any turns `fused` off.
+        moe: a mixture of experts of the same arguments as `jaxmoe.model.moe.moe`; default: that
+            one. Giving one turns `fused` off.
     """
     steps, cache = start_step(config, Coords(positions, segment_ids), cache)
     entries = cache.layers if cache is not None else [None] * len(config.layers)
     x = constrain(embed(params["embed"], tokens), "batch", "length", None)
-    run_layer = _remat_layer if remat else _jit_layer
+    parts = {"kernels": kernels, "moe": llama4_moe if moe is None else moe}
+    run_layer: Callable = functools.partial(_jit_layer, **parts)
+    if remat:
+        layer = functools.partial(decoder_layer, **parts)
+        run_layer = jax.checkpoint(layer, static_argnums=(0, 1))
+    fused = fused and moe is None and kernels == FASTEST
     fused = fused and why_not_fused(config, params, x, cache, interpret) is None
     carried: Any = x
     if fused:
@@ -90,25 +103,27 @@ def decoder_layer(
     x: Float[Array, "B S D"],
     step: Step,
     cache: LayerCache | None,
+    *,
+    kernels: Kernels = FASTEST,
+    moe: Callable = llama4_moe,
 ) -> tuple[Float[Array, "B S D"], LayerCache | None, RouterStats | None]:
     """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
     p, x = jax.lax.optimization_barrier((p, x))  # else XLA gathers all layers' weights at once
     p = map_arrays(constrain_param, layer_specs(config, kind), p)
     normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
-    out, cache = attention(config, kind, p["attention"], normed, step, cache)
+    out, cache = attention(config, kind, p["attention"], normed, step, cache, kernels)
     x = constrain(x + out, "batch", "length", None)
     normed = rms_norm(x, p["feed_forward_norm"], config.rms_norm_eps)
     if kind.feed_forward == "moe":
-        out, stats = moe(config, p["feed_forward"], normed, step.tokens.own.segment != 0)
+        out, stats = moe(config, p["feed_forward"], normed, step.tokens.own.segment != 0, kernels)
     else:
         out, stats = swiglu(p["feed_forward"], normed), None
     return constrain(x + out, "batch", "length", None), cache, stats
 
 
 # Layers of one kind are traced once and called many times.
-_jit_layer = jax.jit(decoder_layer, static_argnums=(0, 1))
+_jit_layer = jax.jit(decoder_layer, static_argnums=(0, 1), static_argnames=("kernels", "moe"))
 _jit_decode_layer = jax.jit(decode_layer, static_argnums=(0, 1, 2))
-_remat_layer = jax.checkpoint(decoder_layer, static_argnums=(0, 1))
 
 
 def positions_of(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:

@@ -23,7 +23,7 @@ class DataConfig:
         dtype: of raw numbers, such as nanoGPT's `.bin` of uint16; an `.npy` file names its own.
         length: tokens a row.
         batch_size: rows a step, over the whole mesh.
-        held_out_every: every so-manieth document is held out; 0 holds out none.
+        held_out_every: of so many documents the last is held out; 0 holds out none.
     """
 
     tokens: str
@@ -68,6 +68,7 @@ class TrainConfig:
         model: a Hugging Face `config.json`, written out; the weights are drawn from `seed`.
         init: instead of `model`, a checkpoint of `jaxmoe convert` or of another run: the run
             begins with its weights.
+        data: the tokens; None where `jaxmoe.train.trainer.train` is given batches.
         output: the run's folder: checkpoint, metrics, and what a killed run resumes from.
         steps: optimizer steps in all.
         tokenizer: a folder whose tokenizer files go with the checkpoint; None takes `init`'s.
@@ -85,7 +86,7 @@ class TrainConfig:
 
     model: dict = dataclasses.field(default_factory=dict)
     init: str | None = None
-    data: DataConfig
+    data: DataConfig | None
     optimizer: OptimizerConfig
     output: str
     steps: Annotated[int, Range(1, 10**9)]
@@ -104,6 +105,17 @@ class TrainConfig:
     def __post_init__(self):
         if bool(self.model) == (self.init is not None):
             raise UserError("give either 'model', a config.json, or 'init', a checkpoint.")
+
+    @property
+    def rows(self) -> DataConfig:
+        """The `data`.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if self.data is None:
+            raise UserError("the config gives 'data' no value; give it a mapping, or give batches.")
+        return self.data
 
     @property
     def tokenizer_folder(self) -> str | None:

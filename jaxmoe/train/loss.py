@@ -3,7 +3,8 @@
 Shape letters: B rows, S tokens a row, V vocabulary, L MoE layers, E experts, k experts a token.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.moe import RouterStats
 from jaxmoe.model.transformer import forward, positions_of, unembed
+
+Loss = Callable[[Llama4Config, dict, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class RouterHealth(NamedTuple):
@@ -39,14 +42,60 @@ def losses(
     segment_ids: Int[Array, "B S"],
     router_loss: float,
     remat: bool = False,
+    forward: Callable = forward,
 ) -> Losses:
-    """Runs the model and its losses; `router_loss` scales the load-balance loss."""
+    """Runs the model and its losses.
+
+    Args:
+        router_loss: scales the load-balance loss.
+        remat: as for `forward`.
+        forward: `jaxmoe.forward`, or a fork's function of the same arguments.
+    """
     positions = positions_of(segment_ids)
     out = forward(config, params, tokens, positions, segment_ids, remat=remat)
     total, count = cross_entropy_sum(unembed(config, params, out.hidden), tokens, segment_ids)
     cross_entropy = total / jnp.maximum(count, 1)
     balance, health = router_losses(out.router_stats)
     return Losses(cross_entropy + router_loss * balance, cross_entropy, balance, health)
+
+
+def next_token_loss(
+    router_loss: float = 0.0, remat: bool = False, forward: Callable = forward
+) -> Loss:
+    """The loss of `train` that predicts each next token; arguments as for `losses`.
+
+    Its batches are `jaxmoe.train.data.Batch`, and its metrics what the records of a run hold.
+    """
+
+    def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
+        tokens, segment_ids = map(jnp.asarray, batch)
+        found = losses(model, params, tokens, segment_ids, router_loss, remat, forward)
+        return found.total, metrics(found)
+
+    return loss
+
+
+def metrics(found: Losses) -> dict[str, jax.Array]:
+    """What is recorded of a batch: its losses, and of the routers the worst and each load."""
+    health = found.health
+    recorded = {"loss": found.cross_entropy, "balance_loss": found.balance}
+    if len(health.peak):
+        recorded["router_peak"] = health.peak.max()
+        recorded["router_entropy"] = health.entropy.min()
+        recorded["router_load"] = health.load
+        recorded["dropped"] = health.dropped
+    return recorded
+
+
+def summed_cross_entropy(
+    config: Llama4Config,
+    params: dict,
+    hidden: Float[Array, "B S D"],
+    tokens: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The readout of a step that returns what `cross_entropy_sum` does."""
+    return cross_entropy_sum(unembed(config, params, hidden), tokens, segment_ids)
 
 
 def next_tokens(

@@ -1,9 +1,8 @@
 """AdamW with a linear warm-up, a cosine decay and clipping by global norm."""
 
+import jax
 import optax
 
-from jaxmoe.config import Llama4Config
-from jaxmoe.model.params import map_specs, param_specs
 from jaxmoe.train.config import OptimizerConfig
 
 
@@ -18,11 +17,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(
-    config: OptimizerConfig, model: Llama4Config, steps: int
-) -> optax.GradientTransformation:
-    """The optimizer of a run; norm weights, which start at one, do not decay."""
-    decays = map_specs(lambda spec: spec.fan_in is not None, param_specs(model))
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run; vectors, which are the weights of norms, do not decay."""
+
+    def decays(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
     clips = config.clip_norm > 0
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if clips else optax.identity(),

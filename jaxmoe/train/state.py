@@ -23,23 +23,31 @@ _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 class TrainState(NamedTuple):
-    """What one step turns into the next."""
+    """What one step turns into the next.
 
-    params: dict  # float32
+    Attributes:
+        params: the parameters that are trained, float32, with None in place of others.
+        optimizer: the optimizer's state.
+        step: how many steps were taken, int32.
+    """
+
+    params: dict
     optimizer: Any
-    step: jax.Array  # int32: steps done
+    step: jax.Array
 
 
 def abstract_state(
-    model: Llama4Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    params: dict, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """Shapes and shardings: the optimizer's moments lie where their parameters lie.
 
-    Raises:
-        UserError: if the mesh does not divide a parameter.
+    Args:
+        params: arrays or ShapeDtypeStructs on the mesh.
     """
     everywhere = meshes.sharding(mesh, PartitionSpec())
-    params = abstract_params(model, mesh, jnp.float32, pads=False)
+    params = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), params
+    )
     moments = optax.tree.map_params(
         optimizer.init,
         lambda moment, param: param,
@@ -51,29 +59,29 @@ def abstract_state(
     return TrainState(params, moments, cast(jax.Array, step))
 
 
-def init_state(
-    model: Llama4Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, seed: int
-) -> TrainState:
-    """The state before the first step, of random parameters, made where it is to lie."""
+def random_params(model: Llama4Config, mesh: jax.sharding.Mesh, seed: int) -> dict:
+    """A model's random float32 parameters, made where they are to lie.
 
-    def init(key: jax.Array) -> TrainState:
-        params = init_params(model, key, jnp.float32)
-        return TrainState(params, optimizer.init(params), jnp.int32(0))
-
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, mesh))
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    Raises:
+        UserError: if the mesh does not divide a parameter.
+    """
+    shapes = abstract_params(model, mesh, jnp.float32, pads=False)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    init = jax.jit(lambda key: init_params(model, key, jnp.float32), out_shardings=shardings)
+    return init(jax.random.key(seed))
 
 
 def state_of(
-    params: dict, model: Llama4Config, optimizer: optax.GradientTransformation, mesh
+    params: dict, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """The state before the first step, of these parameters, which it takes over."""
-    abstract = abstract_state(model, optimizer, mesh)
+    abstract = abstract_state(params, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, (abstract.optimizer, abstract.step))
 
     def init(params: dict):
         return optimizer.init(params), jnp.int32(0)
 
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     return TrainState(params, *jax.jit(init, out_shardings=shardings)(params))
 
 

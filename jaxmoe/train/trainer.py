@@ -1,10 +1,11 @@
 """The training loop: batches in, records of metrics out, a checkpoint at the end."""
 
+import collections
 import functools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,34 +18,57 @@ from jaxmoe.checkpoint import store
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import from_hf
-from jaxmoe.model.transformer import forward, positions_of, unembed
+from jaxmoe.model import transformer
+from jaxmoe.model.params import abstract_params
+from jaxmoe.model.steps import Inputs, step
 from jaxmoe.train import data
 from jaxmoe.train.config import TrainConfig
-from jaxmoe.train.loss import Losses, cross_entropy_sum, losses
+from jaxmoe.train.loss import Loss, next_token_loss, summed_cross_entropy
 from jaxmoe.train.optimizer import learning_rate, make_optimizer
+from jaxmoe.train.partition import Trainable, everything, join, split
 from jaxmoe.train.run_folder import RunFolder
-from jaxmoe.train.state import (
-    SavedStates,
-    TrainState,
-    abstract_state,
-    init_state,
-    state_of,
-)
+from jaxmoe.train.state import SavedStates, TrainState, abstract_state, random_params, state_of
 
 Record = dict[str, Any]
+Batches = Callable[[int], Any]
+Evaluate = Callable[[dict], Record]
 
 
-def train(config: TrainConfig, mesh: jax.sharding.Mesh, source: str) -> Iterator[Record]:
+def train(
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    source: str = "the config",
+    *,
+    loss: Loss | None = None,
+    batches: Batches | None = None,
+    init: dict | str | Path | None = None,
+    trainable: Trainable = everything,
+    evaluate: Evaluate | None = None,
+    result: Callable[[dict], dict] | None = None,
+) -> Iterator[Record]:
     """Trains, or goes on where a run of the same config was killed.
 
     In `config.output`: `checkpoint` at the end, `metrics.jsonl` with a record every `log_every`
     steps, `config.json`, and `states` to resume from. On the same devices a resumed run takes the
-    same steps as one that was never killed.
+    same steps as one that was never killed, if it is given the same functions.
 
     Args:
         config: the run.
         mesh: the devices; the caller has set it with `jax.set_mesh`.
         source: what error messages call the config, usually its file.
+        loss: `loss(model, params, batch) -> (scalar, metrics)`, which is compiled: the model's
+            config, parameters in `config.dtype`, and a dict of arrays for the records, those that
+            end in `loss` first. Default: `next_token_loss` as the config says.
+        batches: `batches(step) -> batch`, a function of the step's number, from 0, and of nothing
+            else, which resuming relies on. A batch is a tree of arrays; the first is its tokens.
+            Default: rows of `config.data`.
+        init: the parameters to begin with, on the mesh and more of them than the model's if `loss`
+            wants that; or a checkpoint's folder. Default: `config.init`, or random ones.
+        trainable: whether a parameter, by its dotted name such as `layers.3.attention.q`, is
+            trained. The others stay as they are, and have no gradient and no optimizer state.
+        evaluate: `evaluate(params) -> record`, every `evaluate_every` steps. Default: the held-out
+            loss where `loss` and `batches` are the default.
+        result: makes of all parameters those of the finished checkpoint, if they are not the same.
 
     Yields:
         Each record as it is written; nothing if the run was finished before.
@@ -58,14 +82,27 @@ def train(config: TrainConfig, mesh: jax.sharding.Mesh, source: str) -> Iterator
     if folder.is_finished():
         return
     model = _model(config, source)
-    tokens = _tokens(config, model)
-    optimizer = make_optimizer(config.optimizer, model, config.steps)
-    abstract = abstract_state(model, optimizer, mesh)
+    if batches is None:
+        training, held_out = _tokens(config, model)
+        batches = functools.partial(_training_batch, config, model, training)
+        if loss is None and evaluate is None:
+            evaluate = functools.partial(held_out_loss, config, model, tokens=held_out)
+    loss = loss or next_token_loss(config.router_loss, config.remat)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    shapes = init if isinstance(init, dict) else _shapes(model, mesh)
+    trained, frozen = split(shapes, trainable)
+    abstract = abstract_state(trained, optimizer, mesh)
     with folder.claimed():
         with SavedStates.open(folder.states) as states:
-            state = start = states.newest(abstract) or _first_state(config, model, optimizer, mesh)
+            start = states.newest(abstract)
+            if start is None or jax.tree.leaves(frozen):
+                trained, frozen = split(_first_params(config, model, mesh, init), trainable)
+                start = start or state_of(trained, optimizer, mesh)
             folder.cut_back(int(start.step))
-            for done, state, record in _steps(config, model, optimizer, tokens, start):
+            step_fn = functools.partial(make_step(config, model, optimizer, loss), frozen)
+            evaluation = functools.partial(_evaluated, evaluate, frozen)
+            state = start
+            for done, state, record in _steps(config, step_fn, batches, evaluation, start):
                 if what := _not_finite(done, state, record):
                     states.save(state)
                     raise UserError(
@@ -78,97 +115,104 @@ def train(config: TrainConfig, mesh: jax.sharding.Mesh, source: str) -> Iterator
                     yield record
                 if _every(config.save_every, done):
                     states.save(state)
-        params = jax.tree.map(lambda p: p.astype(config.checkpoint_dtype), state.params)
-        folder.finish(model, params)
+        params = join(state.params, frozen)
+        params = params if result is None else result(params)
+        folder.finish(model, _cast(params, config.checkpoint_dtype))
 
 
 def _steps(
-    config: TrainConfig,
-    model: Llama4Config,
-    optimizer: optax.GradientTransformation,
-    tokens: tuple[np.ndarray, np.ndarray],
-    state: TrainState,
+    config: TrainConfig, step_fn: Callable, batches: Batches, evaluate: Evaluate, state: TrainState
 ) -> Iterator[tuple[int, TrainState, Record]]:
     """Each further step, the state after it, and a record; it is empty where none is due."""
-    step_fn = make_step(config, model, optimizer)
-    evaluate = functools.partial(held_out_loss, config, model, tokens=tokens[1])
     rate = learning_rate(config.optimizer, config.steps)
-    since, start = int(state.step), time.perf_counter()
-    for step in range(since, config.steps):
-        state, result, norm = step_fn(state, *_training_batch(config, model, tokens[0], step))
-        done, record = step + 1, {}
+    tokens, start = 0, time.perf_counter()
+    for number in range(int(state.step), config.steps):
+        batch = batches(number)
+        state, metrics, norm = step_fn(state, batch)
+        tokens += jax.tree.leaves(batch)[0].size
+        done, record = number + 1, {}
         if _every(config.log_every, done) or done == config.steps:
-            record = _record(done, jax.device_get(result), float(norm), rate(step))
-            seconds = time.perf_counter() - start
-            rows = (done - since) * config.data.batch_size
-            record["tokens_per_second"] = round(rows * config.data.length / seconds, 1)
+            record = _record(done, jax.device_get(metrics), float(norm), rate(number))
+            record["tokens_per_second"] = round(tokens / (time.perf_counter() - start), 1)
         if _every(config.evaluate_every, done) or done == config.steps:
             record |= {"step": done} | evaluate(state.params)
         if record:
-            since, start = done, time.perf_counter()
+            tokens, start = 0, time.perf_counter()
         yield done, state, record
 
 
-def make_step(config: TrainConfig, model: Llama4Config, optimizer: optax.GradientTransformation):
-    """The compiled step: (state, tokens, segment_ids) -> (state, losses, gradient norm).
+def make_step(
+    config: TrainConfig, model: Llama4Config, optimizer: optax.GradientTransformation, loss: Loss
+):
+    """The compiled step: (frozen, state, batch) -> (state, metrics, gradient norm).
 
     Where the loss or the norm is not finite, the state stays what it was, its number of steps too.
-    The state is donated: its memory becomes the new state's.
+    The state is donated: its memory becomes the new state's. `frozen` are the parameters that are
+    not trained.
     """
 
-    def total(params: dict, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, Losses]:
-        params = jax.tree.map(lambda p: p.astype(config.dtype), params)
-        result = losses(model, params, tokens, segment_ids, config.router_loss, config.remat)
-        return result.total, result
+    def total(trained: dict, frozen: dict, batch: Any):
+        value, metrics = loss(model, _cast(join(trained, frozen), config.dtype), batch)
+        return value, collections.OrderedDict(metrics)  # whose order compiled functions keep
 
-    def step(state: TrainState, tokens: jax.Array, segment_ids: jax.Array):
-        gradient, result = jax.grad(total, has_aux=True)(state.params, tokens, segment_ids)
+    def run(frozen: dict, state: TrainState, batch: Any):
+        gradients = jax.value_and_grad(total, has_aux=True)
+        (value, metrics), gradient = gradients(state.params, frozen, batch)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = cast(dict, optax.apply_updates(state.params, updates))
         norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(result.total) & jnp.isfinite(norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         after = TrainState(params, moments, state.step + 1)
-        return jax.tree.map(functools.partial(jnp.where, finite), after, state), result, norm
+        return jax.tree.map(functools.partial(jnp.where, finite), after, state), metrics, norm
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(run, donate_argnums=1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluate(model: Llama4Config, params: dict, tokens: jax.Array, segment_ids: jax.Array):
-    out = forward(model, params, tokens, positions_of(segment_ids), segment_ids)
-    return cross_entropy_sum(unembed(model, params, out.hidden), tokens, segment_ids)
+def _cast(params: dict, dtype: str) -> dict:
+    return jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+def _evaluated(evaluate: Evaluate | None, frozen: dict, trained: dict) -> Record:
+    return {} if evaluate is None else evaluate(join(trained, frozen))
 
 
 def held_out_loss(
-    config: TrainConfig, model: Llama4Config, params: dict, *, tokens: np.ndarray
+    config: TrainConfig,
+    model: Llama4Config,
+    params: dict,
+    *,
+    tokens: np.ndarray,
+    forward: Callable = transformer.forward,
 ) -> Record:
     """Mean cross entropy in nats a token, in rows as in training; empty if there are no tokens."""
     if not len(tokens):
         return {}
-    params = jax.tree.map(lambda p: p.astype(config.dtype), params)
-    batches = data.held_out_batches(
-        tokens, model.bos_token_id, length=config.data.length, rows=config.data.batch_size
-    )
-    results = [_evaluate(model, params, *batch) for batch in batches]
-    return {"held_out_loss": float(sum(r[0] for r in results) / sum(r[1] for r in results))}
+    params = _cast(params, config.dtype)
+    rows = config.rows
+    total, count = 0, 0
+    for batch in data.held_out_batches(
+        tokens, model.bos_token_id, length=rows.length, rows=rows.batch_size
+    ):
+        new, segment_ids = map(jnp.asarray, batch)
+        inputs = Inputs(new, None, segment_ids)
+        kept = {"readout": summed_cross_entropy, "arguments": (new, segment_ids)}
+        (nats, targets), _ = step(model, params, inputs, None, forward=forward, **kept)
+        total, count = total + nats, count + targets
+    return {"held_out_loss": float(total / count)}
 
 
-def _record(step: int, result: Losses, norm: float, rate: Any) -> Record:
-    """Plain numbers; of the routers the worst layer and each expert's load."""
-    health = result.health
-    record = {
-        "step": step,
-        "loss": float(result.cross_entropy),
-        "balance_loss": float(result.balance),
-        "gradient_norm": norm,
-        "learning_rate": float(rate),
-    }
-    if len(health.peak):
-        record["router_peak"] = float(health.peak.max())
-        record["router_entropy"] = float(health.entropy.min())
-        record["router_load"] = np.round(health.load, 4).tolist()
-        record["dropped"] = int(health.dropped)
-    return record
+def _record(step: int, metrics: dict, norm: float, rate: Any) -> Record:
+    """Plain numbers, the losses first."""
+    plain = {name: _plain(np.asarray(value)) for name, value in metrics.items()}
+    record = {"step": step} | {name: plain[name] for name in plain if name.endswith("loss")}
+    return record | {"gradient_norm": norm, "learning_rate": float(rate)} | plain
+
+
+def _plain(value: np.ndarray) -> Any:
+    """A Python number, or a list of them with four decimals."""
+    if value.ndim:
+        return np.round(value, 4).tolist()
+    return int(value) if value.dtype.kind in "iu" else float(value)
 
 
 def _not_finite(step: int, state: TrainState, record: Record) -> str | None:
@@ -196,20 +240,29 @@ def _model(config: TrainConfig, source: str) -> Llama4Config:
     return checkpoint.config
 
 
-def _first_state(
+def _shapes(model: Llama4Config, mesh: jax.sharding.Mesh) -> dict:
+    """The model's own parameters as ShapeDtypeStructs; a mesh that does not divide them is not."""
+    return abstract_params(model, mesh, jnp.float32, pads=False)
+
+
+def _first_params(
     config: TrainConfig,
     model: Llama4Config,
-    optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-) -> TrainState:
-    if config.init is None:
-        return init_state(model, optimizer, mesh, config.seed)
-    return state_of(store.load(config.init, mesh, "float32")[1], model, optimizer, mesh)
+    init: dict | str | Path | None,
+) -> dict:
+    """The parameters before the first step; the caller's own arrays are left to the caller."""
+    if isinstance(init, dict):
+        return jax.tree.map(jnp.copy, init)
+    folder = config.init if init is None else str(init)
+    if folder is None:
+        return random_params(model, mesh, config.seed)
+    return store.load(folder, mesh, "float32")[1]
 
 
 def _tokens(config: TrainConfig, model: Llama4Config) -> tuple[np.ndarray, np.ndarray]:
     """Training tokens and held-out tokens, both known to be of use."""
-    wanted, begin_id = config.data, model.bos_token_id
+    wanted, begin_id = config.rows, model.bos_token_id
     tokens = data.read_tokens(wanted.tokens, wanted.dtype)
     data.check_tokens(tokens, model.vocab_size, wanted.tokens)
     data.check_documents(tokens, begin_id, wanted.held_out_every, wanted.tokens)
@@ -221,11 +274,12 @@ def _tokens(config: TrainConfig, model: Llama4Config) -> tuple[np.ndarray, np.nd
 def _training_batch(
     config: TrainConfig, model: Llama4Config, tokens: np.ndarray, step: int
 ) -> data.Batch:
+    rows = config.rows
     return data.training_batch(
         tokens,
         model.bos_token_id,
-        length=config.data.length,
-        rows=config.data.batch_size,
+        length=rows.length,
+        rows=rows.batch_size,
         seed=config.seed,
         step=step,
     )

@@ -78,9 +78,9 @@ def prompt(small):
     return np.random.default_rng(3).integers(0, small.hf_config["vocab_size"], 45).tolist()
 
 
-@pytest.mark.parametrize("segment", [7, 16, 64])  # ends within a chunk; a chunk; more than there is
-def test_an_answer_is_that_of_float64(small, prompt, segment):
-    answer = greedy_answer(small.config, small.params, prompt, 6, segment=segment)
+@pytest.mark.parametrize("chunk", [7, 16, 64])  # ends within a chunk; a chunk; more than there is
+def test_an_answer_is_that_of_float64(small, prompt, chunk):
+    answer = greedy_answer(small.config, small.params, prompt, 6, prefill_chunk=chunk)
     tokens = np.array([[*prompt, *answer.tokens]])
     want = reference.logits(small.hf_config, small.tensors, tokens)[0, len(prompt) - 1 : -1]
     np.testing.assert_allclose(answer.logits, want, rtol=0, atol=1e-4)
@@ -100,7 +100,13 @@ def test_an_answer_is_the_engines(small, prompt):
     tokens = [token.token for token in stream]
     read = []
     answer = greedy_answer(
-        small.config, small.params, prompt, 6, segment=16, stop_ids=tokens[3:4], report=read.append
+        small.config,
+        small.params,
+        prompt,
+        6,
+        prefill_chunk=16,
+        stop_ids=tokens[3:4],
+        report=read.append,
     )
     assert list(answer.tokens) == tokens[: tokens.index(tokens[3]) + 1]
     assert len(answer.logits) == len(answer.tokens)

@@ -34,7 +34,7 @@ def test_read_and_continued(golden, model, tmp_path):
     Its last tokens are the question, so that there is one.
     """
     text, question = golden.tokens[0, :-16], tuple(golden.tokens[0, -16:].tolist())
-    arguments = {"segment": 3000, "interval": 8192}
+    arguments = {"prefill_chunk": 3000, "interval": 8192}
     for count in read_document(model.config, model.params, text, tmp_path / "text", **arguments):
         if count > 17_000:
             break

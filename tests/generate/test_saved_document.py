@@ -1,4 +1,4 @@
-"""Documents: read once, in any segments, on any mesh, killed anywhere; then like the whole text."""
+"""Documents: read once, in any chunks, on any mesh, killed anywhere; then like the whole text."""
 
 import contextlib
 import dataclasses
@@ -81,10 +81,10 @@ def logits_after(params, document, tokens):
     return np.asarray(unembed(CONFIG, params, out.hidden))[0]
 
 
-@pytest.mark.parametrize("segment", [64, 97, 1000])  # all edges: test_paged_cache.py
-def test_segments_around_the_edges(params, tokens, plain, segment):
+@pytest.mark.parametrize("chunk", [64, 97, 1000])  # all edges: test_paged_cache.py
+def test_prefill_chunks_around_the_edges(params, tokens, plain, chunk):
     document = new_document(CONFIG, params, LENGTH + ASKED)
-    *_, document = read(CONFIG, params, document, tokens[:LENGTH], segment=segment)
+    *_, document = read(CONFIG, params, document, tokens[:LENGTH], prefill_chunk=chunk)
     assert document.length == LENGTH
     assert abs(logits_after(params, document, tokens[LENGTH:]) - plain).max() < 1e-4
 
@@ -102,15 +102,15 @@ def test_interrupted_and_continued_elsewhere(
     params, tokens, plain, tmp_path, first, second, third, kv
 ):
     """Saves are whole chunks and pages, here 192 tokens; the rest is read again."""
-    told = read_until(params, tokens, tmp_path / "text", 342, first, kv=kv, segment=50)
+    told = read_until(params, tokens, tmp_path / "text", 342, first, kv=kv, prefill_chunk=50)
     assert told == [0, 50, 100, 150, 192, 242, 292, 342]
-    told = read_until(params, tokens, tmp_path / "text", None, second, kv=kv, segment=300)
+    told = read_until(params, tokens, tmp_path / "text", None, second, kv=kv, prefill_chunk=300)
     assert told == [192, 384, 576, 700]
     with on(third, params) as placed:
         document = load_document(tmp_path / "text", CONFIG, placed, ASKED)
         ours = logits_after(placed, document, tokens[LENGTH:])
     if kv is not None:
-        path = {"kv": kv, "prefill_segment": 96, "decode_from": LENGTH}
+        path = {"kv": kv, "prefill_chunk": 96, "decode_from": LENGTH}
         plain = token_logits(CONFIG, params, tokens[None], **path)[0, LENGTH:]
     # A number half way between two steps of a format may be rounded either way.
     assert abs(ours - plain).max() < (1e-4 if kv is None else 0.02 * abs(plain).max())
@@ -132,10 +132,10 @@ def arrays_alike(one, other):
 
 
 def test_interruptions_leave_no_trace(params, tokens, tmp_path, monkeypatch):
-    """With the same segments everything is computed alike, so every byte is the same."""
-    read_until(params, tokens, tmp_path / "once", segment=64)
+    """With the same chunks everything is computed alike, so every byte is the same."""
+    read_until(params, tokens, tmp_path / "once", prefill_chunk=64)
     for stop in (64, 192, 512):
-        read_until(params, tokens, tmp_path / "often", stop, segment=64)
+        read_until(params, tokens, tmp_path / "often", stop, prefill_chunk=64)
     finish = Writer.finish
 
     def killed(self, *arguments):
@@ -144,11 +144,11 @@ def test_interruptions_leave_no_trace(params, tokens, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Writer, "finish", killed)
     with pytest.raises(KeyboardInterrupt):
-        read_until(params, tokens, tmp_path / "often", segment=64)
+        read_until(params, tokens, tmp_path / "often", prefill_chunk=64)
     monkeypatch.undo()
     with pytest.raises(UserError, match="no finished checkpoint"):
         load_document(tmp_path / "often", CONFIG, params, ASKED)
-    assert read_until(params, tokens, tmp_path / "often", segment=64) == [576, 640, 700]
+    assert read_until(params, tokens, tmp_path / "often", prefill_chunk=64) == [576, 640, 700]
     assert not (tmp_path / "often.partial").exists()
     assert files(tmp_path / "once") == files(tmp_path / "often")
     assert arrays_alike(tmp_path / "once", tmp_path / "often")

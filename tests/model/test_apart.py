@@ -75,13 +75,13 @@ def test_a_whole_pass(params, poison, mesh):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_prefill_in_whole_chunks(params, poison, mesh):
-    path = {"prefill_segment": LENGTH, "decode_from": LENGTH}
+    path = {"prefill_chunk": LENGTH, "decode_from": LENGTH}
     more = tuple(np.concatenate([x, x[:, -3:]], axis=1) for x in rows())
     expected = token_logits(CONFIG, params, *more)
     assert abs(on(mesh, params, more, **path) - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("path", [{}, {"prefill_segment": LENGTH}])
+@pytest.mark.parametrize("path", [{}, {"prefill_chunk": LENGTH}])
 def test_chunks_that_meet_are_gathered(params, poison, path):
     """Else the tests above would prove nothing: padding moves one row's chunks."""
     logits = on("sequence=8", params, rows(padding=5), **path)
@@ -92,7 +92,7 @@ def test_a_begun_chunk_is_kept(params, poison):
     """Whole chunks on each device, but the row ends within one, which the cache must hold."""
     tokens, segments = rows()
     segments[1, -9:] = 0
-    path = {"prefill_segment": LENGTH}
+    path = {"prefill_chunk": LENGTH}
     assert np.isnan(on("sequence=8", params, (tokens, segments), **path)).any()
 
 
@@ -103,7 +103,7 @@ def test_a_cache_with_and_without_begun_chunks(params, padding):
     tokens, segments = (np.concatenate([x, x[:, :70]], axis=1) for x in (tokens, segments))
     segments[:, LENGTH:] = [[1], [2]]
     expected = token_logits(CONFIG, params, tokens, segments)
-    path = {"prefill_segment": LENGTH, "decode_from": LENGTH}
+    path = {"prefill_chunk": LENGTH, "decode_from": LENGTH}
     found = on("data=2,sequence=4", params, (tokens, segments), **path)
     assert abs(found - expected).max() < 1e-5
 

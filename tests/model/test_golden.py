@@ -28,15 +28,15 @@ def test_full_forward(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
-@pytest.mark.parametrize("segment", [None, 7], ids=["one prefill", "segments"])
-def test_prefill_and_decode(name, segment, tmp_path):
+@pytest.mark.parametrize("chunk", [None, 7], ids=["one prefill", "chunks"])
+def test_prefill_and_decode(name, chunk, tmp_path):
     golden, model = load_golden(name, tmp_path)
     logits = token_logits(
         model.config,
         model.params,
         golden.tokens,
         decode_from=golden.decode_from,
-        prefill_segment=segment,
+        prefill_chunk=chunk,
     )
     assert abs(logits[:, golden.decode_from :] - golden.decode_logits).max() < TOLERANCE
     assert abs(logits[:, golden.first_row :] - golden.logits).max() < TOLERANCE

@@ -70,7 +70,7 @@ def test_experts(spec, length, k):
 @pytest.mark.parametrize("spec, kv", [(None, None), (SPREAD, None), (SPREAD, "int8")])
 def test_rows_of_a_batch(model, spec, kv):
     """In segments and in steps of one token, through the cache."""
-    path = {"prefill_segment": 24, "decode_from": 52, "kv": kv}
+    path = {"prefill_chunk": 24, "decode_from": 52, "kv": kv}
     tokens = put(drawn(model.config, 4, 61), (1, 5), BAD)
     with jax.set_mesh(on_mesh(spec)):
         params = model.on(jax.sharding.get_mesh())
@@ -108,7 +108,7 @@ def test_requests(model, spec):
 
     def answers(params, settings):
         written = [[] for _ in requests]
-        options = {"rows": 2, "segment": 16, "stop_ids": (), "cache_tokens": 3 * PAGE}
+        options = {"rows": 2, "prefill_chunk": 16, "stop_ids": (), "cache_tokens": 3 * PAGE}
         for token in generate(model.config, params, requests, settings, **options):
             written[int(token.request.id)].append(token.token)
         return written

@@ -75,7 +75,7 @@ def test_segments_and_decode(small, batch, on_one_device, mesh):
     """Prefill segments that the sequence axis does and does not divide, then single tokens."""
     mesh = make_mesh(mesh)
     with jax.set_mesh(mesh):
-        path = {"prefill_segment": 24, "decode_from": 52}
+        path = {"prefill_chunk": 24, "decode_from": 52}
         logits = token_logits(small.config, small.on(mesh), *batch, **path)
     assert abs(logits - on_one_device[0]).max() < 1e-5
 

@@ -56,9 +56,9 @@ def plain(params, batch):
     return token_logits(CONFIG, params, *batch)
 
 
-@pytest.mark.parametrize("segment", [63, 64, 65, 95, 96, 97, 192, 300])
-def test_segments_around_the_edges(params, batch, plain, segment):
-    ours = token_logits(CONFIG, params, *batch, prefill_segment=segment, decode_from=290)
+@pytest.mark.parametrize("chunk", [63, 64, 65, 95, 96, 97, 192, 300])
+def test_prefill_chunks_around_the_edges(params, batch, plain, chunk):
+    ours = token_logits(CONFIG, params, *batch, prefill_chunk=chunk, decode_from=290)
     assert abs(ours - plain).max() < 1e-4
 
 
@@ -66,7 +66,7 @@ def test_pieces_of_a_log(monkeypatch, params, batch, plain):
     """As a long log is read: more pieces than one, the last one partly filled."""
     monkeypatch.setattr(full, "PIECE", 128)
     jax.clear_caches()
-    ours = token_logits(CONFIG, params, *batch, prefill_segment=100)
+    ours = token_logits(CONFIG, params, *batch, prefill_chunk=100)
     jax.clear_caches()
     assert abs(ours - plain).max() < 1e-4
 
@@ -75,7 +75,7 @@ def test_pieces_of_a_log(monkeypatch, params, batch, plain):
 @pytest.mark.parametrize("kv, tolerance", [(None, 1e-4), ("int8", 1e-3)])
 def test_meshes(params, batch, plain, mesh, kv, tolerance):
     """A number half way between two steps of int8 may be rounded either way."""
-    path = {"prefill_segment": 96, "decode_from": 292, "kv": kv}
+    path = {"prefill_chunk": 96, "decode_from": 292, "kv": kv}
     expected = plain if kv is None else token_logits(CONFIG, params, *batch, **path)
     mesh = MeshConfig.parse(mesh).make()
     places = jax.tree.map(lambda x: x.sharding, abstract_params(CONFIG, mesh, jnp.float32))
@@ -86,7 +86,7 @@ def test_meshes(params, batch, plain, mesh, kv, tolerance):
 
 @pytest.mark.parametrize("kv", ERRORS)
 def test_quantized(params, batch, plain, kv):
-    ours = token_logits(CONFIG, params, *batch, prefill_segment=96, decode_from=290, kv=kv)
+    ours = token_logits(CONFIG, params, *batch, prefill_chunk=96, decode_from=290, kv=kv)
     error = abs(ours - plain).max() / abs(plain).max()
     assert 0 < error < ERRORS[kv]
 
@@ -117,7 +117,7 @@ def test_requests_wait_for_pages(params, mesh):
         written = {request.id: [] for request in requests}
         settings = Sampling(temperature=0.0)
         stream = generate(
-            CONFIG, params, requests, settings, rows=4, segment=64, stop_ids=(), **options
+            CONFIG, params, requests, settings, rows=4, prefill_chunk=64, stop_ids=(), **options
         )
         for token in stream:
             written[token.request.id].append(token.token)

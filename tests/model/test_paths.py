@@ -38,11 +38,11 @@ def expected(small):
     "path",
     [
         {},
-        {"prefill_segment": LENGTH},
-        {"prefill_segment": 16},
-        {"prefill_segment": 13},
+        {"prefill_chunk": LENGTH},
+        {"prefill_chunk": 16},
+        {"prefill_chunk": 13},
         {"decode_from": 40},
-        {"decode_from": 40, "prefill_segment": 24},
+        {"decode_from": 40, "prefill_chunk": 24},
         {"decode_from": 0},
     ],
     ids=["forward", "one segment", "chunks", "13 at a time", "decode", "segments+decode", "tokens"],
@@ -104,7 +104,7 @@ def test_other_configurations(variant, tmp_path):
     expected = reference.logits(config, tensors, tokens, segments)
     mesh = MeshConfig.parse("expert=2,sequence=2,tensor=2").make()
     with jax.set_mesh(mesh):
-        path = {"prefill_segment": 24, "decode_from": 50}
+        path = {"prefill_chunk": 24, "decode_from": 50}
         ours = token_logits(model.config, model.on(mesh), tokens, segments, **path)
     assert abs(ours - np.where(segments[..., None] == 0, 0, expected)).max() < 1e-4
 

@@ -125,9 +125,11 @@ def test_the_largest_context_is_none_or_the_models_own():
 def test_training_keeps_what_the_trainer_keeps(spec):
     """Weights and optimizer are those of the trainer's state, except for some scalars."""
     config = PRESETS["maverick"]
-    optimizer = make_optimizer(OptimizerConfig(peak_lr=1.0), config, 1)
+    optimizer = make_optimizer(OptimizerConfig(peak_lr=1.0), 1)
     mesh = MeshConfig.parse(spec)
-    state = abstract_state(config, optimizer, mesh.make())
+    devices = mesh.make()
+    params = abstract_params(config, devices, jnp.float32, pads=False)
+    state = abstract_state(params, optimizer, devices)
     needs = memory(work("maverick", task="train", context=8192, rows=8), mesh)
     assert needs.weights == device_bytes(state.params)
     assert needs.optimizer == pytest.approx(device_bytes(state.optimizer), abs=64)

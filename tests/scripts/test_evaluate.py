@@ -47,10 +47,10 @@ def tokens(tmp_path):
     "options",
     [
         ["--mesh", "expert=2,sequence=2,tensor=2", "--cpu-devices", 8],
-        ["--prefill-segment", 27],  # more than a chunk; the last segment is shorter
+        ["--prefill-chunk", 27],  # more than an attention chunk; the last one is shorter
         ["--decode-from", 30],
     ],
-    ids=["whole", "segments", "decode"],
+    ids=["whole", "chunks", "decode"],
 )
 def test_padded_and_packed_logits(model, tokens, batch, want, tmp_path, options):
     output = tmp_path / "logits.npy"
@@ -87,7 +87,7 @@ ONES = np.ones((2, 6), np.int32)
         ({"token": ONES}, [], ["tokens.npz", "no array `tokens`"]),
         ({"tokens": ONES, "segment_ids": ONES + np.eye(2, 6, 3, int)}, [], ["row 0", "segment"]),
         ({"tokens": ONES * 128}, [], ["128", "0 to 127"]),
-        ({"tokens": ONES}, ["--prefill-segment", 0], ["--prefill-segment 0"]),
+        ({"tokens": ONES}, ["--prefill-segment", 0], ["--prefill-chunk 0"]),
         ({"tokens": ONES}, ["--mesh", "data=3", "--cpu-devices", 2], ["data=3", "2 device"]),
     ],
     ids=["no tokens", "segment in parts", "vocabulary", "flag", "mesh"],

@@ -92,7 +92,7 @@ def arguments(**changes):
         ({"depths": "0"}, "--depths 0"),
         ({"depths": "0,101"}, "--depths 0,101"),
         ({"trials": 0}, "--trials 0"),
-        ({"segment": 0}, "--segment 0"),
+        ({"prefill_chunk": 0}, "--prefill-chunk 0"),
         ({"haystack": "nowhere.txt"}, "nowhere.txt"),
         ({"png": "nowhere/map.png"}, "nowhere/map.png"),
     ],

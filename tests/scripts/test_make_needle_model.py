@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from demo.needle import make_needle_model, needle_data, needle_training
-from jaxmoe.config import Llama4Config
+from jaxmoe.checkpoint import store
 from jaxmoe.eval import needle_report
 from jaxmoe.eval.needle import is_found
-from jaxmoe.hf_config import from_hf
 from tests.conftest import one_device
 
 CHUNK = 8192
@@ -71,31 +70,31 @@ def test_rows_follow_from_the_seed_and_the_step(task):
 
 
 @pytest.fixture
-def model(task, monkeypatch) -> Llama4Config:
+def model(task, monkeypatch) -> dict:
     monkeypatch.setattr(needle_training, "STAGES", (needle_training.Stage(3, 64, 1),))
     monkeypatch.setattr(needle_training, "LOG_EVERY", 1)
     monkeypatch.setattr(needle_training, "SAVE_EVERY", 1)
-    config = make_needle_model.model_config(task.tokenizer) | {"num_hidden_layers": 2}
-    return from_hf(config, "MODEL")
+    return make_needle_model.model_config(task.tokenizer) | {"num_hidden_layers": 2}
 
 
 def test_a_killed_run_takes_the_same_steps(task, model, tmp_path):
-    mesh = one_device()
+    mesh, words = one_device(), tmp_path / "words"
+    words.mkdir()
+    task.tokenizer.save(words)
 
-    def train(name, report):
-        return needle_training.train(model, task, tmp_path / name, 0, mesh, report)
-
-    def kill(record):
-        if record["step"] == 2:
-            raise KeyboardInterrupt
+    def train(name):
+        config = needle_training.run_config(model, words, tmp_path / name, seed=0)
+        return needle_training.train(config, task, mesh)
 
     with jax.set_mesh(mesh):
-        want = train("whole", lambda record: None)
-        with pytest.raises(KeyboardInterrupt):
-            train("killed", kill)
-        steps = []
-        got = train("killed", lambda record: steps.append(record["step"]))
-    assert steps == [2, 3]
+        list(train("whole"))
+        for record in train("killed"):
+            if record["step"] == 2:
+                break
+        records = list(train("killed"))
+    assert [record["step"] for record in records] == [2, 3]
+    assert {"loss", "right", "router_peak", "length"} < set(records[-1])
+    want, got = (store.load(tmp_path / name / "checkpoint", mesh) for name in ("whole", "killed"))
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 

@@ -62,7 +62,7 @@ def test_killed_continued_and_asked(checkpoint, text, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--segment", 0), ["--segment 0 is below 1"]),
+        (("--segment", 0), ["--prefill-chunk 0 is below 1"]),
         (("--save-every", 0), ["--save-every 0 is below 1"]),
         (("--output", "{folder}"), ["exists and is not empty"]),
     ],

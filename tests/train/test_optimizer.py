@@ -20,7 +20,7 @@ def test_warm_up_is_linear_and_decay_a_cosine(step, rate):
 
 def update(small, config, gradient_value):
     """One step's updates and optimizer state, every gradient entry being the same."""
-    optimizer = make_optimizer(config, small.config, steps=100)
+    optimizer = make_optimizer(config, steps=100)
 
     @jax.jit
     def step(params):

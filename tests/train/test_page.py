@@ -37,8 +37,9 @@ def rows(cls, prefix=""):
     said = dict(re.findall(r"^    (\w+): (.*(?:\n        .*)*)", listed, re.MULTILINE))
     kinds = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(kinds[field.name]):
-            yield from rows(kinds[field.name], f"{prefix}{field.name}.")
+        part = next(iter(typing.get_args(kinds[field.name])), kinds[field.name])
+        if dataclasses.is_dataclass(part):
+            yield from rows(part, f"{prefix}{field.name}.")
         else:
             words = " ".join(said[field.name].split())
             cells = (f"`{prefix}{field.name}`", default(field), accepted(kinds[field.name]), words)

@@ -10,7 +10,7 @@ import yaml
 
 from jaxmoe.checkpoint import store
 from jaxmoe.cli import train as script
-from jaxmoe.cli.terminal import task_progress
+from jaxmoe.progress import task_progress
 from tests import tiny
 from tests.conftest import one_device
 

@@ -13,8 +13,10 @@ from jaxmoe.hf_config import from_hf
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.train import data
 from jaxmoe.train.config import DataConfig, OptimizerConfig, TrainConfig
+from jaxmoe.train.loss import next_token_loss
 from jaxmoe.train.optimizer import make_optimizer
-from jaxmoe.train.state import init_state
+from jaxmoe.train.partition import everything, split
+from jaxmoe.train.state import random_params, state_of
 from jaxmoe.train.trainer import make_step, train
 from tests import tiny
 from tests.conftest import one_device
@@ -88,6 +90,9 @@ def test_training_learns_and_a_killed_run_resumes_to_the_same_parameters(config)
     assert records[0]["loss"] > 3 > 0.5 > records[-1]["loss"]  # ln(32) = 3.47
     assert records[-1]["held_out_loss"] < 0.5
     assert all(r["dropped"] == 0 for r in records)
+    router = ["router_peak", "router_entropy", "router_load", "dropped"]
+    numbers = ["step", "loss", "balance_loss", "gradient_norm", "learning_rate", *router]
+    assert list(records[-1]) == [*numbers, "tokens_per_second", "held_out_loss"]
 
     run(killed, stop_after=17)
     resumed = run(killed)
@@ -121,19 +126,23 @@ def test_a_bad_model_is_refused_by_key(config):
         run(bad)
 
 
+def nothing_frozen(state):
+    return split(state.params, everything)[1]
+
+
 def first_losses(config, mesh, steps=3):
     """The losses of the first steps, and the state after them."""
     model = from_hf(config.model, "test")
-    optimizer = make_optimizer(config.optimizer, model, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps)
     tokens = data.read_tokens(config.data.tokens)
     with jax.set_mesh(mesh):
-        state = init_state(model, optimizer, mesh, config.seed)
-        step = make_step(config, model, optimizer)
+        state = state_of(random_params(model, mesh, config.seed), optimizer, mesh)
+        step = make_step(config, model, optimizer, next_token_loss(config.router_loss))
         results = []
         for i in range(steps):
             batch = data.training_batch(tokens, 0, length=32, rows=4, seed=0, step=i)
-            state, result, _ = step(state, *batch)
-            results.append(float(result.total))
+            state, result, _ = step(nothing_frozen(state), state, batch)
+            results.append(float(result["loss"] + config.router_loss * result["balance_loss"]))
     return results, state
 
 
@@ -162,11 +171,12 @@ def test_bfloat16_computes_roughly_the_same_and_trains_float32(config, alone):
 
 def test_the_step_reuses_the_memory_of_the_state(config):
     model = from_hf(config.model, "test")
-    optimizer = make_optimizer(config.optimizer, model, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps)
     rows = jax.ShapeDtypeStruct((4, 32), jnp.int32)
     mesh = one_device()
     with jax.set_mesh(mesh):
-        state = init_state(model, optimizer, mesh, seed=0)
-        compiled = make_step(config, model, optimizer).lower(state, rows, rows).compile()
+        state = state_of(random_params(model, mesh, seed=0), optimizer, mesh)
+        step = make_step(config, model, optimizer, next_token_loss())
+        compiled = step.lower(nothing_frozen(state), state, data.Batch(rows, rows)).compile()
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert compiled.memory_analysis().alias_size_in_bytes == nbytes

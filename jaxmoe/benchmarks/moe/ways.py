@@ -6,17 +6,15 @@ the products. `weights` are those of one set of tokens.
 Shape letters: T tokens, R rows, D width, F width of an expert, E experts.
 """
 
-import contextlib
 import dataclasses
-import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 from jaxmoe.config import SCOUT
-from jaxmoe.model import moe as model
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.layers import linear, swiglu
+from jaxmoe.model.moe import moe, run_experts
 from pallas_kernels.experts import (
     block_rows,
     combine,
@@ -58,30 +56,17 @@ class Blocks:
 
     def routed(self, p, x, expert, score):
         choices = expert[None, :, None], score[None, :, None]
-        with _model_by(self.implementation):
-            return model.run_experts(self.num_experts, 0, p, x[None], *choices)[0]
+        return run_experts(self.num_experts, 0, p, x[None], *choices, self._kernels)[0]
 
     def layer(self, weights, x, real):
         config = dataclasses.replace(SCOUT, num_local_experts=self.num_experts)
-        with _model_by(self.implementation):
-            return model.moe(config, weights, x[None], real[None])[0][0]
+        return moe(config, weights, x[None], real[None], self._kernels)[0][0]
 
-
-@contextlib.contextmanager
-def _model_by(implementation: str):
-    """While it traces, the model's experts run on this implementation.
-
-    Of moves only where that is XLA: the kernels serve rows, but not the columns of scores.
-    """
-    forced: dict = {
-        function.__name__: functools.partial(function, implementation=implementation)
-        for function in (gated_matmul, grouped_matmul)
-    }
-    if implementation == "xla":
-        for function in (dispatch, combine):
-            forced[function.__name__] = functools.partial(function, implementation="xla")
-    with mock.patch.multiple(model, **forced):
-        yield
+    @property
+    def _kernels(self) -> Kernels:
+        """The model's choice for moves, unless all is XLA's."""
+        dispatch = "xla" if self.implementation == "xla" else None
+        return Kernels(experts=self.implementation, dispatch=dispatch)
 
 
 def _routed(way, p, x, expert, score):
@@ -94,7 +79,7 @@ def _routed(way, p, x, expert, score):
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-    """As with JAX alone: rows sorted by expert, `jax.lax.ragged_dot`, and sorted back."""
+    """JAX alone: rows sorted by expert, `jax.lax.ragged_dot`, and sorted back."""
 
     num_experts: int
     across = 1

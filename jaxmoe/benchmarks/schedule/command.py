@@ -20,9 +20,9 @@ from jaxmoe.benchmarks.timing import (
     versions,
     write_json,
 )
-from jaxmoe.cli.terminal import task_progress
 from jaxmoe.errors import UserError
 from jaxmoe.plan.targets import Target, absent_devices, parse_target
+from jaxmoe.progress import task_progress
 from pallas_kernels import ptxas
 from pallas_kernels.compile.absent import compiler_options, lower_for
 from pallas_kernels.compile.assembler import KernelReport, assembler_reports, require_disassembler

@@ -14,13 +14,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmoe import mesh as meshes
+from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, PoolSize, Room
 from jaxmoe.model.kv_cache.layer import LayerCache, attend_pages
 from jaxmoe.model.kv_cache.layout import PAGE
 from jaxmoe.model.kv_cache.pages import Pool
 from jaxmoe.model.sequence import NewTokens, gather, merge_over_devices
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.attention import Coords, Mask, decode_attention, merge_with_lse
+from pallas_kernels.attention import Coords, decode_attention, merge_with_lse
 
 PIECE = 2**16  # keys, of all rows together, that a step of many tokens attends to at once
 FEW_QUERIES = 4  # up to so many a row, the cache is read at memory speed rather than in tiles
@@ -60,8 +61,7 @@ class FullCache(CacheKind):
 
     def attend(
         self,
-        mask: Mask,
-        scale: float,
+        options: AttentionOptions,
         axes: tuple[str, ...],
         q: Float[Array, "B H S d"],
         k: Float[Array, "B K S d"],
@@ -76,19 +76,20 @@ class FullCache(CacheKind):
         where = (tokens.all, step.pool.coords)
         table = step.pool.table[0]
         if q.shape[2] <= FEW_QUERIES:
-            options = {"scale": scale, "mask": mask, "return_lse": True}
-            out, lse = decode_attention(q, *cache, *where, table=table, **options)
+            out, lse = decode_attention(
+                q, *cache, *where, table=table, return_lse=True, **options._asdict()
+            )
         else:
-            out, lse = _attend_in_pieces(mask, scale, q, cache, *where, table)
+            out, lse = _attend_in_pieces(options, q, cache, *where, table)
         return merge_over_devices(out, lse, axes).astype(q.dtype), cache
 
 
-def _attend_in_pieces(mask, scale, q, cache, coords, page_coords, table):
+def _attend_in_pieces(options, q, cache, coords, page_coords, table):
     """`attend_pages`, some columns of the table at a time: memory does not grow with the cache."""
     columns = min(max(1, PIECE // (PAGE * len(table))), table.shape[1])
     table = pad_axis(table, 1, columns)
     used = jnp.max(jnp.where(table != 0, jnp.arange(table.shape[1]) + 1, 0))
-    attend = functools.partial(attend_pages, mask, scale, q, cache, coords, page_coords)
+    attend = functools.partial(attend_pages, options, q, cache, coords, page_coords)
 
     def piece(i):
         some = lax.dynamic_slice_in_dim(table, i * columns, columns, 1)

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.kv_cache.layer import LayerCache
 from jaxmoe.model.kv_cache.pages import Pool
 from jaxmoe.model.sequence import NewTokens
-from pallas_kernels.attention import Coords, Mask
+from pallas_kernels.attention import Coords
 
 
 class Room(NamedTuple):
@@ -93,8 +94,7 @@ class CacheKind(abc.ABC):
     @abc.abstractmethod
     def attend(
         self,
-        mask: Mask,
-        scale: float,
+        options: AttentionOptions,
         axes: tuple[str, ...],
         q: Float[Array, "B H S d"],
         k: Float[Array, "B K S d"],

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import UserError
-from pallas_kernels.attention import Coords, Mask, flash_attention, rows_of_pages
+from jaxmoe.model.kernels import AttentionOptions
+from pallas_kernels.attention import Coords, flash_attention, rows_of_pages
 from pallas_kernels.quantized import LARGEST, Quantized, dequantize, quantize
 
 FORMATS = ("bf16", *LARGEST)  # of keys and values, by name
@@ -72,8 +73,7 @@ def write(keys, new: Float[Array, "B K S d"], index: Int[Array, "B S"]):
 
 
 def attend_pages(
-    mask: Mask,
-    scale: float,
+    options: AttentionOptions,
     q: Float[Array, "B H S d"],
     cache: LayerCache,
     q_coords: Coords,
@@ -83,6 +83,5 @@ def attend_pages(
     """Attention to all keys in the pages of a table, and its log-sum-exp."""
     *keys, k_coords = rows_of_pages(cache.k, cache.v, page_coords, table)
     k, v = (dequantize(x, q.dtype) if isinstance(x, Quantized) else x.astype(q.dtype) for x in keys)
-    options = {"scale": scale, "mask": mask, "return_lse": True}
-    out, lse = flash_attention(q, k, v, q_coords, k_coords, **options)
+    out, lse = flash_attention(q, k, v, q_coords, k_coords, return_lse=True, **options._asdict())
     return out, lse

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.kv_cache.full import FullCache
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, PoolSize, Room
 from jaxmoe.model.kv_cache.layer import LayerCache, attend_pages
@@ -69,8 +70,7 @@ class RingCache(CacheKind):
 
     def attend(
         self,
-        mask: Mask,
-        scale: float,
+        options: AttentionOptions,
         axes: tuple[str, ...],
         q: Float[Array, "B H S d"],
         k: Float[Array, "B K S d"],
@@ -87,13 +87,13 @@ class RingCache(CacheKind):
         """
         k, v = gather((k, v), axes, tokens.needs_gather)
         new_cache = cache.write(k, v, step.index[0])
-        table, options = step.pool.table[0], {"scale": scale, "mask": mask}
+        table, shared = step.pool.table[0], options._asdict()
         if k.shape[2] == 1:
             where = (tokens.own, step.pool.coords)
-            return decode_attention(q, *new_cache, *where, table=table, **options), new_cache
-        past = attend_pages(mask, scale, q, cache, tokens.own, step.before, table)
+            return decode_attention(q, *new_cache, *where, table=table, **shared), new_cache
+        past = attend_pages(options, q, cache, tokens.own, step.before, table)
         present = flash_attention(
-            q, k, v, tokens.own, tokens.all, in_order=not axes, return_lse=True, **options
+            q, k, v, tokens.own, tokens.all, in_order=not axes, return_lse=True, **shared
         )
         out = merge([past, present])  # pyrefly: ignore  # pairs, since return_lse
         # Without this barrier XLA writes all layers' rings last, and keeps their keys until then.

@@ -1,0 +1,66 @@
+"""What is asked of a model, and the tokens that it answers with."""
+
+import dataclasses
+from typing import NamedTuple
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+
+ERROR = "error"  # the reason why a request ended whose logits were not finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt as tokens, and how many more are wanted, at most."""
+
+    id: object
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the longest answer together."""
+        return len(self.tokens) + self.max_new_tokens
+
+
+class Token(NamedTuple):
+    """One generated token.
+
+    Attributes:
+        token: `NO_TOKEN` if the logits were not finite.
+        finish_reason: on a request's last token `stop`, `length`, or `ERROR` if the logits were not
+            finite; else None.
+    """
+
+    request: Request
+    token: int
+    finish_reason: str | None
+
+
+def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Request:
+    """The request with `max_new_tokens` cut to the model's context.
+
+    Args:
+        after: tokens of a document that it comes after.
+
+    Raises:
+        UserError: if it has no tokens, no room, or tokens that are not in the vocabulary.
+    """
+    room = config.max_position_embeddings - after - len(request.tokens)
+    if not request.tokens:
+        raise UserError(f"request {request.id!r} has no tokens; give it a prompt.")
+    if request.max_new_tokens < 1:
+        raise UserError(f"request {request.id!r} asks for {request.max_new_tokens} new tokens.")
+    if room < 1:
+        raise UserError(
+            f"request {request.id!r} has a prompt of {after + len(request.tokens)} tokens, which "
+            f"leaves no room in the model's context of {config.max_position_embeddings}; "
+            "shorten it."
+        )
+    for token in request.tokens:
+        if not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"request {request.id!r} holds token {token}; the vocabulary is 0 to "
+                f"{config.vocab_size - 1}."
+            )
+    return dataclasses.replace(request, max_new_tokens=min(room, request.max_new_tokens))

@@ -1,0 +1,41 @@
+"""Which implementations a forward pass runs on, and what each attention tells its kernels."""
+
+import dataclasses
+from typing import NamedTuple
+
+from pallas_kernels.attention import Mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Implementations by name; None takes the fastest that serves each call.
+
+    Naming any turns the fused kernels of decode steps off. A name that does not serve a call is
+    an error that says why; the functions of `pallas_kernels` list their names.
+
+    Attributes:
+        experts: for the products with experts' matrices, as in `grouped_matmul`.
+        dispatch: for moving tokens to their experts and back, as in `dispatch` and `combine`.
+        attention: for attention to new tokens and to the cache, as in `decode_attention`.
+    """
+
+    experts: str | None = None
+    dispatch: str | None = None
+    attention: str | None = None
+
+
+FASTEST = Kernels()
+
+
+class AttentionOptions(NamedTuple):
+    """What all calls of `flash_attention` and `decode_attention` of one layer share.
+
+    Attributes:
+        scale: multiplies the scores.
+        mask: which keys a query sees.
+        implementation: by name; None takes the fastest that serves each call.
+    """
+
+    scale: float
+    mask: Mask
+    implementation: str | None = None

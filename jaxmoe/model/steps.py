@@ -1,0 +1,168 @@
+"""The compiled step of the model, and chunked prefill: what every caller of `forward` runs.
+
+Generation, documents, evaluation, planning and held-out losses differ in what they keep of a step.
+That is its `readout`, a function that is compiled together with the decoder:
+
+    readout(config, params, hidden, *arguments) -> anything
+
+Shape letters: B rows, S tokens a row, D embed, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.model import transformer
+from jaxmoe.model.kv_cache import Cache, restart_rows
+from jaxmoe.model.transformer import unembed
+
+Readout = Callable[..., Any]
+
+
+class Inputs(NamedTuple):
+    """The new tokens of a step, as `forward` takes them; segment 0 is padding.
+
+    Attributes:
+        positions: None where each segment of the inputs begins at 0.
+    """
+
+    tokens: Int[Array, "B S"]
+    positions: Int[Array, "B S"] | None
+    segment_ids: Int[Array, "B S"]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "readout", "forward"), donate_argnames="cache"
+)
+def step(
+    config: Llama4Config,
+    params: dict,
+    inputs: Inputs,
+    cache: Cache | None,
+    *,
+    readout: Readout,
+    arguments: tuple = (),
+    restart: Int[Array, "B"] | Bool[Array, "B"] | None = None,
+    forward: Callable = transformer.forward,
+) -> tuple[Any, Cache | None]:
+    """Runs the decoder on new tokens, in one compiled program with what is read out of it.
+
+    Args:
+        params: as for `forward`.
+        inputs: the new tokens.
+        cache: as for `forward`; it is donated, so only the one that is returned is valid.
+        readout: a module's function, see above; other functions compile again at every call.
+        arguments: arrays that `readout` takes beside the hidden states.
+        restart: rows that are emptied before the new tokens are added.
+        forward: `jaxmoe.forward`, or a fork's function of the same arguments.
+
+    Returns:
+        What `readout` returns, and the cache with the new tokens.
+    """
+    if cache is not None and restart is not None:
+        cache = restart_rows(cache, restart)
+    tokens, positions, segment_ids = inputs
+    if positions is None:
+        positions = transformer.positions_of(segment_ids)
+    out = forward(config, params, tokens, positions, segment_ids, cache)
+    return readout(config, params, out.hidden, *arguments), out.cache
+
+
+def no_output(config: Llama4Config, params: dict, hidden: Float[Array, "B S D"]) -> None:
+    """The readout of a step that only fills the cache."""
+
+
+def hidden_states(
+    config: Llama4Config, params: dict, hidden: Float[Array, "B S D"]
+) -> Float[Array, "B S D"]:
+    """The readout that keeps every token's hidden state."""
+    return hidden
+
+
+def last_logits(
+    config: Llama4Config, params: dict, hidden: Float[Array, "B S D"]
+) -> Float[Array, "B V"]:
+    """The readout that keeps the logits of each row's last token; padding counts as one."""
+    return unembed(config, params, hidden[:, -1])
+
+
+class Prefilled(NamedTuple):
+    """What is there after a chunk of a prefill.
+
+    Attributes:
+        done: tokens of each row that were fed, from the row's first on.
+        output: what the readout made of the chunk, whose tokens may be followed by padding.
+        cache: with all tokens so far; None without a cache.
+    """
+
+    done: int
+    output: Any
+    cache: Cache | None
+
+
+def prefill(
+    config: Llama4Config,
+    params: dict,
+    tokens: Integer[np.ndarray, "B S"],
+    cache: Cache | None,
+    *,
+    chunk: int,
+    start: int = 0,
+    stop: int | None = None,
+    boundary: int | None = None,
+    positions: Integer[np.ndarray, "B S"] | None = None,
+    segment_ids: Integer[np.ndarray, "B S"] | None = None,
+    readout: Readout = no_output,
+    forward: Callable = transformer.forward,
+) -> Iterator[Prefilled]:
+    """Feeds tokens through the cache, a chunk at a time; compiles one shape of step.
+
+    Args:
+        tokens: whole rows, of which those from `start` up to `stop` are fed.
+        cache: what holds the tokens before `start`, and is used up; None to feed all in one chunk.
+        chunk: tokens of a row that a step takes, at most; the last chunk is padded.
+        boundary: a chunk ends at every multiple of this.
+        positions: default: each token's index in its row.
+        segment_ids: default: one segment.
+        readout: what to keep of each step.
+        forward: as for `step`.
+
+    Yields:
+        What is there after each chunk.
+    """
+    stop = tokens.shape[1] if stop is None else stop
+    width = chunk_width(chunk, tokens.shape[1])
+    while start < stop:
+        end = min(start + width, stop)
+        if boundary is not None:
+            end = min(end, (start // boundary + 1) * boundary)
+        inputs = _cut(tokens, positions, segment_ids, start, end, width)
+        output, cache = step(config, params, inputs, cache, readout=readout, forward=forward)
+        start = end
+        yield Prefilled(end, output, cache)
+
+
+def chunk_width(chunk: int, longest: int) -> int:
+    """Tokens a row of a prefill's steps: a power of 2 for short rows, so that few are compiled."""
+    return min(chunk, 1 << (max(longest, 1) - 1).bit_length())
+
+
+def _cut(tokens, positions, segment_ids, start: int, end: int, width: int) -> Inputs:
+    """The tokens from `start` up to `end` of each row, padded to `width`."""
+    index = np.broadcast_to(np.arange(start, start + width, dtype=np.int32), (len(tokens), width))
+
+    def cut(x, default):
+        if x is None:
+            return default
+        part = np.asarray(x[:, start:end], np.int32)
+        return np.pad(part, ((0, 0), (0, width - part.shape[1])))
+
+    one_segment = (index < end).astype(np.int32)
+    parts = (cut(tokens, None), cut(positions, index), cut(segment_ids, one_segment))
+    return Inputs(*map(jnp.asarray, parts))

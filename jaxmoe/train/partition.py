@@ -1,0 +1,44 @@
+"""Which parameters are trained: a tree in two, each with None where the other has an array."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Trainable = Callable[[str], bool]
+
+
+def everything(name: str) -> bool:
+    """The predicate that trains all parameters."""
+    return True
+
+
+def split(params: dict, trainable: Trainable) -> tuple[dict, dict]:
+    """The parameters that are trained and the others, by their dotted names.
+
+    Args:
+        params: a tree of arrays, or of their shapes.
+        trainable: whether the parameter of a name, such as `layers.3.attention.q`, is trained.
+    """
+
+    def part(wanted: bool) -> dict:
+        def kept(path: tuple, x: Any) -> Any:
+            return x if trainable(dotted(path)) == wanted else None
+
+        return jax.tree.map_with_path(kept, params)
+
+    return part(True), part(False)
+
+
+def join(trained: dict, frozen: dict) -> dict:
+    """The whole tree of the two that `split` returns."""
+
+    def either(one: Any, other: Any) -> Any:
+        return other if one is None else one
+
+    return jax.tree.map(either, trained, frozen, is_leaf=lambda x: x is None)
+
+
+def dotted(path: tuple) -> str:
+    """The name of a leaf of a tree of dicts and lists, such as `layers.3.attention.q`."""
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)

@@ -1,0 +1,39 @@
+"""`truncate`: a cache from which tokens were dropped is as if they had never been there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.generation.document import new_document, read, truncate
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.steps import Inputs, last_logits, step
+from tests import reference, tiny
+from tests.conftest import load_tiny, one_device
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KEPT, DROPPED = 20, 6  # of chunks of 16 tokens: what is dropped is of the second, as the last kept
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """One local and one global layer."""
+    config = tiny.scout_like(num_hidden_layers=2, no_rope_layer_interval=2, hidden_size=32)
+    return load_tiny(tmp_path_factory.mktemp("truncate"), config, tiny.random_tensors(config, 3))
+
+
+@pytest.mark.parametrize("spec", ["data=1", "sequence=2,tensor=4"])
+def test_dropped_tokens_are_not_seen(model, spec):
+    mesh = one_device() if spec == "data=1" else MeshConfig.parse(spec).make()
+    text = np.random.default_rng(0).integers(0, 120, KEPT + DROPPED + 1).tolist()
+    with jax.set_mesh(mesh):
+        config, params = model.config, model.on(mesh)
+        empty = new_document(config, params, 64)
+        *_, document = read(config, params, empty, text[: KEPT + DROPPED])
+        cache = truncate(document.cache, jnp.array([KEPT]))
+        assert cache.length.tolist() == [KEPT]
+        new = Inputs(*(jnp.full((1, 1), x) for x in (text[-1], KEPT, 1)))
+        got, _ = step(config, params, new, cache, readout=last_logits)
+    want = reference.logits(model.hf_config, model.tensors, [[*text[:KEPT], text[-1]]])
+    assert abs(np.asarray(got[0]) - want[0, -1]).max() < 1e-4

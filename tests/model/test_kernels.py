@@ -1,0 +1,29 @@
+"""`forward(kernels=)`: every name reaches the calls that it is for."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmoe.model.kernels import Kernels
+from jaxmoe.model.kv_cache import abstract_cache
+from jaxmoe.model.transformer import forward
+from tests.conftest import one_device
+
+
+def trace(model, kernels, cached):
+    """The shapes of a step of one token; nothing is compiled."""
+    shape = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    cache = abstract_cache(model.config, 1, 64, "float32", one_device()) if cached else None
+    run = functools.partial(forward, model.config, kernels=kernels)
+    return jax.eval_shape(run, model.params, shape, shape, shape, cache)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Kernels)])
+def test_a_name_reaches_its_calls(small, field, cached):
+    assert trace(small, Kernels(**{field: "xla"}), cached).hidden.shape == (1, 1, 64)
+    with pytest.raises(ValueError, match="slowest"):
+        trace(small, Kernels(**{field: "slowest"}), cached)
