@@ -11,7 +11,7 @@ VENV_ORACLE = .venv-oracle
 BUILD = build
 
 python = $(VENV)/bin/python
-in_parallel = --numprocesses 2 --dist loadfile
+in_parallel = --numprocesses 2 --dist loadfile --no-loadscope-reorder  # small files come last
 ORACLE_SEED := $(or $(JAXMOE_ORACLE_SEED),$(shell date +%s))
 with_oracle = JAXMOE_ORACLE_PYTHON="$(abspath $(VENV_ORACLE))/bin/python"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -35,7 +35,7 @@ lint: $(VENV)/.project
 
 oracle: $(VENV)/.project $(VENV_ORACLE)/.locked
 	@echo "JAXMOE_ORACLE_SEED=$(ORACLE_SEED)"
-	@$(with_oracle) JAXMOE_ORACLE_SEED=$(ORACLE_SEED) $(python) -m pytest -m oracle --numprocesses 2
+	@$(with_oracle) JAXMOE_ORACLE_SEED=$(ORACLE_SEED) JAXMOE_FULL_COMPILATION=1 $(python) -m pytest -m oracle --numprocesses 2
 
 bench: $(VENV)/.project $(VENV_ORACLE)/.locked
 	$(with_oracle) $(python) scripts/benchmark.py cpu
