@@ -128,6 +128,6 @@ def maverick(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """Four layers, three local and one global: quick to compile."""
-    config = tiny.scout_like(num_hidden_layers=4)
+    """A local and a global layer: quick to compile."""
+    config = tiny.scout_like(num_hidden_layers=2, no_rope_layer_interval=2)
     return load_tiny(tmp_path_factory.mktemp("small"), config, tiny.random_tensors(config, 2))
