@@ -13,7 +13,7 @@ VENV_NEWEST = .venv-newest
 BUILD = build
 
 python = $(VENV)/bin/python
-in_parallel = --numprocesses 2 --dist loadfile
+in_parallel = --numprocesses 2 --dist loadfile --no-loadscope-reorder  # small files come last
 newest_tests = tests/model/test_golden.py tests/generate/test_engine.py tests/train/test_trainer.py \
     tests/checkpoint/test_convert.py tests/checkpoint/test_formats.py
 ORACLE_SEED := $(or $(JAXMOE_ORACLE_SEED),$(shell date +%s))
@@ -43,7 +43,7 @@ lint: $(VENV)/.project
 
 oracle: $(VENV)/.project $(VENV_ORACLE)/.locked
 	@echo "JAXMOE_ORACLE_SEED=$(ORACLE_SEED)"
-	@$(with_oracle) JAXMOE_ORACLE_SEED=$(ORACLE_SEED) $(python) -m pytest -m oracle --numprocesses 2
+	@$(with_oracle) JAXMOE_ORACLE_SEED=$(ORACLE_SEED) JAXMOE_FULL_COMPILATION=1 $(python) -m pytest -m oracle --numprocesses 2
 
 newest: $(VENV_NEWEST)/.project
 	$(VENV_NEWEST)/bin/python -m pytest $(in_parallel) $(newest_tests)

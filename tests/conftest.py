@@ -10,16 +10,32 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 # XLA's threads: simulated GPU threads wait for one another, and would wait forever for a free one.
 os.environ["NPROC"] = "32"
-# Where scripts keep what they compile, instead of the user's own folder.
+# Compiling takes most of the time. So the CPU's programs are compiled in a hurry, unless the
+# variable below says otherwise: without LLVM's costly passes, by XLA's older and much quicker
+# emitters, in one piece each.
+if os.environ.get("JAXMOE_FULL_COMPILATION", "0") == "0":
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+        "--xla_cpu_parallel_codegen_split_count=1"
+    )
+# And once a run: this process, its workers and the scripts that they start share one folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmoe-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# What else scripts keep goes here, instead of the user's own folder.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxmoe-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import dataclasses
+import gc
 
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -29,6 +45,14 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.mesh import MeshConfig
 from tests import tiny
 
+# Tracing makes many objects, and the collector need not look at all modules each time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
+
+
+# Marks of tests that look at programs.
+READS_COMPILED = ("absent_gpu", "absent_tpu", "reads_compiled")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
@@ -37,12 +61,22 @@ def forget_compiled_programs():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Where compiling takes most of the time, the compiler is to hurry."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(autouse=True)
+def full_compilation(request):
+    """Programs that a test looks at, and does not only run, are those that users get."""
+    if not any(map(request.node.get_closest_marker, READS_COMPILED)):
+        yield
+        return
+    hurried = jax.config.jax_disable_most_optimizations
+    _compile(hurried=False, kept=False)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    _compile(hurried=hurried, kept=True)
+
+
+def _compile(*, hurried: bool, kept: bool):
+    jax.config.update("jax_disable_most_optimizations", hurried)
+    jax.config.update("jax_enable_compilation_cache", kept)
+    reset_cache()  # which has read that setting
 
 
 @pytest.fixture
@@ -94,6 +128,6 @@ def maverick(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """Four layers, three local and one global: quick to compile."""
-    config = tiny.scout_like(num_hidden_layers=4)
+    """A local and a global layer: quick to compile."""
+    config = tiny.scout_like(num_hidden_layers=2, no_rope_layer_interval=2)
     return load_tiny(tmp_path_factory.mktemp("small"), config, tiny.random_tensors(config, 2))

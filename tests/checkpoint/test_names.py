@@ -1,5 +1,6 @@
 """The name table covers every tensor and parameter once, and is right in both directions."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -125,6 +126,7 @@ CASES = {
 }
 
 
+@functools.cache
 def real_groups(model, case):
     rows, more = CASES[case]
     config = REAL[model][0]

@@ -26,8 +26,6 @@ from tests.checkpoint.test_formats import (
 )
 from tests.conftest import one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_groups_that_cannot_be_paired(tmp_path):
     described, stored, _ = formats.in_w4a16(*model("maverick"))

@@ -14,8 +14,6 @@ from jaxmoe.checkpoint.convert import convert
 DEMO = Path(__file__).parents[2] / "demo/model"
 GENESIS = "In the beginning God created the heaven and the earth. " * 8
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

@@ -22,8 +22,6 @@ from jaxmoe.train.trainer import train
 from tests import reference, tiny
 from tests.conftest import load_tiny, one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MESHES = ["data=1", "expert=4,sequence=2"]
 LENGTH = 40  # a chunk is 16 tokens
 

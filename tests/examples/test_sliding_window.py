@@ -15,8 +15,6 @@ from jaxmoe.model.kv_cache import init_cache, round_capacity
 from jaxmoe.model.transformer import forward, positions_of, unembed
 from tests import reference
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WINDOW, LENGTH = 12, 44
 MESH = "expert=2,sequence=2,tensor=2"
 

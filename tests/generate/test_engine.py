@@ -14,8 +14,6 @@ from jaxmoe.mesh import MeshConfig
 from tests import reference, tiny
 from tests.conftest import load_tiny, one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONTEXT = 57
 GREEDY = Sampling(temperature=0.0)
 SAMPLED = Sampling(temperature=1.0, top_p=0.95, seed=3)

@@ -16,8 +16,6 @@ from tests import tiny
 from tests.conftest import load_tiny, one_device
 from tests.small_tokenizers import byte_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GREEDY = Sampling(temperature=0.0)
 TOKENIZER = byte_tokenizer()
 CHAT = [{"role": "user", "content": "Hello"}]

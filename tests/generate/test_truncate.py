@@ -11,8 +11,6 @@ from jaxmoe.model.steps import Inputs, last_logits, step
 from tests import reference, tiny
 from tests.conftest import load_tiny, one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEPT, DROPPED = 20, 6  # of chunks of 16 tokens: what is dropped is of the second, as the last kept
 
 

@@ -61,7 +61,5 @@ def results(config, p, x, real):
         return jnp.sum(out * weights) + spread + stats.entropy, (out, stats)
 
     gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    # Compiling is what takes the time here; this leaves out LLVM's part of it.
-    quickly = jax.jit(gradient, compiler_options={"xla_backend_optimization_level": 0})
-    (dp, dx), (out, stats) = quickly(p, x)
+    (dp, dx), (out, stats) = jax.jit(gradient)(p, x)
     return jax.tree.map(np.asarray, {"p": dp, "x": dx, "out": out, "stats": stats._asdict()})

@@ -15,10 +15,8 @@ from jaxmoe.model.params import abstract_params, init_params
 from jaxmoe.model.transformer import forward
 from tests.model.test_paged_cache import CONFIG as PAGED
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CHUNK = 64
-CONFIG = dataclasses.replace(PAGED, attention_chunk_size=CHUNK, layers=layer_kinds(3))
+CONFIG = dataclasses.replace(PAGED, attention_chunk_size=CHUNK, layers=layer_kinds(2))
 LENGTH = 8 * CHUNK
 MESHES = ["sequence=8", "data=2,sequence=4", "sequence=2,fsdp=2,tensor=2"]
 

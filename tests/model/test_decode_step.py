@@ -24,7 +24,6 @@ SMALL = Llama4Config(
     num_attention_heads=2, num_key_value_heads=1, head_dim=128, num_local_experts=8,
     layers=LAYERS, attention_chunk_size=64, floor_scale=16, rms_norm_eps=1e-5,
 )  # fmt: skip
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 PREFIX = 70  # tokens: the newest are a chunk behind the first
 

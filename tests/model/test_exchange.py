@@ -14,8 +14,6 @@ from jaxmoe.model import moe
 from pallas_kernels.compile.absent import absent_h100s, compiler_options
 from tests.model import moe_layer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 D, F, E = 16, 8, 8
 MESHES = [
     "expert=8",

@@ -2,6 +2,11 @@
 that other implementations make; `tests/test_reference.py` shows that each file sees its mistake.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from tests import tiny
 from tests.conftest import load_tiny, one_device
 
 TOLERANCE = 1e-4
+ROOT = Path(__file__).parents[2]
 
 
 def load_golden(name, tmp_path):
@@ -57,3 +63,15 @@ def test_greedy_continuation(name, tmp_path):
         ):
             written[token.request.id].append(token.token)
     np.testing.assert_array_equal(list(written.values()), golden.greedy)
+
+
+def test_programs_that_users_get():
+    """Compiled without tests/conftest.py's flags: a forward pass, a prefill and decode steps."""
+    tests = "test_full_forward[maverick]", "test_prefill_and_decode[one prefill-scout]"
+    ids = [f"tests/model/test_golden.py::{test}" for test in tests]
+    left_out = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "PYTEST_XDIST_WORKER")
+    env = {name: value for name, value in os.environ.items() if name not in left_out}
+    env |= {"JAXMOE_FULL_COMPILATION": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ids]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr

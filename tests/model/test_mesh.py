@@ -15,8 +15,6 @@ from jaxmoe.model.transformer import forward, positions_of, unembed
 from tests import tiny
 from tests.conftest import load_tiny, one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MESHES = [
     "data=8",
     "fsdp=4",

@@ -11,8 +11,6 @@ from jaxmoe.model.transformer import positions_of
 from tests import reference, tiny
 from tests.conftest import load_tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH = 61  # three chunks of 16 and a bit
 
 

@@ -12,8 +12,6 @@ from jaxmoe.mesh import AXES, MeshConfig
 from jaxmoe.model import moe
 from tests.model import moe_layer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SPLITS = [
     MeshConfig(**dict(zip(AXES, sizes, strict=True)))
     for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES))

@@ -109,6 +109,7 @@ def test_work_of_every_expert_on_every_token_is_seen():
         check(every_expert_on_every_token, moe_layer.config(D=D, F=F, E=16), T)
 
 
+@pytest.mark.reads_compiled
 @pytest.mark.parametrize("layer", [moe, every_expert_on_every_token])
 def test_the_count_is_xlas(layer):
     """Of the compiled layer, a loop's body once; XLA also counts additions of single numbers."""

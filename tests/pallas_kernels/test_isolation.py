@@ -26,10 +26,8 @@ from tests.pallas_kernels.experts.ways import (
     runs,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered"),  # by the interpreter
-]
+# By the interpreter.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
 UNEVEN = named("uneven")
 STREAMED = named("blocks of 8, whole blocks, some without a group")

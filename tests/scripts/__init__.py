@@ -1,6 +1,5 @@
 """Scripts as a user runs them, each in a process of its own."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,8 @@ FOLDER = Path(__file__).parents[2] / "scripts"
 
 def run(script, *args):
     command = [sys.executable, FOLDER / script, *args]
-    hurried = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes longest
     words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, env=hurried)
+    return subprocess.run(words, capture_output=True, text=True)
 
 
 def succeeds(script, *args):

@@ -11,8 +11,6 @@ from jaxmoe.model.params import named_specs
 from jaxmoe.train.loss import cross_entropy_sum, losses, next_tokens, router_losses
 from tests import reference
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SEGMENTS = jnp.array([[0, 0, 1, 1, 1, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 0, 0]])
 
 

@@ -19,7 +19,7 @@ from jaxmoe.train.loss import next_token_loss
 from tests import tiny
 from tests.conftest import one_device
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "compile_once")
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 MODEL = tiny.scout_like(num_hidden_layers=1, hidden_size=16, intermediate_size=16, bos_token_id=0)
 BAD = 99  # a token at which the loss is made NaN

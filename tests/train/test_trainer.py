@@ -169,6 +169,7 @@ def test_bfloat16_computes_roughly_the_same_and_trains_float32(config, alone):
     assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
+@pytest.mark.reads_compiled
 def test_the_step_reuses_the_memory_of_the_state(config):
     model = from_hf(config.model, "test")
     optimizer = make_optimizer(config.optimizer, config.steps)

@@ -31,8 +31,6 @@ from tests.pallas_kernels.experts.ways import (
     runs,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STREAMED = named("blocks of 8, whole blocks, some without a group")
 TILED = named("blocks of 128, first group empty, some without a group")
 FEW = [named("uneven"), named("some without a group"), STREAMED]

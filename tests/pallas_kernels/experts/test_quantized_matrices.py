@@ -23,8 +23,6 @@ from tests.pallas_kernels.experts.cases import (
 )
 from tests.pallas_kernels.experts.ways import MOSAIC_GPU, XLA, gated, multiplied, over, runs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Format and group_size: all inputs share a scale, or every 128 do.
 STORED = {"int8": None, "fp8": None, "int4": 128, "int8-128": 128, "fp8-128": 128}
 LONG = [dataclasses.replace(KERNEL_CASES[i], D=512) for i in (1, 6)]
