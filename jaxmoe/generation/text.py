@@ -1,7 +1,7 @@
 """From a prompt as text to its answer as text, in one call."""
 
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -53,5 +53,6 @@ def generate_text(
 def _mesh_of(params: dict) -> contextlib.AbstractContextManager:
     """Sets the mesh that the parameters were loaded onto; arrays of one device have none."""
     sharding = jax.tree.leaves(params)[0].sharding
-    mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
-    return jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else contextlib.nullcontext()
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.set_mesh(cast(jax.sharding.Mesh, sharding.mesh))
+    return contextlib.nullcontext()
