@@ -94,7 +94,7 @@ def _read_source(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _size(source, tensor: str) -> int:
-    return int(np.prod(source.files.tensors[source.in_files[tensor]].shape))
+    return int(np.prod(source.files.tensors[source.stored_names[tensor]].shape))
 
 
 # What this project wrote
