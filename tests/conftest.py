@@ -13,7 +13,8 @@ os.environ["NPROC"] = "32"
 # Compiling takes most of the time. So the CPU's programs are compiled in a hurry, unless the
 # variable below says otherwise: without LLVM's costly passes, by XLA's older and much quicker
 # emitters, in one piece each.
-if os.environ.get("JAXMOE_FULL_COMPILATION", "0") == "0":
+HURRIED = os.environ.get("JAXMOE_FULL_COMPILATION", "0") == "0"
+if HURRIED:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     os.environ["XLA_FLAGS"] = (
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
@@ -67,10 +68,9 @@ def full_compilation(request):
     if not any(map(request.node.get_closest_marker, READS_COMPILED)):
         yield
         return
-    hurried = jax.config.jax_disable_most_optimizations
     _compile(hurried=False, kept=False)
     yield
-    _compile(hurried=hurried, kept=True)
+    _compile(hurried=HURRIED, kept=True)
 
 
 def _compile(*, hurried: bool, kept: bool):
