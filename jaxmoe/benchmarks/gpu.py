@@ -52,7 +52,7 @@ class Case(Protocol):
         ...
 
     @property
-    def work(self) -> dict[str, float]:
+    def work(self) -> dict[str, int | float]:
         """The operations or bytes of one call, by the unit of the rate (TFLOP/s, TB/s)."""
         ...
 

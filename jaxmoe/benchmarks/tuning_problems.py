@@ -16,7 +16,7 @@ from pallas_kernels.attention.decode_config import (
     columns_of,
     untuned_config,
 )
-from pallas_kernels.attention.flash_mosaic import HEAD_DIMS, Config
+from pallas_kernels.attention.flash_mosaic import HEAD_DIMS, FlashMosaicConfig
 from pallas_kernels.attention.mosaic_backward import BackwardConfig, flash_backward
 from pallas_kernels.attention.mosaic_forward import ForwardConfig
 from pallas_kernels.quantized import quantize
@@ -82,7 +82,7 @@ def _forward(head_dim: int) -> Problem:
 
     def call(config, q_coords, k_coords, q, k, v):
         options = {"scale": head_dim**-0.5, "implementation": "mosaic_gpu"}
-        config = Config(forward=config)
+        config = FlashMosaicConfig(forward=config)
         return flash_attention(q, k, v, q_coords, k_coords, config=config, **options)
 
     key = {"head_dim": head_dim}

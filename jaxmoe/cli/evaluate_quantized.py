@@ -19,7 +19,7 @@ from jaxmoe.eval.logits import token_logits
 from jaxmoe.files.outputs import check_writable, write_json
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
-from jaxmoe.model.kv_cache import FORMATS
+from jaxmoe.model.kv_cache import KV_FORMATS
 from jaxmoe.model.params import abstract_params, quantize_params
 from jaxmoe.progress import task_progress
 from pallas_kernels.quantized import LARGEST
@@ -95,7 +95,9 @@ def measure(config: Llama4Config, params: dict, tokens: np.ndarray, mesh) -> Fig
     plain = token_logits(config, params, tokens, prefill_chunk=PREFILL_CHUNK)
     base = nats(plain, tokens)
     results = []
-    runs = [("cache", format) for format in FORMATS] + [("matrices", format) for format in LARGEST]
+    runs = [("cache", format) for format in KV_FORMATS] + [
+        ("matrices", format) for format in LARGEST
+    ]
     with task_progress("Measuring", len(runs), "formats") as advance:
         for part, format in runs:
             weights = params if part == "cache" else _quantized(config, params, format, mesh)

@@ -19,7 +19,7 @@ from jaxmoe.generation.engine import ERROR, Request, fit_context, generate
 from jaxmoe.generation.sampling import sampling_of
 from jaxmoe.generation.saved_document import document_length, load_document
 from jaxmoe.generation_config import FILE, read_generation_config
-from jaxmoe.model.kv_cache import FORMATS
+from jaxmoe.model.kv_cache import KV_FORMATS
 from jaxmoe.progress import byte_progress, task_progress
 from jaxmoe.text import StreamDecoder, render
 
@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="the most requests in a batch; in bfloat16 it may change answers by rounding",
     )
-    parser.add_argument("--kv", choices=FORMATS, help="how the cache stores keys and values")
+    parser.add_argument("--kv", choices=KV_FORMATS, help="how the cache stores keys and values")
     parser.add_argument(
         "--cache-tokens",
         type=int,

@@ -17,7 +17,7 @@ from jaxmoe.cli import devices
 from jaxmoe.errors import UserError
 from jaxmoe.files.workspace import workspace_path
 from jaxmoe.generation import document, saved_document
-from jaxmoe.model.kv_cache import FORMATS
+from jaxmoe.model.kv_cache import KV_FORMATS
 from jaxmoe.parsing import MAX_TEXT_BYTES, read_text
 from jaxmoe.progress import task_progress
 
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="must not exist or be empty"
     )
-    parser.add_argument("--kv", choices=FORMATS, help="how keys and values are stored")
+    parser.add_argument("--kv", choices=KV_FORMATS, help="how keys and values are stored")
     parser.add_argument(
         "--prefill-chunk",
         "--segment",

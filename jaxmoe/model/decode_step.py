@@ -30,7 +30,7 @@ from jaxmoe.model.kv_cache import (
     pool_spec,
     row_groups,
 )
-from jaxmoe.model.moe import RouterStats, choose_experts, exchange_way, router_stats
+from jaxmoe.model.moe import RouterStats, choose_experts, expert_exchange, router_stats
 from jaxmoe.model.params import layer_specs, map_arrays
 from jaxmoe.model.sequence import merge_over_devices
 from pallas_kernels.arrays import pad_axis
@@ -93,7 +93,7 @@ def why_not_fused(
     if any(isinstance(w, QuantizedMatrix) for w in jax.tree.leaves(params, is_leaf=_is_matrix)):
         return "it takes matrices that are not quantized"
     mesh = meshes.current_mesh()
-    if mesh is not None and exchange_way(mesh, x.shape) != "stay":
+    if mesh is not None and expert_exchange(mesh, x.shape) != "replicated":
         return "it takes meshes on which tokens need not travel to their experts"
     tensor = 1 if mesh is None else meshes.axis_size(mesh, "ffn")
     rows //= row_groups(rows)
@@ -239,11 +239,13 @@ def _moe(config: Llama4Config, run, p, x, real):
     routing = choose_experts(config, logits.astype(x.dtype)[:, None], real)
     first = lax.axis_index(meshes.RULES["expert"]) * here if here < E else 0
     expert = routing.expert[:, 0, 0] - first
-    slots = busy_experts(expert, here, first == 0)
+    busy = busy_experts(expert, here, first == 0)
     routed, shared = p["experts"], p["shared"]
     of_routed, of_shared = ((kind["gate"], kind["up"]) for kind in (routed, shared))
-    hidden = experts_gate_up(x, of_routed, of_shared, expert, routing.score[:, 0, 0], slots, **run)
-    out = experts_down(hidden, routed["down"], shared["down"], expert, slots, **run)
+    hidden = experts_gate_up(
+        x, of_routed, of_shared, expert, routing.router_weight[:, 0, 0], busy, **run
+    )
+    out = experts_down(hidden, routed["down"], shared["down"], expert, busy, **run)
     reached = ((expert >= 0) & (expert < here)).astype(jnp.int32)[:, None]
     return _sum_over(out, "expert", "ffn"), (routing, _sum_over(reached, "expert"))
 
@@ -251,9 +253,9 @@ def _moe(config: Llama4Config, run, p, x, real):
 def _dense(run, p, x):
     """A dense layer, as a shared expert without routed ones."""
     no_expert = jnp.full(len(x), -1, jnp.int32)
-    slots, score = jnp.zeros(1, jnp.int32), jnp.ones(len(x))
-    hidden = experts_gate_up(x, None, (p["gate"], p["up"]), no_expert, score, slots, **run)
-    return _sum_over(experts_down(hidden, None, p["down"], no_expert, slots, **run), "ffn")
+    busy, weight = jnp.zeros(1, jnp.int32), jnp.ones(len(x))
+    hidden = experts_gate_up(x, None, (p["gate"], p["up"]), no_expert, weight, busy, **run)
+    return _sum_over(experts_down(hidden, None, p["down"], no_expert, busy, **run), "ffn")
 
 
 def _sum_over(x: jax.Array, *logical: str) -> jax.Array:

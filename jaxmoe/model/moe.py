@@ -39,7 +39,7 @@ class Routing(NamedTuple):
 
     logits: Float[Array, "B S E"]
     expert: Int[Array, "B S k"]  # E for padding, which goes nowhere
-    score: Float[Array, "B S k"]
+    router_weight: Float[Array, "B S k"]
 
 
 class RouterStats(NamedTuple):
@@ -85,8 +85,8 @@ def choose_experts(
         chosen = jnp.take_along_axis(logits, expert, axis=-1)
     else:
         chosen, expert = lax.top_k(logits, config.num_experts_per_tok)
-    score = jax.nn.sigmoid(chosen.astype(jnp.float32)).astype(logits.dtype)
-    return Routing(logits, jnp.where(real[..., None], expert, config.num_local_experts), score)
+    weight = jax.nn.sigmoid(chosen.astype(jnp.float32)).astype(logits.dtype)
+    return Routing(logits, jnp.where(real[..., None], expert, config.num_local_experts), weight)
 
 
 def moe(
@@ -99,15 +99,15 @@ def moe(
     choose: Callable[..., Routing] | None = None,
     weigh_output: bool = False,
 ) -> tuple[Float[Array, "B S D"], RouterStats]:
-    """Shared expert on x, plus the chosen experts on score * x.
+    """Shared expert on x, plus the chosen experts on router weight * x.
 
     Args:
         p: the layer's parameters, as in `moe_specs`.
         real: which tokens are no padding.
         kernels: what the experts run on.
         choose: what makes a routing of the router's logits; default: `choose_experts`.
-        weigh_output: multiplies the experts' output by the score, as most other models do, instead
-            of their input.
+        weigh_output: multiplies the experts' output by the router weight, as most other models
+            do, instead of their input.
     """
     routing = route(config, p["router"], x, real, choose)
     routed, reached = spread_over_mesh(config, p["experts"], x, routing, kernels, weigh_output)
@@ -153,7 +153,7 @@ def spread_over_mesh(
         counted there, after the journey, so that a lost one shows.
     """
     mesh = meshes.current_mesh()
-    tokens = (x, routing.expert, routing.score)
+    tokens = (x, routing.expert, routing.router_weight)
     options = {"kernels": kernels, "weigh_output": weigh_output}
     run = functools.partial(_run_counted, config.num_local_experts, **options)
     if mesh is None:
@@ -161,38 +161,39 @@ def spread_over_mesh(
     token_spec = meshes.activation_spec(mesh, ("batch", "length", None), x.shape)
     specs = moe_specs(config)["experts"]
     p_spec = map_arrays(lambda w, axes: meshes.param_spec_at_use(axes), specs, p)
-    way = {"stay": _stay, "gather": _gather, "exchange": _exchange}[exchange_way(mesh, x.shape)]
+    modes = {"replicated": _replicated, "all_gather": _all_gather, "all_to_all": _all_to_all}
+    exchange = modes[expert_exchange(mesh, x.shape)]
     counted_over = {*_token_axes(mesh, x.shape), *meshes.RULES["expert"]}
 
     def body(p, *tokens):
-        out, reached = way(run, p, *tokens)
+        out, reached = exchange(run, p, *tokens)
         return lax.psum(out, meshes.RULES["ffn"]), lax.psum(reached, tuple(sorted(counted_over)))
 
     out_specs = (token_spec, PartitionSpec())
     return meshes.per_device(body, (p_spec,) + 3 * (token_spec,), out_specs)(p, *tokens)
 
 
-def exchange_way(mesh, shape: tuple[int, ...]) -> str:
-    """How tokens and experts meet on a mesh: "stay", "gather" or "exchange".
+def expert_exchange(mesh, shape: tuple[int, ...]) -> str:
+    """How tokens reach experts on other devices: "replicated", "all_gather" or "all_to_all".
 
-    A pure function of sizes, so the way is chosen when a step is traced and can be asked for
-    beforehand: `print(exchange_way(mesh, (rows, tokens, embed)))`, with no device at work.
+    It depends on sizes alone, so it is chosen when a step is traced, and can be asked for without
+    devices: `print(expert_exchange(mesh, (rows, tokens, embed)))`.
 
-    - "stay": every device of the `expert` axis has the same tokens, because the axis has one device
-      or does not divide the rows. Each runs its experts on them and the results are summed.
-    - "gather": each has some of the rows and few tokens, up to `FEW_TOKENS`, as in decoding. All
-      gather all tokens, and each gets its own share of the sum back.
-    - "exchange": each has more than that, as in prefill and training. A token is sent to the
+    - "replicated": all devices of the `expert` axis have the same tokens, because the axis has one
+      device or does not divide the rows. Each runs its experts on them, and results are summed.
+    - "all_gather": each device has a part of the rows and few tokens, up to `FEW_TOKENS`, as in
+      decoding. All tokens are gathered on all devices, and results are summed and scattered.
+    - "all_to_all": each device has more tokens, as in prefill and training. A token is sent to the
       devices of its experts and back.
 
     Args:
         mesh: a mesh or abstract mesh with the axes of `jaxmoe.mesh.AXES`.
-        shape: of the layer's input [B, S, D] over the whole mesh, as `moe` is given it.
+        shape: the shape [B, S, D] of the layer's input over the whole mesh.
     """
     if not set(meshes.RULES["expert"]) & set(meshes.activation_axes(mesh, "batch", shape[0])):
-        return "stay"
+        return "replicated"
     devices = math.prod(mesh.shape[axis] for axis in _token_axes(mesh, shape))
-    return "gather" if shape[0] * shape[1] // devices <= FEW_TOKENS else "exchange"
+    return "all_gather" if shape[0] * shape[1] // devices <= FEW_TOKENS else "all_to_all"
 
 
 def _token_axes(mesh, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -201,24 +202,24 @@ def _token_axes(mesh, shape: tuple[int, ...]) -> tuple[str, ...]:
     return meshes.activation_axes(mesh, *rows) + meshes.activation_axes(mesh, *length)
 
 
-def _stay(run: Callable, p: dict, *tokens):
+def _replicated(run: Callable, p: dict, *tokens):
     out, reached = run(_first_expert(p), p, *tokens)
     return lax.psum(out, meshes.RULES["expert"]), reached
 
 
-def _gather(run: Callable, p: dict, *tokens):
+def _all_gather(run: Callable, p: dict, *tokens):
     experts = meshes.RULES["expert"]
     tokens = [lax.all_gather(z, experts, axis=0, tiled=True) for z in tokens]
     out, reached = run(_first_expert(p), p, *tokens)
     return lax.psum_scatter(out, experts, scatter_dimension=0, tiled=True), reached
 
 
-def _exchange(run: Callable, p: dict, x, expert, score):
-    """A token is sent once for each of its experts, with its expert and score as two numbers."""
+def _all_to_all(run: Callable, p: dict, x, expert, weight):
+    """A token is sent once for each of its experts, with its expert and weight as two numbers."""
     axis, here, D = meshes.RULES["expert"], p["down"].shape[0], x.shape[-1]
     items = jnp.broadcast_to(x[:, :, None], (*expert.shape, D)).reshape(-1, D)
     plan = plan_exchange(expert.reshape(-1) // here, axis)
-    about = jnp.stack([expert + 1, score.astype(jnp.float32)], -1).reshape(-1, 2)
+    about = jnp.stack([expert + 1, weight.astype(jnp.float32)], -1).reshape(-1, 2)
     about = send(plan, about, axis)  # expert 0: no row came
     came = about[:, 0] > 0
     no_expert = lax.axis_size(axis) * here
@@ -233,10 +234,10 @@ def _first_expert(p: dict) -> jax.Array:
     return lax.axis_index(meshes.RULES["expert"]) * p["down"].shape[0]
 
 
-def _run_counted(num_experts: int, first: int | jax.Array, p: dict, x, expert, score, **options):
+def _run_counted(num_experts: int, first: int | jax.Array, p: dict, x, expert, weight, **options):
     """`run_experts`, and how many of the assignments were for the experts here."""
     here = (expert >= first) & (expert < first + p["down"].shape[0])
-    return run_experts(num_experts, first, p, x, expert, score, **options), jnp.sum(here)
+    return run_experts(num_experts, first, p, x, expert, weight, **options), jnp.sum(here)
 
 
 def run_experts(
@@ -245,7 +246,7 @@ def run_experts(
     p: dict,
     x: Float[Array, "B S D"],
     expert: Int[Array, "B S k"],
-    score: Float[Array, "B S k"],
+    weight: Float[Array, "B S k"],
     kernels: Kernels = FASTEST,
     weigh_output: bool = False,
 ) -> Float[Array, "B S D"]:
@@ -264,7 +265,7 @@ def run_experts(
     items = jnp.broadcast_to(x[:, :, None], choices).reshape(-1, x.shape[-1])
     rows = dispatch(plan, items, implementation=kernels.dispatch)
     of_scores = "xla" if kernels.dispatch else None  # other kernels serve no columns
-    scale = dispatch(plan, score.reshape(-1, 1), implementation=of_scores)[:, 0]
+    scale = dispatch(plan, weight.reshape(-1, 1), implementation=of_scores)[:, 0]
     matrices = p["gate"], p["up"], plan.group_of_block, None if weigh_output else scale
     hidden = gated_matmul(rows, *matrices, implementation=kernels.experts)
     out = grouped_matmul(hidden, p["down"], plan.group_of_block, implementation=kernels.experts)

@@ -45,6 +45,6 @@ def is_few_launches(work: Work, mesh: MeshConfig, target: Target) -> bool:
     return (
         target.compiler in HOPPER
         and work.format is None
-        and share.exchange == "stay"
+        and share.exchange == "replicated"
         and why_not_sizes(work.config, mesh.tensor, share.tokens) is None
     )

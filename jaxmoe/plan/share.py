@@ -5,7 +5,7 @@ import functools
 import math
 
 from jaxmoe.mesh import MeshConfig, activation_axes
-from jaxmoe.model.moe import exchange_way
+from jaxmoe.model.moe import expert_exchange
 from jaxmoe.plan.work import Work, abstract_mesh
 
 
@@ -19,7 +19,7 @@ class DeviceShare:
         group: tokens that may reach the device's experts: those of all devices of its expert group.
         heads: query heads.
         kv_heads: key and value heads.
-        exchange: how tokens reach their experts, as of `jaxmoe.model.moe.exchange_way`.
+        exchange: how tokens reach their experts, as of `jaxmoe.model.moe.expert_exchange`.
     """
 
     rows: int
@@ -43,11 +43,11 @@ def device_share(work: Work, mesh: MeshConfig) -> DeviceShare:
     length = activation_axes(abstract, "length", work.tokens)
     rows = work.rows // math.prod(abstract.shape[axis] for axis in batch)
     tokens = work.tokens // math.prod(abstract.shape[axis] for axis in length)
-    exchange = exchange_way(abstract, (work.rows, work.tokens, config.hidden_size))
+    exchange = expert_exchange(abstract, (work.rows, work.tokens, config.hidden_size))
     return DeviceShare(
         rows=rows,
         length=tokens,
-        group=rows * tokens * (1 if exchange == "stay" else mesh.expert),
+        group=rows * tokens * (1 if exchange == "replicated" else mesh.expert),
         heads=config.num_attention_heads // mesh.tensor,
         kv_heads=config.num_key_value_heads // mesh.tensor,
         exchange=exchange,

@@ -165,8 +165,8 @@ def _sent_to_experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
 
     They are those of an all-reduce, of an all-gather and a reduce-scatter, or of two all-to-alls.
     """
-    copies = work.config.num_experts_per_tok if share.exchange == "exchange" else 1
-    tokens = share.tokens if share.exchange == "exchange" else share.group
+    copies = work.config.num_experts_per_tok if share.exchange == "all_to_all" else 1
+    tokens = share.tokens if share.exchange == "all_to_all" else share.group
     return 2 * _part(mesh.expert) * tokens * copies * work.config.hidden_size * ACTIVATION
 
 

@@ -60,7 +60,7 @@ def _experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> int:
     items = share.group * config.num_experts_per_tok
     rows = expert_rows(items, config.num_local_experts, config.num_local_experts // mesh.expert)
     # Buffers of all tokens of the expert group.
-    buffers = {"stay": 0, "gather": 1, "exchange": 3}[share.exchange]
+    buffers = {"replicated": 0, "all_gather": 1, "all_to_all": 3}[share.exchange]
     return (2 * rows * D + rows * F + buffers * items * D) * BF16
 
 

@@ -35,7 +35,7 @@ class Rule:
         ahead: by how many slots queries lie behind the keys of the same positions, in one sequence
             or several, all in order; None if the order of tokens is not known.
         aligned: slots of keys are positions.
-        data_decides: as in `flash_xla.Config`.
+        data_decides: as in `flash_xla.FlashXlaConfig`.
     """
 
     block_q: int

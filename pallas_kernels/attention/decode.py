@@ -68,7 +68,7 @@ IMPLEMENTATIONS = (
         "xla",
         lambda case: None,
         decode_xla.decode_xla,
-        flash_xla.Config,
+        flash_xla.FlashXlaConfig,
         decode_xla.config_for,
     ),
 )

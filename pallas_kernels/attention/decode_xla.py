@@ -8,7 +8,7 @@ from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.block_pairs import chosen, every_block
 from pallas_kernels.attention.flash_xla import (
     GPU_BYTES,
-    Config,
+    FlashXlaConfig,
     Keys,
     Queries,
     attend_pairs,
@@ -20,15 +20,15 @@ from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized, dequantize
 
 
-def config_for(case) -> Config:
+def config_for(case) -> FlashXlaConfig:
     """A config with blocks of fixed number on GPUs: large, as each is several launches."""
     if target().platform != "gpu":
-        return Config()
+        return FlashXlaConfig()
     keys = GPU_BYTES // (8 * case.rows * case.kv_heads * case.head_dim)
-    return Config(block_k=power_of_two(keys, most=2**16), data_decides=False)
+    return FlashXlaConfig(block_k=power_of_two(keys, most=2**16), data_decides=False)
 
 
-def decode_xla(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, config: Config):
+def decode_xla(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, config: FlashXlaConfig):
     """Output [B, H, S, d] and log-sum-exp [B, H, S]."""
     B, H, S, d = q.shape
     q_BKGSd = q.reshape(B, case.kv_heads, H // case.kv_heads, S, d)

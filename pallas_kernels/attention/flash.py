@@ -84,7 +84,7 @@ def flash_attention(
         return_lse: also give the natural log-sum-exp of the scaled scores.
         implementation: "mosaic_gpu", "cudnn", "splash" or "xla"; None for the fastest that serves
             the call, which `flash_implementation` names.
-        config: sizes, a `Config` of that implementation; default: those tuned for the device.
+        config: sizes, of that implementation's config type; default: those tuned for the device.
         interpret: runs a kernel without its hardware: `plgpu.InterpretGPUParams()` for
             "mosaic_gpu", True for "cudnn" and "splash".
 

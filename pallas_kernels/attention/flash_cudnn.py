@@ -23,7 +23,7 @@ LARGEST_HEAD = 128  # of GPUs before Hopper
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class FlashCudnnConfig:
     """Nothing to configure: cuDNN chooses its own sizes."""
 
 
@@ -57,7 +57,7 @@ def _why_jax_does_not() -> str | None:
     return None
 
 
-def flash_cudnn(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: Config):
+def flash_cudnn(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashCudnnConfig):
     """Output [B, H, S, d], and no log-sum-exp."""
     if case.plain:
         return _cudnn(case, q_range, q, k, v), None
@@ -119,4 +119,6 @@ def _attention(lengths, interpret, scale: float, q, k, v):
     )
 
 
-IMPLEMENTATION = Implementation("cudnn", why_not, flash_cudnn, Config, lambda case: Config())
+IMPLEMENTATION = Implementation(
+    "cudnn", why_not, flash_cudnn, FlashCudnnConfig, lambda case: FlashCudnnConfig()
+)

@@ -17,7 +17,7 @@ HEAD_DIMS = (64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class FlashMosaicConfig:
     """Sizes of the kernels."""
 
     forward: ForwardConfig = dataclasses.field(default_factory=ForwardConfig)
@@ -25,9 +25,9 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class _MosaicCall:
     scale: float
-    config: Config
+    config: FlashMosaicConfig
     interpret: Any
 
 
@@ -40,31 +40,31 @@ def why_not(case) -> str | None:
     return why_not_hopper(case.interpret)
 
 
-def config_for(case) -> Config:
+def config_for(case) -> FlashMosaicConfig:
     """The config tuned for the device, or else one that is good on any Hopper."""
     forward = tuning.lookup("flash_forward", head_dim=case.head_dim) or {}
     backward = tuning.lookup("flash_backward", head_dim=case.head_dim) or {}
-    return Config(ForwardConfig(**forward), BackwardConfig(**backward))
+    return FlashMosaicConfig(ForwardConfig(**forward), BackwardConfig(**backward))
 
 
-def flash_mosaic(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: Config):
+def flash_mosaic(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashMosaicConfig):
     """Output [B, H, S, d] and log-sum-exp [B, H, S]."""
-    static = _Static(case.scale, config, case.interpret)
+    static = _MosaicCall(case.scale, config, case.interpret)
     return _flash(static, q, k, v, q_range, k_coords)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(static: _Static, q, k, v, q_range: KeyRange, k_coords: Coords):
+def _flash(static: _MosaicCall, q, k, v, q_range: KeyRange, k_coords: Coords):
     options = {"scale": static.scale, "interpret": static.interpret}
     return flash_forward(q, k, v, q_range, k_coords, config=static.config.forward, **options)
 
 
-def _forward(static: _Static, q, k, v, q_range, k_coords):
+def _forward(static: _MosaicCall, q, k, v, q_range, k_coords):
     out, lse = _flash(static, q, k, v, q_range, k_coords)
     return (out, lse), ((q, k, v, out, lse), q_range, k_coords)
 
 
-def _backward(static: _Static, residuals, cotangents):
+def _backward(static: _MosaicCall, residuals, cotangents):
     (saved, q_range, k_coords), (d_out, d_lse) = residuals, cotangents
     options = {"scale": static.scale, "interpret": static.interpret}
     gradients = flash_backward(
@@ -75,4 +75,4 @@ def _backward(static: _Static, residuals, cotangents):
 
 _flash.defvjp(_forward, _backward)
 
-IMPLEMENTATION = Implementation("mosaic_gpu", why_not, flash_mosaic, Config, config_for)
+IMPLEMENTATION = Implementation("mosaic_gpu", why_not, flash_mosaic, FlashMosaicConfig, config_for)

@@ -27,7 +27,7 @@ LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class FlashSplashConfig:
     """Queries and keys a block, multiples of 128; short or uneven lengths take less."""
 
     block_q: int = 1024
@@ -39,9 +39,13 @@ class Config:
                 raise ValueError(f"{name} {size} must be a multiple of {LANES}.")
 
 
-def config_for(case) -> Config:
+def config_for(case) -> FlashSplashConfig:
     """The largest blocks that fit on the chips of every generation from v4 on."""
-    return Config() if case.dtype == "bfloat16" and case.head_dim <= 128 else Config(512, 512)
+    return (
+        FlashSplashConfig()
+        if case.dtype == "bfloat16" and case.head_dim <= 128
+        else FlashSplashConfig(512, 512)
+    )
 
 
 def why_not(case) -> str | None:
@@ -60,7 +64,7 @@ def why_not(case) -> str | None:
     return f"it needs a TPU, and this is {device}"
 
 
-def flash_splash(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: Config):
+def flash_splash(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashSplashConfig):
     """Output [B, H, S, d], and log-sum-exp [B, H, S] if the case wants it, else None.
 
     The kernel scales nothing, so q is scaled before and rounded to its own type once more: exact
@@ -70,7 +74,7 @@ def flash_splash(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: Con
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(case, config: Config, q, k, v, q_range: KeyRange, k_coords: Coords):
+def _attend(case, config: FlashSplashConfig, q, k, v, q_range: KeyRange, k_coords: Coords):
     with jax.default_matmul_precision(PRECISION[case.dtype]):
         return _splash(case, config, q_range, k_coords, q, k, v)
 
@@ -92,7 +96,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _xla(case, config, q_range, k_coords, q, k, v):
-    return flash_xla.flash_xla(q, k, v, q_range, k_coords, case, flash_xla.Config())
+    return flash_xla.flash_xla(q, k, v, q_range, k_coords, case, flash_xla.FlashXlaConfig())
 
 
 def _splash(case, config, q_range, k_coords, q, k, v):
@@ -175,4 +179,4 @@ class _Slots(splash.Mask):
         return np.array([[k.start < q.stop and k.stop > first]])
 
 
-IMPLEMENTATION = Implementation("splash", why_not, flash_splash, Config, config_for)
+IMPLEMENTATION = Implementation("splash", why_not, flash_splash, FlashSplashConfig, config_for)

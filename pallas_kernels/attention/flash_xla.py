@@ -38,7 +38,7 @@ GPU_BYTES = 2**27  # of what one step of a loop on a GPU writes: scores, or wide
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class FlashXlaConfig:
     """Tile sizes and the kind of loop; results do not depend on them beyond rounding.
 
     Attributes:
@@ -50,12 +50,12 @@ class Config:
     data_decides: bool = True
 
 
-def config_for(case) -> Config:
+def config_for(case) -> FlashXlaConfig:
     """A config with large blocks and loops of fixed length on GPUs, else the default."""
     if target().platform != "gpu":
-        return Config()
+        return FlashXlaConfig()
     rows = GPU_BYTES // (4 * case.rows * case.heads * GPU_BLOCK)
-    return Config(power_of_two(rows, most=GPU_BLOCK), GPU_BLOCK, data_decides=False)
+    return FlashXlaConfig(power_of_two(rows, most=GPU_BLOCK), GPU_BLOCK, data_decides=False)
 
 
 def power_of_two(size: int, most: int) -> int:
@@ -64,17 +64,17 @@ def power_of_two(size: int, most: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class _XlaCall:
     scale: float
     rule: Rule
 
 
-def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: Config):
+def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashXlaConfig):
     """Output [B, H, S, d] and log-sum-exp [B, H, S], both differentiable."""
     B, H, S, d = q.shape
     K = k.shape[1]
     block_q, block_k = min(config.block_q, S), min(config.block_k, k.shape[2])
-    static = _Static(case.scale, Rule.of(case, block_q, block_k, config.data_decides))
+    static = _XlaCall(case.scale, Rule.of(case, block_q, block_k, config.data_decides))
     q_range, k_coords = pad_tokens(q_range, block_q), pad_tokens(k_coords, block_k)
     q_BKGSd = pad_axis(q, 2, block_q).reshape(B, K, H // K, -1, d)
     k, v = (pad_axis(x, 2, block_k) for x in (k, v))
@@ -135,7 +135,7 @@ def _seeing(allowed: jax.Array, x_BKGqd: jax.Array) -> jax.Array:
     return jnp.where(allowed.any(4)[..., None], x_BKGqd, 0)
 
 
-def _cut(static: _Static, q, k, v, q_range: KeyRange, k_coords: Coords):
+def _cut(static: _XlaCall, q, k, v, q_range: KeyRange, k_coords: Coords):
     """Functions of an index that give a block of queries, and one of keys."""
     block_q, block_k = static.rule.block_q, static.rule.block_k
 
@@ -150,7 +150,7 @@ def _cut(static: _Static, q, k, v, q_range: KeyRange, k_coords: Coords):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(static: _Static, q, k, v, q_range: KeyRange, k_coords: Coords):
+def _flash(static: _XlaCall, q, k, v, q_range: KeyRange, k_coords: Coords):
     queries_of, keys_of = _cut(static, q, k, v, q_range, k_coords)
     if not static.rule.data_decides:
         attend = functools.partial(attend_pairs, static.scale, q, queries_of, keys_of)
@@ -257,4 +257,4 @@ def _gradients(scale: float, queries: Queries, keys: Keys, d_out, lse, constant)
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
-IMPLEMENTATION = Implementation("xla", lambda case: None, flash_xla, Config, config_for)
+IMPLEMENTATION = Implementation("xla", lambda case: None, flash_xla, FlashXlaConfig, config_for)

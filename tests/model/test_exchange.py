@@ -46,15 +46,15 @@ def draw(k, tokens, skew=0.0):
 def results(k, p, x, routing):
     """Output, and gradients with respect to matrices, tokens and scores."""
 
-    def run(p, x, score):
-        return moe.spread_over_mesh(config(k), p, x, routing._replace(score=score))[0]
+    def run(p, x, weight):
+        return moe.spread_over_mesh(config(k), p, x, routing._replace(router_weight=weight))[0]
 
     @jax.jit
-    def both(p, x, score):
-        out, transpose = jax.vjp(run, p, x, score)
+    def both(p, x, weight):
+        out, transpose = jax.vjp(run, p, x, weight)
         return out, *transpose(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
-    return jax.tree.map(np.asarray, both(p, x, routing.score))
+    return jax.tree.map(np.asarray, both(p, x, routing.router_weight))
 
 
 @pytest.mark.parametrize(("k", "skew"), [(1, 0.9), (2, 0.0)], ids=["most to one", "two each"])
@@ -66,35 +66,35 @@ def test_every_mesh_gives_the_same(tokens, k, skew):
         mesh = MeshConfig.parse(text).make()
         with jax.set_mesh(mesh):
             got = results(k, *case)
-        ways.add(moe.exchange_way(mesh, case[1].shape))
+        ways.add(moe.expert_exchange(mesh, case[1].shape))
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5, err_msg=text)
-    assert "exchange" in ways if tokens > moe.FEW_TOKENS else ways == {"gather"}
+    assert "all_to_all" in ways if tokens > moe.FEW_TOKENS else ways == {"all_gather"}
 
 
 WAYS = [
     # No experts on several devices.
-    ("data=8", (8, 4096), "stay"),
-    ("tensor=8", (8, 4096), "stay"),
-    ("fsdp=4,sequence=2", (8, 4096), "stay"),
+    ("data=8", (8, 4096), "replicated"),
+    ("tensor=8", (8, 4096), "replicated"),
+    ("fsdp=4,sequence=2", (8, 4096), "replicated"),
     # Rows that the expert axis does not divide, after those before it, lie on all of its devices.
-    ("expert=8", (1, 4096), "stay"),
-    ("expert=8", (12, 4096), "stay"),
-    ("data=2,expert=4", (2, 4096), "stay"),
-    ("fsdp=4,expert=2", (4, 4096), "stay"),
+    ("expert=8", (1, 4096), "replicated"),
+    ("expert=8", (12, 4096), "replicated"),
+    ("data=2,expert=4", (2, 4096), "replicated"),
+    ("fsdp=4,expert=2", (4, 4096), "replicated"),
     # Decoding.
-    ("expert=8", (8, 1), "gather"),
-    ("expert=8", (512, 1), "gather"),
-    ("expert=8", (520, 1), "exchange"),
-    ("expert=4,tensor=2", (256, 1), "gather"),
-    ("expert=4,tensor=2", (260, 1), "exchange"),
+    ("expert=8", (8, 1), "all_gather"),
+    ("expert=8", (512, 1), "all_gather"),
+    ("expert=8", (520, 1), "all_to_all"),
+    ("expert=4,tensor=2", (256, 1), "all_gather"),
+    ("expert=4,tensor=2", (260, 1), "all_to_all"),
     # Prefill and training.
-    ("expert=8", (8, 64), "gather"),
-    ("expert=8", (8, 65), "exchange"),
-    ("expert=4,sequence=2", (4, 128), "gather"),
-    ("expert=4,sequence=2", (4, 130), "exchange"),
-    ("expert=4,sequence=2", (4, 127), "exchange"),  # which two do not divide: 127 a device
-    ("data=2,fsdp=2,expert=2", (8, 8192), "exchange"),
+    ("expert=8", (8, 64), "all_gather"),
+    ("expert=8", (8, 65), "all_to_all"),
+    ("expert=4,sequence=2", (4, 128), "all_gather"),
+    ("expert=4,sequence=2", (4, 130), "all_to_all"),
+    ("expert=4,sequence=2", (4, 127), "all_to_all"),  # which two do not divide: 127 a device
+    ("data=2,fsdp=2,expert=2", (8, 8192), "all_to_all"),
 ]
 
 
@@ -102,14 +102,17 @@ WAYS = [
 def test_way_of_typical_meshes(text, shape, way):
     """Known from sizes alone: the same of a mesh without devices."""
     mesh = MeshConfig.parse(text).make()
-    assert moe.exchange_way(mesh, (*shape, D)) == way
-    assert moe.exchange_way(mesh.abstract_mesh, (*shape, D)) == way
+    assert moe.expert_exchange(mesh, (*shape, D)) == way
+    assert moe.expert_exchange(mesh.abstract_mesh, (*shape, D)) == way
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (8, 1), (8, 72)])
 def test_the_way_that_is_named_is_traced(shape, monkeypatch):
     """Chosen once, when traced, by the shape over the whole mesh."""
-    traced, ways = [], {name: getattr(moe, f"_{name}") for name in ("stay", "gather", "exchange")}
+    traced, ways = (
+        [],
+        {name: getattr(moe, f"_{name}") for name in ("replicated", "all_gather", "all_to_all")},
+    )
     for name, way in ways.items():
 
         def noted(*arguments, name=name, way=way):
@@ -120,7 +123,7 @@ def test_the_way_that_is_named_is_traced(shape, monkeypatch):
     case, mesh = moe_layer.config(), MeshConfig(expert=4, tensor=2).make()
     with jax.set_mesh(mesh):
         jax.eval_shape(functools.partial(moe.moe, case), *moe_layer.draw(case, *shape))
-    assert traced == [moe.exchange_way(mesh, (*shape, D))]
+    assert traced == [moe.expert_exchange(mesh, (*shape, D))]
 
 
 @pytest.mark.absent_gpu
@@ -130,14 +133,14 @@ def test_tokens_are_exchanged_on_gpus():
     p, x, routing = draw(1, 160)
     bf16 = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), (p, x))
 
-    def run(p, x, expert, score):
-        given = routing._replace(expert=expert, score=score)
+    def run(p, x, expert, weight):
+        given = routing._replace(expert=expert, router_weight=weight)
         return moe.spread_over_mesh(config(1), p, x, given)[0]
 
     def loss(*arguments):
         return run(*arguments).astype(jnp.float32).sum()
 
-    rest = (routing.expert, routing.score.astype(jnp.bfloat16))
+    rest = (routing.expert, routing.router_weight.astype(jnp.bfloat16))
     with jax.set_mesh(mesh):
         lowered = jax.jit(jax.grad(loss)).lower(*bf16, *rest)
     hlo = lowered.compile(compiler_options()).as_text()

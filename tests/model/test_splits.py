@@ -59,10 +59,15 @@ def test_same_as_on_one_device(split, shape):
 def test_cases_meet_every_way():
     """Also with experts on several devices, where there is something to bring together."""
     ways = {
-        (split.expert > 1, moe.exchange_way(split.make(), (*shape, 16)))
+        (split.expert > 1, moe.expert_exchange(split.make(), (*shape, 16)))
         for split, shape in (param.values for param in CASES)
     }
-    assert ways == {(False, "stay"), (True, "stay"), (True, "gather"), (True, "exchange")}
+    assert ways == {
+        (False, "replicated"),
+        (True, "replicated"),
+        (True, "all_gather"),
+        (True, "all_to_all"),
+    }
 
 
 @pytest.mark.parametrize("shape", [FEW, MANY, ONE_ROW])

@@ -19,7 +19,7 @@ from pallas_kernels.attention import (
     flash_attention,
     flash_implementation,
 )
-from pallas_kernels.attention.flash_mosaic import Config
+from pallas_kernels.attention.flash_mosaic import FlashMosaicConfig
 from pallas_kernels.attention.mosaic_backward import BackwardConfig
 from pallas_kernels.compile.absent import (
     absent_h100s,
@@ -224,7 +224,7 @@ def test_old_assemblers_are_refused(monkeypatch, which, arguments, version):
 
 def test_spills_are_seen():
     """Catches a check that nothing fails."""
-    config = Config(backward=BackwardConfig(block_q=128))
+    config = FlashMosaicConfig(backward=BackwardConfig(block_q=128))
     function = functools.partial(gradients, config=config)
     lowered = lower_for(*absent_h100s(1), function, *prefill(128, CHUNK, CHUNK))
     with pytest.raises(AssertionError):

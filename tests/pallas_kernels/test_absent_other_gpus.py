@@ -137,7 +137,7 @@ def test_cudnn(cudnn, kind, queries, options, plain):
 @a100
 def test_loops_that_wait_for_data_are_seen(kind):
     """Catches a check that nothing fails."""
-    function = functools.partial(attend, config=flash_xla.Config(data_decides=True))
+    function = functools.partial(attend, config=flash_xla.FlashXlaConfig(data_decides=True))
     lowered = lower_for(*absent_gpus(kind, 1), function, *prefill(128, CHUNK, CHUNK))
     with pytest.raises(AssertionError, match="while"):
         check(lowered)

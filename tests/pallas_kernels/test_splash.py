@@ -14,7 +14,7 @@ from pallas_kernels.attention import (
     make_mask,
     visible,
 )
-from pallas_kernels.attention.flash_splash import Config, _Slots
+from pallas_kernels.attention.flash_splash import FlashSplashConfig, _Slots
 from pallas_kernels.compile.absent import absent_tpus
 
 TPUS = ["v5p:2x2x1", "v6e:2x2"]
@@ -115,7 +115,7 @@ def test_says_why_not(change, reason):
 
 def test_blocks_are_whole_lanes():
     with pytest.raises(ValueError, match="block_k 100 must be a multiple of 128"):
-        Config(block_k=100)
+        FlashSplashConfig(block_k=100)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -190,7 +190,7 @@ def assert_close(got, want, tolerance):
 
 def check(rows, arrays, **options):
     """The kernel against the plain path, over several blocks of queries and of keys."""
-    kernel = {"implementation": "splash", "interpret": True, "config": Config(128, 256)}
+    kernel = {"implementation": "splash", "interpret": True, "config": FlashSplashConfig(128, 256)}
     got, want = (
         jax.tree.leaves(results(tuple((options | path).items()), ROWS[rows], *arrays))
         for path in (kernel, {"implementation": "xla"})

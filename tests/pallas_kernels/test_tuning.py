@@ -83,7 +83,7 @@ def test_kernels_take_their_entries(tuned):
         ("flash_backward", {"head_dim": 128}, {"block_k": 128}),
         ("decode", KEY, {"block_k": 128, "slots": 2}),
     )
-    other = flash_mosaic.Config()
+    other = flash_mosaic.FlashMosaicConfig()
     assert flash_mosaic.config_for(flash_case(64)) == dataclasses.replace(
         other, forward=ForwardConfig(64, 4)
     )

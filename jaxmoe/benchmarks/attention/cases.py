@@ -52,7 +52,7 @@ class Case:
         return dataclasses.asdict(self)
 
     @property
-    def work(self) -> dict[str, float]:
+    def work(self) -> dict[str, int | float]:
         """Bytes of cache, or operations on visible pairs of query and key, by the rate's unit."""
         if self.kind == "decode":
             return {"TB/s": self.cache_bytes}

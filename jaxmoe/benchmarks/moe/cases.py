@@ -80,14 +80,14 @@ class Case:
         return dataclasses.asdict(self) | {"active_experts": self.active, "longest_group": longest}
 
     @property
-    def work(self) -> dict[str, float]:
+    def work(self) -> dict[str, int | float]:
         """Useful operations and bytes by the rate's unit: of weights, or for a move of rows."""
         if self.part == "move":
             return {"TB/s": 4 * self.tokens * self.config.hidden_size * 2}
         return {"TFLOP/s": self.operations, "TB/s": self.weight_bytes}
 
     @property
-    def operations(self) -> float:
+    def operations(self) -> int:
         """Operations of all products: two for each multiply-add."""
         D, F, E = widths(self.config)
         products = len(PARTS[self.part]) * D * F

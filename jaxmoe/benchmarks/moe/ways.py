@@ -54,8 +54,8 @@ class Blocks:
     def down(self, p, x, plan):
         return grouped_matmul(x, p["down"], plan.group_of_block, implementation=self.implementation)
 
-    def routed(self, p, x, expert, score):
-        choices = expert[None, :, None], score[None, :, None]
+    def routed(self, p, x, expert, weight):
+        choices = expert[None, :, None], weight[None, :, None]
         return run_experts(self.num_experts, 0, p, x[None], *choices, self._kernels)[0]
 
     def layer(self, weights, x, real):
@@ -69,10 +69,10 @@ class Blocks:
         return Kernels(experts=self.implementation, dispatch=dispatch)
 
 
-def _routed(way, p, x, expert, score):
-    """The experts of a layer, put together from the parts of a way."""
+def _routed(way, p, x, expert, weight):
+    """The experts of a layer, composed of the parts of a way."""
     plan = way.plan(expert)
-    scale = way.rows(plan, score[:, None])[:, 0]
+    scale = way.rows(plan, weight[:, None])[:, 0]
     hidden = way.gated(p, way.rows(plan, x), scale, plan)
     return way.back(plan, way.down(p, hidden, plan))
 
@@ -106,14 +106,14 @@ class Ragged:
     def _product(self, x, w, plan):
         return jax.lax.ragged_dot(x, w, plan[1].astype(jnp.int32))
 
-    def routed(self, p, x, expert, score):
-        return _routed(self, p, x, expert, score)
+    def routed(self, p, x, expert, weight):
+        return _routed(self, p, x, expert, weight)
 
     def layer(self, weights, x, real):
         del real  # all are
         logits = linear("TD,DE->TE", x, weights["router"])
-        score = jax.nn.sigmoid(jnp.max(logits, axis=-1).astype(jnp.float32)).astype(x.dtype)
-        routed = self.routed(weights["experts"], x, jnp.argmax(logits, axis=-1), score)
+        weight = jax.nn.sigmoid(jnp.max(logits, axis=-1).astype(jnp.float32)).astype(x.dtype)
+        routed = self.routed(weights["experts"], x, jnp.argmax(logits, axis=-1), weight)
         return swiglu(weights["shared"], x[None])[0] + routed
 
 
@@ -152,5 +152,5 @@ class Dense:
     def down(self, p, x, plan):
         return x @ p["down"].reshape(x.shape[1], -1)
 
-    def routed(self, p, x, expert, score):
-        return _routed(self, p, x, expert, score)
+    def routed(self, p, x, expert, weight):
+        return _routed(self, p, x, expert, weight)

@@ -19,7 +19,7 @@ from jaxmoe.model.kv_cache.cache import (
     restart_rows,
 )
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep
-from jaxmoe.model.kv_cache.layer import FORMATS, LayerCache
+from jaxmoe.model.kv_cache.layer import KV_FORMATS, LayerCache
 from jaxmoe.model.kv_cache.layout import (
     PAGE,
     keys_spec,
@@ -32,7 +32,7 @@ from jaxmoe.model.kv_cache.layout import (
 from jaxmoe.model.kv_cache.pages import Pool
 
 __all__ = [
-    "FORMATS",
+    "KV_FORMATS",
     "PAGE",
     "Cache",
     "CacheKind",

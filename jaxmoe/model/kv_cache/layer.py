@@ -15,7 +15,7 @@ from jaxmoe.model.kernels import AttentionOptions
 from pallas_kernels.attention import Coords, flash_attention, rows_of_pages
 from pallas_kernels.quantized import LARGEST, Quantized, dequantize, quantize
 
-FORMATS = ("bf16", *LARGEST)  # of keys and values, by name
+KV_FORMATS = ("bf16", *LARGEST)  # of keys and values, by name
 FLOATS = ("bf16", "bfloat16", "float32", "float16")
 
 
@@ -36,7 +36,7 @@ def empty_layer(shape: tuple[int, ...], dtype: Any) -> LayerCache:
     """Zeros of a shape [P, K, t, d].
 
     Args:
-        dtype: a dtype, or one of FORMATS.
+        dtype: a dtype, or one of KV_FORMATS.
 
     Raises:
         UserError: for a format that is unknown.
@@ -51,7 +51,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any):
         )
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored)
     if isinstance(dtype, str) and dtype not in FLOATS:
-        raise UserError(f"cache format '{dtype}' is unknown; there are {', '.join(FORMATS)}.")
+        raise UserError(f"cache format '{dtype}' is unknown; there are {', '.join(KV_FORMATS)}.")
     return jnp.zeros(shape, jnp.bfloat16 if dtype == "bf16" else dtype)
 
 

@@ -93,15 +93,17 @@ MISTAKES = {
 # What `flash_implementation`, which takes no config, does not see.
 CONFIGS = {
     "config of another implementation": (
-        {"implementation": "xla", "config": flash_mosaic.Config()},
-        "not for implementation 'xla', which takes pallas_kernels.attention.flash_xla.Config",
+        {"implementation": "xla", "config": flash_mosaic.FlashMosaicConfig()},
+        "not for implementation 'xla', which takes "
+        "pallas_kernels.attention.flash_xla.FlashXlaConfig",
     ),
     "config that is a dict": (
         {"implementation": "xla", "config": {"block_q": 8}},
-        "not for implementation 'xla', which takes pallas_kernels.attention.flash_xla.Config",
+        "not for implementation 'xla', which takes "
+        "pallas_kernels.attention.flash_xla.FlashXlaConfig",
     ),
     "config of what is not chosen": (
-        {"config": flash_mosaic.Config()},
+        {"config": flash_mosaic.FlashMosaicConfig()},
         "not for implementation 'xla'",
     ),
 }
@@ -139,5 +141,5 @@ def test_the_call_without_a_mistake(trace):
     out = traced(trace, **CALL)
     assert (out.shape, out.dtype) == ((2, 4, 8, 64), jnp.bfloat16)
     assert flash_implementation(**CALL) == "xla"
-    out, lse = traced(trace, **CALL, return_lse=True, config=flash_xla.Config(8, 8))
+    out, lse = traced(trace, **CALL, return_lse=True, config=flash_xla.FlashXlaConfig(8, 8))
     assert (lse.shape, lse.dtype) == ((2, 4, 8), jnp.float32)

@@ -68,11 +68,11 @@ def decode(options, q, k, v, q_coords, k_coords, table):
     return decode_attention(q, k, v, q_coords, k_coords, table=table, **dict(options))
 
 
-XLA = Way("xla", "float32", flash_xla.Config(block_k=BLOCK))
+XLA = Way("xla", "float32", flash_xla.FlashXlaConfig(block_k=BLOCK))
 XLA_BFLOAT16 = dataclasses.replace(XLA, dtype="bfloat16")
 # As on GPUs, whose host does not wait for data.
 XLA_OF_FIXED_LENGTH = dataclasses.replace(
-    XLA, config=flash_xla.Config(block_k=BLOCK, data_decides=False), kind="-fixed"
+    XLA, config=flash_xla.FlashXlaConfig(block_k=BLOCK, data_decides=False), kind="-fixed"
 )
 MOSAIC_GPU = Way(
     "mosaic_gpu",

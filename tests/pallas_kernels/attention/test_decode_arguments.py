@@ -142,7 +142,8 @@ MISTAKES = {
 CONFIGS = {
     "config of another implementation": (
         {"implementation": "xla", "config": DecodeConfig()},
-        "not for implementation 'xla', which takes pallas_kernels.attention.flash_xla.Config",
+        "not for implementation 'xla', which takes "
+        "pallas_kernels.attention.flash_xla.FlashXlaConfig",
     ),
     "config that is a dict": (
         {**KERNEL, "config": {"block_k": 64}},
@@ -186,7 +187,7 @@ def test_the_call_without_a_mistake():
     """That all the others differ from by their mistake alone."""
     out = traced(**CALL)
     assert (out.shape, out.dtype) == ((2, 4, 1, 128), jnp.bfloat16)
-    out, lse = traced(**CALL | PAGED, return_lse=True, config=flash_xla.Config(block_k=64))
+    out, lse = traced(**CALL | PAGED, return_lse=True, config=flash_xla.FlashXlaConfig(block_k=64))
     assert (lse.shape, lse.dtype) == ((2, 4, 1), jnp.float32)
     assert decode_implementation(**CALL) == decode_implementation(**CALL | PAGED) == "xla"
 

@@ -14,7 +14,7 @@ from pallas_kernels.attention import (
     flash_attention,
     flash_implementation,
 )
-from pallas_kernels.attention.flash_xla import Config
+from pallas_kernels.attention.flash_xla import FlashXlaConfig
 from tests.pallas_kernels.attention.cases import SCALE, assert_close, itself, place
 from tests.pallas_kernels.attention.ways import MOSAIC_GPU
 
@@ -63,7 +63,7 @@ def test_any_loop_of_xla(data_decides, in_order):
     run = jax.jit(
         lambda *qkv: flash_attention(
             *qkv, ROWS, ROWS, scale=SCALE, mask=Window(), in_order=in_order,
-            config=Config(8, 16, data_decides=data_decides),
+            config=FlashXlaConfig(8, 16, data_decides=data_decides),
         )
     )  # fmt: skip
     assert_close(run(q, k, v), judged(q, k, v), 1e-5)

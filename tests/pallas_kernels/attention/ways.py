@@ -63,22 +63,26 @@ class Way:
             return jax.block_until_ready(function(tuple(options.items()), coords, *arrays))
 
 
-XLA = Way(flash_xla.IMPLEMENTATION, lambda case: flash_xla.Config(*case.blocks))
+XLA = Way(flash_xla.IMPLEMENTATION, lambda case: flash_xla.FlashXlaConfig(*case.blocks))
 # As on GPUs, whose host does not wait for data.
 XLA_OF_FIXED_LENGTH = Way(
     flash_xla.IMPLEMENTATION,
-    lambda case: flash_xla.Config(*case.blocks, data_decides=False),
+    lambda case: flash_xla.FlashXlaConfig(*case.blocks, data_decides=False),
     kind="-fixed",
 )
 # The function of JAX's that calls cuDNN, on XLA.
 CUDNN = Way(flash_cudnn.IMPLEMENTATION, lambda case: None, True, return_lse=False)
 MOSAIC_GPU = Way(
     flash_mosaic.IMPLEMENTATION,
-    lambda case: flash_mosaic.Config(ForwardConfig(block_k=64), BackwardConfig(block_k=64)),
+    lambda case: flash_mosaic.FlashMosaicConfig(
+        ForwardConfig(block_k=64), BackwardConfig(block_k=64)
+    ),
     plgpu.InterpretGPUParams(detect_races=True),
     no_races,
 )
-SPLASH = Way(flash_splash.IMPLEMENTATION, lambda case: flash_splash.Config(128, 128), True)
+SPLASH = Way(
+    flash_splash.IMPLEMENTATION, lambda case: flash_splash.FlashSplashConfig(128, 128), True
+)
 
 
 def runs(way, dtype, cases=CASES, served=True):
