@@ -102,7 +102,7 @@ def measure(tokens: list[int]) -> Record:
 
 
 def summary(records: list[Record]) -> list[Record]:
-    """For each temperature: means over its continuations."""
+    """A record for each temperature, with means over its continuations."""
     groups: dict[float, list[Record]] = {}
     for record in records:
         groups.setdefault(record["temperature"], []).append(record)
@@ -120,14 +120,14 @@ def summary(records: list[Record]) -> list[Record]:
 
 
 def _mean_seen(group: list[Record], n: str) -> float | None:
-    """Over the continuations that are long enough; None if none is."""
+    """The mean fraction of n-grams seen before, over continuations of n tokens and more."""
     values = [record["seen_ngrams"][n] for record in group]
     values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else None
 
 
 def table(records: list[Record]) -> Table:
-    """A row for each temperature."""
+    """The table that is printed, a row for each temperature."""
     result = Table(title="Parts of continuations that repeat earlier ones")
     names = ("temperature", "tokens", *(f"seen {n}-grams" for n in NGRAMS))
     for name in (*names, "longest repeated suffix", f"end in a loop of over {NGRAMS[-1]}"):
@@ -141,7 +141,7 @@ def table(records: list[Record]) -> Table:
 
 
 def read_samplings(temperatures: str, top_p: float, seed: int) -> list[Sampling]:
-    """One for each temperature of a list such as `0,0.6`."""
+    """A `Sampling` for each temperature of a list such as `0,0.6`."""
     try:
         numbers = [float(word) for word in temperatures.split(",")]
     except ValueError:

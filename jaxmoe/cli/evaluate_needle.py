@@ -168,7 +168,7 @@ def host_peak_bytes() -> int:
 
 
 def report(args: argparse.Namespace, records: list[Record]) -> Record:
-    """What the JSON file holds."""
+    """The content of the JSON file: the run, its device, a summary and every trial."""
     run = {"seed": args.seed, "segment": args.prefill_chunk}
     run |= {name: getattr(args, name) for name in ("haystack", "mesh", "dtype")}
     return {
@@ -207,7 +207,7 @@ def _is_known(records: list[Record], case: Case, needle: Needle) -> bool:
 
 
 def make_cases(lengths: list[int], depths: list[tuple[float, float]], trials: int) -> list[Case]:
-    """Every length, and for it every depth, and for that every trial."""
+    """The cases of a run: all trials at all depths of all lengths."""
     return [Case(n, depth, trial) for n in lengths for depth in depths for trial in range(trials)]
 
 

@@ -125,7 +125,7 @@ def _quantized(config: Llama4Config, params: dict, format: str, mesh) -> dict:
 
 
 def table(figures: Figures) -> Table:
-    """To print: errors of logits, root mean square over that of all logits."""
+    """The table that is printed; errors of logits are root mean squares over that of all logits."""
     shown = Table(
         title=f"{figures['tokens']} tokens, {figures['nats_per_token']:.4f} nats a token as it is"
     )

@@ -39,12 +39,12 @@ def main() -> None:
 
 
 def losses(record: Record) -> str:
-    """What a progress bar has room for."""
+    """The losses of a record in words, for a progress bar."""
     return numbers(record, ("loss", "held_out_loss"))
 
 
 def line(record: Record, steps: int) -> str:
-    """One line of a log."""
+    """A record as one line of a log."""
     shown = ("loss", "held_out_loss", "gradient_norm", "router_peak", "tokens_per_second")
     return f"step {record['step']}/{steps}  " + numbers(record, shown)
 

@@ -1,4 +1,4 @@
-"""What came of the needles: a summary, a table for the terminal, a heat map."""
+"""Reports the results of the needle test: a summary, a table for the terminal, a heat map."""
 
 import io
 import sys
@@ -37,7 +37,7 @@ def summary(records: list[Record]) -> list[Record]:
 
 
 def _line(length: int, cells: list[list[Record]]) -> Record:
-    """The cells are those of the length's depths, in order."""
+    """The summary of one length, from its trials by depth, shallowest first."""
     records = [record for cell in cells for record in cell]
     return {
         "length": length,
@@ -155,5 +155,5 @@ def share(cell: list[Record]) -> float:
 
 
 def colour(part: float) -> tuple[int, ...]:
-    """Between red for 0 and green for 1."""
+    """A colour between red, for 0, and green, for 1."""
     return tuple(round(r + part * (g - r)) for r, g in zip(RED, GREEN, strict=True))

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Loop(NamedTuple):
-    """What a sequence ends in.
+    """The repetition that a sequence ends in.
 
     Attributes:
         repeated: length of the longest suffix that also occurs earlier, overlaps included.

@@ -1,4 +1,4 @@
-"""Does a loaded model speak? A short forward pass that a wrong layout does not survive."""
+"""Checks a loaded model by the entropy and the loss of a sentence, which bad conversions raise."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from jaxmoe.model.steps import Inputs, step
 from jaxmoe.model.transformer import unembed
 from jaxmoe.text import Tokenizer
 
-# What any model of English text has seen, and the demo model too.
+# A text that every model of English has been trained on, the demo model too.
 TEXT = (
     "In the beginning God created the heaven and the earth. And the earth was without form, and "
     "void; and darkness was upon the face of the deep. And the Spirit of God moved upon the face "
@@ -27,7 +27,7 @@ PEAKED, EVEN, KNOWN = 0.002, 0.995, 0.45
 
 
 class Speech(NamedTuple):
-    """Means over the text's tokens, as parts of ln(vocabulary).
+    """The self-test's figures: means over its tokens, as fractions of ln(vocabulary size).
 
     Attributes:
         entropy: of the predictions.

@@ -32,7 +32,7 @@ def job_digest(settings: Any, requests: Iterable[Request | Refusal]) -> str:
 
 
 def encode(record: Line) -> bytes:
-    """A line of output."""
+    """An output record as a line of JSON."""
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
@@ -146,7 +146,7 @@ class Answers:
         self.done = set(self._places)
 
     def _lines(self) -> Iterator[bytes]:
-        """All of the output, in the order of the requests; ends before an answer that lacks."""
+        """The lines of output in the order of the requests, up to the first that has no answer."""
         for line in self.requests:
             if isinstance(line, Refusal):
                 yield encode(line.record)

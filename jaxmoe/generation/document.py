@@ -58,7 +58,7 @@ def new_document(config: Llama4Config, params: dict, capacity: int, kv: str | No
 
 
 def check_length(config: Llama4Config, length: int) -> None:
-    """Raises a UserError if so many tokens are none, or more than the model's context."""
+    """Raises a UserError if `length` is below 1 or above the model's context."""
     if not 1 <= length <= config.max_position_embeddings:
         raise UserError(
             f"{length} tokens do not fit the model's context of 1 to "
@@ -94,7 +94,7 @@ def read(
 
 
 class Snapshot(NamedTuple):
-    """What a cache loses when tokens are added: local layers overwrite, global layers append."""
+    """A copy of what added tokens overwrite in a cache: the rings of its local layers."""
 
     length: int
     pools: tuple[Pool, ...]  # but that of the full cache

@@ -23,7 +23,7 @@ class Refusal:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Its line of output."""
+        """The output record of the refused line."""
         return {"id": self.id, "error": self.error}
 
 
@@ -153,7 +153,7 @@ def _text_tokens(
 
 
 def _at(where: str, function: Callable[[Any], Any], value: Any) -> Any:
-    """What a function makes of a value; its error says where."""
+    """`function(value)`; a UserError of it gets `where` in front."""
     try:
         return function(value)
     except UserError as error:
@@ -172,7 +172,7 @@ def answer(
 
 
 def not_finite(request: Request, count: int) -> str:
-    """What is said of a request that ended with `ERROR`."""
+    """The error message of a request that ended with `ERROR`."""
     return (
         f"request {request.id!r}: the model's logits after {count} new tokens are not finite; "
         "look for NaN in its weights with jaxmoe convert --verify, or compute in float32."

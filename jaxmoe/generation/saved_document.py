@@ -203,7 +203,7 @@ def _text(tokens) -> dict[str, Any]:
 
 
 def _fingerprint(params: dict) -> str:
-    """A digest of all parameters' bits, the same on every mesh, as sums of integers are."""
+    """A digest of all parameters' bits. It sums integers, so it is the same on every mesh."""
     sums = [int(x) for x in jax.tree.leaves(_sum_bits(params))]
     return hashlib.sha256(np.asarray(sums, "<u4").tobytes()).hexdigest()
 
@@ -359,7 +359,7 @@ def _restore(
 
 
 def _load(part: _Part, array: StoredArray, pages: int, shards: int) -> jax.Array:
-    """A part with its pages where an empty pool deals them out: from page 1 of each device on."""
+    """A part loaded into the pages that an empty pool takes first: page 1 of each device and on."""
     shape, dtype, place = part.keys.shape, part.keys.dtype, part.keys.sharding
     held = shape[0] // shards  # by each device
     part.keys.delete()

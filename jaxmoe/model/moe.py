@@ -117,7 +117,7 @@ def moe(
 def router_stats(
     routing: Routing, real: Bool[Array, "B S"], reached: Int[Array, ""]
 ) -> RouterStats:
-    """What is worth knowing of a layer's routing, its logits left behind.
+    """Statistics of a layer's routing, without its logits.
 
     Args:
         routing: of all tokens, wherever they lie on the mesh.
@@ -229,7 +229,7 @@ def _exchange(run: Callable, p: dict, x, expert, score):
 
 
 def _first_expert(p: dict) -> jax.Array:
-    """The number of this device's first expert."""
+    """The index, among all experts, of the first that this device has."""
     return lax.axis_index(meshes.RULES["expert"]) * p["down"].shape[0]
 
 

@@ -108,7 +108,7 @@ class TrainConfig:
 
     @property
     def rows(self) -> DataConfig:
-        """The `data`.
+        """The `data` of a run that has some.
 
         Raises:
             UserError: if there is none.

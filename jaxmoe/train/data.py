@@ -74,7 +74,7 @@ def _read_raw(path: str | Path, dtype: str | None, start: bytes) -> np.ndarray:
 
 
 def check_tokens(tokens: Integer[np.ndarray, "tokens"], vocab_size: int, path: str | Path) -> None:
-    """Sees that every token is one of the model's.
+    """Checks that every token is in the vocabulary.
 
     Raises:
         UserError: naming the first that is not, and its place.
@@ -168,6 +168,6 @@ def _epoch(seed: int, epoch: int, count: int, length: int) -> tuple[int, np.ndar
 
 
 def _batch(tokens: np.ndarray, begin_id: int) -> Batch:
-    """Segments begin at every document's first token; the first may lack its beginning."""
+    """Rows whose segments are documents; a row's first document may lack its beginning."""
     segment_ids = 1 + np.cumsum(tokens == begin_id, axis=1)
     return Batch(tokens.astype(np.int32), segment_ids.astype(np.int32))

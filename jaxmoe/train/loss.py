@@ -1,4 +1,4 @@
-"""What training minimizes, and how the routers are doing.
+"""Losses of training, and measures of the routers' health.
 
 Shape letters: B rows, S tokens a row, V vocabulary, L MoE layers, E experts, k experts a token.
 """
@@ -134,7 +134,7 @@ def router_losses(layers: tuple[RouterStats, ...]) -> tuple[Float[Array, ""], Ro
 
 
 def _balance(stats: RouterStats) -> Float[Array, ""]:
-    """The load is made of counts: the gradient is that of the probabilities alone."""
+    """A layer's load-balance loss; only mean probabilities have a gradient."""
     return stats.assignments.shape[0] * jnp.sum(stats.load * stats.mean_probability)
 
 

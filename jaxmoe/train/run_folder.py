@@ -19,7 +19,7 @@ from jaxmoe.train.config import TrainConfig
 
 
 class RunFolder:
-    """What a run writes. Nothing is written before `claimed`.
+    """The files that a run writes. Nothing is written before `claimed`.
 
     Attributes:
         path: the folder; in it `config.json` says which run it is.
@@ -29,7 +29,7 @@ class RunFolder:
     """
 
     def __init__(self, config: TrainConfig):
-        """Begins nothing yet.
+        """Names the files; reads and writes nothing.
 
         Raises:
             UserError: if the config holds what no JSON can.
@@ -43,7 +43,7 @@ class RunFolder:
         self._partial = self.path / "partial"  # the checkpoint, until it is whole
 
     def is_finished(self) -> bool:
-        """Whether the run was finished before; what it then had no time to clear away is.
+        """Whether the run was finished before; also removes files that it left behind then.
 
         Raises:
             UserError: if the folder is not this run's.
@@ -59,7 +59,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Within it the folder is this run's, and no other process's.
+        """A context in which this process owns the folder.
 
         Raises:
             UserError: if it is another's, or cannot be written.

@@ -202,7 +202,7 @@ def held_out_loss(
 
 
 def _record(step: int, metrics: dict, norm: float, rate: Any) -> Record:
-    """Plain numbers, the losses first."""
+    """The record of a step in plain numbers, its losses first."""
     plain = {name: _plain(np.asarray(value)) for name, value in metrics.items()}
     record = {"step": step} | {name: plain[name] for name in plain if name.endswith("loss")}
     return record | {"gradient_norm": norm, "learning_rate": float(rate)} | plain
@@ -224,7 +224,7 @@ def _not_finite(step: int, state: TrainState, record: Record) -> str | None:
 
 
 def _model(config: TrainConfig, source: str) -> Llama4Config:
-    """The model, once it is known that there is all that the finished checkpoint will need."""
+    """The model's config; also checks that the tokenizer exists and the matrices can be trained."""
     tokenizer = config.tokenizer
     if tokenizer and not any((Path(tokenizer) / name).exists() for name in store.COMPANIONS):
         raise UserError(f"{tokenizer} has none of the files {', '.join(store.COMPANIONS)}.")
@@ -241,7 +241,7 @@ def _model(config: TrainConfig, source: str) -> Llama4Config:
 
 
 def _shapes(model: Llama4Config, mesh: jax.sharding.Mesh) -> dict:
-    """The model's own parameters as ShapeDtypeStructs; a mesh that does not divide them is not."""
+    """The model's own parameters as ShapeDtypeStructs on the mesh."""
     return abstract_params(model, mesh, jnp.float32, pads=False)
 
 
@@ -261,7 +261,7 @@ def _first_params(
 
 
 def _tokens(config: TrainConfig, model: Llama4Config) -> tuple[np.ndarray, np.ndarray]:
-    """Training tokens and held-out tokens, both known to be of use."""
+    """Training tokens and held-out tokens, checked to be in the vocabulary and enough."""
     wanted, begin_id = config.rows, model.bos_token_id
     tokens = data.read_tokens(wanted.tokens, wanted.dtype)
     data.check_tokens(tokens, model.vocab_size, wanted.tokens)

@@ -27,7 +27,7 @@ from pallas_kernels.experts import (
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """jaxmoe's: groups begin on block boundaries. Whole layers are the model's own code."""
+    """jaxmoe's way: groups begin on block boundaries. Whole layers are the model's own code."""
 
     num_experts: int
     implementation: str
@@ -64,13 +64,13 @@ class Blocks:
 
     @property
     def _kernels(self) -> Kernels:
-        """The model's choice for moves, unless all is XLA's."""
+        """Products by this implementation; moves of tokens by XLA with it, else by the fastest."""
         dispatch = "xla" if self.implementation == "xla" else None
         return Kernels(experts=self.implementation, dispatch=dispatch)
 
 
 def _routed(way, p, x, expert, score):
-    """The experts of a layer, of a way's parts."""
+    """The experts of a layer, put together from the parts of a way."""
     plan = way.plan(expert)
     scale = way.rows(plan, score[:, None])[:, 0]
     hidden = way.gated(p, way.rows(plan, x), scale, plan)
