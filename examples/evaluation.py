@@ -14,7 +14,7 @@ TEXT = "In the beginning God created the heaven and the earth."
 def main(checkpoint: str, text: str = TEXT) -> None:
     """Prints the perplexity of the text, in one pass and token by token through the cache."""
     mesh = jaxmoe.MeshConfig.parse("fsdp=-1").make()
-    config, params = jaxmoe.load(checkpoint, mesh)
+    config, params = jaxmoe.load(checkpoint, mesh, "float32")
     tokens = np.array([jaxmoe.Tokenizer.load(checkpoint).encode(text, bos=True)], np.int32)
     for name, decode_from in {"one pass": None, "token by token": 1}.items():
         with jax.set_mesh(mesh):

@@ -124,8 +124,9 @@ def restore(config: Llama4Config, cache: Cache, before: Snapshot) -> Cache:
 def truncate(cache: Cache, length: Int[Array, "1"]) -> Cache:
     """A cache of one row without its tokens from position `length` on, which is used up.
 
-    A token of local layers takes the place of one a chunk before it. So tokens that were added and
-    are now dropped must be of one chunk with the last that stays; else take a `snapshot` first.
+    A token in a ring overwrites one that is a chunk, or a sliding window, before it. So the dropped
+    tokens must be of one chunk with the last that stays; else, and with sliding windows always,
+    take a `snapshot` before they are added.
 
     Args:
         cache: of one row, with one segment.

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -13,6 +14,13 @@ from jaxmoe.checkpoint.convert import convert
 
 DEMO = Path(__file__).parents[2] / "demo/model"
 GENESIS = "In the beginning God created the heaven and the earth. " * 8
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Examples take all devices, and compiling for eight would take most of the time."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
 
 
 @pytest.fixture(scope="module")
