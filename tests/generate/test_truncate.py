@@ -12,6 +12,7 @@ from tests import reference, tiny
 from tests.conftest import load_tiny, one_device
 
 KEPT, DROPPED = 20, 6  # of chunks of 16 tokens: what is dropped is of the second, as the last kept
+NEXT = KEPT + 3  # a position from which some of the dropped tokens would be seen
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def test_dropped_tokens_are_not_seen(model, spec):
         *_, document = read(config, params, empty, text[: KEPT + DROPPED])
         cache = truncate(document.cache, jnp.array([KEPT]))
         assert cache.length.tolist() == [KEPT]
-        new = Inputs(*(jnp.full((1, 1), x) for x in (text[-1], KEPT, 1)))
+        new = Inputs(*(jnp.full((1, 1), x) for x in (text[-1], NEXT, 1)))
         got, _ = step(config, params, new, cache, readout=last_logits)
-    want = reference.logits(model.hf_config, model.tensors, [[*text[:KEPT], text[-1]]])
+    seen, positions = [[*text[:KEPT], text[-1]]], [[*range(KEPT), NEXT]]
+    want = reference.logits(model.hf_config, model.tensors, seen, positions=positions)
     assert abs(np.asarray(got[0]) - want[0, -1]).max() < 1e-4
