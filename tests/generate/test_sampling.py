@@ -79,7 +79,7 @@ def test_temperature_zero_takes_the_largest_and_the_first_of_equals():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_are_the_probabilities(temperature):
-    """Of many requests, each once."""
+    """The tokens of many requests, each drawn once."""
     tokens = drawn(Sampling(temperature=temperature, top_p=1.0), LOGITS, np.arange(20_000), 0)
     weights = np.exp(LOGITS / temperature)
     assert_frequencies(np.bincount(tokens, minlength=4), weights / weights.sum())

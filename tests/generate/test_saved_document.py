@@ -43,7 +43,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def plain(params, tokens):
-    """Of the tokens after the text."""
+    """Logits of the tokens after the text."""
     return token_logits(CONFIG, params, tokens[None])[0, LENGTH:]
 
 
@@ -250,7 +250,7 @@ def test_a_damaged_array(text, params):
 
 @pytest.mark.parametrize("part", ["", "c"])
 def test_arrays_that_were_exchanged(text, params, part):
-    """Of every two of one shape, in folders or in data alone."""
+    """Every two arrays of one shape are exchanged, with their folders or their data alone."""
     arrays = [f"layers.{n}.{x}" for n in range(2) for x in "kv"]
     rings, logs = arrays[:6], arrays[6:]
     for names in (*itertools.combinations(rings, 2), logs):

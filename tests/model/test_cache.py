@@ -91,7 +91,7 @@ def test_pages_are_dealt_out_evenly(small, shards):
 
 
 def test_one_long_row_and_many_short_ones_share_a_pool(small):
-    """Of a tenth of what they would need if each had room for the longest."""
+    """The pool has a tenth of the pages that all rows would need with room for the longest."""
     rows, longest = 16, 64 * PAGE
     cache = init_cache(small.config, rows, longest, tokens=longest + (rows - 1) * PAGE)
     lengths = np.array([longest] + [5] * (rows - 1))

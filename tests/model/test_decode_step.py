@@ -63,7 +63,7 @@ def fused(config, cache, new):
 
 
 def slots_that_differ(one, other):
-    """Of a layer's pages [P, K, t], where anything of a token's keys or values does."""
+    """Where two layers' pages [P, K, t] differ in any element of a token's keys or values."""
     differs = 0
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         differ = as_float(x) != as_float(y)

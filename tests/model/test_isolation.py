@@ -58,7 +58,7 @@ def drawn(config, *shape):
     ],
 )
 def test_experts(spec, length, k):
-    """Of a spoiled token, and of one that is padding, which does not even count."""
+    """NaN of a token, and of a padding token that is not even counted, reaches no other token."""
     config = moe_layer.config(k)
     p, x, real = moe_layer.draw(config, 8, length)
     real = put(real, (3, 1), True)

@@ -112,7 +112,7 @@ def test_work_of_every_expert_on_every_token_is_seen():
 @pytest.mark.reads_compiled
 @pytest.mark.parametrize("layer", [moe, every_expert_on_every_token])
 def test_the_count_is_xlas(layer):
-    """Of the compiled layer, a loop's body once; XLA also counts additions of single numbers."""
+    """XLA counts the compiled layer, a loop's body once, and additions of single numbers too."""
     config = moe_layer.config(D=D, F=F, E=16)
     lowered = jax.jit(functools.partial(layer, config)).lower(*arguments(config, 4096))
     ours = layer_flops(layer, config, 4096, whole_loops=False)

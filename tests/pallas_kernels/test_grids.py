@@ -50,7 +50,7 @@ class Launch(NamedTuple):
 
 
 def launches(function, *arguments) -> list[Launch]:
-    """Of all kernels of a function of ShapeDtypeStructs, as traced for an H100."""
+    """The grids of all kernels in a function of ShapeDtypeStructs, traced for an H100."""
     with jax.sharding.use_abstract_mesh(mesh_of(absent_h100s(1)[0]).abstract_mesh):
         return list(_launches(jax.make_jaxpr(function)(*arguments).jaxpr))
 

@@ -108,7 +108,7 @@ def test_gated_products_and_gradients(way, dtype, case, spoil):
 
 
 def check_gated(way, case, given, spoiled, hit_items):
-    """Of both matrices at once, by one kernel."""
+    """One kernel multiplies by both matrices at once."""
     got, want = (np.asarray(way.call(gated, planned(case), *x)) for x in (spoiled, given))
     assert_isolated(got, want, hit_items)
     assert is_spoiled(got[hit_items])
@@ -153,7 +153,7 @@ def test_rows_without_an_item(way, dtype, case):
 
 
 def test_exchange():
-    """Of eight devices; some rows stay away."""
+    """The exchange of eight devices; some rows are left out."""
     devices, rows = 8, 3
     rng, count = np.random.default_rng(0), devices * rows
     destination = rng.integers(0, devices + 1, count).astype(np.int32)

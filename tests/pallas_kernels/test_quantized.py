@@ -20,7 +20,7 @@ every_format = pytest.mark.parametrize("format", LARGEST)
 
 
 def vectors(scale=1.0):
-    """Of sizes from 2^-20 to 2^20 times `scale`, and elements of one vector that differ as much."""
+    """Vectors of sizes from 2^-20 to 2^20 times `scale`, with elements that differ as much."""
     rng = np.random.default_rng(0)
     sizes = 2.0 ** rng.integers(-20, 21, (3, 50, 1)) * scale
     skew = 2.0 ** (rng.integers(-12, 1, (3, 50, 16)) * rng.integers(0, 2, (3, 50, 1)))
@@ -64,7 +64,7 @@ def test_rounds_to_the_nearest(format):
 
 @every_format
 def test_largest_element_is_the_largest_value(format):
-    """Of either sign: catches -128 and -8, which have no opposite."""
+    """Either sign has the same size: catches -128 and -8, which have no opposite."""
     x = vectors()
     for got in (values(quantize(jnp.asarray(y), format)) for y in (x, -x)):
         np.testing.assert_array_equal(np.abs(got).max(-1), LARGEST[format])
@@ -145,7 +145,7 @@ def test_int4_halves():
 
 
 def test_unpack_extends_the_sign():
-    """Of each half of every byte."""
+    """Each half of every byte keeps its sign."""
     every = np.arange(-128, 128)
     low = (every + 8) % 16 - 8
     np.testing.assert_array_equal(unpack(jnp.asarray(every, jnp.int8)), [*low, *(every >> 4)])

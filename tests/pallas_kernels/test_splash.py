@@ -122,7 +122,7 @@ def test_blocks_are_whole_lanes():
 @pytest.mark.parametrize("chunk", [None, 10, 40, 1])
 @pytest.mark.parametrize("blocks", [(8, 8), (16, 8), (8, 24)])
 def test_meets_only_blocks_that_some_token_needs(blocks, chunk, aligned):
-    """Of 96 tokens, where a chunk may begin at any token unless slots are positions."""
+    """96 tokens; a chunk may begin at any of them unless slots are positions."""
     starts = [0] if aligned or chunk is None else range(chunk)
     needed = np.any([block_needed(start, chunk, *blocks) for start in starts], axis=0)
     mask = _Slots(96, make_mask(chunk=chunk), aligned)

@@ -121,7 +121,7 @@ def packed():
 
 
 def gradient(model, batch, remat):
-    """Of the cross entropy, by dotted name."""
+    """Gradients of the cross entropy by dotted name."""
     return gradient_and_losses(model, model.params, batch, remat, router_loss=0.0)[0]
 
 

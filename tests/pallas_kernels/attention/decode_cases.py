@@ -112,7 +112,7 @@ class Cache(NamedTuple):
 
 
 def seen(case):
-    """Of each row, the keys that some query sees."""
+    """Which keys of each row some query sees."""
     return rule(case).any(1)
 
 
@@ -144,7 +144,7 @@ def in_pages(case, format, page) -> Cache:
 
 
 def in_pool(x, table, pages, page):
-    """Of pages that no table names, as if they were of the first sequence."""
+    """Pages that no table names, with coordinates of the first sequence."""
     pool = np.ones((pages, page), np.int32)
     pool[table.ravel()] = x.reshape(-1, page)
     return pool

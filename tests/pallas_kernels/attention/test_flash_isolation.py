@@ -58,7 +58,7 @@ def spoil(x, hit):
 
 
 def run(way, case, q, k, v, d_out, d_lse):
-    """Of splash its own kernels, which serve calls without the log-sum-exp."""
+    """Calls without the log-sum-exp run on splash's own kernels."""
     if way is not SPLASH:
         return way.call(differentiated, case, q, k, v, d_out, d_lse)
     out, *gradients = way.call(differentiated_alone, case, q, k, v, d_out)

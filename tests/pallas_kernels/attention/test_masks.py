@@ -58,7 +58,7 @@ def compute(function, case, *more):
 
 
 def judge_visible_blocks(case, blocks):
-    """Of each pair of blocks: whether a pair of tokens is visible; whether all of real queries."""
+    """(any pair of tokens is visible, all of real queries are) for each pair of blocks."""
 
     def pairs(x, fill):
         """[rows, query blocks, key blocks, pairs of tokens]; no query sees a key past the last."""
@@ -113,7 +113,7 @@ def test_padding_queries_do_not_keep_a_block_from_being_full():
 
 
 def compute_ranges(kinds):
-    """Of blocks that are "." (unseen), "m" (masked) or "f" (full)."""
+    """Masks of blocks that are "." (unseen), "m" (masked) or "f" (full)."""
     return [
         np.asarray(x) for x in block_ranges(jnp.asarray(kinds != "."), jnp.asarray(kinds == "f"))
     ]
