@@ -16,6 +16,9 @@ python = $(VENV)/bin/python
 in_parallel = --numprocesses 2 --dist loadfile --no-loadscope-reorder  # small files come last
 newest_tests = tests/model/test_golden.py tests/generate/test_engine.py tests/train/test_trainer.py \
     tests/checkpoint/test_convert.py tests/checkpoint/test_formats.py
+quick_tests = tests/test_mesh_config.py tests/test_errors.py tests/test_parsing.py tests/test_hf_config.py \
+    tests/test_reference.py tests/eval/test_needle.py tests/checkpoint/test_names.py tests/model/test_layers.py \
+    tests/scripts/test_main.py tests/text/test_chat.py
 ORACLE_SEED := $(or $(JAXMOE_ORACLE_SEED),$(shell date +%s))
 with_oracle = JAXMOE_ORACLE_PYTHON="$(abspath $(VENV_ORACLE))/bin/python"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -30,7 +33,7 @@ demo: $(VENV)/.project $(BUILD)/demo.converted
 	    --mesh expert=4,sequence=2 --cpu-devices 8 --max-new-tokens 120 --temperature 0.8
 
 check: lint
-	$(python) -m pytest -m quick $(in_parallel)
+	$(python) -m pytest $(in_parallel) $(quick_tests)
 
 test: $(VENV)/.project
 	$(python) -m pytest -m "not oracle" $(in_parallel)
