@@ -102,7 +102,7 @@ def test_what_is_no_number_is_neither_converted_nor_verified(tmp_path, monkeypat
         with pytest.raises(UserError, match=words):
             convert(source, tmp_path / f"{quantize}", weights=quantize)
     with monkeypatch.context() as before:
-        before.setattr(sources, "_has_nonfinite", lambda *_: False)
+        before.setattr(source_module, "_has_nonfinite", lambda *_: False)
         convert(source, tmp_path / "orbax")
     with pytest.raises(UserError, match=words):
         verify(source, tmp_path / "orbax")
