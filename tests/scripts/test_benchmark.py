@@ -183,7 +183,7 @@ def test_a_failing_contender_ends_nothing():
 
 
 @pytest.fixture
-def device(monkeypatch):
+def device(monkeypatch, untyped):
     """Stands in for a GPU, on which nothing is checked and the ceilings are known."""
     monkeypatch.setattr(gpu, "_ceilings", lambda effort: {"TFLOP/s": 800.0, "TB/s": 4.0})
     monkeypatch.setattr(gpu, "header", lambda device: {"device": "stand-in"})

@@ -126,7 +126,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 
 def test_what_is_not_converted_is_no_checkpoint(checkpoint):
     source = checkpoint.with_name("hf")
-    refuses("generate.py", source, "--prompt", "a", words=[source, "convert.py"])
+    refuses("generate.py", source, "--prompt", "a", words=[source, "jaxmoe convert"])
 
 
 def test_a_prompt_needs_a_tokenizer(small):

@@ -70,7 +70,7 @@ def test_any_loop_of_xla(data_decides, in_order):
 
 
 def test_the_hopper_kernel():
-    case = itself("", ROWS)
+    case = itself("", Coords(*map(np.asarray, ROWS)))
     q, k, v = (x.astype("bfloat16") for x in arrays())
     with MOSAIC_GPU.checked():
         out = flash_attention(
