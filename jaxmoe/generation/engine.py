@@ -17,7 +17,7 @@ from jaxmoe.model.kv_cache import Cache, init_cache, round_capacity, row_groups
 from jaxmoe.model.steps import step
 from jaxmoe.model.transformer import unembed
 
-__all__ = ["ERROR", "PREFILL_CHUNK", "Request", "Token", "fit_context", "generate", "step"]
+__all__ = ["ERROR", "PREFILL_CHUNK", "Request", "Token", "fit_context", "generate"]
 PREFILL_CHUNK = 512  # tokens of a prompt that one step takes, at most
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.generation.engine import Request, generate, step
+from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
 from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.steps import step
 from tests import reference, tiny
 from tests.conftest import load_tiny, one_device
 

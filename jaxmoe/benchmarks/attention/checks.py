@@ -106,7 +106,7 @@ def _packed(tokens: int) -> Coords:
 
 
 def _rotated(coords: Coords) -> Coords:
-    """The same tokens in rotated slots, as in a ring buffer."""
+    """Coordinates with each row rotated by a third of its slots, as in a ring buffer."""
     return Coords(*(jnp.roll(x, x.shape[1] // 3, axis=1) for x in coords))
 
 

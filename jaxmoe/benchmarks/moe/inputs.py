@@ -79,7 +79,7 @@ def random_matrix(config: Llama4Config, name: str, format: str, key: jax.Array):
 
 
 def _repeated(matrix, experts: int):
-    """The same matrix for each expert, which takes no memory beyond the result to make."""
+    """Copies one matrix to every expert; making the result needs no further memory."""
 
     def repeated(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (experts, *x.shape))
