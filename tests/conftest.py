@@ -6,14 +6,19 @@ import shutil
 import tempfile
 
 # Set before JAX starts. The compiler for absent GPUs is installed, its driver is not.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+ON_GPU = os.environ.get("JAXMOE_TEST_GPU", "0") != "0"
+if not ON_GPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+else:  # which several workers share
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # XLA's threads: simulated GPU threads wait for one another, and would wait forever for a free one.
 os.environ["NPROC"] = "32"
 # Compiling takes most of the time. So the CPU's programs are compiled in a hurry, unless the
 # variable below says otherwise: without LLVM's costly passes, by XLA's older and much quicker
 # emitters, in one piece each.
-HURRIED = os.environ.get("JAXMOE_FULL_COMPILATION", "0") == "0"
+HURRIED = not ON_GPU and os.environ.get("JAXMOE_FULL_COMPILATION", "0") == "0"
 if HURRIED:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     os.environ["XLA_FLAGS"] = (
@@ -53,6 +58,14 @@ gc.set_threshold(50_000, 20, 20)
 
 # Marks of tests that look at programs.
 READS_COMPILED = ("absent_gpu", "absent_tpu", "reads_compiled")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the tests of Hopper kernels by the implementation among their parameters."""
+    for item in items:
+        if "mosaic_gpu" in getattr(getattr(item, "callspec", None), "id", ""):
+            item.add_marker("hopper")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,8 +3,12 @@
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import gc
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -36,6 +40,7 @@ COLD_BYTES = 256e6  # read in rotation by memory-bound cases: five times an H100
 SPARE_BYTES = 2**30  # memory that a case may need beyond its arrays
 MATRIX = 8192  # rows and columns of the matrix product that measures the peak of arithmetic
 COPY_ELEMENTS = 2**30  # 16-bit elements of the copy that measures memory: 2 GiB read and written
+MOST_PROCESSES = 12  # of checks; each context takes half a GiB of the GPU's memory
 QUICK = Effort(rounds=3, seconds=0.03)
 
 
@@ -106,16 +111,18 @@ def run_suite(suite: Suite, args: argparse.Namespace) -> None:
         measure(suite, args, cases, _gpu())
 
 
-def matching(cases: list, pattern: str) -> list:
-    """The cases whose names match a shell pattern.
+def matching(cases: list, patterns: list[str]) -> list:
+    """The cases whose names match one of several shell patterns.
 
     Raises:
-        UserError: if there is none.
+        UserError: if a pattern matches none.
     """
-    matches = [case for case in cases if fnmatch.fnmatchcase(case.name, pattern)]
-    if not matches:
-        raise UserError(f"--cases '{pattern}' matches no case; --list names them.")
-    return matches
+    names = [case.name for case in cases]
+    matched = {pattern: set(fnmatch.filter(names, pattern)) for pattern in patterns}
+    for pattern, found in matched.items():
+        if not found:
+            raise UserError(f"--cases '{pattern}' matches no case; --list names them.")
+    return [case for case in cases if case.name in set.union(*matched.values())]
 
 
 def _gpu() -> jax.Device:
@@ -184,11 +191,31 @@ def _check(suite: Suite, cases: list, size: Any, implementation: str) -> list[Ou
     checks = [check for family in families for check in suite.checks(family, size)]
     outcomes = []
     with task_progress("Checking", len(checks), "checks") as advance:
-        for check in checks:
-            outcomes.append(outcome(check, implementation, suite.errors))
+        for each in _outcomes(checks, implementation, suite.errors):
+            outcomes.append(each)
             advance(1)
     Console().print(outcomes_table(outcomes))
     return outcomes
+
+
+def _outcomes(checks: list, implementation: str, errors: Callable) -> Iterator[Outcome]:
+    """Runs checks, those of kernels in several processes, since tracing and compiling take longest.
+
+    Each process has its own CUDA context, and takes memory as it needs it of what JAX left.
+    """
+    run = functools.partial(outcome, implementation=implementation, errors=errors)
+    if implementation != KERNELS:
+        yield from map(run, checks)
+        return
+    count = min(MOST_PROCESSES, os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=_share_memory) as pool:
+        yield from pool.map(run, checks)
+
+
+def _share_memory() -> None:
+    """Lets this process take the GPU's memory as it needs it; called before JAX starts."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
 def _refuse_failures(outcomes: list[Outcome], hint: str) -> None:

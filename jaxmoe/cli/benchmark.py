@@ -11,6 +11,7 @@ from jaxmoe.benchmarks.convert import add_parser as add_convert
 from jaxmoe.benchmarks.cpu import run_cpu
 from jaxmoe.benchmarks.moe.suite import run_moe
 from jaxmoe.benchmarks.schedule.command import add_parser as add_schedule
+from jaxmoe.benchmarks.step import add_parser as add_step
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     cpu.add_argument("--repeats", type=int, default=3, help="of each side in a round")
     add_convert(commands)
     add_schedule(commands)
+    add_step(commands)
     for name, start, subject in (
         ("attention", run_attention, "attention"),
         ("moe", run_moe, "the mixture of experts"),
@@ -38,7 +40,9 @@ def main() -> None:
 def _add_suite(parser: argparse.ArgumentParser, start: Callable) -> None:
     parser.set_defaults(start=start)
     parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
-    parser.add_argument("--cases", metavar="PATTERN", default="*", help="such as '*-int8'")
+    parser.add_argument(
+        "--cases", metavar="PATTERN", nargs="+", default=["*"], help="such as '*-int8'"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--check-only", action="store_true", help="time nothing")

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import MeshConfig
@@ -16,7 +15,8 @@ from jaxmoe.model.decode_step import why_not_fused
 from jaxmoe.model.kv_cache import init_cache
 from jaxmoe.model.params import init_params, quantize_params
 from jaxmoe.model.transformer import forward, unembed
-from tests.pallas_kernels.attention.cases import assert_close, no_races
+from tests.pallas_kernels.attention.cases import assert_close
+from tests.pallas_kernels.hopper import INTERPRET, no_races
 
 LAYERS = (LayerKind("local", "moe"), LayerKind("local", "dense"), LayerKind("global", "moe"))
 SMALL = Llama4Config(
@@ -24,7 +24,6 @@ SMALL = Llama4Config(
     num_attention_heads=2, num_key_value_heads=1, head_dim=128, num_local_experts=8,
     layers=LAYERS, attention_chunk_size=64, floor_scale=16, rms_norm_eps=1e-5,
 )  # fmt: skip
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 PREFIX = 70  # tokens: the newest are a chunk behind the first
 
 
@@ -75,6 +74,7 @@ def as_float(x):
     return np.asarray(x).astype(np.float32)
 
 
+@pytest.mark.hopper
 @pytest.mark.parametrize(
     ("rows", "kv", "changes"),
     [
@@ -106,6 +106,7 @@ def test_logits_and_cache_are_those_of_the_layers(rows, kv, changes):
     assert all((a.assignments == b.assignments).all() and a.dropped == 0 for a, b in stats)
 
 
+@pytest.mark.hopper
 def test_padding_writes_nothing_and_rows_stay_apart():
     """One row is padding, one is NaN; the third is bit-equal to a step in which both are sound."""
     cache, (tokens, positions, segments) = filled(SMALL, 3, "int8")

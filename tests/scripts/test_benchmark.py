@@ -62,7 +62,7 @@ def test_pairs_are_those_of_the_rule(queries, keys, chunk):
 
 
 def work(name):
-    (case,) = gpu.matching(all_cases(), name)
+    (case,) = gpu.matching(all_cases(), [name])
     return case.work
 
 

@@ -44,7 +44,7 @@ def tiny(monkeypatch):
 
 
 def named(name):
-    (case,) = gpu.matching(all_cases(), name)
+    (case,) = gpu.matching(all_cases(), [name])
     return case
 
 

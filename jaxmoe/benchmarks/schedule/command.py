@@ -40,7 +40,9 @@ def add_parser(commands) -> None:
     parser.set_defaults(start=run_schedule)
     parser.add_argument("--target", default="h100", help=" or ".join(TARGETS))
     parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
-    parser.add_argument("--cases", metavar="PATTERN", default="*", help="such as 'flash-*'")
+    parser.add_argument(
+        "--cases", metavar="PATTERN", nargs="+", default=["*"], help="such as 'flash-*'"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
 
 

@@ -1,15 +1,12 @@
 """Cases of attention, their inputs, and their results in float64 NumPy: the judge of all."""
 
-import contextlib
 import dataclasses
 import functools
 from typing import NamedTuple
-from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels.attention import Coords
 
@@ -221,22 +218,3 @@ def assert_close(got, want, tolerance):
 def assert_same_zeros(got, want):
     """Exact zeros where nothing is seen, which is where the judge has them."""
     assert not np.asarray(got)[want == 0].any()
-
-
-@contextlib.contextmanager
-def no_races():
-    """The GPU interpreter runs kernels inside, each of them free of races."""
-    runs = []
-
-    def record(**options):
-        runs.append(new_state(**options))
-        return runs[-1]
-
-    new_state = gpu_callbacks.GPURaceDetectionState
-    with mock.patch.object(gpu_callbacks, "GPURaceDetectionState", record):
-        try:
-            yield
-        except BaseException:
-            gpu_callbacks.reset_gpu_interpret_mode_state()
-            raise
-    assert runs and not any(run.races_found for run in runs)

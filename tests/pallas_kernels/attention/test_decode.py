@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import decode_attention, flash_xla
 from pallas_kernels.attention.decode_config import DecodeConfig
@@ -20,7 +19,6 @@ from tests.pallas_kernels.attention.cases import (
     assert_close,
     assert_same_zeros,
     draw,
-    no_races,
 )
 from tests.pallas_kernels.attention.decode_cases import (
     BLOCK,
@@ -34,6 +32,7 @@ from tests.pallas_kernels.attention.decode_cases import (
     newest,
     whole,
 )
+from tests.pallas_kernels.hopper import INTERPRET, no_races
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ MOSAIC_GPU = Way(
     "mosaic_gpu",
     "bfloat16",
     DecodeConfig(block_k=BLOCK, slots=2, tasks_per_core=2, least_blocks=1),
-    interpret=plgpu.InterpretGPUParams(detect_races=True),
+    interpret=INTERPRET,
     checked=no_races,
 )
 WAYS = XLA, XLA_BFLOAT16, XLA_OF_FIXED_LENGTH, MOSAIC_GPU
@@ -157,6 +156,7 @@ def test_blocks_that_no_row_sees_are_not_read(way):
     check(way, case, cache)
 
 
+@pytest.mark.hopper
 def test_a_row_reads_its_own_blocks_only():
     """Also in pages: page 0 is that past the end of every row."""
     (case,) = LENGTHS

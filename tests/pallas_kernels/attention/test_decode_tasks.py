@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import decode_mosaic
 from pallas_kernels.attention.decode_config import DecodeConfig
 from pallas_kernels.attention.decode_join import decode_join
 from pallas_kernels.attention.decode_mosaic import plan_tasks, task_budget
-from tests.pallas_kernels.attention.cases import assert_close, no_races
+from tests.pallas_kernels.attention.cases import assert_close
+from tests.pallas_kernels.hopper import INTERPRET, no_races
 
 plan = jax.jit(plan_tasks, static_argnums=(1, 2))
 
@@ -108,9 +108,8 @@ FIRST = np.cumsum(COUNT) - COUNT
 
 
 def join(outs, lses):
-    """Output [B, K, queries, d] and log-sum-exp [B, K, R], by the interpreter."""
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
-    options = {"columns": QUERIES, "dtype": jnp.float32, "interpret": interpret}
+    """Output [B, K, queries, d] and log-sum-exp [B, K, R], by the kernel."""
+    options = {"columns": QUERIES, "dtype": jnp.float32, "interpret": INTERPRET}
     first, count = (np.array(x, np.int32) for x in (FIRST, COUNT))
     with no_races():
         return jax.block_until_ready(
@@ -127,6 +126,7 @@ def parts_of(scores, values):
     return outs.swapaxes(-1, -2), sums
 
 
+@pytest.mark.hopper
 @pytest.mark.parametrize("spread", [1, 100])
 def test_joined_tasks_are_the_softmax_of_the_whole(spread):
     """Catches parts of other rows, sums that overflow, and the use of what a spare task holds."""
@@ -142,6 +142,7 @@ def test_joined_tasks_are_the_softmax_of_the_whole(spread):
     assert (np.asarray(lse[1]) == -np.inf).all()
 
 
+@pytest.mark.hopper
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_row_leaves_the_others_bit_equal(bad):
     rng = np.random.default_rng(0)

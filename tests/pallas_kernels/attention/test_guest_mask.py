@@ -69,6 +69,7 @@ def test_any_loop_of_xla(data_decides, in_order):
     assert_close(run(q, k, v), judged(q, k, v), 1e-5)
 
 
+@pytest.mark.hopper
 def test_the_hopper_kernel():
     case = itself("", Coords(*map(np.asarray, ROWS)))
     q, k, v = (x.astype("bfloat16") for x in arrays())

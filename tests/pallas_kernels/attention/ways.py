@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import (
     flash_attention,
@@ -23,7 +22,8 @@ from pallas_kernels.attention.flash import FlashCase
 from pallas_kernels.attention.mosaic_backward import BackwardConfig
 from pallas_kernels.attention.mosaic_forward import ForwardConfig
 from pallas_kernels.choice import Implementation
-from tests.pallas_kernels.attention.cases import CASES, SCALE, Case, Results, draw, no_races
+from tests.pallas_kernels.attention.cases import CASES, SCALE, Case, Results, draw
+from tests.pallas_kernels.hopper import INTERPRET, no_races
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ MOSAIC_GPU = Way(
     lambda case: flash_mosaic.FlashMosaicConfig(
         ForwardConfig(block_k=64), BackwardConfig(block_k=64)
     ),
-    plgpu.InterpretGPUParams(detect_races=True),
+    INTERPRET,
     no_races,
 )
 SPLASH = Way(

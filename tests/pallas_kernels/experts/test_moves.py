@@ -8,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.experts import combine, dispatch, move_implementation, moves, moves_mosaic
-from tests.pallas_kernels.attention.cases import no_races
 from tests.pallas_kernels.experts.cases import CASES, named, planned
+from tests.pallas_kernels.hopper import INTERPRET, no_races
 
 TILED = named("blocks of 128, first group empty, some without a group")
 XLA = (("implementation", "xla"),)
 GPU = (
     ("implementation", "mosaic_gpu"),
-    ("interpret", plgpu.InterpretGPUParams(detect_races=True)),
+    ("interpret", INTERPRET),
 )
 ALL_CASES = [*CASES, TILED]
 FEW = [CASES[0], named("one item"), named("some without a group")]
@@ -79,7 +78,7 @@ def moved(options, plan, arrays):
 
 def check(options, case, dtype, width):
     plan, arrays = draw(case, dtype, width)
-    with no_races() if dict(options).get("interpret") else contextlib.nullcontext():
+    with no_races() if options[: len(GPU)] == GPU else contextlib.nullcontext():
         got = jax.block_until_ready(moved(options, plan, arrays))
     for name, result, wanted in zip(Results._fields, got, judge(plan, arrays), strict=True):
         assert result.dtype == wanted.dtype
@@ -96,11 +95,13 @@ def test_xla(dtype, case):
     check(XLA, case, dtype, 5)
 
 
+@pytest.mark.hopper
 @over(ALL_CASES)
 def test_kernels(case):
     check(GPU, case, "bfloat16", 512)
 
 
+@pytest.mark.hopper
 @over(FEW)
 @pytest.mark.parametrize("width", [128, 384])
 def test_kernels_in_float32(width, case):
@@ -108,6 +109,7 @@ def test_kernels_in_float32(width, case):
     check(GPU, case, "float32", width)
 
 
+@pytest.mark.hopper
 @over(FEW)
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_blocks_of_rows(rows, case):

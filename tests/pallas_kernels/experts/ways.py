@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.choice import Implementation
 from pallas_kernels.experts import combine, dispatch, gated_matmul, grouped_matmul
@@ -19,8 +18,8 @@ from pallas_kernels.experts.grouped_megablox import GroupedMegabloxConfig
 from pallas_kernels.experts.grouped_mosaic import GroupedMosaicConfig
 from pallas_kernels.experts.mosaic_kernels import StreamConfig, TileConfig
 from pallas_kernels.experts.mosaic_quantized import QuantizedConfig
-from tests.pallas_kernels.attention.cases import no_races
 from tests.pallas_kernels.experts.cases import GatedResults, Results, draw, planned
+from tests.pallas_kernels.hopper import INTERPRET, no_races
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ MOSAIC_GPU = Way(
     GroupedMosaicConfig(
         TileConfig(slots=2, together=2), StreamConfig(slots=2), QuantizedConfig(slots=2, together=2)
     ),
-    plgpu.InterpretGPUParams(detect_races=True),
+    INTERPRET,
     no_races,
 )
 MEGABLOX = Way(

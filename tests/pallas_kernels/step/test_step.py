@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxmoe.model.kv_cache.layer import write
 from jaxmoe.model.layers import rms_norm, rms_normalize, rotate
@@ -21,9 +20,11 @@ from pallas_kernels.step import (
     write_heads,
 )
 from pallas_kernels.step.heads import swap_pairs
-from tests.pallas_kernels.attention.cases import assert_close, no_races
+from tests.pallas_kernels.attention.cases import assert_close
+from tests.pallas_kernels.hopper import INTERPRET, no_races
 
-RUN = {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
+RUN = {"interpret": INTERPRET}
+pytestmark = pytest.mark.hopper
 PAGES, PAGE, d = 6, 64, 128
 
 

@@ -1,0 +1,188 @@
+"""`jaxmoe benchmark step`: prefill and decode steps of a model, timed beside what `plan` says.
+
+Weights are random, since what they are does not change how long a step takes, so that no checkpoint
+is needed. A model with fewer layers shows what a layer takes where the whole does not fit.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxmoe.benchmarks.gpu import header
+from jaxmoe.benchmarks.timing import write_json
+from jaxmoe.errors import UserError
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.kv_cache import Cache, init_cache, round_capacity
+from jaxmoe.model.params import abstract_params
+from jaxmoe.model.steps import Inputs, last_logits, step
+from jaxmoe.plan.models import read_model
+from jaxmoe.plan.planner import make_plan
+from jaxmoe.plan.targets import known_names, parse_target
+from jaxmoe.plan.work import PREFILL_CHUNK, STORAGE_FORMATS, Work
+
+SAMPLES, STEPS = 5, 16  # decode steps are timed in runs of STEPS, without waiting in between
+NORMAL, SCALE = 0.02, 1e-3  # deviation of random weights, and the scale of quantized ones
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand to an argument parser's subcommands."""
+    parser = commands.add_parser("step", help="prefill and decode of a model, beside its plan")
+    parser.set_defaults(start=run_step)
+    parser.add_argument("model", help="scout, maverick, or a checkpoint's folder")
+    parser.add_argument("--layers", type=int, metavar="N", help="only the first N")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="rows")
+    parser.add_argument("--context", type=int, default=PREFILL_CHUNK, metavar="N")
+    parser.add_argument("--prefill-chunk", type=int, default=PREFILL_CHUNK, metavar="N")
+    parser.add_argument("--weights", choices=STORAGE_FORMATS, default="bf16")
+    parser.add_argument("--kv", choices=STORAGE_FORMATS, default="bf16")
+    parser.add_argument("--mesh", default="tensor=-1", metavar="SPEC")
+    parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
+
+
+def run_step(args: argparse.Namespace) -> None:
+    """Measures each batch size in turn, writes the figures and prints them."""
+    config = read_model(args.model)
+    if args.layers is not None:
+        if not 1 <= args.layers <= len(config.layers):
+            raise UserError(f"--layers {args.layers} is not between 1 and {len(config.layers)}.")
+        config = dataclasses.replace(config, layers=config.layers[: args.layers])
+    chunk = min(args.prefill_chunk, args.context)
+    if args.context % chunk:
+        raise UserError(f"--context {args.context} is no multiple of --prefill-chunk {chunk}.")
+    sizes = {"context": args.context, "prefill_chunk": chunk}
+    work = Work(config=config, weights=args.weights, kv=args.kv, **sizes)
+    mesh = MeshConfig.parse(args.mesh)
+    figures = header(jax.devices()[0])
+    figures |= {"model": args.model, "layers": len(config.layers), "mesh": args.mesh}
+    figures |= {"weights": work.weights, "kv": work.kv, "context": work.context, "batches": []}
+    devices = mesh.make()
+    with jax.set_mesh(devices):
+        params = random_params(work, devices)
+        for rows in args.batch:
+            measured = step_figures(dataclasses.replace(work, rows=rows), params, mesh)
+            figures["batches"].append(measured)
+            write_json(args.output, figures)
+    Console().print(step_table(figures))
+
+
+def random_params(work: Work, mesh: jax.sharding.Mesh) -> dict:
+    """Random parameters in the work's format, made where they stay."""
+    shapes = abstract_params(work.config, mesh, jnp.bfloat16, work.format)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return tree.unflatten([_random(*pair) for pair in zip(keys, leaves, strict=True)])
+
+
+def _random(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Random bits for integers, equal scales in float32, ones for norms, else normal numbers."""
+
+    def make(key):
+        if like.dtype == jnp.int8:
+            return jax.random.randint(key, like.shape, -127, 128, like.dtype)
+        if like.dtype == jnp.float32:
+            return jnp.full(like.shape, SCALE, like.dtype)
+        if len(like.shape) == 1:
+            return jnp.ones(like.shape, like.dtype)
+        return (NORMAL * jax.random.normal(key, like.shape, jnp.bfloat16)).astype(like.dtype)
+
+    return jax.jit(make, out_shardings=like.sharding)(key)
+
+
+def step_figures(work: Work, params: dict, mesh: MeshConfig) -> dict[str, Any]:
+    """Seconds of each prefill chunk and of a decode step, with the plan's bound and estimate."""
+    model = _Model(work, params)
+    first, _ = model.prefill()
+    seconds, cache = model.prefill()
+    decode, finite = model.decode(cache)
+    return {
+        "rows": work.rows,
+        "prefill_chunk": work.prefill_chunk,
+        "prefill": {"first_call": sum(first), "seconds": seconds}
+        | _planned(dataclasses.replace(work, task="prefill"), mesh),
+        "decode": {"first_run": decode[0], "seconds": statistics.median(decode[1:])}
+        | _planned(work, mesh),
+        "finite": finite,
+    }
+
+
+class _Model:
+    """Runs steps of one batch size on random tokens."""
+
+    def __init__(self, work: Work, params: dict):
+        self.work, self.params = work, params
+        shape = work.rows, work.context
+        self.tokens = np.random.default_rng(0).integers(0, work.config.vocab_size, shape, np.int32)
+
+    def step(self, cache: Cache, start: int, tokens) -> tuple[jax.Array, Cache]:
+        """The last tokens' logits, and the cache with the tokens at positions from `start` on."""
+        positions = np.arange(start, start + tokens.shape[1], dtype=np.int32)
+        positions = np.broadcast_to(positions, tokens.shape)
+        inputs = Inputs(*map(jnp.asarray, (tokens, positions, np.ones_like(positions))))
+        return step(self.work.config, self.params, inputs, cache, readout=last_logits)
+
+    def prefill(self) -> tuple[list[float], Cache]:
+        """Seconds of each chunk, and the cache with all of them."""
+        work, seconds = self.work, []
+        room = round_capacity(work.context + (SAMPLES + 1) * STEPS)
+        cache = init_cache(work.config, work.rows, room, work.kv_dtype)
+        for chunk in np.split(self.tokens, work.context // work.prefill_chunk, axis=1):
+            begin = time.perf_counter()
+            logits, cache = self.step(cache, len(seconds) * work.prefill_chunk, chunk)
+            jax.block_until_ready(logits)
+            seconds.append(time.perf_counter() - begin)
+        return seconds, cache
+
+    def decode(self, cache: Cache) -> tuple[list[float], bool]:
+        """Mean seconds of a greedy step in each run of STEPS, and whether all logits are finite."""
+        seconds, position, new, logits = [], self.work.context, self.tokens[:, :1], jnp.zeros(())
+        finite = True
+        for _ in range(SAMPLES + 1):
+            begin = time.perf_counter()
+            for _ in range(STEPS):
+                logits, cache = self.step(cache, position, new)
+                new, position = jnp.argmax(logits, -1).astype(jnp.int32)[:, None], position + 1
+            jax.block_until_ready(new)
+            seconds.append((time.perf_counter() - begin) / STEPS)
+            finite &= bool(jnp.isfinite(logits).all())
+        return seconds, finite
+
+
+def _planned(work: Work, mesh: MeshConfig) -> dict[str, float]:
+    """The plan's bound and estimate of a step, if it knows the devices."""
+    kind, count = jax.devices()[0].device_kind.lower(), jax.device_count()
+    names = [name for name in known_names() if name.partition("x")[0] in kind]
+    if not names:
+        return {}
+    target = parse_target(f"{names[0].partition('x')[0]}x{count}")
+    plan = make_plan("", work, target, mesh)
+    return {"bound": plan.chosen.bounds.seconds, "estimate": plan.estimate}
+
+
+def step_table(figures: dict) -> Table:
+    """A row for each batch size: rates, and times beside the plan's."""
+    table = Table(
+        title=f"{figures['model']}, {figures['layers']} layers, {figures['weights']} weights, "
+        f"{figures['kv']} cache, {figures['context']} tokens; {figures['device']}"
+    )
+    for column in ("rows", "prefill tokens/s", "of bound", "decode ms", "estimate", "tokens/s"):
+        table.add_column(column, justify="right")
+    for batch in figures["batches"]:
+        prefill, decode, rows = batch["prefill"], batch["decode"], batch["rows"]
+        last, estimate = prefill["seconds"][-1], decode.get("estimate")
+        table.add_row(
+            str(rows),
+            f"{rows * batch['prefill_chunk'] / last:,.0f}",
+            f"{prefill['bound'] / last:.0%}" if "bound" in prefill else "",
+            f"{decode['seconds'] * 1e3:.2f}",
+            f"{estimate * 1e3:.2f}" if estimate else "",
+            f"{rows / decode['seconds']:,.1f}",
+        )
+    return table
