@@ -224,12 +224,12 @@ def _run(figures: dict) -> str:
 
 
 def _method(figures: dict) -> str:
+    rounds = f"Medians of {figures['rounds']} rounds taken in turn"
+    if "checks" not in figures:
+        return f"{rounds}; nothing was checked in this run."
     checks = figures["checks"]
     failed = f"; **{len(checks['failures'])} failed**" if checks["failures"] else ""
-    return (
-        f"Medians of {figures['rounds']} rounds taken in turn, after {checks['run']} checks "
-        f"against float32{failed}."
-    )
+    return f"{rounds}, after {checks['run']} checks against float32{failed}."
 
 
 def _source(name: str, figures: dict) -> str:

@@ -6,6 +6,7 @@ are explained in the docstring of its own module.
 """
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -56,6 +57,29 @@ def why_not_hopper(interpret: Any = None) -> str | None:
     if reason := ptxas.why_not():
         warnings.warn(f"Hopper kernels are not used: {reason}.", stacklevel=2)
     return reason
+
+
+def hopper_kernel(body: Callable, *, interpret: Any, **options: Any) -> Callable:
+    """`plgpu.kernel` with this module's compiler parameters: one function for equal arguments.
+
+    So a program traces, lowers and compiles a kernel once, in however many layers it is called:
+    Mosaic GPU numbers a program's kernels and would compile equal ones once for each number.
+
+    Args:
+        body: the kernel, or a `functools.partial` of it with hashable arguments.
+        interpret: parameters of the GPU interpreter, or None.
+        **options: hashable arguments of `plgpu.kernel`.
+    """
+    flat = functools.partial(body)  # of a function, even if `body` is a partial itself
+    return _hopper_kernel(flat.func, flat.args, interpret, tuple(options.items()))
+
+
+@functools.cache
+def _hopper_kernel(function, arguments, interpret, options) -> Callable:
+    body = functools.partial(function, *arguments)
+    options = dict(options)
+    shared = {"compiler_params": COMPILER_PARAMS, "interpret": interpret}
+    return jax.jit(plgpu.kernel(body, **shared, **options))
 
 
 def flat_grid(sizes: tuple[int, ...]) -> dict[str, Any]:

@@ -5,10 +5,8 @@ import dataclasses
 import fnmatch
 import functools
 import gc
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from jaxmoe.benchmarks import tables
+from jaxmoe.benchmarks import processes, tables
 from jaxmoe.benchmarks.checks import Outcome, outcome, outcomes_table
 from jaxmoe.benchmarks.timing import (
     Call,
@@ -40,7 +38,6 @@ COLD_BYTES = 256e6  # read in rotation by memory-bound cases: five times an H100
 SPARE_BYTES = 2**30  # memory that a case may need beyond its arrays
 MATRIX = 8192  # rows and columns of the matrix product that measures the peak of arithmetic
 COPY_ELEMENTS = 2**30  # 16-bit elements of the copy that measures memory: 2 GiB read and written
-MOST_PROCESSES = 12  # of checks; each context takes half a GiB of the GPU's memory
 QUICK = Effort(rounds=3, seconds=0.03)
 
 
@@ -64,6 +61,11 @@ class Case(Protocol):
     @property
     def facts(self) -> dict:
         """The case's fields in the file of figures."""
+        ...
+
+    @property
+    def memory(self) -> int:
+        """An estimate of the bytes of the device's memory that the case takes."""
         ...
 
     def left_out(self, memory: int) -> str | None:
@@ -125,7 +127,13 @@ def matching(cases: list, patterns: list[str]) -> list:
     return [case for case in cases if case.name in set.union(*matched.values())]
 
 
+def _processes() -> int:
+    """How many processes use a GPU at once; without one, all runs in this process."""
+    return min(processes.MOST, os.cpu_count() or 1) if jax.default_backend() == "gpu" else 1
+
+
 def _gpu() -> jax.Device:
+    processes.share_memory()
     try:
         device = jax.devices()[0]
     except RuntimeError as error:
@@ -145,22 +153,25 @@ def measure(suite: Suite, args: argparse.Namespace, cases: list, device: jax.Dev
     """
     figures = header(device)
     write_json(args.output, figures)
-    outcomes = _check(suite, cases, suite.full, KERNELS)
-    figures["checks"] = _check_figures(outcomes)
-    write_json(args.output, figures)
-    if not args.force:
-        _refuse_failures(outcomes, hint="; --force times them all the same")
+    if not args.time_only:
+        outcomes = _check(suite, cases, suite.full, KERNELS)
+        figures["checks"] = _check_figures(outcomes)
+        write_json(args.output, figures)
+        if not args.force:
+            _refuse_failures(outcomes, hint="; --force times them all the same")
     if args.check_only:
         return
     effort, memory = QUICK if args.quick else Effort(), device.memory_stats()["bytes_limit"]
     left_out = {case.name: line for case in cases if (line := case.left_out(memory))}
     figures |= {"rounds": effort.rounds, "ceilings": _ceilings(effort)}
     figures |= {"left_out": list(left_out.values()), "cases": []}
-    with task_progress("Timing", len(cases) - len(left_out), "cases") as advance:
-        for case in (case for case in cases if case.name not in left_out):
-            figures["cases"].append(case_figures(suite, case, effort, figures["ceilings"]))
+    cases = [case for case in cases if case.name not in left_out]
+    run = functools.partial(case_figures, suite, effort=effort, ceilings=figures["ceilings"])
+    with task_progress("Timing", len(cases), "cases") as advance:
+        sizes = [case.memory for case in cases]
+        for timed in processes.run_in_turn(run, cases, sizes, memory, _processes()):
+            figures["cases"].append(timed)
             write_json(args.output, figures)
-            gc.collect()  # frees the arrays that the traceback of an error refers to
             advance(1)
     _print(suite, figures)
 
@@ -189,33 +200,14 @@ def _check(suite: Suite, cases: list, size: Any, implementation: str) -> list[Ou
     """Runs every check of the cases' families, and prints a table of the outcomes."""
     families = dict.fromkeys(case.family for case in cases)
     checks = [check for family in families for check in suite.checks(family, size)]
+    run = functools.partial(outcome, implementation=implementation, errors=suite.errors)
     outcomes = []
     with task_progress("Checking", len(checks), "checks") as advance:
-        for each in _outcomes(checks, implementation, suite.errors):
+        for each in processes.run_each(run, checks, _processes()):
             outcomes.append(each)
             advance(1)
     Console().print(outcomes_table(outcomes))
     return outcomes
-
-
-def _outcomes(checks: list, implementation: str, errors: Callable) -> Iterator[Outcome]:
-    """Runs checks, those of kernels in several processes, since tracing and compiling take longest.
-
-    Each process has its own CUDA context, and takes memory as it needs it of what JAX left.
-    """
-    run = functools.partial(outcome, implementation=implementation, errors=errors)
-    if implementation != KERNELS:
-        yield from map(run, checks)
-        return
-    count = min(MOST_PROCESSES, os.cpu_count() or 1)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=_share_memory) as pool:
-        yield from pool.map(run, checks)
-
-
-def _share_memory() -> None:
-    """Lets this process take the GPU's memory as it needs it; called before JAX starts."""
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
 def _refuse_failures(outcomes: list[Outcome], hint: str) -> None:
@@ -245,8 +237,10 @@ def _ceilings(effort: Effort) -> dict[str, float]:
 
 def case_figures(suite: Suite, case: Case, effort: Effort, ceilings: dict[str, float]) -> dict:
     """Times a case; seconds and rates by contender, None for one that cannot run it or fails."""
+    gc.collect()  # frees the arrays that the traceback of an error in the last case refers to
     inputs = suite.inputs(case)
-    seconds, errors = time_in_turn(suite.builders(case, inputs, KERNELS), effort)
+    builders = suite.builders(case, inputs, KERNELS)
+    seconds, errors = time_in_turn(builders, effort, processes.alone())
     least = max(amount / ceilings[unit] / 1e12 for unit, amount in case.work.items())
     ours = seconds.get("jaxmoe")
     return {

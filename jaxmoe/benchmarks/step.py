@@ -19,12 +19,13 @@ from rich.table import Table
 from jaxmoe.benchmarks.gpu import header
 from jaxmoe.benchmarks.timing import write_json
 from jaxmoe.errors import UserError
-from jaxmoe.mesh import MeshConfig
+from jaxmoe.mesh import MeshConfig, activation_spec, sharding
 from jaxmoe.model.kv_cache import Cache, init_cache, round_capacity
 from jaxmoe.model.params import abstract_params
-from jaxmoe.model.steps import Inputs, last_logits, step
+from jaxmoe.model.steps import Inputs
 from jaxmoe.plan.models import read_model
 from jaxmoe.plan.planner import make_plan
+from jaxmoe.plan.steps import abstract_arguments, lower_step
 from jaxmoe.plan.targets import known_names, parse_target
 from jaxmoe.plan.work import PREFILL_CHUNK, STORAGE_FORMATS, Work
 
@@ -64,12 +65,11 @@ def run_step(args: argparse.Namespace) -> None:
     figures |= {"model": args.model, "layers": len(config.layers), "mesh": args.mesh}
     figures |= {"weights": work.weights, "kv": work.kv, "context": work.context, "batches": []}
     devices = mesh.make()
-    with jax.set_mesh(devices):
-        params = random_params(work, devices)
-        for rows in args.batch:
-            measured = step_figures(dataclasses.replace(work, rows=rows), params, mesh)
-            figures["batches"].append(measured)
-            write_json(args.output, figures)
+    models = [Model(dataclasses.replace(work, rows=rows), devices) for rows in args.batch]
+    params = random_params(work, devices)
+    for model in models:
+        figures["batches"].append(step_figures(model, params, mesh))
+        write_json(args.output, figures)
     Console().print(step_table(figures))
 
 
@@ -96,63 +96,84 @@ def _random(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.jit(make, out_shardings=like.sharding)(key)
 
 
-def step_figures(work: Work, params: dict, mesh: MeshConfig) -> dict[str, Any]:
-    """Seconds of each prefill chunk and of a decode step, with the plan's bound and estimate."""
-    model = _Model(work, params)
-    first, _ = model.prefill()
-    seconds, cache = model.prefill()
-    decode, finite = model.decode(cache)
-    return {
-        "rows": work.rows,
-        "prefill_chunk": work.prefill_chunk,
-        "prefill": {"first_call": sum(first), "seconds": seconds}
-        | _planned(dataclasses.replace(work, task="prefill"), mesh),
-        "decode": {"first_run": decode[0], "seconds": statistics.median(decode[1:])}
-        | _planned(work, mesh),
-        "finite": finite,
-    }
+class Model:
+    """The compiled steps of one batch size, which run on random tokens.
 
+    Attributes:
+        work: the batch and its context.
+        seconds: how long the step of each number of new tokens took to lower and to compile.
+    """
 
-class _Model:
-    """Runs steps of one batch size on random tokens."""
-
-    def __init__(self, work: Work, params: dict):
-        self.work, self.params = work, params
+    def __init__(self, work: Work, mesh: jax.sharding.Mesh):
+        self.work, self.mesh, self.seconds = work, mesh, {}
+        self.room = round_capacity(work.context + (SAMPLES + 1) * STEPS, mesh)
+        self.steps = {tokens: self._compiled(tokens) for tokens in (work.prefill_chunk, 1)}
         shape = work.rows, work.context
         self.tokens = np.random.default_rng(0).integers(0, work.config.vocab_size, shape, np.int32)
 
-    def step(self, cache: Cache, start: int, tokens) -> tuple[jax.Array, Cache]:
+    def _compiled(self, tokens: int) -> jax.stages.Compiled:
+        begin, work = time.perf_counter(), self.work
+        arguments = abstract_arguments(
+            *(work.config, self.mesh),
+            **{"rows": work.rows, "tokens": tokens, "capacity": self.room},
+            **{"format": work.format, "kv": work.kv_dtype},
+        )
+        lowered = lower_step(work.config, self.mesh, arguments)
+        lowered_at = time.perf_counter()
+        compiled = lowered.compile()
+        self.seconds[tokens] = lowered_at - begin, time.perf_counter() - lowered_at
+        return compiled
+
+    def step(self, params: dict, cache: Cache, start: int, tokens) -> tuple[jax.Array, Cache]:
         """The last tokens' logits, and the cache with the tokens at positions from `start` on."""
         positions = np.arange(start, start + tokens.shape[1], dtype=np.int32)
         positions = np.broadcast_to(positions, tokens.shape)
-        inputs = Inputs(*map(jnp.asarray, (tokens, positions, np.ones_like(positions))))
-        return step(self.work.config, self.params, inputs, cache, readout=last_logits)
+        spec = activation_spec(self.mesh, ("batch", "length"), tokens.shape)
+        layout = sharding(self.mesh, spec)
+        inputs = jax.device_put((tokens, positions, np.ones_like(positions)), layout)
+        return self.steps[tokens.shape[1]](params, Inputs(*inputs), cache)
 
-    def prefill(self) -> tuple[list[float], Cache]:
+    def prefill(self, params: dict) -> tuple[list[float], Cache]:
         """Seconds of each chunk, and the cache with all of them."""
         work, seconds = self.work, []
-        room = round_capacity(work.context + (SAMPLES + 1) * STEPS)
-        cache = init_cache(work.config, work.rows, room, work.kv_dtype)
+        cache = init_cache(work.config, work.rows, self.room, work.kv_dtype, self.mesh)
         for chunk in np.split(self.tokens, work.context // work.prefill_chunk, axis=1):
             begin = time.perf_counter()
-            logits, cache = self.step(cache, len(seconds) * work.prefill_chunk, chunk)
+            logits, cache = self.step(params, cache, len(seconds) * work.prefill_chunk, chunk)
             jax.block_until_ready(logits)
             seconds.append(time.perf_counter() - begin)
         return seconds, cache
 
-    def decode(self, cache: Cache) -> tuple[list[float], bool]:
+    def decode(self, params: dict, cache: Cache) -> tuple[list[float], bool]:
         """Mean seconds of a greedy step in each run of STEPS, and whether all logits are finite."""
         seconds, position, new, logits = [], self.work.context, self.tokens[:, :1], jnp.zeros(())
         finite = True
         for _ in range(SAMPLES + 1):
             begin = time.perf_counter()
             for _ in range(STEPS):
-                logits, cache = self.step(cache, position, new)
+                logits, cache = self.step(params, cache, position, new)
                 new, position = jnp.argmax(logits, -1).astype(jnp.int32)[:, None], position + 1
             jax.block_until_ready(new)
             seconds.append((time.perf_counter() - begin) / STEPS)
             finite &= bool(jnp.isfinite(logits).all())
         return seconds, finite
+
+
+def step_figures(model: Model, params: dict, mesh: MeshConfig) -> dict[str, Any]:
+    """Seconds of each prefill chunk and of a decode step, with the plan's bound and estimate."""
+    work = model.work
+    model.prefill(params)  # loads the programs and takes memory
+    seconds, cache = model.prefill(params)
+    decode, finite = model.decode(params, cache)
+    prefill_plan = _planned(dataclasses.replace(work, task="prefill"), mesh)
+    return {
+        "rows": work.rows,
+        "prefill_chunk": work.prefill_chunk,
+        "lower_and_compile": {str(tokens): taken for tokens, taken in model.seconds.items()},
+        "prefill": {"seconds": seconds} | prefill_plan,
+        "decode": {"seconds": statistics.median(decode[1:])} | _planned(work, mesh),
+        "finite": finite,
+    }
 
 
 def _planned(work: Work, mesh: MeshConfig) -> dict[str, float]:

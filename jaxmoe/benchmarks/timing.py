@@ -1,5 +1,6 @@
 """What the benchmarks share: timing of calls in rotation, and the versions of a run."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -61,34 +62,49 @@ def time_call(function: Callable, args: tuple, effort: Effort) -> float:
 
 
 def time_in_turn[Name](
-    builders: dict[Name, Callable[[], Call]], effort: Effort
+    builders: dict[Name, Callable[[], Call]],
+    effort: Effort,
+    alone: contextlib.AbstractContextManager | None = None,
 ) -> tuple[dict[Name, float], dict[Name, str]]:
     """Times several calls in rotation, so that drifts of the device affect all alike.
 
+    Args:
+        builders: make the calls, by name.
+        effort: how long to time.
+        alone: entered when all calls are compiled, and left when they are timed.
+
     Returns the median seconds of each call, and for calls that raised the error in one line.
     """
-    times, starts, errors = {}, {}, {}
+    calls, times, starts, errors = {}, {}, {}, {}
 
-    def guarded(name: Name, step: Callable[[], None]) -> None:
+    def guarded(name: Name, step: Callable[[Name], None]) -> None:
         try:
-            step()
+            if name not in errors:
+                step(name)
         except Exception as error:  # another library's failure is recorded and ends nothing
             errors[name] = one_line(error)
 
+    def prepare(name: Name) -> None:
+        calls[name] = builders[name]()
+        _sample(calls[name], 1)  # compiles
+
     def first(name: Name) -> None:
-        call = builders[name]()
-        _sample(call, 1)  # compiles
-        once = _sample(call, 1)
-        times[name] = [once] if once * call.count > SLOW_SECONDS else []
-        starts[name] = call, max(1, int(effort.seconds / (once * call.count)))
+        once = _sample(calls[name], 1)
+        times[name] = [once] if once * calls[name].count > SLOW_SECONDS else []
+        starts[name] = max(1, int(effort.seconds / (once * calls[name].count)))
+
+    def again(name: Name) -> None:
+        times[name].append(_sample(calls[name], starts[name]))
 
     for name in builders:
-        guarded(name, lambda name=name: first(name))
-    unhurried = [name for name in times if not times[name]]
-    for _ in range(effort.rounds):
-        for name in unhurried:
-            if name not in errors:
-                guarded(name, lambda name=name: times[name].append(_sample(*starts[name])))
+        guarded(name, prepare)
+    with alone or contextlib.nullcontext():
+        for name in builders:
+            guarded(name, first)
+        unhurried = [name for name in times if not times[name]]
+        for _ in range(effort.rounds):
+            for name in unhurried:
+                guarded(name, again)
     return {name: statistics.median(times[name]) for name in times if name not in errors}, errors
 
 

@@ -45,7 +45,9 @@ def _add_suite(parser: argparse.ArgumentParser, start: Callable) -> None:
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--check-only", action="store_true", help="time nothing")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check-only", action="store_true", help="time nothing")
+    only.add_argument("--time-only", action="store_true", help="check nothing")
     parser.add_argument("--force", action="store_true", help="time even what fails its check")
     parser.add_argument(
         "--simulate", action="store_true", help="only the checks, tiny, on the CPU, in plain XLA"

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.mosaic_masks import load_tokens
 from pallas_kernels.mosaic import (
     COLUMNS,
-    COMPILER_PARAMS,
     WARPGROUP,
     WGMMA,
     Ring,
     along_columns,
     full,
+    hopper_kernel,
 )
 
 TOGETHER = 8  # tasks of a step: their exponentials overlap
@@ -48,7 +48,7 @@ def decode_join(
     _, K, d, R = out_NKdR.shape
     B = first.shape[0]
     task = plgpu.SMEM((SLOTS, WARPGROUP, R), jnp.float32)
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         functools.partial(_kernel, columns),
         out_type=(
             jax.ShapeDtypeStruct((B, K, columns, d), dtype),
@@ -63,7 +63,6 @@ def decode_join(
         grid_names=("head", "part", "row"),
         num_threads=2,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="decode_join",
     )

@@ -55,7 +55,6 @@ from pallas_kernels.attention.mosaic_masks import (
 from pallas_kernels.attention.pages import extents_of_rows
 from pallas_kernels.mosaic import (
     COLUMNS,
-    COMPILER_PARAMS,
     ROWS,
     WGMMA,
     ColumnReduction,
@@ -65,6 +64,7 @@ from pallas_kernels.mosaic import (
     along_rows,
     full,
     half_masks,
+    hopper_kernel,
     widen,
 )
 from pallas_kernels.platform import target
@@ -175,7 +175,7 @@ def _arrays(x) -> tuple:
 def _kernel_call(case, config: DecodeConfig, shape: tuple[int, int, int, int]):
     """The kernel for [N, K, d, R]: a function of the operands of `_kernel`."""
     N, K, d, R = shape
-    return plgpu.kernel(
+    return hopper_kernel(
         functools.partial(_kernel, Wgmma(case.interpret is not None), case.scale * LOG2E),
         out_type=(
             jax.ShapeDtypeStruct((N, K, d, R), jnp.float32),
@@ -186,7 +186,6 @@ def _kernel_call(case, config: DecodeConfig, shape: tuple[int, int, int, int]):
         grid_names=("head", "task"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=case.interpret,
         kernel_name="decode_attention",
     )

@@ -41,7 +41,6 @@ from pallas_kernels.attention.mosaic_masks import (
 )
 from pallas_kernels.mosaic import (
     COLUMNS,
-    COMPILER_PARAMS,
     ROWS,
     WARPGROUP,
     WGMMA,
@@ -52,6 +51,7 @@ from pallas_kernels.mosaic import (
     flat_grid,
     full,
     grid_indices,
+    hopper_kernel,
     tile,
 )
 
@@ -90,10 +90,9 @@ def flash_backward(
     queries = (pad_axis(q, 2, TILE), pad_axis(d_out, 2, TILE), stats)
     k, v, q_range = pad_axis(k, 2, 8), pad_axis(v, 2, 8), pad_tokens(q_range, TILE)
     run = functools.partial(
-        plgpu.kernel,
+        hopper_kernel,
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
     )
     mma = Wgmma(interpret is not None)

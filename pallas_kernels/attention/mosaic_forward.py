@@ -37,7 +37,6 @@ from pallas_kernels.attention.mosaic_masks import (
 )
 from pallas_kernels.mosaic import (
     COLUMNS,
-    COMPILER_PARAMS,
     ROWS,
     WARPGROUP,
     WGMMA,
@@ -47,6 +46,7 @@ from pallas_kernels.mosaic import (
     flat_grid,
     full,
     grid_indices,
+    hopper_kernel,
     tile,
 )
 
@@ -77,7 +77,7 @@ def flash_forward(
     blocks = block_ranges(*visible_blocks(q_range, k_extents, TILE_Q))
     keys = (tile(config.slots, config.block_k, d),)
     sizes = B, q.shape[2] // TILE_Q, H
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         functools.partial(_kernel, sizes, H // K, scale * LOG2E, Wgmma(interpret is not None)),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -96,7 +96,6 @@ def flash_forward(
         **flat_grid(sizes),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="flash_attention_forward",
     )

@@ -20,7 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import (
     COLUMNS,
-    COMPILER_PARAMS,
     ROWS,
     WARPGROUP,
     Ring,
@@ -29,6 +28,7 @@ from pallas_kernels.mosaic import (
     along_rows,
     flat_grid,
     grid_indices,
+    hopper_kernel,
     tile,
 )
 
@@ -82,14 +82,13 @@ def matmul_tiles(
     w_tile = (columns, STEP) if transposed else (STEP, columns)
     buffers = (tile(config.slots, BLOCK, STEP), *[tile(config.slots, *w_tile)] * count)
     grid = (-(-R // (BLOCK * config.together)), F // columns, config.together)
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         functools.partial(_tiles_kernel, transposed, grid, columns),
         out_type=jax.ShapeDtypeStruct((R, F), x.dtype),
         scratch_types=(Ring.types(buffers, COMPUTE), tile(COMPUTE, WARPGROUP, STEP)),
         **flat_grid(grid),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="grouped_matmul",
     )
@@ -179,14 +178,13 @@ def matmul_stream(
     rows = R // group_of_block.shape[0]
     buffers = (tile(config.slots, rows, STEP), *[tile(config.slots, STEP, STEP)] * count)
     grid = (group_of_block.shape[0], F // STEP)
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         functools.partial(_stream_kernel, transposed, grid),
         out_type=jax.ShapeDtypeStruct((R, F), x.dtype),
         scratch_types=(Ring.types(buffers, 1), tile(rows, STEP)),
         **flat_grid(grid),
         num_threads=2,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="grouped_matmul_stream",
     )
@@ -249,7 +247,7 @@ def weight_gradient_tiles(
     (_, D), F, E = x.shape, dy.shape[1], first.shape[0]
     columns = config.columns
     buffers = (tile(config.slots, STEP, BLOCK), tile(config.slots, STEP, columns))
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         functools.partial(_gradient_kernel, columns),
         out_type=jax.ShapeDtypeStruct((E, D, F), x.dtype),
         scratch_types=(Ring.types(buffers, COMPUTE), tile(COMPUTE, WARPGROUP, STEP)),
@@ -257,7 +255,6 @@ def weight_gradient_tiles(
         grid_names=("group", "rows", "columns"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="grouped_matmul_gradient",
     )

@@ -20,7 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import (
     COLUMNS,
-    COMPILER_PARAMS,
     ROWS,
     SMEM_BYTES,
     WARPGROUP,
@@ -33,6 +32,7 @@ from pallas_kernels.mosaic import (
     full,
     grid_indices,
     half_masks,
+    hopper_kernel,
     tile,
     widen,
 )
@@ -106,14 +106,13 @@ def matmul_quantized(
         *[scale] * len(weights) * grouped,
     )
     grid = (-(-R // (rows * together)), F // (compute * WARPGROUP), together)
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         functools.partial(_kernel, Wgmma(interpret is not None), parts, grouped, grid),
         out_type=jax.ShapeDtypeStruct((R, F), x.dtype),
         scratch_types=(Ring.types(buffers, compute), tile(compute, rows, WARPGROUP)),
         **flat_grid(grid),
         num_threads=compute + 1,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="grouped_matmul_quantized",
     )

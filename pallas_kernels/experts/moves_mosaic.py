@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import COMPILER_PARAMS, SMEM_BYTES, why_not_hopper
+from pallas_kernels.mosaic import SMEM_BYTES, hopper_kernel, why_not_hopper
 
 DTYPES = ("bfloat16", "float32")
 UNIT = 128  # row widths are multiples of it: the threads of a warpgroup get equal shares
@@ -81,16 +81,15 @@ def take(x: jax.Array, source: jax.Array, added: jax.Array | None, case) -> jax.
     if x.shape[0] == 1:  # the compiler drops indices of size-1 axes: index 1 would not give zeros
         x = jnp.pad(x, ((0, 1), (0, 0)))
     arrays = (x,) if added is None else (x, added)
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         _take_kernel,
         out_type=jax.ShapeDtypeStruct((R, *pieces), x.dtype),
         scratch_types=(
-            [plgpu.SMEM((rows, *pieces), x.dtype)] * len(arrays),
+            (plgpu.SMEM((rows, *pieces), x.dtype),) * len(arrays),
             plgpu.Barrier(num_arrivals=rows + len(arrays) - 1),
         ),
         grid=(-(-R // rows),),
         grid_names=("block",),
-        compiler_params=COMPILER_PARAMS,
         interpret=case.interpret,
         kernel_name="take_rows",
     )

@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.mosaic import (
-    COMPILER_PARAMS,
     ROWS,
     WARPGROUP,
     WGMMA,
     Ring,
     along_rows,
     full,
+    hopper_kernel,
     tile,
 )
 from pallas_kernels.step.matmul import SLOTS, STEP, UNIT, pad_tokens, products, tokens_tile
@@ -86,7 +86,7 @@ def experts_gate_up(
     """
     C, F = -(-x.shape[0] // UNIT) * UNIT, shared[0].shape[1]
     matrix = tile(GATED_SLOTS, STEP, STEP)
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         _gate_up_kernel,
         out_type=jax.ShapeDtypeStruct((busy.shape[0], C, F), x.dtype),
         scratch_types=(
@@ -97,7 +97,6 @@ def experts_gate_up(
         grid_names=("busy", "tile"),
         num_threads=2,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="experts_gate_up",
     )
@@ -157,7 +156,7 @@ def experts_down(
         interpret: parameters of the GPU interpreter, or None.
     """
     (N, C, _), D = hidden.shape, shared.shape[1]
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         functools.partial(_down_kernel, N),
         out_type=jax.ShapeDtypeStruct((C, D), jnp.float32),
         scratch_types=(
@@ -168,7 +167,6 @@ def experts_down(
         grid_names=("tile",),
         num_threads=2,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="experts_down",
     )

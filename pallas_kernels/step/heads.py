@@ -16,12 +16,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic import (
-    COMPILER_PARAMS,
     ROWS,
     WARPGROUP,
     WGMMA,
     Wgmma,
     along_rows,
+    hopper_kernel,
     tile,
 )
 from pallas_kernels.quantized import LARGEST, Quantized
@@ -79,7 +79,7 @@ def write_heads(
     rows = T if T < UNIT else -(-T // UNIT) * UNIT
     format = k.format if isinstance(k, Quantized) else None
     wide = WARPGROUP, d
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         functools.partial(_kernel, Wgmma(interpret is not None), heads, K, norm_eps, format),
         out_type=jax.ShapeDtypeStruct((rows, heads, d), dtype),
         scratch_types=(
@@ -92,7 +92,6 @@ def write_heads(
         ),
         grid=(heads + 2 * K,),
         grid_names=("head",),
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="write_heads",
     )

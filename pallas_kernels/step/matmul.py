@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.mosaic import COMPILER_PARAMS, WARPGROUP, Ring, accumulate, tile
+from pallas_kernels.mosaic import WARPGROUP, Ring, accumulate, hopper_kernel, tile
 from pallas_kernels.platform import target
 
 MAX_TOKENS = WARPGROUP
@@ -83,11 +83,11 @@ def matmul_few(
         interpret: parameters of the GPU interpreter, or None.
     """
     T, x = -(-x.shape[0] // UNIT) * UNIT, pad_tokens(x)
-    tiles = [-(-w.shape[1] // STEP) for w in weights]
+    tiles = tuple(-(-w.shape[1] // STEP) for w in weights)
     F = sum(w.shape[1] for w in weights)
     parts = parts_of_inputs(x.shape[1], sum(tiles)) if parts is None else parts
     steps = x.shape[1] // (parts * STEP)
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         functools.partial(_kernel, tiles, steps),
         out_type=jax.ShapeDtypeStruct((parts, T, F), jnp.float32),
         scratch_types=(
@@ -98,7 +98,6 @@ def matmul_few(
         grid_names=("part", "tile"),
         num_threads=2,
         thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="matmul_few",
     )

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic import COLUMNS, COMPILER_PARAMS, WARPGROUP, WGMMA, along_rows
+from pallas_kernels.mosaic import COLUMNS, WARPGROUP, WGMMA, along_rows, hopper_kernel
 
 UNIT = 8 * WARPGROUP  # widths are multiples of it, so that each of 64 rows has a multiple of 8
 
@@ -43,13 +43,12 @@ def add_rms_norm(
     T, D = x.shape
     cut = WARPGROUP, D // WARPGROUP
     outputs = (jax.ShapeDtypeStruct((T, *cut), x.dtype),) * (1 if more is None else 2)
-    kernel = plgpu.kernel(
+    kernel = hopper_kernel(
         functools.partial(_kernel, eps, more is not None),
         out_type=outputs,
         scratch_types=(plgpu.SMEM((WARPGROUP,), jnp.float32),),
         grid=(T,),
         grid_names=("token",),
-        compiler_params=COMPILER_PARAMS,
         interpret=interpret,
         kernel_name="add_rms_norm",
     )

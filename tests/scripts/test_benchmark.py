@@ -193,7 +193,13 @@ def device(monkeypatch, untyped):
 
 
 def measure(suite, device, path, **options):
-    args = {"output": str(path), "force": False, "check_only": False, "quick": True} | options
+    args = {
+        "output": str(path),
+        "force": False,
+        "check_only": False,
+        "time_only": False,
+        "quick": True,
+    } | options
     gpu.measure(suite, argparse.Namespace(**args), suite.cases(), device)
 
 

@@ -70,6 +70,12 @@ class Case:
         """How many caches to read in rotation so that none stays in the L2 cache."""
         return math.ceil(COLD_BYTES / self.cache_bytes) if self.kind == "decode" else 1
 
+    @property
+    def memory(self) -> int:
+        """An estimate of the bytes of caches, queries, outputs and their gradients."""
+        tokens = 2 * self.rows * self.queries * HEADS * HEAD_DIM * 2
+        return (self.sets * self.cache_bytes + tokens) * (3 if self.kind == "backward" else 1)
+
     def left_out(self, memory: int) -> str | None:
         """Says why the case does not run on a device with `memory` bytes; None if it does."""
         if self.sets * self.cache_bytes + SPARE_BYTES <= memory:

@@ -8,6 +8,11 @@ from jaxmoe.benchmarks.attention.cases import all_cases, random_inputs
 from jaxmoe.benchmarks.attention.checks import FULL, TOY, checks_of, errors
 from jaxmoe.benchmarks.gpu import Suite, run_suite
 
+
+def _grids(figures: dict) -> list[tables.Grid]:
+    return [tables.attention_grid(figures)]
+
+
 SUITE = Suite(
     cases=all_cases,
     checks=checks_of,
@@ -17,7 +22,7 @@ SUITE = Suite(
     inputs=random_inputs,
     builders=builders,
     contenders=tables.ATTENTION_CONTENDERS,
-    grids=lambda figures: [tables.attention_grid(figures)],
+    grids=_grids,
 )
 
 

@@ -9,6 +9,11 @@ from jaxmoe.benchmarks.moe.cases import all_cases
 from jaxmoe.benchmarks.moe.checks import FULL, TOY, checks_of, errors
 from jaxmoe.benchmarks.moe.inputs import random_inputs
 
+
+def _grids(figures: dict) -> list[tables.Grid]:
+    return [tables.moe_grid(figures), tables.skew_grid(figures)]
+
+
 SUITE = Suite(
     cases=all_cases,
     checks=checks_of,
@@ -18,7 +23,7 @@ SUITE = Suite(
     inputs=random_inputs,
     builders=builders,
     contenders=tables.MOE_CONTENDERS | tables.LONGEST,
-    grids=lambda figures: [tables.moe_grid(figures), tables.skew_grid(figures)],
+    grids=_grids,
 )
 
 
