@@ -6,8 +6,10 @@ is needed. A model with fewer layers shows what a layer takes where the whole do
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -78,22 +80,24 @@ def random_params(work: Work, mesh: jax.sharding.Mesh) -> dict:
     shapes = abstract_params(work.config, mesh, jnp.bfloat16, work.format)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    return tree.unflatten([_random(*pair) for pair in zip(keys, leaves, strict=True)])
+    makers = (_maker(x.shape, x.dtype, x.sharding) for x in leaves)
+    return tree.unflatten([make(key) for make, key in zip(makers, keys, strict=True)])
 
 
-def _random(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Random bits for integers, equal scales in float32, ones for norms, else normal numbers."""
+@functools.cache  # so that arrays alike share a program
+def _maker(shape: tuple[int, ...], dtype, layout) -> Callable[[jax.Array], jax.Array]:
+    """Makes random bits for integers, equal scales in float32, ones for norms, normal numbers."""
 
     def make(key):
-        if like.dtype == jnp.int8:
-            return jax.random.randint(key, like.shape, -127, 128, like.dtype)
-        if like.dtype == jnp.float32:
-            return jnp.full(like.shape, SCALE, like.dtype)
-        if len(like.shape) == 1:
-            return jnp.ones(like.shape, like.dtype)
-        return (NORMAL * jax.random.normal(key, like.shape, jnp.bfloat16)).astype(like.dtype)
+        if dtype == jnp.int8:
+            return jax.random.randint(key, shape, -127, 128, dtype)
+        if dtype == jnp.float32:
+            return jnp.full(shape, SCALE, dtype)
+        if len(shape) == 1:
+            return jnp.ones(shape, dtype)
+        return (NORMAL * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
 
-    return jax.jit(make, out_shardings=like.sharding)(key)
+    return jax.jit(make, out_shardings=layout)
 
 
 class Model:
