@@ -15,9 +15,9 @@ from jaxmoe.config import LayerKind
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.share import DeviceShare, device_share
 from jaxmoe.plan.work import Work, stored_params
+from pallas_kernels.experts.group_metadata import rows_of_whole_groups
 
 BF16, FP32 = 2, 4
-BLOCK = 128  # the most rows of a block of the experts' products
 LEAST_ROWS = 64  # XLA pads the rows of a product to a multiple of this
 
 
@@ -65,15 +65,14 @@ def _experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> int:
 
 
 def expert_rows(items: int, experts: int, here: int) -> int:
-    """R, the number of rows that `pallas_kernels.experts.make_group_metadata` makes.
+    """R, the number of rows that `pallas_kernels.experts.make_group_metadata` makes on Hopper.
 
     Args:
         items: tokens times experts per token.
         experts: experts of the layer.
         here: experts on the device.
     """
-    half = max(1, items // (2 * experts))
-    block = min(BLOCK, max(8, 1 << (half.bit_length() - 1)))
+    block = rows_of_whole_groups(items, experts)  # no fewer than other devices take
     return min(items, items // block + here) * block
 
 

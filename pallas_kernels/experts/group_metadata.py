@@ -34,14 +34,25 @@ class GroupMetadata(NamedTuple):
 
 
 def block_rows(num_items: int, num_groups: int, largest: int = 128) -> int:
-    """A block size in rows that wastes little: a power of two, about half of an average group.
+    """A block size in rows: a power of two, at least 8 on Hopper and TPUs, as their kernels need.
 
-    At least 8 on Hopper and TPUs, whose kernels serve no smaller blocks.
+    On Hopper it is twice an average group, or all items of one group, up to `largest`: kernels read
+    a group's matrix for each of its blocks, which takes longer than multiplying rows that no item
+    takes, and routers make groups of unequal sizes. Elsewhere it is half an average group, so that
+    few rows are multiplied in vain.
     """
     device = target()
-    least = LEAST_OF_KERNELS if device.is_hopper or device.platform == "tpu" else 1
+    if device.is_hopper:
+        return rows_of_whole_groups(num_items, num_groups, largest)
+    least = LEAST_OF_KERNELS if device.platform == "tpu" else 1
     half = max(1, num_items // (2 * num_groups))
     return min(largest, max(least, 1 << (half.bit_length() - 1)))
+
+
+def rows_of_whole_groups(num_items: int, num_groups: int, largest: int = 128) -> int:
+    """`block_rows` on Hopper, for those who plan for it elsewhere."""
+    rows = num_items if num_groups == 1 else 2 * -(-num_items // num_groups)
+    return min(largest, max(LEAST_OF_KERNELS, 1 << (rows - 1).bit_length()))
 
 
 def make_group_metadata(group: Int[Array, "N"], num_groups: int, block: int) -> GroupMetadata:

@@ -78,7 +78,8 @@ def matmul_few(
 
     Args:
         x: up to 64 tokens, bfloat16.
-        weights: matrices of D inputs.
+        weights: matrices of D inputs, each of a multiple of 64 outputs, or of fewer than 64. The
+            outputs of all are a multiple of 32, or fewer: what TMA cuts arrays into.
         parts: into how many parts the inputs are cut; None for as many as occupy the device.
         interpret: parameters of the GPU interpreter, or None.
     """

@@ -28,6 +28,7 @@ from jaxmoe.train.config import OptimizerConfig
 from jaxmoe.train.optimizer import make_optimizer
 from jaxmoe.train.state import abstract_state
 from pallas_kernels.experts import make_group_metadata
+from pallas_kernels.experts.group_metadata import rows_of_whole_groups
 
 MESHES = ["data=1", "tensor=8", "expert=4,sequence=2", "data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"]
 
@@ -94,7 +95,7 @@ def test_a_vocabulary_that_the_mesh_does_not_divide():
 
 @pytest.mark.parametrize("items, experts, here", [(8192, 16, 16), (65536, 16, 2), (4096, 128, 16)])
 def test_rows_of_experts_are_those_of_the_kernels_plan(items, experts, here):
-    block = min(128, items // (2 * experts))
+    block = rows_of_whole_groups(items, experts)
     group = jax.ShapeDtypeStruct((items,), jnp.int32)
     plan = jax.eval_shape(lambda group: make_group_metadata(group, here, block), group)
     assert expert_rows(items, experts, here) == plan.item_of_row.shape[0]

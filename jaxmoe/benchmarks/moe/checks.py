@@ -32,7 +32,7 @@ class Size:
     tokens: tuple[int, ...]
 
 
-FULL = Size(experts=16, width=1024, expert_width=1280, tokens=(1, 300, 600, 1100, 2100, 4200))
+FULL = Size(experts=16, width=1024, expert_width=1280, tokens=(1, 100, 200, 300, 1100, 4200))
 TOY = Size(experts=4, width=64, expert_width=32, tokens=(1, 53))
 
 

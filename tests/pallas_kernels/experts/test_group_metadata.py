@@ -1,11 +1,14 @@
 """Group metadata: which row each item takes, and dispatch and combine by it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.experts import block_rows, combine, dispatch
+from pallas_kernels.experts.group_metadata import rows_of_whole_groups
 from tests.pallas_kernels.experts.cases import CASES, draw, each, named, planned
 
 TILED = named("blocks of 128, first group empty, some without a group")
@@ -77,3 +80,22 @@ def test_items_come_back_from_their_rows(case):
 def test_block_is_half_an_average_group(items, groups, rows):
     """With many items, rows without an item are fewer than items."""
     assert block_rows(items, groups) == rows
+
+
+@pytest.mark.parametrize(
+    ("items", "groups", "rows"),
+    [(1, 16, 8), (64, 16, 8), (65, 16, 16), (512, 16, 64), (1024, 16, 128), (10**6, 16, 128),
+     (1, 1, 8), (9, 1, 16), (64, 1, 64), (65, 1, 128)],
+)  # fmt: skip
+def test_block_on_hopper_is_twice_an_average_group_or_all_items(monkeypatch, items, groups, rows):
+    hopper = dataclasses.make_dataclass("Target", ["is_hopper"])(True)
+    monkeypatch.setattr("pallas_kernels.experts.group_metadata.target", lambda: hopper)
+    assert block_rows(items, groups) == rows
+
+
+@pytest.mark.parametrize("items", [64, 200, 512, 1024])
+def test_few_groups_have_a_second_block_on_hopper(items):
+    """Each block reads its group's matrix: with blocks of half a group, 2.5 for each of them."""
+    sizes = np.bincount(np.random.default_rng(0).integers(16, size=items), minlength=16)
+    blocks = -(-sizes // rows_of_whole_groups(items, 16))
+    assert blocks.sum() <= 1.13 * np.count_nonzero(sizes)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxmoe.model.kv_cache.layer import write
 from jaxmoe.model.layers import rms_norm, rms_normalize, rotate
+from pallas_kernels.compile.absent import absent_h100s, lower_for
 from pallas_kernels.quantized import quantize
 from pallas_kernels.step import (
     HeadPlan,
@@ -53,6 +54,16 @@ def test_matmul(tokens):
     assert out.shape == (2, -(-tokens // 8) * 8, 224)
     want = np.concatenate([exact(x) @ exact(w) for w in weights], 1)
     assert_close(exact(out).sum(0)[:tokens], want, 1e-5)
+
+
+@pytest.mark.absent_gpu
+@pytest.mark.parametrize("widths", [(16,), (128, 64, 32), (202048,)])
+def test_widths_lower_for_hopper(widths):
+    """Catches matrices that TMA does not cut into tiles, which the interpreter does."""
+    (h100,) = absent_h100s(1)
+    x, *weights = (jax.ShapeDtypeStruct((n, 256), jnp.bfloat16) for n in (3, *widths))
+    weights = [jax.ShapeDtypeStruct(w.shape[::-1], w.dtype) for w in weights]
+    lower_for(h100, lambda x, *weights: matmul_few(x, weights), x, *weights)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
