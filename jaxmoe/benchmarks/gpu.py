@@ -163,7 +163,8 @@ def measure(suite: Suite, args: argparse.Namespace, cases: list, device: jax.Dev
         return
     effort, memory = QUICK if args.quick else Effort(), device.memory_stats()["bytes_limit"]
     left_out = {case.name: line for case in cases if (line := case.left_out(memory))}
-    figures |= {"rounds": effort.rounds, "ceilings": _ceilings(effort)}
+    (ceilings,) = processes.run_each(_ceilings, [effort], min(2, _processes()))
+    figures |= {"rounds": effort.rounds, "ceilings": ceilings}
     figures |= {"left_out": list(left_out.values()), "cases": []}
     cases = [case for case in cases if case.name not in left_out]
     run = functools.partial(case_figures, suite, effort=effort, ceilings=figures["ceilings"])

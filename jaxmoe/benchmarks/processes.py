@@ -5,6 +5,7 @@ context, and takes the GPU's memory as it needs it.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 MOST = 12  # processes at once
-CONTEXT_BYTES = 2 * 2**30  # of a process, beside its arrays: CUDA's context, workspaces
+CONTEXT_BYTES = 4 * 2**30  # of a process: CUDA's context, workspaces, what autotuning tries
+DEFAULT_FRACTION = 0.75  # of a GPU's memory that JAX takes, unless a variable says otherwise
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 WAIT_SECONDS = 300  # for other processes to prepare, before all give up
 
 _turn: tuple[Any, Any] | None = None  # the barrier and the lock that this process shares
@@ -59,18 +62,21 @@ def run_in_turn[T, Result](
 
     Args:
         function: as of `run_each`; it enters `alone` exactly once.
-        sizes: bytes of the GPU's memory that each call takes.
-        memory: bytes that all processes together may take.
+        sizes: bytes of each call's arrays; its process may take twice as many, and a context.
+        memory: bytes that JAX takes of the GPU in one process, for all of these together.
         processes: 1 to run the calls in this process.
     """
     if processes == 1:
         yield from map(function, items)
         return
     context = multiprocessing.get_context("spawn")
-    for batch in batches(items, sizes, memory, processes):
+    fraction = float(os.environ.get(FRACTION, DEFAULT_FRACTION))
+    for batch in batches([_share(size) for size in sizes], memory, processes):
         turn = context.Barrier(len(batch)), context.Lock()
         with ProcessPoolExecutor(len(batch), context, _join, (turn,)) as pool:
-            yield from pool.map(function, batch)
+            parts = [min(1, _share(sizes[i]) / memory) * fraction for i in batch]
+            chosen = [items[i] for i in batch]
+            yield from pool.map(_run_in, itertools.repeat(function), chosen, parts)
 
 
 def _join(turn: tuple[Any, Any]) -> None:
@@ -78,14 +84,24 @@ def _join(turn: tuple[Any, Any]) -> None:
     _turn = turn
 
 
-def batches[T](items: list[T], sizes: list[int], memory: int, most: int) -> list[list[T]]:
-    """Consecutive items that fit into memory together, at most `most`, at least one."""
-    found: list[list[T]] = []
+def _share(size: int) -> int:
+    return 2 * size + CONTEXT_BYTES
+
+
+def _run_in(function: Callable, item, fraction: float):
+    """Runs the only call of this process, before which JAX has not started."""
+    os.environ[FRACTION] = str(fraction)
+    return function(item)
+
+
+def batches(sizes: list[int], memory: int, most: int) -> list[list[int]]:
+    """Indices of consecutive sizes that fit into memory together: at least one, at most `most`."""
+    found: list[list[int]] = []
     room = 0
-    for item, size in zip(items, sizes, strict=True):
-        room -= size + CONTEXT_BYTES
+    for i, size in enumerate(sizes):
+        room -= size
         if not found or room < 0 or len(found[-1]) == most:
             found.append([])
-            room = memory - size - CONTEXT_BYTES
-        found[-1].append(item)
+            room = memory - size
+        found[-1].append(i)
     return found

@@ -16,7 +16,7 @@ from jaxmoe.model.kv_cache import init_cache
 from jaxmoe.model.params import init_params, quantize_params
 from jaxmoe.model.transformer import forward, unembed
 from tests.pallas_kernels.attention.cases import assert_close
-from tests.pallas_kernels.hopper import INTERPRET, no_races
+from tests.pallas_kernels.hopper import INTERPRET, ON_GPU, no_races
 
 LAYERS = (LayerKind("local", "moe"), LayerKind("local", "dense"), LayerKind("global", "moe"))
 SMALL = Llama4Config(
@@ -101,7 +101,9 @@ def test_logits_and_cache_are_those_of_the_layers(rows, kv, changes):
         np.testing.assert_array_equal(mine, theirs)
     first = kernels.cache.layers[0], plain.cache.layers[0]
     for mine, theirs in zip(*map(jax.tree.leaves, first), strict=True):
-        np.testing.assert_array_equal(as_float(mine), as_float(theirs))
+        # On a GPU XLA may fuse a product and a sum of the rotation, without rounding in between.
+        step = (mine.dtype == jnp.int8 or 0.01 * np.abs(as_float(theirs)).max()) if ON_GPU else 0
+        np.testing.assert_allclose(as_float(mine), as_float(theirs), rtol=0, atol=step)
     stats = zip(kernels.router_stats, plain.router_stats, strict=True)
     assert all((a.assignments == b.assignments).all() and a.dropped == 0 for a, b in stats)
 

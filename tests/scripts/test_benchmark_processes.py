@@ -1,10 +1,13 @@
 """Processes of a benchmark prepare together and time apart."""
 
 import itertools
+import os
 import time
 
+import pytest
+
 from jaxmoe.benchmarks import processes
-from jaxmoe.benchmarks.processes import CONTEXT_BYTES, batches, run_each, run_in_turn
+from jaxmoe.benchmarks.processes import FRACTION, batches, run_each, run_in_turn
 
 WORK = 0.3  # seconds
 
@@ -16,14 +19,15 @@ def timed(item):
     with processes.alone():
         begin = time.monotonic()
         time.sleep(WORK)
-        return item, prepared, begin, time.monotonic()
+        return item, prepared, begin, time.monotonic(), os.environ.get(FRACTION)
 
 
 def test_times_in_turn_when_all_are_prepared():
     items = [0, 3, 1]
-    found = list(run_in_turn(timed, items, [1, 1, 1], 2**40, 3))
+    found = list(run_in_turn(timed, items, [2**30] * 3, 40 * 2**30, 3))
     assert [x[0] for x in found] == items
-    spans = sorted(x[2:] for x in found)
+    spans = sorted(x[2:4] for x in found)
+    assert [float(x[4]) for x in found] == pytest.approx([0.75 * 6 / 40] * 3)
     assert spans[0][0] >= max(x[1] for x in found)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
@@ -38,10 +42,6 @@ def test_results_of_several_processes_are_in_order():
 
 
 def test_batches_fit_into_memory():
-    """Also an item that does not fit with anything, which the suite left out if it cannot run."""
-    room = 3 * CONTEXT_BYTES + 30
-    sizes = [10, 10, 10, 11, 10**12, 1]
-    found = batches(list("abcdef"), sizes, room, 9)
-    assert ["".join(batch) for batch in found] == ["abc", "d", "e", "f"]
-    found = batches(list("abcde"), [0] * 5, 10**15, 2)
-    assert ["".join(batch) for batch in found] == ["ab", "cd", "e"]
+    """Also what fits with nothing else: the suite left it out if it cannot run alone either."""
+    assert batches([10, 10, 10, 11, 99, 1], 30, 9) == [[0, 1, 2], [3], [4], [5]]
+    assert batches([0] * 5, 0, 2) == [[0, 1], [2, 3], [4]]
