@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 from jaxmoe.benchmarks import tables
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    for document in (ROOT / "README.md", ROOT / "docs" / "schedule.md"):
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         document.write_text(filled(document.read_text()))
 
 
@@ -24,6 +25,7 @@ def filled(text: str) -> str:
         "moe": _moe,
         "quantized": _quantized,
         "schedule": _schedule,
+        "step": _step,
     }
     for name, table in writers.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -57,11 +59,20 @@ def _schedule() -> str:
     return schedule_markdown(json.loads((ROOT / "benchmarks" / "schedule-h100.json").read_text()))
 
 
+def _step() -> str:
+    runs = _measured("step")
+    return "\n\n".join(step_markdown(name, figures) for name, figures in runs.items())
+
+
 def _measured(benchmark: str) -> dict[str, dict]:
     """The figures of a benchmark's runs that timed anything, by file name."""
     files = sorted((ROOT / "benchmarks").glob(f"{benchmark}-*.json"))
     runs = {file.name: json.loads(file.read_text()) for file in files}
-    return {name: figures for name, figures in runs.items() if figures.get("cases")}
+    return {
+        name: figures
+        for name, figures in runs.items()
+        if figures.get("cases") or figures.get("batches")
+    }
 
 
 def convert_markdown(figures: dict) -> str:
@@ -155,7 +166,8 @@ def _attention_of(name: str, figures: dict) -> str:
     return f"""\
 {_markdown(tables.attention_grid(figures))}
 
-{_run(figures)}, cuDNN {versions["cudnn"]}, torch {versions["torch"]};
+{_run(figures)},
+cuDNN {versions["cudnn"]}, torch {versions["torch"]};
 XLA is this package's own path in plain XLA, and n/a is what cannot express a case or failed.
 {_method(figures)}
 40 query and 8 key heads of 128, bf16, causal, chunks of 8,192. Operations are those that the mask
@@ -175,21 +187,61 @@ def _moe_of(name: str, figures: dict) -> str:
     return f"""\
 {_markdown(tables.moe_grid(random))}
 
-{_run(figures)}, torch {versions["torch"]},
-transformers {versions["transformers"]}. {_method(figures)}
+{_run(figures)},
+torch {versions["torch"]}, transformers {versions["transformers"]}.
+{_method(figures)}
 Width 5,120, 16 (Scout) or 128 experts (Maverick) of width 8,192, top-1, bf16; each token's expert
 is drawn uniformly. Others are in ms, and n/a is what cannot express a case or failed. XLA is this
 package's own path in plain XLA; ragged_dot is `jax.lax.ragged_dot` on sorted rows; dense has no
 groups: it multiplies fewer rows with all matrices that are in use side by side, so that operations
 and weights are the same; transformers computes every expert for every token. TB/s are of weights
 read, of their gradient written or, for a move, of rows. Of ceiling: the time of the nearer ceiling
-over that of jaxmoe. {_source(name, figures)}
+over that of jaxmoe. {_source(name, figures)}{_skew(figures)}"""
 
-{_markdown(tables.skew_grid(figures))}
+
+def _skew(figures: dict) -> str:
+    """The table of routings, if a case was timed with several."""
+    grid = tables.skew_grid(figures)
+    if not grid.rows:
+        return ""
+    return f"""
+
+{_markdown(grid)}
 
 The same kernels by how tokens choose experts, in ms; in brackets, times what the longest group
 costs alone. Skewed: the nth most popular expert gets 1/n as many tokens as the first; worst: all
 tokens choose one."""
+
+
+def step_markdown(name: str, figures: dict) -> str:
+    """The figures of `jaxmoe benchmark step` as Markdown, and kernels' times of a profile."""
+    model = f"{figures['model'].capitalize()}, {figures['layers']} layers"
+    chunk = figures["batches"][0]["prefill_chunk"]
+    text = f"""\
+{_markdown(tables.step_grid(figures))}
+
+{model}, {figures["weights"]} weights, {figures["kv"]} cache, {figures["context"]:,} tokens a row;
+{_run(figures)}.
+Medians of runs of 16 steps; of prefill the last chunk, {chunk:,} tokens a row. Bound and estimate
+are `jaxmoe plan`'s.
+`scripts/tables.py` makes this table from `benchmarks/{name}`."""
+    grids = [_profile(profile) for profile in figures.get("profiles", [])]
+    return "\n\n".join([text, *grids])
+
+
+def _profile(profile: dict) -> str:
+    """The kernels that take the most time of a step, from a profile."""
+    busy = profile["busy_microseconds"]
+    rows = [
+        [x["name"].removesuffix("_kernel"), f"{x['calls']:g}", f"{x['microseconds']:,.0f}",
+         f"{x['microseconds'] / busy:.0%}"]
+        for x in profile["kernels"]
+        if x["microseconds"] > 0.01 * busy
+    ]  # fmt: skip
+    title = f"{profile['task'].capitalize()}, {profile['rows']} row{'s' * (profile['rows'] > 1)}"
+    grid = tables.Grid((title, "calls", "us", "of the step"), rows)
+    launches = f"{profile['launches']:.0f} launches"
+    return f"{_markdown(grid)}\n\n{busy:,.0f} us in {launches}, by JAX's profiler."
 
 
 def schedule_markdown(figures: dict) -> str:
@@ -226,7 +278,8 @@ def _run(figures: dict) -> str:
 def _method(figures: dict) -> str:
     rounds = f"Medians of {figures['rounds']} rounds taken in turn"
     if "checks" not in figures:
-        return f"{rounds}; nothing was checked in this run."
+        note = textwrap.fill(figures.get("note", ""), 100)
+        return f"{rounds}; nothing was checked in this run.\n{note}".strip()
     checks = figures["checks"]
     failed = f"; **{len(checks['failures'])} failed**" if checks["failures"] else ""
     return f"{rounds}, after {checks['run']} checks against float32{failed}."

@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxmoe.benchmarks import tables
 from jaxmoe.benchmarks.gpu import header
 from jaxmoe.benchmarks.timing import write_json
 from jaxmoe.errors import UserError
@@ -192,22 +193,14 @@ def _planned(work: Work, mesh: MeshConfig) -> dict[str, float]:
 
 
 def step_table(figures: dict) -> Table:
-    """A row for each batch size: rates, and times beside the plan's."""
+    """The figures as a table for the terminal."""
     table = Table(
         title=f"{figures['model']}, {figures['layers']} layers, {figures['weights']} weights, "
         f"{figures['kv']} cache, {figures['context']} tokens; {figures['device']}"
     )
-    for column in ("rows", "prefill tokens/s", "of bound", "decode ms", "estimate", "tokens/s"):
+    grid = tables.step_grid(figures)
+    for column in grid.columns:
         table.add_column(column, justify="right")
-    for batch in figures["batches"]:
-        prefill, decode, rows = batch["prefill"], batch["decode"], batch["rows"]
-        last, estimate = prefill["seconds"][-1], decode.get("estimate")
-        table.add_row(
-            str(rows),
-            f"{rows * batch['prefill_chunk'] / last:,.0f}",
-            f"{prefill['bound'] / last:.0%}" if "bound" in prefill else "",
-            f"{decode['seconds'] * 1e3:.2f}",
-            f"{estimate * 1e3:.2f}" if estimate else "",
-            f"{rows / decode['seconds']:,.1f}",
-        )
+    for row in grid.rows:
+        table.add_row(*row)
     return table

@@ -105,6 +105,24 @@ def skew_grid(figures: dict) -> Grid:
     return Grid(("case", *ROUTINGS, "worst / balanced"), rows)
 
 
+def step_grid(figures: dict) -> Grid:
+    """A table with a row for each batch size: rates, and times beside the plan's."""
+    rows = []
+    for batch in figures["batches"]:
+        prefill, decode, count = batch["prefill"], batch["decode"], batch["rows"]
+        last, estimate = prefill["seconds"][-1], decode.get("estimate")
+        rows.append([
+            str(count),
+            f"{count * batch['prefill_chunk'] / last:,.0f}",
+            f"{prefill['bound'] / last:.0%}" if "bound" in prefill else "",
+            f"{decode['seconds'] * 1e3:.2f}",
+            f"{estimate * 1e3:.2f}" if estimate else "",
+            f"{count / decode['seconds']:,.1f}",
+        ])  # fmt: skip
+    names = ("rows", "prefill tokens/s", "of bound", "decode ms", "estimate", "decode tokens/s")
+    return Grid(names, rows)
+
+
 def _skewed(seconds: dict | None) -> str:
     if not seconds or not seconds["jaxmoe"]:
         return "n/a"
