@@ -278,8 +278,8 @@ def _run(figures: dict) -> str:
 def _method(figures: dict) -> str:
     rounds = f"Medians of {figures['rounds']} rounds taken in turn"
     if "checks" not in figures:
-        note = textwrap.fill(figures.get("note", ""), 100)
-        return f"{rounds}; nothing was checked in this run.\n{note}".strip()
+        note = figures.get("note", "Nothing was checked in this run.")
+        return textwrap.fill(f"{rounds}. {note}", 100)
     checks = figures["checks"]
     failed = f"; **{len(checks['failures'])} failed**" if checks["failures"] else ""
     return f"{rounds}, after {checks['run']} checks against float32{failed}."

@@ -66,15 +66,17 @@ def hopper_kernel(body: Callable, *, interpret: Any, **options: Any) -> Callable
     Mosaic GPU numbers a program's kernels and would compile equal ones once for each number.
 
     Args:
-        body: the kernel, or a `functools.partial` of it with hashable arguments.
+        body: the kernel, or a `functools.partial` of it with hashable positional arguments.
         interpret: parameters of the GPU interpreter, or None.
         **options: hashable arguments of `plgpu.kernel`.
     """
     flat = functools.partial(body)  # of a function, even if `body` is a partial itself
+    if flat.keywords:
+        raise ValueError(f"the kernel's own arguments {list(flat.keywords)} must be positional.")
     return _hopper_kernel(flat.func, flat.args, interpret, tuple(options.items()))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _hopper_kernel(function, arguments, interpret, options) -> Callable:
     body = functools.partial(function, *arguments)
     options = dict(options)

@@ -5,4 +5,5 @@ import sys
 
 from jaxmoe.cli.main import run_command
 
-run_command("benchmark", sys.argv[1:], prog="benchmark.py")
+if __name__ == "__main__":
+    run_command("benchmark", sys.argv[1:], prog="benchmark.py")

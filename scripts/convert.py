@@ -5,4 +5,5 @@ import sys
 
 from jaxmoe.cli.main import run_command
 
-run_command("convert", sys.argv[1:], prog="convert.py")
+if __name__ == "__main__":
+    run_command("convert", sys.argv[1:], prog="convert.py")

@@ -5,4 +5,5 @@ import sys
 
 from jaxmoe.cli.main import run_command
 
-run_command("evaluate", sys.argv[1:], prog="evaluate.py")
+if __name__ == "__main__":
+    run_command("evaluate", sys.argv[1:], prog="evaluate.py")

@@ -5,4 +5,5 @@ import sys
 
 from jaxmoe.cli.main import run_command
 
-run_command("generate", sys.argv[1:], prog="generate.py")
+if __name__ == "__main__":
+    run_command("generate", sys.argv[1:], prog="generate.py")

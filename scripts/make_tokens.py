@@ -5,4 +5,5 @@ import sys
 
 from jaxmoe.cli.main import run_command
 
-run_command("make-tokens", sys.argv[1:], prog="make_tokens.py")
+if __name__ == "__main__":
+    run_command("make-tokens", sys.argv[1:], prog="make_tokens.py")

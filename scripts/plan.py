@@ -5,4 +5,5 @@ import sys
 
 from jaxmoe.cli.main import run_command
 
-run_command("plan", sys.argv[1:], prog="plan.py")
+if __name__ == "__main__":
+    run_command("plan", sys.argv[1:], prog="plan.py")

@@ -21,6 +21,7 @@ from jaxmoe.benchmarks.timing import (
     Effort,
     first_line_of,
     git_commit,
+    one_line,
     package_version,
     time_call,
     time_in_turn,
@@ -239,9 +240,15 @@ def _ceilings(effort: Effort) -> dict[str, float]:
 def case_figures(suite: Suite, case: Case, effort: Effort, ceilings: dict[str, float]) -> dict:
     """Times a case; seconds and rates by contender, None for one that cannot run it or fails."""
     gc.collect()  # frees the arrays that the traceback of an error in the last case refers to
-    inputs = suite.inputs(case)
-    builders = suite.builders(case, inputs, KERNELS)
-    seconds, errors = time_in_turn(builders, effort, processes.alone())
+    seconds, errors = {}, {}
+    try:
+        builders = suite.builders(case, suite.inputs(case), KERNELS)
+    except Exception as error:  # such as arrays that do not fit: other cases go on
+        errors = dict.fromkeys(suite.contenders, one_line(error))
+        with processes.alone():
+            pass
+    else:
+        seconds, errors = time_in_turn(builders, effort, processes.alone())
     least = max(amount / ceilings[unit] / 1e12 for unit, amount in case.work.items())
     ours = seconds.get("jaxmoe")
     return {

@@ -16,7 +16,7 @@ MOST = 12  # processes at once
 CONTEXT_BYTES = 4 * 2**30  # of a process: CUDA's context, workspaces, what autotuning tries
 DEFAULT_FRACTION = 0.75  # of a GPU's memory that JAX takes, unless a variable says otherwise
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-WAIT_SECONDS = 300  # for other processes to prepare, before all give up
+WAIT_SECONDS = 900  # for other processes to prepare, before all give up
 
 _turn: tuple[Any, Any] | None = None  # the barrier and the lock that this process shares
 

@@ -5,11 +5,14 @@ is needed. A model with fewer layers shows what a layer takes where the whole do
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,10 +32,12 @@ from jaxmoe.model.steps import Inputs
 from jaxmoe.plan.models import read_model
 from jaxmoe.plan.planner import make_plan
 from jaxmoe.plan.steps import abstract_arguments, lower_step
-from jaxmoe.plan.targets import known_names, parse_target
+from jaxmoe.plan.targets import parse_target
 from jaxmoe.plan.work import PREFILL_CHUNK, STORAGE_FORMATS, Work
 
 SAMPLES, STEPS = 5, 16  # decode steps are timed in runs of STEPS, without waiting in between
+PROFILED, MOST_KERNELS = 4, 12  # decode steps of a profile, and the kernels that it names
+PLANNED = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}  # targets by kind of device
 NORMAL, SCALE = 0.02, 1e-3  # deviation of random weights, and the scale of quantized ones
 
 
@@ -48,24 +53,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--weights", choices=STORAGE_FORMATS, default="bf16")
     parser.add_argument("--kv", choices=STORAGE_FORMATS, default="bf16")
     parser.add_argument("--mesh", default="tensor=-1", metavar="SPEC")
+    parser.add_argument("--profile", action="store_true", help="also the time of each GPU kernel")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
 
 
 def run_step(args: argparse.Namespace) -> None:
     """Measures each batch size in turn, writes the figures and prints them."""
-    config = read_model(args.model)
-    if args.layers is not None:
-        if not 1 <= args.layers <= len(config.layers):
-            raise UserError(f"--layers {args.layers} is not between 1 and {len(config.layers)}.")
-        config = dataclasses.replace(config, layers=config.layers[: args.layers])
-    chunk = min(args.prefill_chunk, args.context)
-    if args.context % chunk:
-        raise UserError(f"--context {args.context} is no multiple of --prefill-chunk {chunk}.")
-    sizes = {"context": args.context, "prefill_chunk": chunk}
-    work = Work(config=config, weights=args.weights, kv=args.kv, **sizes)
-    mesh = MeshConfig.parse(args.mesh)
+    work, mesh = _work(args), MeshConfig.parse(args.mesh)
     figures = header(jax.devices()[0])
-    figures |= {"model": args.model, "layers": len(config.layers), "mesh": args.mesh}
+    figures |= {"model": args.model, "layers": len(work.config.layers), "mesh": args.mesh}
     figures |= {"weights": work.weights, "kv": work.kv, "context": work.context, "batches": []}
     devices = mesh.make()
     models = [Model(dataclasses.replace(work, rows=rows), devices) for rows in args.batch]
@@ -73,7 +69,30 @@ def run_step(args: argparse.Namespace) -> None:
     for model in models:
         figures["batches"].append(step_figures(model, params, mesh))
         write_json(args.output, figures)
+    if args.profile:
+        figures["profiles"] = [x for model in models for x in profiles(model, params)]
+        write_json(args.output, figures)
     Console().print(step_table(figures))
+    if not all(batch["finite"] for batch in figures["batches"]):
+        raise UserError("the logits are not all finite: a kernel is wrong on this device.")
+
+
+def _work(args: argparse.Namespace) -> Work:
+    """What to time, of all batch sizes.
+
+    Raises:
+        UserError: if a number is out of its range.
+    """
+    config, chunk = read_model(args.model), min(args.prefill_chunk, args.context)
+    if args.layers is not None:
+        if not 1 <= args.layers <= len(config.layers):
+            raise UserError(f"--layers {args.layers} is not between 1 and {len(config.layers)}.")
+        config = dataclasses.replace(config, layers=config.layers[: args.layers])
+    sizes = {"context": args.context, "prefill_chunk": chunk, "rows": min(args.batch)}
+    work = Work(config=config, weights=args.weights, kv=args.kv, **sizes)
+    if args.context % chunk:
+        raise UserError(f"--context {args.context} is no multiple of --prefill-chunk {chunk}.")
+    return work
 
 
 def random_params(work: Work, mesh: jax.sharding.Mesh) -> dict:
@@ -181,14 +200,58 @@ def step_figures(model: Model, params: dict, mesh: MeshConfig) -> dict[str, Any]
     }
 
 
+def profiles(model: Model, params: dict) -> list[dict[str, Any]]:
+    """The time of each GPU kernel in a decode step and in a prefill chunk, by JAX's profiler."""
+    work = model.work
+    _, cache = model.prefill(params)
+
+    def decode():
+        done = cache
+        for i in range(PROFILED):
+            _, done = model.step(params, done, work.context + i, model.tokens[:, :1])
+        return done
+
+    chunks = work.context // work.prefill_chunk
+    sizes = {"rows": work.rows}
+    return [
+        {"task": "decode", **sizes, **kernel_times(decode, PROFILED)},
+        {"task": "prefill", **sizes, **kernel_times(lambda: model.prefill(params)[1], chunks)},
+    ]
+
+
+def kernel_times(run: Callable[[], Any], steps: int) -> dict[str, Any]:
+    """Microseconds and launches of each GPU kernel, of one of the steps that `run` takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        lines = [line for plane in planes if "GPU" in plane.name for line in plane.lines]
+        events = [
+            (event.name, event.duration_ns / 1e3)
+            for line in lines
+            if "Stream" in line.name
+            for event in line.events
+        ]
+    total, calls = collections.Counter(), collections.Counter(name for name, _ in events)
+    for name, microseconds in events:
+        total[name] += microseconds
+    return {
+        "busy_microseconds": total.total() / steps,
+        "launches": calls.total() / steps,
+        "kernels": [
+            {"name": name, "microseconds": time / steps, "calls": calls[name] / steps}
+            for name, time in total.most_common(MOST_KERNELS)
+        ],
+    }
+
+
 def _planned(work: Work, mesh: MeshConfig) -> dict[str, float]:
     """The plan's bound and estimate of a step, if it knows the devices."""
-    kind, count = jax.devices()[0].device_kind.lower(), jax.device_count()
-    names = [name for name in known_names() if name.partition("x")[0] in kind]
-    if not names:
+    name, count = PLANNED.get(jax.devices()[0].device_kind), jax.device_count()
+    if name is None or count not in (1, 2, 4, 8):
         return {}
-    target = parse_target(f"{names[0].partition('x')[0]}x{count}")
-    plan = make_plan("", work, target, mesh)
+    plan = make_plan("", work, parse_target(f"{name}x{count}"), mesh)
     return {"bound": plan.chosen.bounds.seconds, "estimate": plan.estimate}
 
 

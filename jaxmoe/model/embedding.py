@@ -6,6 +6,7 @@ rest of the table, and logits end before it.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -55,8 +56,9 @@ def _by_xla(hidden: Float[Array, "*batch D"], head) -> Float[Array, "*batch V"]:
     return linear("...D,DV->...V", hidden, head)
 
 
+@jax.custom_vjp
 def _by_kernel(hidden: Float[Array, "B D"], head: Float[Array, "D V"]) -> Float[Array, "B V"]:
-    """The same for few rows on Hopper: XLA multiplies one row at half the speed of memory there."""
+    """The same for one row on Hopper, where XLA reads the matrix at half the speed of memory."""
 
     def body(hidden, head):
         return matmul_few(hidden, (head,))[0, : len(hidden)].astype(hidden.dtype)
@@ -70,11 +72,19 @@ def _by_kernel(hidden: Float[Array, "B D"], head: Float[Array, "D V"]) -> Float[
     return meshes.per_device(body, in_specs, out_spec)(hidden, head)
 
 
+_by_kernel.defvjp(
+    lambda hidden, head: (_by_kernel(hidden, head), (hidden, head)),
+    lambda saved, d_logits: jax.vjp(_by_xla, *saved)[1](d_logits),
+)
+
+
 def _why_not_by_kernel(hidden, head) -> str | None:
-    if hidden.ndim != 2 or isinstance(head, QuantizedMatrix):
-        return "it takes a row of hidden values for each sequence, and a matrix in bfloat16"
+    if hidden.ndim != 2 or isinstance(head, QuantizedMatrix) or head.dtype != hidden.dtype:
+        return "it takes a row of hidden values for each sequence, and a matrix of their dtype"
     mesh, rows, (inputs, outputs) = meshes.current_mesh(), hidden.shape[0], head.shape
     if mesh is not None:
         rows //= math.prod(mesh.shape[axis] for axis in meshes.activation_axes(mesh, "batch", rows))
         outputs //= meshes.axis_size(mesh, "vocab")
+    if rows > 1:
+        return f"it takes one row a device, not {rows}; XLA multiplies more at the speed of memory"
     return why_not_few(rows, hidden.dtype.name, inputs, [outputs]) or why_not_hopper()

@@ -20,13 +20,13 @@ from jaxmoe.model.kernels import FASTEST, Kernels
 from jaxmoe.model.layers import linear, swiglu
 from jaxmoe.model.params import map_arrays, moe_specs
 from pallas_kernels.experts import (
-    block_rows,
     combine,
     dispatch,
     gated_matmul,
     grouped_matmul,
     make_group_metadata,
     plan_exchange,
+    rows_of_blocks,
     send,
     send_back,
 )
@@ -260,7 +260,7 @@ def run_experts(
     here = p["down"].shape[0]
     group = (expert - first).reshape(-1)
     group = jnp.where((group >= 0) & (group < here), group, here)
-    plan = make_group_metadata(group, here, block_rows(group.shape[0], num_experts))
+    plan = make_group_metadata(group, here, rows_of_blocks(group.shape[0], num_experts, p["gate"]))
     choices = (*expert.shape, x.shape[-1])
     items = jnp.broadcast_to(x[:, :, None], choices).reshape(-1, x.shape[-1])
     rows = dispatch(plan, items, implementation=kernels.dispatch)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe import mesh as meshes
 from pallas_kernels.arrays import pad_axis
-from pallas_kernels.experts import block_rows, grouped_implementation, grouped_matmul
+from pallas_kernels.experts import grouped_implementation, grouped_matmul, rows_of_blocks
 from pallas_kernels.quantized import QuantizedMatrix
 
 # The logical axis of a dimension when it is used.
@@ -91,7 +91,7 @@ def _multiply(x: jax.Array, w: QuantizedMatrix) -> jax.Array:
     """
     rows = x.reshape(-1, x.shape[-1])
     groups = jax.tree.map(lambda array: array[None], w)
-    block = block_rows(len(rows), 1)
+    block = rows_of_blocks(len(rows), 1, groups)
     padded = pad_axis(rows, 0, block)
     blocks = jnp.zeros(len(padded) // block, jnp.int32)
     if grouped_implementation(padded, groups, blocks) == "xla":

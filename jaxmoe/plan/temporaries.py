@@ -18,6 +18,7 @@ from jaxmoe.plan.work import Work, stored_params
 from pallas_kernels.experts.group_metadata import rows_of_whole_groups
 
 BF16, FP32 = 2, 4
+LARGEST = {"bf16": 128, "fp8": 128, "int8": 128, "int4": 64}  # rows of the experts' blocks
 LEAST_ROWS = 64  # XLA pads the rows of a product to a multiple of this
 
 
@@ -58,21 +59,23 @@ def _experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> int:
     config = work.config
     D, F = config.hidden_size, config.intermediate_size // mesh.tensor
     items = share.group * config.num_experts_per_tok
-    rows = expert_rows(items, config.num_local_experts, config.num_local_experts // mesh.expert)
+    experts = config.num_local_experts
+    rows = expert_rows(items, experts, experts // mesh.expert, LARGEST[work.weights])
     # Buffers of all tokens of the expert group.
     buffers = {"replicated": 0, "all_gather": 1, "all_to_all": 3}[share.exchange]
     return (2 * rows * D + rows * F + buffers * items * D) * BF16
 
 
-def expert_rows(items: int, experts: int, here: int) -> int:
+def expert_rows(items: int, experts: int, here: int, largest: int) -> int:
     """R, the number of rows that `pallas_kernels.experts.make_group_metadata` makes on Hopper.
 
     Args:
         items: tokens times experts per token.
         experts: experts of the layer.
         here: experts on the device.
+        largest: rows of the largest block.
     """
-    block = rows_of_whole_groups(items, experts)  # no fewer than other devices take
+    block = rows_of_whole_groups(items, experts, largest)  # no fewer than other devices take
     return min(items, items // block + here) * block
 
 

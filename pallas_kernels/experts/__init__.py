@@ -8,7 +8,12 @@ and `send_back` move items between devices.
 
 from pallas_kernels.experts.exchange import ExchangePlan, plan_exchange, send, send_back
 from pallas_kernels.experts.group_metadata import GroupMetadata, block_rows, make_group_metadata
-from pallas_kernels.experts.grouped import gated_matmul, grouped_implementation, grouped_matmul
+from pallas_kernels.experts.grouped import (
+    gated_matmul,
+    grouped_implementation,
+    grouped_matmul,
+    rows_of_blocks,
+)
 from pallas_kernels.experts.moves import combine, dispatch, move_implementation
 
 __all__ = [
@@ -23,6 +28,7 @@ __all__ = [
     "make_group_metadata",
     "move_implementation",
     "plan_exchange",
+    "rows_of_blocks",
     "send",
     "send_back",
 ]

@@ -14,6 +14,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.choice import Implementation, choose, resolve_config
 from pallas_kernels.experts import grouped_megablox, grouped_mosaic, grouped_xla
 from pallas_kernels.experts.checks import check_groups
+from pallas_kernels.experts.group_metadata import block_rows
+from pallas_kernels.experts.mosaic_kernels import BLOCK
+from pallas_kernels.platform import target
 from pallas_kernels.quantized import QuantizedMatrix
 
 Matrices = Float[Array, "E D F"] | QuantizedMatrix
@@ -158,6 +161,18 @@ def grouped_implementation(x, w, group_of_block, *, implementation=None, interpr
     """
     case = _case(x, w, group_of_block, interpret)
     return choose(IMPLEMENTATIONS, case, implementation).name
+
+
+def rows_of_blocks(num_items: int, num_groups: int, w: Matrices) -> int:
+    """`block_rows` for items that matrices like `w` multiply, of which there may be more elsewhere.
+
+    Args:
+        num_items: how many items there are.
+        num_groups: how many groups they have, of which `w` may hold a part.
+        w: matrices.
+    """
+    largest = grouped_mosaic.largest_block(w) if target().is_hopper else BLOCK
+    return block_rows(num_items, num_groups, largest)
 
 
 def _call(x, w, group_of_block, implementation, config, interpret) -> _GroupedCall:

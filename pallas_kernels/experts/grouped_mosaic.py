@@ -67,6 +67,23 @@ def why_not(case) -> str | None:
     return why_not_hopper(case.interpret)
 
 
+def largest_block(w) -> int:
+    """Rows of the largest block of which the kernels read a group's matrix once.
+
+    They multiply 128 rows as two blocks of 64 if outputs have several scales, and not at all if
+    tiles do not divide the widths.
+
+    Args:
+        w: matrices [E, D, F], and by the same blocks others [E, F, D].
+    """
+    _, *widths = w.shape
+    if isinstance(w, QuantizedMatrix):
+        whole = w.group_size == w.shape[1] and not any(x % (2 * WARPGROUP) for x in widths)
+    else:
+        whole = not any(x % TileConfig().columns for x in widths)
+    return BLOCK if whole else WARPGROUP
+
+
 def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
     """Computes `grouped_xla.product`, but rows of blocks without a group are undefined."""
     if isinstance(weights[0], QuantizedMatrix):

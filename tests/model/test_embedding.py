@@ -1,4 +1,4 @@
-"""Logits of few rows by the kernel that reads the matrix at memory speed are those of XLA."""
+"""Logits of one row by a kernel, where XLA takes twice as long, are those of XLA."""
 
 import functools
 
@@ -12,7 +12,7 @@ from jaxmoe.mesh import MeshConfig
 from jaxmoe.model import embedding
 from jaxmoe.model.embedding import unembed
 from pallas_kernels.step import matmul_few
-from tests.pallas_kernels.hopper import INTERPRET
+from tests.pallas_kernels.hopper import INTERPRET, ON_GPU
 
 CONFIG = Llama4Config(
     vocab_size=120, hidden_size=128, intermediate_size=64, intermediate_size_mlp=64,
@@ -32,19 +32,20 @@ def check(rows, mesh):
         got = jax.jit(functools.partial(unembed, CONFIG))({"lm_head": head}, hidden)
     want = np.asarray(hidden, np.float32) @ np.asarray(head, np.float32)[:, :120]
     assert got.dtype == jnp.float32 and got.shape == (rows, 120)
-    np.testing.assert_array_equal(got, jnp.asarray(want, jnp.bfloat16).astype(jnp.float32))
+    want = np.asarray(jnp.asarray(want, jnp.bfloat16), np.float32)
+    rounding = 2**-7 if ON_GPU else 0  # another order of sums may round the other way
+    np.testing.assert_allclose(got, want, rtol=rounding, atol=0)
 
 
 @pytest.mark.hopper
-@pytest.mark.parametrize("rows", [2, 10])
-def test_logits_of_few_rows(monkeypatch, rows):
-    """Catches rows that are mixed up, and a rounding that is left out."""
+def test_logits_of_one_row(monkeypatch):
+    """Catches padded rows in the result, and a rounding that is left out."""
     monkeypatch.setattr(embedding, "why_not_hopper", lambda: None)
     monkeypatch.setattr(embedding, "matmul_few", functools.partial(matmul_few, interpret=INTERPRET))
-    check(rows, MeshConfig().make(jax.devices()[:1]))
+    check(1, MeshConfig().make(jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("rows", [3, 10])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_logits_on_a_mesh(monkeypatch, rows):
     """Catches parts of the vocabulary or groups of rows that change places."""
 
@@ -57,9 +58,27 @@ def test_logits_on_a_mesh(monkeypatch, rows):
     check(rows, MeshConfig.parse("data=2,tensor=2").make(jax.devices()[:4]))
 
 
+def test_gradients_are_those_of_xla(monkeypatch):
+    hidden, head = drawn(1)
+
+    def gradients():
+        def loss(hidden, head):
+            return (unembed(CONFIG, {"lm_head": head}, hidden) ** 2).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(hidden, head)
+
+    want = gradients()
+    monkeypatch.setattr(embedding, "why_not_hopper", lambda: None)
+    monkeypatch.setattr(embedding, "matmul_few", functools.partial(matmul_few, interpret=INTERPRET))
+    for got, wanted in zip(gradients(), want, strict=True):
+        np.testing.assert_allclose(
+            *(np.asarray(x, np.float32) for x in (got, wanted)), rtol=0.02, atol=0.5
+        )
+
+
 @pytest.mark.parametrize(
     ("shape", "V", "served"),
-    [((1,), 202048, True), ((64,), 128, True), ((65,), 128, False), ((1,), 120, False),
+    [((1,), 202048, True), ((2,), 128, False), ((1,), 120, False),
      ((1, 2), 128, False)],
 )  # fmt: skip
 def test_who_multiplies(monkeypatch, shape, V, served):

@@ -14,7 +14,7 @@ from jaxmoe.model.params import abstract_params, num_params
 from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.memory import STEP, largest_context, memory
 from jaxmoe.plan.targets import parse_target
-from jaxmoe.plan.temporaries import expert_rows
+from jaxmoe.plan.temporaries import LARGEST, expert_rows
 from jaxmoe.plan.work import (
     STORAGE_FORMATS,
     Work,
@@ -27,8 +27,8 @@ from jaxmoe.plan.work import (
 from jaxmoe.train.config import OptimizerConfig
 from jaxmoe.train.optimizer import make_optimizer
 from jaxmoe.train.state import abstract_state
-from pallas_kernels.experts import make_group_metadata
-from pallas_kernels.experts.group_metadata import rows_of_whole_groups
+from pallas_kernels.experts import make_group_metadata, rows_of_blocks
+from pallas_kernels.quantized import quantize_matrix
 
 MESHES = ["data=1", "tensor=8", "expert=4,sequence=2", "data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"]
 
@@ -93,12 +93,25 @@ def test_a_vocabulary_that_the_mesh_does_not_divide():
         check_mesh(dataclasses.replace(planned, task="train"), mesh)
 
 
-@pytest.mark.parametrize("items, experts, here", [(8192, 16, 16), (65536, 16, 2), (4096, 128, 16)])
-def test_rows_of_experts_are_those_of_the_kernels_plan(items, experts, here):
-    block = rows_of_whole_groups(items, experts)
+@pytest.mark.parametrize("weights", ["bf16", "int4"])
+@pytest.mark.parametrize(
+    "items, experts, here", [(1000, 16, 16), (8192, 16, 16), (65536, 16, 2), (4096, 128, 16)]
+)
+def test_rows_of_experts_are_those_of_the_kernels_plan(monkeypatch, items, experts, here, weights):
+    hopper = dataclasses.make_dataclass("Target", ["is_hopper"])(True)
+    monkeypatch.setattr("pallas_kernels.experts.group_metadata.target", lambda: hopper)
+    monkeypatch.setattr("pallas_kernels.experts.grouped.target", lambda: hopper)
+    blocks = []
+
+    def count(w):
+        w = quantize_matrix(w, "int4") if weights == "int4" else w
+        blocks.append(rows_of_blocks(items, experts, w))
+
+    jax.eval_shape(count, jax.ShapeDtypeStruct((here, 5120, 8192), jnp.bfloat16))
+    (block,) = blocks
     group = jax.ShapeDtypeStruct((items,), jnp.int32)
     plan = jax.eval_shape(lambda group: make_group_metadata(group, here, block), group)
-    assert expert_rows(items, experts, here) == plan.item_of_row.shape[0]
+    assert expert_rows(items, experts, here, LARGEST[weights]) == plan.item_of_row.shape[0]
 
 
 @pytest.mark.parametrize("task", ["decode", "prefill"])

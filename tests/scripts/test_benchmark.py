@@ -226,6 +226,18 @@ def test_a_run_that_is_cut_off_leaves_its_figures(device, tmp_path):
     assert figures["left_out"][0].startswith("large is left out")
 
 
+def test_a_case_without_room_for_its_arrays_ends_nothing(device, tmp_path):
+    def builders(case, inputs, implementation):
+        if case.name == "first":
+            raise MemoryError("no room")
+        return {"jaxmoe": lambda: Call(lambda: jnp.zeros(1))}
+
+    measure(short_suite(builders), device, tmp_path / "figures.json")
+    first, second = json.loads((tmp_path / "figures.json").read_text())["cases"]
+    assert first["errors"] == dict.fromkeys(SUITE.contenders, "MemoryError: no room")
+    assert first["seconds"]["jaxmoe"] is None and second["seconds"]["jaxmoe"] > 0
+
+
 def test_nothing_is_timed_after_a_failure(device, tmp_path):
     check = checks_of("prefill", TOY)[0]  # by kernels for a GPU, which is not there
     suite = short_suite(lambda *_: {}, checks=[check, check])

@@ -1,6 +1,7 @@
 """`jaxmoe NAME`: every command is there, as a subcommand and as a script of a few lines."""
 
 import importlib
+import runpy
 import sys
 
 import pytest
@@ -36,3 +37,10 @@ def test_scripts_are_doors():
     scripts = list(FOLDER.glob("*.py"))
     assert not [script.name for script in scripts if script.name.startswith("_")]
     assert sum(len(script.read_text().splitlines()) for script in scripts) <= 400
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_scripts_run_nothing_when_imported(monkeypatch, name):
+    """Catches doors that the processes of a benchmark, which import the script, run once more."""
+    monkeypatch.setattr(main, "run_command", lambda *_, **__: pytest.fail("it runs"))
+    runpy.run_path(str(FOLDER / f"{name.replace('-', '_')}.py"), run_name="__mp_main__")

@@ -9,6 +9,8 @@ import pytest
 
 from pallas_kernels.experts import block_rows, combine, dispatch
 from pallas_kernels.experts.group_metadata import rows_of_whole_groups
+from pallas_kernels.experts.grouped_mosaic import largest_block
+from pallas_kernels.quantized import quantize_matrix
 from tests.pallas_kernels.experts.cases import CASES, draw, each, named, planned
 
 TILED = named("blocks of 128, first group empty, some without a group")
@@ -99,3 +101,15 @@ def test_few_groups_have_a_second_block_on_hopper(items):
     sizes = np.bincount(np.random.default_rng(0).integers(16, size=items), minlength=16)
     blocks = -(-sizes // rows_of_whole_groups(items, 16))
     assert blocks.sum() <= 1.13 * np.count_nonzero(sizes)
+
+
+@pytest.mark.parametrize(
+    ("format", "widths", "rows"),
+    [(None, (512, 256), 128), (None, (512, 640), 64), ("int8", (512, 384), 128),
+     ("int8", (512, 320), 64), ("int4", (512, 256), 64)],
+)  # fmt: skip
+def test_largest_block_reads_matrices_once(format, widths, rows):
+    """Catches blocks that a kernel does not serve, or multiplies as two that both read all."""
+    w = jnp.zeros((2, *widths), jnp.bfloat16)
+    w = w if format is None else quantize_matrix(w, format)
+    assert largest_block(w) == rows
