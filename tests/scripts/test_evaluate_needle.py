@@ -26,7 +26,14 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_the_needle_model_finds_its_key(checkpoint, tmp_path):
+@pytest.fixture
+def unhurried(monkeypatch):
+    """Scripts compile as users' do: long computations take twice as long as tests compile them."""
+    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_needle_model_finds_its_key(unhurried, checkpoint, tmp_path):
     """At one chunk, and at two, where only the global layer sees the needle."""
     output, png = tmp_path / "needle.json", tmp_path / "needle.png"
     flags = "--lengths", "2k,16k", "--depths", 4, "--check-exact", "--json", output, "--png", png
