@@ -56,8 +56,9 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 
 
-# Marks of tests that look at programs.
+# Marks of tests that look at programs, and of those that run them for longer than they compile.
 READS_COMPILED = ("absent_gpu", "absent_tpu", "reads_compiled")
+RUNS_LONG = "runs_long"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -77,11 +78,12 @@ def forget_compiled_programs():
 
 @pytest.fixture(autouse=True)
 def full_compilation(request):
-    """Programs that a test looks at, and does not only run, are those that users get."""
-    if not any(map(request.node.get_closest_marker, READS_COMPILED)):
+    """Programs that a test looks at, or runs for long, are those that users get."""
+    reads = any(map(request.node.get_closest_marker, READS_COMPILED))
+    if not reads and not request.node.get_closest_marker(RUNS_LONG):
         yield
         return
-    _compile(hurried=False, kept=False)
+    _compile(hurried=False, kept=not reads)
     yield
     _compile(hurried=HURRIED, kept=True)
 

@@ -12,6 +12,8 @@ from jaxmoe.mesh import MeshConfig
 from tests import tiny
 from tests.conftest import load_tiny
 
+pytestmark = pytest.mark.runs_long
+
 
 @pytest.fixture(scope="module")
 def golden():
