@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from rich.console import Console
-from rich.table import Table
 
 from jaxmoe.benchmarks import processes, tables
 from jaxmoe.benchmarks.checks import Outcome, outcome, outcomes_table
@@ -240,11 +239,10 @@ def _ceilings(effort: Effort) -> dict[str, float]:
 def case_figures(suite: Suite, case: Case, effort: Effort, ceilings: dict[str, float]) -> dict:
     """Times a case; seconds and rates by contender, None for one that cannot run it or fails."""
     gc.collect()  # frees the arrays that the traceback of an error in the last case refers to
-    seconds, errors = {}, {}
     try:
         builders = suite.builders(case, suite.inputs(case), KERNELS)
     except Exception as error:  # such as arrays that do not fit: other cases go on
-        errors = dict.fromkeys(suite.contenders, one_line(error))
+        seconds, errors = {}, dict.fromkeys(suite.contenders, one_line(error))
         with processes.alone():
             pass
     else:
@@ -268,18 +266,8 @@ def _rates(case: Case, seconds: float | None) -> dict[str, float] | None:
 
 
 def _print(suite: Suite, figures: dict) -> None:
+    title = f"{figures['device']}; ceilings {tables.ceilings_text(figures)}"
     for grid in suite.grids(figures):
-        Console().print(printed(grid, figures))
+        Console().print(tables.for_terminal(grid, title))
     for line in [*figures["left_out"], *tables.error_lines(figures, suite.contenders)]:
         print(line)
-
-
-def printed(grid: tables.Grid, figures: dict) -> Table:
-    """The figures of a grid as a table for the terminal."""
-    table = Table(title=f"{figures['device']}; ceilings {tables.ceilings_text(figures)}")
-    for column in grid.columns:
-        name = column == "case"
-        table.add_column(column, justify="left" if name else "right", no_wrap=name)
-    for row in grid.rows:
-        table.add_row(*row)
-    return table

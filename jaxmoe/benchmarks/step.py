@@ -19,19 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from jaxmoe.benchmarks import tables
 from jaxmoe.benchmarks.gpu import header
 from jaxmoe.benchmarks.timing import write_json
 from jaxmoe.errors import UserError
-from jaxmoe.mesh import MeshConfig, activation_spec, sharding
+from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.kv_cache import Cache, init_cache, round_capacity
 from jaxmoe.model.params import abstract_params
-from jaxmoe.model.steps import Inputs
+from jaxmoe.model.steps import Inputs, last_logits, prefill, step
 from jaxmoe.plan.models import read_model
 from jaxmoe.plan.planner import make_plan
-from jaxmoe.plan.steps import abstract_arguments, lower_step
 from jaxmoe.plan.targets import parse_target
 from jaxmoe.plan.work import PREFILL_CHUNK, STORAGE_FORMATS, Work
 
@@ -64,15 +62,18 @@ def run_step(args: argparse.Namespace) -> None:
     figures |= {"model": args.model, "layers": len(work.config.layers), "mesh": args.mesh}
     figures |= {"weights": work.weights, "kv": work.kv, "context": work.context, "batches": []}
     devices = mesh.make()
-    models = [Model(dataclasses.replace(work, rows=rows), devices) for rows in args.batch]
-    params = random_params(work, devices)
-    for model in models:
-        figures["batches"].append(step_figures(model, params, mesh))
-        write_json(args.output, figures)
-    if args.profile:
-        figures["profiles"] = [x for model in models for x in profiles(model, params)]
-        write_json(args.output, figures)
-    Console().print(step_table(figures))
+    batches = [dataclasses.replace(work, rows=rows) for rows in args.batch]
+    with jax.set_mesh(devices):
+        params = random_params(work, devices)
+        for batch in batches:
+            figures["batches"].append(step_figures(batch, params, mesh))
+            write_json(args.output, figures)
+        if args.profile:
+            figures["profiles"] = [x for batch in batches for x in profiles(batch, params)]
+            write_json(args.output, figures)
+    title = f"{args.model}, {len(work.config.layers)} layers, {work.weights} weights"
+    title += f", {work.kv} cache, {work.context} tokens; {figures['device']}"
+    Console().print(tables.for_terminal(tables.step_grid(figures), title))
     if not all(batch["finite"] for batch in figures["batches"]):
         raise UserError("the logits are not all finite: a kernel is wrong on this device.")
 
@@ -120,102 +121,72 @@ def _maker(shape: tuple[int, ...], dtype, layout) -> Callable[[jax.Array], jax.A
     return jax.jit(make, out_shardings=layout)
 
 
-class Model:
-    """The compiled steps of one batch size, which run on random tokens.
+def prefilled(work: Work, params: dict) -> tuple[list[float], Cache | None]:
+    """Seconds of each chunk of random tokens, and the cache with all of them."""
+    room = round_capacity(work.context + (SAMPLES + 1) * STEPS)
+    cache, seconds = init_cache(work.config, work.rows, room, work.kv_dtype), []
+    options = {"chunk": work.prefill_chunk, "readout": last_logits}
+    begin = time.perf_counter()
+    for part in prefill(work.config, params, _tokens(work), cache, **options):
+        jax.block_until_ready(part.output)
+        cache, end = part.cache, time.perf_counter()
+        seconds.append(end - begin)
+        begin = end
+    return seconds, cache
 
-    Attributes:
-        work: the batch and its context.
-        seconds: how long the step of each number of new tokens took to lower and to compile.
+
+def decoded(
+    work: Work, params: dict, cache: Cache | None, start: int, count: int
+) -> tuple[jax.Array, Cache | None]:
+    """The logits of the last of some greedy steps from position `start` on, and the cache."""
+    new, logits = jnp.asarray(_tokens(work)[:, :1]), jnp.zeros(())
+    for position in range(start, start + count):
+        inputs = Inputs(new, jnp.full_like(new, position), jnp.ones_like(new))
+        logits, cache = step(work.config, params, inputs, cache, readout=last_logits)
+        new = jnp.argmax(logits, -1).astype(jnp.int32)[:, None]
+    return logits, cache
+
+
+def _tokens(work: Work) -> np.ndarray:
+    shape = work.rows, work.context
+    return np.random.default_rng(0).integers(0, work.config.vocab_size, shape, np.int32)
+
+
+def step_figures(work: Work, params: dict, mesh: MeshConfig) -> dict[str, Any]:
+    """Seconds of each prefill chunk and of a decode step, with the plan's bound and estimate.
+
+    The first calls, which compile, are apart.
     """
-
-    def __init__(self, work: Work, mesh: jax.sharding.Mesh):
-        self.work, self.mesh, self.seconds = work, mesh, {}
-        self.room = round_capacity(work.context + (SAMPLES + 1) * STEPS, mesh)
-        self.steps = {tokens: self._compiled(tokens) for tokens in (work.prefill_chunk, 1)}
-        shape = work.rows, work.context
-        self.tokens = np.random.default_rng(0).integers(0, work.config.vocab_size, shape, np.int32)
-
-    def _compiled(self, tokens: int) -> jax.stages.Compiled:
-        begin, work = time.perf_counter(), self.work
-        arguments = abstract_arguments(
-            *(work.config, self.mesh),
-            **{"rows": work.rows, "tokens": tokens, "capacity": self.room},
-            **{"format": work.format, "kv": work.kv_dtype},
-        )
-        lowered = lower_step(work.config, self.mesh, arguments)
-        lowered_at = time.perf_counter()
-        compiled = lowered.compile()
-        self.seconds[tokens] = lowered_at - begin, time.perf_counter() - lowered_at
-        return compiled
-
-    def step(self, params: dict, cache: Cache, start: int, tokens) -> tuple[jax.Array, Cache]:
-        """The last tokens' logits, and the cache with the tokens at positions from `start` on."""
-        positions = np.arange(start, start + tokens.shape[1], dtype=np.int32)
-        positions = np.broadcast_to(positions, tokens.shape)
-        spec = activation_spec(self.mesh, ("batch", "length"), tokens.shape)
-        layout = sharding(self.mesh, spec)
-        inputs = jax.device_put((tokens, positions, np.ones_like(positions)), layout)
-        return self.steps[tokens.shape[1]](params, Inputs(*inputs), cache)
-
-    def prefill(self, params: dict) -> tuple[list[float], Cache]:
-        """Seconds of each chunk, and the cache with all of them."""
-        work, seconds = self.work, []
-        cache = init_cache(work.config, work.rows, self.room, work.kv_dtype, self.mesh)
-        for chunk in np.split(self.tokens, work.context // work.prefill_chunk, axis=1):
-            begin = time.perf_counter()
-            logits, cache = self.step(params, cache, len(seconds) * work.prefill_chunk, chunk)
-            jax.block_until_ready(logits)
-            seconds.append(time.perf_counter() - begin)
-        return seconds, cache
-
-    def decode(self, params: dict, cache: Cache) -> tuple[list[float], bool]:
-        """Mean seconds of a greedy step in each run of STEPS, and whether all logits are finite."""
-        seconds, position, new, logits = [], self.work.context, self.tokens[:, :1], jnp.zeros(())
-        finite = True
-        for _ in range(SAMPLES + 1):
-            begin = time.perf_counter()
-            for _ in range(STEPS):
-                logits, cache = self.step(params, cache, position, new)
-                new, position = jnp.argmax(logits, -1).astype(jnp.int32)[:, None], position + 1
-            jax.block_until_ready(new)
-            seconds.append((time.perf_counter() - begin) / STEPS)
-            finite &= bool(jnp.isfinite(logits).all())
-        return seconds, finite
-
-
-def step_figures(model: Model, params: dict, mesh: MeshConfig) -> dict[str, Any]:
-    """Seconds of each prefill chunk and of a decode step, with the plan's bound and estimate."""
-    work = model.work
-    model.prefill(params)  # loads the programs and takes memory
-    seconds, cache = model.prefill(params)
-    decode, finite = model.decode(params, cache)
+    first, _ = prefilled(work, params)
+    seconds, cache = prefilled(work, params)
+    runs, finite = [], True
+    for run in range(SAMPLES + 1):
+        begin = time.perf_counter()
+        logits, cache = decoded(work, params, cache, work.context + run * STEPS, STEPS)
+        jax.block_until_ready(logits)
+        runs.append((time.perf_counter() - begin) / STEPS)
+        finite &= bool(jnp.isfinite(logits).all())
     prefill_plan = _planned(dataclasses.replace(work, task="prefill"), mesh)
     return {
         "rows": work.rows,
         "prefill_chunk": work.prefill_chunk,
-        "lower_and_compile": {str(tokens): taken for tokens, taken in model.seconds.items()},
-        "prefill": {"seconds": seconds} | prefill_plan,
-        "decode": {"seconds": statistics.median(decode[1:])} | _planned(work, mesh),
+        "prefill": {"first": first[0], "seconds": seconds} | prefill_plan,
+        "decode": {"first": STEPS * runs[0], "seconds": statistics.median(runs[1:])}
+        | _planned(work, mesh),
         "finite": finite,
     }
 
 
-def profiles(model: Model, params: dict) -> list[dict[str, Any]]:
+def profiles(work: Work, params: dict) -> list[dict[str, Any]]:
     """The time of each GPU kernel in a decode step and in a prefill chunk, by JAX's profiler."""
-    work = model.work
-    _, cache = model.prefill(params)
-
-    def decode():
-        done = cache
-        for i in range(PROFILED):
-            _, done = model.step(params, done, work.context + i, model.tokens[:, :1])
-        return done
-
-    chunks = work.context // work.prefill_chunk
-    sizes = {"rows": work.rows}
+    _, cache = prefilled(work, params)
+    runs = {
+        "decode": (lambda: decoded(work, params, cache, work.context, PROFILED), PROFILED),
+        "prefill": (lambda: prefilled(work, params)[1], work.context // work.prefill_chunk),
+    }
     return [
-        {"task": "decode", **sizes, **kernel_times(decode, PROFILED)},
-        {"task": "prefill", **sizes, **kernel_times(lambda: model.prefill(params)[1], chunks)},
+        {"task": task, "rows": work.rows, **kernel_times(run, steps)}
+        for task, (run, steps) in runs.items()
     ]
 
 
@@ -253,17 +224,3 @@ def _planned(work: Work, mesh: MeshConfig) -> dict[str, float]:
         return {}
     plan = make_plan("", work, parse_target(f"{name}x{count}"), mesh)
     return {"bound": plan.chosen.bounds.seconds, "estimate": plan.estimate}
-
-
-def step_table(figures: dict) -> Table:
-    """The figures as a table for the terminal."""
-    table = Table(
-        title=f"{figures['model']}, {figures['layers']} layers, {figures['weights']} weights, "
-        f"{figures['kv']} cache, {figures['context']} tokens; {figures['device']}"
-    )
-    grid = tables.step_grid(figures)
-    for column in grid.columns:
-        table.add_column(column, justify="right")
-    for row in grid.rows:
-        table.add_row(*row)
-    return table

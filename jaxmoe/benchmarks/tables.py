@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from rich.table import Table
+
 ATTENTION_CONTENDERS = {"jaxmoe": "jaxmoe", "cudnn": "cuDNN", "xla": "XLA", "torch": "torch"}
 MOE_CONTENDERS = {
     "jaxmoe": "jaxmoe",
@@ -19,6 +21,17 @@ class Grid(NamedTuple):
 
     columns: tuple[str, ...]
     rows: list[list[str]]
+
+
+def for_terminal(grid: Grid, title: str) -> Table:
+    """A grid as a table for the terminal."""
+    table = Table(title=title)
+    for column in grid.columns:
+        name = column == "case"
+        table.add_column(column, justify="left" if name else "right", no_wrap=name)
+    for row in grid.rows:
+        table.add_row(*row)
+    return table
 
 
 def schedule_grid(figures: dict) -> Grid:

@@ -73,7 +73,8 @@ def time_in_turn[Name](
         effort: how long to time.
         alone: entered when all calls are compiled, and left when they are timed.
 
-    Returns the median seconds of each call, and for calls that raised the error in one line.
+    Returns:
+        The median seconds of each call, and for calls that raised the error in one line.
     """
     calls, times, starts, errors = {}, {}, {}, {}
 

@@ -4,8 +4,6 @@ Where the mesh does not divide the vocabulary, V here is more than `vocab_size`:
 rest of the table, and logits end before it.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe import mesh as meshes
 from jaxmoe.config import Llama4Config
+from jaxmoe.model.kv_cache import row_groups
 from jaxmoe.model.layers import linear
 from pallas_kernels.mosaic import why_not_hopper
 from pallas_kernels.quantized import QuantizedMatrix
@@ -58,7 +57,7 @@ def _by_xla(hidden: Float[Array, "*batch D"], head) -> Float[Array, "*batch V"]:
 
 @jax.custom_vjp
 def _by_kernel(hidden: Float[Array, "B D"], head: Float[Array, "D V"]) -> Float[Array, "B V"]:
-    """The same for one row on Hopper, where XLA reads the matrix at half the speed of memory."""
+    """hidden @ head for one row a device on Hopper, where XLA reads `head` at half memory speed."""
 
     def body(hidden, head):
         return matmul_few(hidden, (head,))[0, : len(hidden)].astype(hidden.dtype)
@@ -82,9 +81,8 @@ def _why_not_by_kernel(hidden, head) -> str | None:
     if hidden.ndim != 2 or isinstance(head, QuantizedMatrix) or head.dtype != hidden.dtype:
         return "it takes a row of hidden values for each sequence, and a matrix of their dtype"
     mesh, rows, (inputs, outputs) = meshes.current_mesh(), hidden.shape[0], head.shape
-    if mesh is not None:
-        rows //= math.prod(mesh.shape[axis] for axis in meshes.activation_axes(mesh, "batch", rows))
-        outputs //= meshes.axis_size(mesh, "vocab")
+    rows //= row_groups(rows)
+    outputs //= 1 if mesh is None else meshes.axis_size(mesh, "vocab")
     if rows > 1:
         return f"it takes one row a device, not {rows}; XLA multiplies more at the speed of memory"
     return why_not_few(rows, hidden.dtype.name, inputs, [outputs]) or why_not_hopper()

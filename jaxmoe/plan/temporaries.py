@@ -18,7 +18,7 @@ from jaxmoe.plan.work import Work, stored_params
 from pallas_kernels.experts.group_metadata import rows_of_whole_groups
 
 BF16, FP32 = 2, 4
-LARGEST = {"bf16": 128, "fp8": 128, "int8": 128, "int4": 64}  # rows of the experts' blocks
+LARGEST_BLOCK = {"bf16": 128, "fp8": 128, "int8": 128, "int4": 64}  # rows, of Llama 4's experts
 LEAST_ROWS = 64  # XLA pads the rows of a product to a multiple of this
 
 
@@ -60,7 +60,7 @@ def _experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> int:
     D, F = config.hidden_size, config.intermediate_size // mesh.tensor
     items = share.group * config.num_experts_per_tok
     experts = config.num_local_experts
-    rows = expert_rows(items, experts, experts // mesh.expert, LARGEST[work.weights])
+    rows = expert_rows(items, experts, experts // mesh.expert, LARGEST_BLOCK[work.weights])
     # Buffers of all tokens of the expert group.
     buffers = {"replicated": 0, "all_gather": 1, "all_to_all": 3}[share.exchange]
     return (2 * rows * D + rows * F + buffers * items * D) * BF16

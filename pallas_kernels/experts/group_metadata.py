@@ -50,7 +50,7 @@ def block_rows(num_items: int, num_groups: int, largest: int = 128) -> int:
 
 
 def rows_of_whole_groups(num_items: int, num_groups: int, largest: int = 128) -> int:
-    """`block_rows` on Hopper, for those who plan for it elsewhere."""
+    """`block_rows` on Hopper, whatever the current device."""
     rows = num_items if num_groups == 1 else 2 * -(-num_items // num_groups)
     return min(largest, max(LEAST_OF_KERNELS, 1 << (rows - 1).bit_length()))
 

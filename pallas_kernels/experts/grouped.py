@@ -164,12 +164,12 @@ def grouped_implementation(x, w, group_of_block, *, implementation=None, interpr
 
 
 def rows_of_blocks(num_items: int, num_groups: int, w: Matrices) -> int:
-    """`block_rows` for items that matrices like `w` multiply, of which there may be more elsewhere.
+    """`block_rows` for items that are multiplied by `w`, up to the largest block that serves it.
 
     Args:
         num_items: how many items there are.
-        num_groups: how many groups they have, of which `w` may hold a part.
-        w: matrices.
+        num_groups: how many groups they have, those on other devices included.
+        w: the matrices of this device's groups.
     """
     largest = grouped_mosaic.largest_block(w) if target().is_hopper else BLOCK
     return block_rows(num_items, num_groups, largest)

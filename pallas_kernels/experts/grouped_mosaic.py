@@ -47,11 +47,9 @@ def why_not(case) -> str | None:
         return f"it takes bfloat16, not {case.dtype}"
     if case.block not in (*STREAMED, BLOCK):
         return f"it takes blocks of {(*STREAMED, BLOCK)} rows, not {case.block}"
-    if case.format is None:
-        step = outputs = TileConfig().columns if case.block == BLOCK else STEP
-    else:
-        rows = min(case.block, WARPGROUP) if case.group_size < case.width_in else case.block
-        step, outputs = INPUTS, WARPGROUP * warpgroups(rows)
+    several = case.format is not None and case.group_size < case.width_in
+    step, outputs = _tile(min(case.block, WARPGROUP) if several else case.block, case.format)
+    if case.format is not None:
         if case.format == "int4" and case.group_size != INPUTS:
             return f"of int4 it takes one scale for {INPUTS} inputs, not {case.group_size}"
         if case.group_size % INPUTS and case.group_size != case.width_in:
@@ -67,21 +65,30 @@ def why_not(case) -> str | None:
     return why_not_hopper(case.interpret)
 
 
+def _tile(rows: int, format: str | None) -> tuple[int, int]:
+    """What widths are multiples of for blocks of so many rows: inputs of a step, and outputs."""
+    if format is not None:
+        return INPUTS, WARPGROUP * warpgroups(rows)
+    size = TileConfig().columns if rows == BLOCK else STEP
+    return size, size
+
+
 def largest_block(w) -> int:
-    """Rows of the largest block of which the kernels read a group's matrix once.
+    """Rows of the largest block for which the kernels read a matrix once.
 
     They multiply 128 rows as two blocks of 64 if outputs have several scales, and not at all if
     tiles do not divide the widths.
 
     Args:
-        w: matrices [E, D, F], and by the same blocks others [E, F, D].
+        w: matrices [E, D, F]; an expert has matrices [E, F, D] beside them, so that both widths are
+            inputs and outputs.
     """
-    _, *widths = w.shape
-    if isinstance(w, QuantizedMatrix):
-        whole = w.group_size == w.shape[1] and not any(x % (2 * WARPGROUP) for x in widths)
-    else:
-        whole = not any(x % TileConfig().columns for x in widths)
-    return BLOCK if whole else WARPGROUP
+    _, inputs, outputs = w.shape
+    quantized = isinstance(w, QuantizedMatrix)
+    if quantized and w.group_size < inputs:
+        return WARPGROUP
+    unit = max(_tile(BLOCK, w.format if quantized else None))
+    return WARPGROUP if inputs % unit or outputs % unit else BLOCK
 
 
 def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):

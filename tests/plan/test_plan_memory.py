@@ -14,7 +14,7 @@ from jaxmoe.model.params import abstract_params, num_params
 from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.memory import STEP, largest_context, memory
 from jaxmoe.plan.targets import parse_target
-from jaxmoe.plan.temporaries import LARGEST, expert_rows
+from jaxmoe.plan.temporaries import LARGEST_BLOCK, expert_rows
 from jaxmoe.plan.work import (
     STORAGE_FORMATS,
     Work,
@@ -111,7 +111,7 @@ def test_rows_of_experts_are_those_of_the_kernels_plan(monkeypatch, items, exper
     (block,) = blocks
     group = jax.ShapeDtypeStruct((items,), jnp.int32)
     plan = jax.eval_shape(lambda group: make_group_metadata(group, here, block), group)
-    assert expert_rows(items, experts, here, LARGEST[weights]) == plan.item_of_row.shape[0]
+    assert expert_rows(items, experts, here, LARGEST_BLOCK[weights]) == plan.item_of_row.shape[0]
 
 
 @pytest.mark.parametrize("task", ["decode", "prefill"])

@@ -390,7 +390,7 @@ def test_tables_hold_the_figures(figures):
     assert "**" not in text
     figures["checks"]["failures"] = ["gated random is off"]
     assert "**1 failed**" in write_tables.moe_markdown({"moe-h100.json": figures})
-    assert [gpu.printed(grid, figures).row_count for grid in SUITE.grids(figures)] == [4, 1]
+    assert [tables.for_terminal(grid, "").row_count for grid in SUITE.grids(figures)] == [4, 1]
     assert tables.error_lines(figures, SUITE.contenders)[0] == (
         "gated-scout-8k-balanced, ragged_dot: XlaRuntimeError: RESOURCE_EXHAUSTED"
     )

@@ -38,7 +38,7 @@ def test_figures(figures):
     (batch,) = figures["batches"]
     assert (figures["layers"], figures["weights"], figures["date"]) == (2, "int8", today())
     assert batch["finite"] and len(batch["prefill"]["seconds"]) == 2
-    assert set(batch["lower_and_compile"]) == {"16", "1"}
+    assert batch["prefill"]["first"] > batch["prefill"]["seconds"][0]  # it compiled
     assert "bound" not in batch["decode"]  # of a device that no plan knows
     assert [x["task"] for x in figures["profiles"]] == ["decode", "prefill"]
 

@@ -61,8 +61,8 @@ def test_matmul(tokens):
 def test_widths_lower_for_hopper(widths):
     """Catches matrices that TMA does not cut into tiles, which the interpreter does."""
     (h100,) = absent_h100s(1)
-    x, *weights = (jax.ShapeDtypeStruct((n, 256), jnp.bfloat16) for n in (3, *widths))
-    weights = [jax.ShapeDtypeStruct(w.shape[::-1], w.dtype) for w in weights]
+    shapes = (3, 256), *((256, width) for width in widths)
+    x, *weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
     lower_for(h100, lambda x, *weights: matmul_few(x, weights), x, *weights)
 
 
