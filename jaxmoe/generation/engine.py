@@ -1,24 +1,33 @@
 """Generation: requests in, tokens out, by continuous batching (`jaxmoe.generation.scheduler`)."""
 
+import collections
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generation.document import Document, restore, snapshot
+from jaxmoe.generation.batches import Batch, Sizes
+from jaxmoe.generation.document import Document
+from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, new_cache, widen
+from jaxmoe.generation.prefixes import find_prefixes
 from jaxmoe.generation.request import ERROR, Request, Token, fit_context
-from jaxmoe.generation.sampling import Sampling, sample
+from jaxmoe.generation.rows import Row
+from jaxmoe.generation.sampling import NO_TOKEN, Sampling, request_hash, sample
 from jaxmoe.generation.scheduler import Scheduler
 from jaxmoe.model import transformer
-from jaxmoe.model.kv_cache import Cache, init_cache, round_capacity, row_groups
-from jaxmoe.model.steps import step
+from jaxmoe.model.kv_cache import fork_row
+from jaxmoe.model.steps import hidden_states, step
 from jaxmoe.model.transformer import unembed
 
-__all__ = ["ERROR", "PREFILL_CHUNK", "Request", "Token", "fit_context", "generate"]
-PREFILL_CHUNK = 512  # tokens of a prompt that one step takes, at most
+__all__ = ["ERROR", "STEP_TOKENS", "Request", "Token", "fit_context", "generate"]
+STEP_TOKENS = 512  # that a step takes, at most
+OVERHEAD = {"cpu": 16}  # what a step costs beside its tokens, in tokens, by platform
+READING_WEIGHTS = 256  # the same where a step takes as long as reading the weights
 
 
 def generate(
@@ -28,7 +37,7 @@ def generate(
     sampling: Sampling,
     *,
     rows: int = 8,
-    prefill_chunk: int = PREFILL_CHUNK,
+    step_tokens: int = STEP_TOKENS,
     stop_ids: tuple[int, ...] | None = None,
     kv: str | None = None,
     cache_tokens: int | None = None,
@@ -41,13 +50,13 @@ def generate(
 
     Args:
         rows: requests that are in work at once, at most.
-        prefill_chunk: prompt tokens that a row takes in one step, at most.
+        step_tokens: tokens that a step takes, of prompts and answers together, at most.
         stop_ids: tokens that end an answer; default: the config's.
         kv: how keys and values are stored: "bf16", "int8", "fp8" or "int4"; default: as parameters.
         cache_tokens: that all rows together can hold; requests wait for room. Default: enough that
             none waits.
-        document: a text that each request comes after, one request at a time; its cache is used
-            and used up. `rows`, `kv` and `cache_tokens` are then the document's.
+        document: a text that each request comes after; its cache is used and used up, and `kv` and
+            `cache_tokens` are the document's.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
 
     Raises:
@@ -60,74 +69,165 @@ def generate(
     waiting = [fit_context(config, request, after) for request in requests]
     if not waiting:
         return iter(())
-    if document is not None:
-        _check_room(document, waiting)
-        rows = 1
-    else:
-        rows = min(rows, len(waiting))
-        cache = _new_cache(config, kv or params["embed"].dtype, waiting, rows, cache_tokens)
-        document = Document(cache, 0)
-    scheduler = Scheduler(
-        waiting,
-        document.cache,
-        rows,
-        after=after,
-        prefill_chunk=prefill_chunk,
-        stop_ids=config.eos_token_ids if stop_ids is None else stop_ids,
-        padding=config.pad_token_id % config.vocab_size,
-    )
-    return _run(config, params, document, scheduler, sampling, forward)
+    options = {"rows": rows, "kv": kv, "cache_tokens": cache_tokens, "document": document}
+    engine = Engine(config, params, waiting, sampling, step_tokens, stop_ids, forward, **options)
+    return engine.run()
 
 
-def _run(
-    config: Llama4Config,
-    params: dict,
-    document: Document,
-    scheduler: Scheduler,
-    sampling: Sampling,
-    forward: Callable,
-) -> Iterator[Token]:
-    """Steps until no request is left; after each answer about a document, restores its cache."""
-    cache = document.cache
-    several = document.length and len(scheduler.waiting) > 1
-    before = snapshot(config, document) if several else None
-    while scheduler.busy:
-        scheduler.admit()
-        batch = scheduler.next_batch()
-        chosen, cache = step(
-            config,
-            params,
-            batch.inputs,
-            cache,
-            readout=sampled,
-            arguments=(sampling, batch.last, batch.request, batch.index),
-            restart=batch.restart,
-            forward=forward,
+class Engine:
+    """Requests in work, and the cache that they share.
+
+    Attributes:
+        cache: of all rows.
+        slots: tokens that the steps so far have computed, padding included.
+        tokens: of these, how many were no padding.
+    """
+
+    def __init__(
+        self,
+        config: Llama4Config,
+        params: dict,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        step_tokens: int,
+        stop_ids: tuple[int, ...] | None,
+        forward: Callable,
+        *,
+        rows: int,
+        kv: str | None,
+        cache_tokens: int | None,
+        document: Document | None,
+    ):
+        """Takes requests that fit the model's context; arguments as for `generate`."""
+        self._config, self._params, self._sampling = config, params, sampling
+        self._stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
+        self._forward = forward
+        after = 0 if document is None else document.length
+        prefixes = find_prefixes(requests)
+        rows = min(rows, 1 << (len(requests) - 1).bit_length())
+        layout = lay_out(rows, (document is not None) + HOLDERS * any(prefixes))
+        if document is not None:
+            _check_room(document, requests)
+            self.cache = widen(config, document, layout)
+        else:
+            dtype = kv or params["embed"].dtype
+            self.cache = new_cache(config, dtype, layout, requests, prefixes, cache_tokens)
+        overhead = OVERHEAD.get(jax.default_backend(), READING_WEIGHTS)
+        self._scheduler = Scheduler(
+            free_pages(config, self.cache, layout, after),
+            layout.rows,
+            layout.holders,
+            Sizes(layout.rows, step_tokens, overhead),
+            padding=config.pad_token_id % config.vocab_size,
+            after=after,
         )
-        for token in scheduler.commit(np.asarray(chosen).tolist()):
-            yield token
-            if token.finish_reason and before is not None and scheduler.waiting:
-                cache = restore(config, cache, before)
+        self._scheduler.add(requests, prefixes)
+        self._previous = jnp.zeros((layout.groups, layout.each), jnp.int32)
+        self.slots = self.tokens = 0
+
+    def run(self) -> Iterator[Token]:
+        """Yields tokens until no request is left.
+
+        A step is enqueued before the tokens of the one before it are read, so that the device does
+        not wait for the host. A row that turns out to have stopped costs one token.
+        """
+        unread: collections.deque[tuple[Batch, jax.Array]] = collections.deque()
+        while self._scheduler.busy or unread:
+            batch = self._enqueue()
+            if batch is not None:
+                unread.append(batch)
+            if unread and (batch is None or len(unread) > 1):
+                yield from self._read(*unread.popleft())
+
+    def _enqueue(self) -> tuple[Batch, jax.Array] | None:
+        """Starts the next step; returns the tokens that it will have chosen, [G, Q]."""
+        forks, batch = self._scheduler.next_batch()
+        for fork in forks:
+            self.cache = fork_row(self._config, self.cache, *fork)
+        if batch is None:
+            return None
+        hidden, cache = step(
+            self._config,
+            self._params,
+            batch.inputs,
+            self.cache,
+            readout=hidden_states,
+            restart=batch.restart,
+            packing=batch.packing,
+            previous=self._previous,
+            forward=self._forward,
+        )
+        assert cache is not None
+        self.cache = cache
+        request, index = self._of_writers(batch)
+        chosen, self._previous = _choose(
+            self._config, self._params, hidden, self._sampling, batch.slots, batch.targets,
+            request, index, self._previous,
+        )  # fmt: skip
+        self.slots += batch.inputs.tokens.size
+        self.tokens += batch.real
+        return batch, chosen
+
+    def _of_writers(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """For each slot the hash of its request, and how many tokens were written before."""
+        request, index = np.zeros(batch.slots.shape, np.uint32), np.zeros_like(batch.slots)
+        for group, slot, row, written in batch.writers:
+            assert row.request is not None
+            request[group, slot], index[group, slot] = request_hash(row.request.id), written
+        return request, index
+
+    def _read(self, batch: Batch, chosen: jax.Array) -> Iterator[Token]:
+        """The tokens of a step that its requests still wanted."""
+        tokens = np.asarray(chosen)
+        for group, slot, row, written in batch.writers:
+            if row.ended:
+                continue
+            assert row.request is not None
+            token = int(tokens[group, slot])
+            row.known = written + 1
+            reason = self._finish_reason(row, token)
+            if reason:
+                row.ended = True
+                self._scheduler.release(row)
+            yield Token(row.request, token, reason)
+
+    def _finish_reason(self, row: Row, token: int) -> str | None:
+        if token == NO_TOKEN:
+            return ERROR
+        if token in self._stop_ids:
+            return "stop"
+        assert row.request is not None
+        return "length" if row.known == row.request.max_new_tokens else None
 
 
-def sampled(
+@functools.partial(jax.jit, static_argnames="config")
+def _choose(
     config: Llama4Config,
     params: dict,
-    hidden: Float[Array, "B S D"],
+    hidden: Float[Array, "L S D"],
     sampling: Sampling,
-    last: Int[Array, "B"],
-    request: UInt[Array, "B"],
-    index: Int[Array, "B"],
-) -> Int[Array, "B"]:
-    """The readout that chooses each row's next token.
+    slots: Int[Array, "G Q"],
+    targets: Int[Array, "G Q"],
+    request: UInt[Array, "G Q"],
+    index: Int[Array, "G Q"],
+    previous: Int[Array, "G R"],
+) -> tuple[Int[Array, "G Q"], Int[Array, "G R"]]:
+    """The next token at some places of a step, and the last token of each row.
 
     Args:
-        last: index of each row's last real token.
+        slots: the places, among the tokens of each group.
+        targets: the row of each; beyond all rows for none.
         request: as for `sample`.
         index: as for `sample`.
+        previous: the last tokens before.
     """
-    last_hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return sample(sampling, unembed(config, params, last_hidden), request, index)
+    groups = len(slots)
+    hidden = hidden.reshape(groups, -1, hidden.shape[-1])
+    chosen_from = jnp.take_along_axis(hidden, slots[:, :, None], axis=1).reshape(slots.size, -1)
+    logits = unembed(config, params, chosen_from)
+    tokens = sample(sampling, logits, request.reshape(-1), index.reshape(-1)).reshape(slots.shape)
+    group = jnp.arange(groups)[:, None]
+    return tokens, previous.at[group, targets].set(tokens, mode="drop")
 
 
 def _check_room(document: Document, requests: Sequence[Request]) -> None:
@@ -137,18 +237,3 @@ def _check_room(document: Document, requests: Sequence[Request]) -> None:
             f"the document's cache has room for {document.room} more tokens, but request "
             f"{longest.id!r} takes {longest.length}; load it with more room, or ask for fewer."
         )
-
-
-def _new_cache(
-    config: Llama4Config, dtype, requests: Sequence[Request], rows: int, tokens: int | None
-) -> Cache:
-    """An empty cache of so many tokens, by default enough for the longest requests in all rows."""
-    lengths = sorted((request.length for request in requests), reverse=True)
-    if tokens is not None and tokens < lengths[0]:
-        raise UserError(
-            f"a cache of {tokens} tokens has no room for a request of {lengths[0]}; use more, or "
-            "ask for fewer new tokens."
-        )
-    groups = row_groups(rows)
-    tokens = groups * sum(lengths[: rows // groups]) if tokens is None else tokens
-    return init_cache(config, rows, round_capacity(lengths[0]), dtype, tokens=tokens)

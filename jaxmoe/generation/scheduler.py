@@ -1,178 +1,258 @@
-"""Continuous batching: which tokens of which requests the next step takes.
+"""Continuous batching: which requests are in work, and from which prefixes they go on.
 
-A step gives each row some real tokens, the rest padding: a row in prefill takes up to a chunk of
-its prompt, a row in decode its last token. Rows never wait for each other. They share the cache's
-pages: a request joins when a row is free and the pages for all its tokens are.
+Every row that writes gets one token in every step; rows that read prompts share what is left of a
+budget (`jaxmoe.generation.batches`). Rows share the cache's pages: a request joins when a row and
+the pages for all its tokens are free. Prompts that begin alike go on from a row that has read what
+they share.
+
+On a mesh a batch's rows lie in groups, each with its own pages (`kv_cache.row_groups`); a request
+goes to one of them, and a prefix is read in each group that has requests which begin with it.
 """
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.generation.request import ERROR, Request, Token
-from jaxmoe.generation.sampling import NO_TOKEN, request_hash
-from jaxmoe.model.kv_cache import Cache, pages_a_group, pages_for, row_groups
-from jaxmoe.model.steps import Inputs, chunk_width
+from jaxmoe.generation.batches import Batch, Sizes, make_batch
+from jaxmoe.generation.prefixes import Prefix
+from jaxmoe.generation.request import Request
+from jaxmoe.generation.rows import FreePages, Row
+
+LOOKAHEAD = 256  # requests that wait for their prefix to be read and let others pass
 
 
-class Batch(NamedTuple):
-    """What one step is given; arrays of one number a row, beside the new tokens."""
+class Fork(NamedTuple):
+    """A row that goes on where another has come to; both are counted over all groups.
 
-    inputs: Inputs
-    restart: jax.Array  # rows that begin a new request, or have none
-    last: jax.Array  # index of the row's last real token
-    request: jax.Array  # hash of the request's id
-    index: jax.Array  # tokens generated so far
+    Attributes:
+        restart: rows of the cache that are emptied first.
+    """
+
+    source: int
+    target: int
+    restart: np.ndarray
 
 
 @dataclasses.dataclass
-class Row:
-    """A row of the batch while it serves a request.
+class Group:
+    """Rows that share pages.
 
     Attributes:
-        after: tokens of a document that the request comes after.
-        started: whether the row's cache is the request's own.
-        fed: tokens of the request that the model has been given.
-        written: the answer so far.
+        first: the number of its first row.
+        rows: first those for requests, then those that hold prefixes.
+        held: the prefixes that have been, or are being, read here, and their rows.
     """
 
-    request: Request
-    after: int
-    started: bool
-    fed: int = 0
-    written: list[int] = dataclasses.field(default_factory=list)
-
-    def next_tokens(self, most: int) -> list[int]:
-        """What the model has not been given yet, cut to `most` tokens."""
-        prompt = self.request.tokens[self.fed : self.fed + most]
-        start = max(0, self.fed - len(self.request.tokens))
-        return [*prompt, *self.written[start : start + most - len(prompt)]]
-
-    @property
-    def pending(self) -> int:
-        """How many tokens the model has not been given yet."""
-        return len(self.request.tokens) + len(self.written) - self.fed
-
-    def finish_reason(self, stop_ids: tuple[int, ...]) -> str | None:
-        """Why the answer ends with its last token; None if it goes on."""
-        if self.written[-1] == NO_TOKEN:
-            return ERROR
-        if self.written[-1] in stop_ids:
-            return "stop"
-        return "length" if len(self.written) == self.request.max_new_tokens else None
-
-
-class FreePages:
-    """How many pages of the cache are free, by groups of rows that share them."""
-
-    def __init__(self, cache: Cache, rows: int):
-        """All pages are free."""
-        groups = row_groups(rows)
-        self.free, self.rows_a_group = [pages_a_group(cache)] * groups, rows // groups
-
-    def reserve(self, row: int, request: Request) -> bool:
-        """Takes the pages for all tokens of a request, if there are enough."""
-        group, pages = row // self.rows_a_group, pages_for(request.length)
-        if pages > self.free[group]:
-            return False
-        self.free[group] -= pages
-        return True
-
-    def release(self, row: int, request: Request) -> None:
-        """Gives the pages of a request back."""
-        self.free[row // self.rows_a_group] += pages_for(request.length)
+    first: int
+    rows: list[Row | None]
+    free: FreePages
+    held: dict[Prefix, int] = dataclasses.field(default_factory=dict)
 
 
 class Scheduler:
-    """Gives rows to requests, and each step its tokens: `admit`, `next_batch`, run it, `commit`.
+    """Gives rows to requests and each step its tokens: `next_batch`, run it, `commit`.
+
+    A batch can be made before the tokens that the one before wrote are known.
 
     Attributes:
-        waiting: the requests that have no row yet, in their order.
+        waiting: the requests that have no row yet, in their order, each with its prefix.
     """
 
     def __init__(
         self,
-        requests: Iterable[Request],
-        cache: Cache,
+        free: Sequence[FreePages],
         rows: int,
+        holders: int,
+        sizes: Sizes,
         *,
-        after: int,
-        prefill_chunk: int,
-        stop_ids: tuple[int, ...],
         padding: int,
+        after: int = 0,
     ):
         """Begins with all rows free.
 
         Args:
-            cache: of that many rows; only its size is looked at.
-            after: tokens of a document that every request comes after.
-            prefill_chunk: prompt tokens that a row takes in one step, at most.
-            stop_ids: tokens that end an answer.
-            padding: the token that fills rows up.
+            free: the free pages of each group of rows.
+            rows: of a group, for requests.
+            holders: rows of a group that hold prefixes.
+            padding: the token that fills steps up.
+            after: tokens of a document that every request comes after; the last row has them.
         """
-        self.waiting = collections.deque(requests)
-        self._rows: list[Row | None] = [None] * rows
-        self._pages = FreePages(cache, rows)
-        longest = max(len(request.tokens) for request in self.waiting)
-        self._chunk = chunk_width(prefill_chunk, longest)
-        self._after, self._stop_ids, self._padding = after, stop_ids, padding
+        self.waiting: collections.deque[tuple[Request, Prefix | None]] = collections.deque()
+        self._groups = [
+            Group(i * (rows + holders), [None] * (rows + holders), pages)
+            for i, pages in enumerate(free)
+        ]
+        self._requests, self._after = rows, after
+        self._sizes, self._padding = sizes, padding
+        self._forks: list[Fork] = []
+        for group in self._groups if after else ():
+            group.rows[-1] = Row((), None, None, 0, fresh=False)
 
     @property
     def busy(self) -> bool:
         """Whether requests are waiting or in work."""
-        return bool(self.waiting) or any(self._rows)
+        return bool(self.waiting) or any(
+            row and row.request for group in self._groups for row in group.rows
+        )
 
-    def admit(self) -> None:
+    def add(self, requests: Sequence[Request], prefixes: Sequence[Prefix | None]) -> None:
+        """Lets requests wait, each with the prefix that it shares with others."""
+        self.waiting.extend(zip(requests, prefixes, strict=True))
+
+    def next_batch(self) -> tuple[list[Fork], Batch | None]:
+        """The rows to fork, and then the next step's tokens.
+
+        The batch is None if rows wait until `commit` was told of their last tokens.
+        """
+        self._admit()
+        forks, self._forks = self._forks, []
+        rows = [group.rows for group in self._groups]
+        batch = make_batch(rows, self._sizes, self._after, self._padding)
+        for group in self._groups:
+            for row in group.rows[: self._requests]:
+                if row and row.complete:
+                    self.release(row)
+        return forks, batch
+
+    def release(self, row: Row) -> None:
+        """Frees the row of an answer that needs no more tokens, if it is not free already."""
+        for group in self._groups:
+            if row in group.rows[: self._requests]:
+                self._leave(group, group.rows.index(row))
+
+    # Admission
+
+    def _admit(self) -> None:
         """Gives free rows to waiting requests, as long as there are pages for them."""
-        for i, row in enumerate(self._rows):
-            if row is None and self.waiting and self._pages.reserve(i, self.waiting[0]):
-                request = self.waiting.popleft()
-                self._rows[i] = Row(request, self._after, started=self._after > 0)
-
-    def next_batch(self) -> Batch:
-        """Each row's next tokens: as wide as a chunk if one is in prefill, else one token."""
-        rows = self._rows
-        decoding = all(row is None or row.pending == 1 for row in rows)
-        width = 1 if decoding else self._chunk
-        tokens = np.full((len(rows), width), self._padding, np.int32)
-        positions, segment_ids = np.zeros_like(tokens), np.zeros_like(tokens)
-        restart, last, request, index = np.zeros((4, len(rows)), np.int32)
-        request = request.astype(np.uint32)
-        for i, row in enumerate(rows):
+        passed = []
+        while self.waiting and len(passed) < LOOKAHEAD:
+            request, prefix = self.waiting[0]
+            row = self._join(request, prefix)
+            if row is None and not self._working():
+                row = self._join_alone(request, prefix)
             if row is None:
-                restart[i] = True  # gives its pages back
-                continue
-            new = row.next_tokens(width)
-            tokens[i, : len(new)] = new
-            first = row.after + row.fed
-            positions[i, : len(new)] = np.arange(first, first + len(new))
-            segment_ids[i, : len(new)] = 1
-            restart[i], last[i] = not row.started, len(new) - 1
-            request[i], index[i] = request_hash(row.request.id), len(row.written)
-            row.started, row.fed = True, row.fed + len(new)
-        inputs = Inputs(*map(jnp.asarray, (tokens, positions, segment_ids)))
-        return Batch(inputs, *map(jnp.asarray, (restart, last, request, index)))
+                break
+            self.waiting.popleft()
+            if row.request is not request:
+                passed.append((request, prefix))
+        self.waiting.extendleft(reversed(passed))
 
-    def commit(self, chosen: list[int]) -> Iterator[Token]:
-        """Adds each row's next token to its answer, where its whole prompt has been fed.
+    def _working(self) -> bool:
+        rows = [row for group in self._groups for row in group.rows if row]
+        return any(row.request or row.pending for row in rows)
+
+    def _join(self, request: Request, prefix: Prefix | None) -> Row | None:
+        """The request's row, or that of a prefix which has to be read first; None without room."""
+
+        def order(group: Group):
+            free = group.rows[: self._requests].count(None)
+            return prefix not in group.held, -free
+
+        for group in sorted(self._groups, key=order):
+            if None not in group.rows[: self._requests]:
+                continue
+            parent = self._hold(group, prefix)
+            if prefix and (parent is None or parent.pending):
+                row = parent
+            else:
+                row = self._enter(group, request.tokens, request, parent)
+            if row is not None:
+                if row.request is request:
+                    self._count_begun(prefix)
+                return row
+        return None
+
+    def _join_alone(self, request: Request, prefix: Prefix | None) -> Row | None:
+        """`_join` where nothing is in work: without unused prefixes, and if need be without its own."""
+        for group in self._groups:
+            self._drop_unused(group)
+        row = self._join(request, prefix)
+        if row is None and prefix:
+            self._count_begun(prefix)
+            row = self._join(request, None)
+        return row
+
+    def _count_begun(self, prefix: Prefix | None) -> None:
+        for part in prefix.path if prefix else ():
+            part.waiting -= 1
+
+    def _hold(self, group: Group, prefix: Prefix | None) -> Row | None:
+        """The row that holds a prefix, or will when it has read it; None without room.
+
+        Without a prefix the row that holds the document, or None.
+        """
+        if prefix is None:
+            return group.rows[-1] if self._after else None
+        if prefix in group.held:
+            return group.rows[group.held[prefix]]
+        parent = self._hold(group, prefix.parent)
+        if prefix.parent and (parent is None or parent.pending):
+            return parent
+        if None not in group.rows[self._requests :]:
+            self._drop_unused(group, but=prefix)
+        return self._enter(group, prefix.tokens, None, parent, prefix)
+
+    def _enter(
+        self,
+        group: Group,
+        tokens: tuple[int, ...],
+        request: Request | None,
+        parent: Row | None,
+        prefix: Prefix | None = None,
+    ) -> Row | None:
+        """A row that goes on from `parent`; None without a free one or pages for all its tokens."""
+        begin, end = (0, self._requests) if request else (self._requests, len(group.rows))
+        if None not in group.rows[begin:end]:
+            return None
+        i = group.rows.index(None, begin, end)
+        shared = len(parent.tokens) if parent else 0
+        most = request.length if request else len(tokens)
+        before = self._after + shared if parent else 0
+        pages = group.free.needed(self._after + most, before)
+        if not group.free.reserve(pages):
+            return None
+        row = Row(tokens, request, parent, shared, pages=pages)
+        group.rows[i] = row
+        if prefix:
+            group.held[prefix] = i
+        if parent:
+            parent.users += 1
+            source = group.first + group.rows.index(parent)
+            self._forks.append(Fork(source, group.first + i, self._emptied()))
+            row.fresh = False
+        return row
+
+    def _emptied(self) -> np.ndarray:
+        rows = (row for group in self._groups for row in group.rows)
+        return np.array([row is None or row.fresh for row in rows])
+
+    # Leaving
+
+    def _leave(self, group: Group, i: int) -> None:
+        row = group.rows[i]
+        assert row is not None
+        group.rows[i] = None
+        group.free.release(row.pages)
+        if row.parent:
+            row.parent.users -= 1
+            self._drop_unused(group, only_done=True)
+
+    def _drop_unused(
+        self, group: Group, but: Prefix | None = None, only_done: bool = False
+    ) -> None:
+        """Frees rows that hold prefixes which no row in work goes on from.
 
         Args:
-            chosen: a token for each row.
-
-        Yields:
-            The tokens that were added; a row whose answer has ended is free afterwards.
+            but: keeps what this prefix begins with.
+            only_done: keeps those that waiting requests begin with, too.
         """
-        for i, (row, token) in enumerate(zip(self._rows, chosen, strict=True)):
-            if row is None or row.pending:
-                continue
-            row.written.append(token)
-            reason = row.finish_reason(self._stop_ids)
-            if reason:
-                self._pages.release(i, row.request)
-                self._rows[i] = None
-            yield Token(row.request, token, reason)
+        kept = but.path if but else []
+        for prefix, i in sorted(group.held.items(), key=lambda item: -len(item[0].tokens)):
+            row = group.rows[i]
+            unused = row is not None and not row.users and not row.pending
+            if unused and prefix not in kept and not (only_done and prefix.waiting):
+                del group.held[prefix]
+                self._leave(group, i)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxmoe import mesh as meshes
@@ -21,9 +22,11 @@ from jaxmoe.model.kv_cache import (
     cache_kind,
     keys_spec,
     plan_writes,
-    pool_spec,
+    row_axes,
+    step_spec,
 )
 from jaxmoe.model.layers import linear, rms_normalize, rope_angles, rotate, temperature
+from jaxmoe.model.packing import PackedRows, Packing
 from jaxmoe.model.sequence import NewTokens, gather, needs_gather
 from pallas_kernels.attention import Coords, flash_attention
 
@@ -45,23 +48,32 @@ class Step(NamedTuple):
 
 
 def start_step(
-    config: Llama4Config, coords: Coords, cache: Cache | None
+    config: Llama4Config, coords: Coords, cache: Cache | None, packing: Packing | None = None
 ) -> tuple[dict[AttentionSpec, Step], Cache | None]:
     """Everything that depends on positions, computed once a call for each kind of attention.
+
+    Args:
+        packing: as for `forward`.
 
     Returns:
         The step of each attention, and the cache with all but its keys updated.
     """
     writes: dict[CacheKind, CacheStep] = {}
     if cache is not None:
-        writes, cache = plan_writes(config, cache, coords)
+        writes, cache = plan_writes(config, cache, coords, packing)
 
     whole = Coords(*(meshes.constrain(x, "batch", None) for x in coords))
+    rows = None if packing is None or packing.single is None else (packing.row, packing.single)
+    rows = None if rows is None else PackedRows(*rows)
 
     def step(spec: AttentionSpec) -> Step:
-        needed = needs_gather(spec.mask, whole, cached=cache is not None)
+        needed = (
+            None
+            if packing is not None
+            else needs_gather(spec.mask, whole, cached=cache is not None)
+        )
         return Step(
-            NewTokens(coords, whole, needed),
+            NewTokens(coords, whole, needed, rows, rows),
             rope_angles(config, spec.mask, coords.position) if spec.rope else None,
             temperature(config, coords.position) if spec.temperature else None,
             writes.get(cache_kind(spec)),
@@ -91,9 +103,22 @@ def attention(
     if step.temperature is not None:
         q = (q.astype(jnp.float32) * step.temperature[..., None, None]).astype(x.dtype)
     q, k, v = (jnp.swapaxes(z, 1, 2) for z in (q, k, v))
+    if step.tokens.all_rows is not None:
+        k, v = keep_apart(k, v)
     options = AttentionOptions(config.head_dim**-0.5, spec.mask, kernels.attention)
     out, cache = attend(spec, options, q, k, v, step, cache)
     return linear("BHSd,HdD->BSD", out, p["o"]), cache
+
+
+def keep_apart(
+    k: Float[Array, "G K T d"], v: Float[Array, "G K T d"]
+) -> tuple[Float[Array, "G K T d"], Float[Array, "G K T d"]]:
+    """Keys and values with which a sequence's NaN stay its own, beside others in a block.
+
+    A weight of 0 does not remove a NaN or infinite value, but a score that is masked is not used.
+    """
+    bad = ~jnp.isfinite(v).all(axis=-1, keepdims=True)
+    return jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, v)
 
 
 def attend(
@@ -109,12 +134,12 @@ def attend(
     axes = _token_axes(q)
     if cache is None or step.cache is None:
         body = functools.partial(attend_uncached, options, axes)
-        in_specs, q_spec = _token_specs(q, k, v, step.tokens)
+        in_specs, q_spec = _token_specs(q, k, v, step.tokens, len(q))
         return meshes.per_device(body, in_specs, q_spec)(q, k, v, step.tokens), None
-    kind = cache_kind(spec)
+    kind, rows = cache_kind(spec), step.cache.pool.table.shape[1]
     body = functools.partial(kind.attend, options, axes)
-    in_specs, q_spec = _token_specs(q, k, v, step.tokens)
-    cache_specs, step_specs = _cache_specs(kind, len(q), cache)
+    in_specs, q_spec = _token_specs(q, k, v, step.tokens, rows)
+    cache_specs, step_specs = _cache_specs(kind, rows, cache, step.cache)
     run = meshes.per_device(body, (*in_specs, cache_specs, step_specs), (q_spec, cache_specs))
     return run(q, k, v, step.tokens, cache, step.cache)
 
@@ -143,26 +168,38 @@ def _token_axes(q: jax.Array) -> tuple[str, ...]:
     return () if mesh is None else meshes.activation_axes(mesh, "length", q.shape[2])
 
 
-def _token_specs(q, k, v, tokens: NewTokens) -> tuple[Any, Any]:
-    """Where (q, k, v, tokens) lie, and where q lies."""
+def _token_specs(q, k, v, tokens: NewTokens, rows: int) -> tuple[Any, Any]:
+    """Where (q, k, v, tokens) lie, and where q lies.
+
+    Args:
+        rows: of the cache, whose groups lines of new tokens lie with; without one, of q.
+    """
     mesh = meshes.current_mesh()
     if mesh is None:
         return (None,) * 4, None
+    batch = row_axes(mesh, rows)
 
     def specs(tree, *axes):
-        return jax.tree.map(lambda x: meshes.activation_spec(mesh, axes, x.shape), tree)
+        def spec(x):
+            sizes = zip(axes, x.shape[1:], strict=True)
+            return meshes.sharded_spec(
+                mesh, batch, *(meshes.activation_axes(mesh, *pair) for pair in sizes)
+            )
 
-    q_spec = specs(q, "batch", "heads", "length", None)
-    kv_specs = specs((k, v), "batch", "kv_heads", "length", None)
-    own, whole = specs(tokens.own, "batch", "length"), specs(tokens.all, "batch", None)
-    return (q_spec, *kv_specs, NewTokens(own, whole, specs(tokens.needs_gather))), q_spec
+        return jax.tree.map(spec, tree)
+
+    q_spec = specs(q, "heads", "length", None)
+    kv_specs = specs((k, v), "kv_heads", "length", None)
+    own, own_rows = specs((tokens.own, tokens.own_rows), "length")
+    whole, all_rows = specs((tokens.all, tokens.all_rows), None)
+    needed = None if tokens.needs_gather is None else PartitionSpec()
+    return (q_spec, *kv_specs, NewTokens(own, whole, needed, own_rows, all_rows)), q_spec
 
 
-def _cache_specs(kind: CacheKind, rows: int, cache: LayerCache) -> tuple[Any, Any]:
+def _cache_specs(kind: CacheKind, rows: int, cache: LayerCache, step: CacheStep) -> tuple[Any, Any]:
     """Where a layer's cache and its `CacheStep` lie."""
     mesh = meshes.current_mesh()
     if mesh is None:
         return None, None
-    pool = pool_spec(mesh, rows, kind.sharded)
     keys = jax.tree.map(functools.partial(keys_spec, mesh, rows, kind.sharded), cache)
-    return keys, CacheStep(pool.table, pool, pool.coords)
+    return keys, step_spec(mesh, rows, kind.sharded, step.pieces is not None)

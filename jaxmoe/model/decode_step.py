@@ -28,9 +28,11 @@ from jaxmoe.model.kv_cache import (
     cache_kind,
     keys_spec,
     pool_spec,
+    row_axes,
     row_groups,
 )
 from jaxmoe.model.moe import RouterStats, choose_experts, expert_exchange, router_stats
+from jaxmoe.model.packing import Packing
 from jaxmoe.model.params import layer_specs, map_arrays
 from jaxmoe.model.sequence import merge_over_devices
 from pallas_kernels.arrays import pad_axis
@@ -79,16 +81,23 @@ def final_norm(
 
 
 def why_not_fused(
-    config: Llama4Config, params: dict, x, cache: Cache | None, interpret: Any = None
+    config: Llama4Config,
+    params: dict,
+    x,
+    cache: Cache | None,
+    interpret: Any = None,
+    packing: Packing | None = None,
 ) -> str | None:
     """Why the kernels of this module do not serve a step, or None; known while tracing.
 
     Args:
         x: the embedded tokens [B, S, D], or a ShapeDtypeStruct.
+        packing: as for `transformer.forward`.
         interpret: `plgpu.InterpretGPUParams()`, where kernels are to run without their hardware.
     """
     (rows, tokens, _), dtype = x.shape, x.dtype
-    if cache is None or tokens != 1:
+    pieces = packing is not None and packing.pieces is not None
+    if cache is None or tokens != 1 or pieces:
         return "it is a step of one new token a row with a cache"
     if any(isinstance(w, QuantizedMatrix) for w in jax.tree.leaves(params, is_leaf=_is_matrix)):
         return "it takes matrices that are not quantized"
@@ -96,7 +105,7 @@ def why_not_fused(
     if mesh is not None and expert_exchange(mesh, x.shape) != "replicated":
         return "it takes meshes on which tokens need not travel to their experts"
     tensor = 1 if mesh is None else meshes.axis_size(mesh, "ffn")
-    rows //= row_groups(rows)
+    rows //= row_groups(len(cache.length))
     return why_not_sizes(config, tensor, rows, jnp.dtype(dtype).name) or why_not_hopper(interpret)
 
 
@@ -150,11 +159,12 @@ def decode_layer(
     real = step.tokens.own.segment != 0
     body = functools.partial(_layer, config, kind, interpret)
     of_tokens = (step.tokens.own, step.rope, step.temperature)
-    arguments = (p, residual, *of_tokens, held.pool, held.index, cache)
+    arguments = (p, residual, *of_tokens, held.pool.coords, held.table, held.index, cache)
     if mesh is None:
         residual, cache, routing = body(*arguments)
     else:
-        run = meshes.per_device(body, *_specs(config, kind, mesh, arguments))
+        rows = held.pool.table.shape[1]
+        run = meshes.per_device(body, *_specs(config, kind, mesh, rows, arguments))
         residual, cache, routing = run(*arguments)
     if routing is None:
         return residual, cache, None
@@ -162,16 +172,16 @@ def decode_layer(
     return residual, cache, router_stats(routing, real, jnp.sum(reached))
 
 
-def _specs(config: Llama4Config, kind: LayerKind, mesh, arguments) -> tuple:
-    """PartitionSpecs of the arguments and results of `_layer`."""
-    p, residual, *_, cache = arguments
-    rows, sharded = residual.x.shape[0], cache_kind(config.attention_spec(kind)).sharded
-    row_spec = _row_spec(mesh, residual)
+def _specs(config: Llama4Config, kind: LayerKind, mesh, rows: int, arguments) -> tuple:
+    """PartitionSpecs of the arguments and results of `_layer`, by the number of the cache's rows."""
+    p, *_, cache = arguments
+    sharded = cache_kind(config.attention_spec(kind)).sharded
+    row_spec = meshes.sharded_spec(mesh, row_axes(mesh, rows))
     pool = pool_spec(mesh, rows, sharded)
     cache_spec = jax.tree.map(functools.partial(keys_spec, mesh, rows, sharded), cache)
     specs = layer_specs(config, kind)
     p_spec = map_arrays(lambda w, axes: meshes.param_spec_at_use(axes), specs, p)
-    in_specs = (p_spec, *(row_spec,) * 4, pool, pool.table, cache_spec)
+    in_specs = (p_spec, *(row_spec,) * 4, pool.coords, pool.table, pool.table, cache_spec)
     return in_specs, (row_spec, cache_spec, row_spec)
 
 
@@ -180,7 +190,7 @@ def _row_spec(mesh, residual: Residual) -> PartitionSpec:
 
 
 def _layer(
-    config, kind, interpret, p, residual, own: Coords, rope, temperature, pool, index, cache
+    config, kind, interpret, p, residual, own: Coords, rope, temperature, where, table, index, cache
 ):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), with its sum left to the next."""
     eps, run = config.rms_norm_eps, {"interpret": interpret}
@@ -188,7 +198,8 @@ def _layer(
     x = residual.x.reshape(rows, -1)
     x, normed = add_rms_norm(x, residual.more, p["attention_norm"], eps, **run)
     plan = _head_plan(rope, temperature, index)
-    out, cache = _attention(config, kind, run, p["attention"], normed, own, plan, pool, cache)
+    pages = where, table[0]
+    out, cache = _attention(config, kind, run, p["attention"], normed, own, plan, pages, cache)
     x, normed = add_rms_norm(x, out, p["feed_forward_norm"], eps, **run)
     if kind.feed_forward == "moe":
         out, routing = _moe(config, run, p["feed_forward"], normed, own.segment != 0)
@@ -207,7 +218,7 @@ def _head_plan(rope, temperature, index) -> HeadPlan:
     return HeadPlan(cos, sin, temperature, index[0, :, 0])
 
 
-def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pool, cache):
+def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pages, cache):
     """The output projection's sum over devices, float32, and the cache with the new tokens."""
     spec = config.attention_spec(kind)
     D, heads, d = p["q"].shape
@@ -219,8 +230,8 @@ def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pool, cache
         q[:, :, None],
         *cache,
         own,
-        pool.coords,
-        table=pool.table[0],
+        pages[0],
+        table=pages[1],
         scale=d**-0.5,
         mask=spec.mask,
         return_lse=True,

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxmoe import mesh as meshes
+from jaxmoe.model.packing import PackedRows
 from pallas_kernels.attention import Coords, Mask, lse_weight
 
 
@@ -24,11 +25,15 @@ class NewTokens(NamedTuple):
         all: coordinates of all tokens of the same rows.
         needs_gather: whether some device needs keys of another's tokens; None: not computed, and
             keys are gathered.
+        own_rows: of a packed step, the rows of a device's part of the tokens.
+        all_rows: of a packed step, the rows of all tokens.
     """
 
     own: Coords
     all: Coords
     needs_gather: Bool[Array, ""] | None
+    own_rows: PackedRows | None = None
+    all_rows: PackedRows | None = None
 
 
 def needs_gather(mask: Mask, coords: Coords, *, cached: bool) -> Bool[Array, ""] | None:

@@ -20,9 +20,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from jaxmoe.config import Llama4Config
 from jaxmoe.model import transformer
 from jaxmoe.model.kv_cache import Cache, restart_rows
+from jaxmoe.model.packing import Packing
 from jaxmoe.model.transformer import unembed
 
 Readout = Callable[..., Any]
+PREVIOUS = -1  # in place of a token: the one that its row of the cache has written last
 
 
 class Inputs(NamedTuple):
@@ -48,7 +50,9 @@ def step(
     *,
     readout: Readout,
     arguments: tuple = (),
-    restart: Int[Array, "B"] | Bool[Array, "B"] | None = None,
+    restart: Int[Array, "rows"] | Bool[Array, "rows"] | None = None,
+    packing: Packing | None = None,
+    previous: Int[Array, "G R"] | None = None,
     forward: Callable = transformer.forward,
 ) -> tuple[Any, Cache | None]:
     """Runs the decoder on new tokens, in one compiled program with what is read out of it.
@@ -59,7 +63,10 @@ def step(
         cache: as for `forward`; it is donated, so only the one that is returned is valid.
         readout: a module's function, see above; other functions compile again at every call.
         arguments: arrays that `readout` takes beside the hidden states.
-        restart: rows that are emptied before the new tokens are added.
+        restart: rows of the cache that are emptied before the new tokens are added.
+        packing: as for `forward`.
+        previous: the last token that each row of the cache, by groups of rows, has written; the
+            one that `PREVIOUS` stands for among the new tokens.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
 
     Returns:
@@ -70,8 +77,19 @@ def step(
     tokens, positions, segment_ids = inputs
     if positions is None:
         positions = transformer.positions_of(segment_ids)
-    out = forward(config, params, tokens, positions, segment_ids, cache)
+    options = {}
+    if packing is not None:
+        options["packing"] = packing
+        if previous is not None:
+            tokens = _with_previous(tokens, packing.row, previous)
+    out = forward(config, params, tokens, positions, segment_ids, cache, **options)
     return readout(config, params, out.hidden, *arguments), out.cache
+
+
+def _with_previous(tokens: Int[Array, "L S"], row: Int[Array, "L S"], previous) -> jax.Array:
+    of_group = row.reshape(len(previous), -1)
+    known = jnp.take_along_axis(previous, of_group, axis=1).reshape(tokens.shape)
+    return jnp.where(tokens == PREVIOUS, jnp.maximum(known, 0), tokens)
 
 
 def no_output(config: Llama4Config, params: dict, hidden: Float[Array, "B S D"]) -> None:

@@ -26,6 +26,7 @@ from jaxmoe.model.kv_cache import Cache, LayerCache
 from jaxmoe.model.layers import rms_norm, swiglu
 from jaxmoe.model.moe import RouterStats
 from jaxmoe.model.moe import moe as llama4_moe
+from jaxmoe.model.packing import Packing
 from jaxmoe.model.params import init_params, layer_specs, map_arrays
 from pallas_kernels.attention import Coords
 
@@ -51,6 +52,7 @@ def forward(
     interpret: Any = None,
     kernels: Kernels = FASTEST,
     moe: Callable | None = None,
+    packing: Packing | None = None,
 ) -> Output:
     """Runs the decoder on new tokens, after those that `cache` holds.
 
@@ -66,8 +68,9 @@ def forward(
         kernels: the implementations to run on; naming any turns `fused` off.
         moe: a mixture of experts of the same arguments as `jaxmoe.model.moe.moe`; default: that
             one. Giving one turns `fused` off.
+        packing: which rows of the cache the tokens belong to, where its rows are not theirs.
     """
-    steps, cache = start_step(config, Coords(positions, segment_ids), cache)
+    steps, cache = start_step(config, Coords(positions, segment_ids), cache, packing)
     entries = cache.layers if cache is not None else [None] * len(config.layers)
     x = constrain(embed(params["embed"], tokens), "batch", "length", None)
     parts = {"kernels": kernels, "moe": llama4_moe if moe is None else moe}
@@ -76,7 +79,7 @@ def forward(
         layer = functools.partial(decoder_layer, **parts)
         run_layer = jax.checkpoint(layer, static_argnums=(0, 1))
     fused = fused and moe is None and kernels == FASTEST
-    fused = fused and why_not_fused(config, params, x, cache, interpret) is None
+    fused = fused and why_not_fused(config, params, x, cache, interpret, packing) is None
     carried: Any = x
     if fused:
         carried, run_layer = Residual(x, None), functools.partial(_jit_decode_layer, interpret)

@@ -16,6 +16,7 @@ from pallas_kernels.attention.masks import (
     visible,
 )
 from pallas_kernels.attention.merge import lse_weight, merge, merge_with_lse
+from pallas_kernels.attention.paged import paged_attention
 from pallas_kernels.attention.pages import rows_of_pages
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "make_mask",
     "merge",
     "merge_with_lse",
+    "paged_attention",
     "rows_of_pages",
     "visible",
 ]

@@ -42,7 +42,7 @@ def requests():
 
 def run(model, requests, sampling, *, params=None, mesh=None, **options):
     """Answers as (tokens, finish reason) by request id."""
-    options = {"rows": 3, "prefill_chunk": 8, "stop_ids": ()} | options
+    options = {"rows": 3, "step_tokens": 8, "stop_ids": ()} | options
     answers, reasons = collections.defaultdict(list), {}
     with jax.set_mesh(mesh or one_device()):
         stream = generate(model.config, params or model.params, requests, sampling, **options)
@@ -75,7 +75,7 @@ def sampled(model, requests):
 @pytest.mark.parametrize("chunk", [1, 8, 24])
 def test_greedy_is_the_naive_loop(model, requests, naive, chunk):
     """Seven requests in three rows, across chunks, however prompts are cut into chunks."""
-    assert run(model, requests, GREEDY, prefill_chunk=chunk) == naive
+    assert run(model, requests, GREEDY, step_tokens=chunk) == naive
 
 
 def test_sampled_requests_do_not_notice_each_other(model, requests, sampled):
@@ -86,7 +86,7 @@ def test_sampled_requests_do_not_notice_each_other(model, requests, sampled):
 
 
 def test_sampled_tokens_do_not_depend_on_prefill_chunks(model, requests, sampled):
-    assert run(model, requests, SAMPLED, prefill_chunk=1) == sampled
+    assert run(model, requests, SAMPLED, step_tokens=1) == sampled
 
 
 def test_a_used_row_is_like_a_new_one(model, requests, sampled):
@@ -189,7 +189,7 @@ def test_each_width_and_setting_compiles_once(model, requests):
         params = model.on(jax.sharding.get_mesh())
         step.clear_cache()
         for settings in (GREEDY, Sampling(temperature=1.0, seed=3), Sampling(top_p=0.5, top_k=4)):
-            list(generate(model.config, params, requests, settings, rows=2, prefill_chunk=8))
+            list(generate(model.config, params, requests, settings, rows=2, step_tokens=8))
         assert step._cache_size() == 2
 
 

@@ -17,7 +17,9 @@ from jaxmoe.model.kv_cache.cache import (
     pages_a_group,
     plan_writes,
     restart_rows,
+    step_spec,
 )
+from jaxmoe.model.kv_cache.fork import fork_row
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep
 from jaxmoe.model.kv_cache.layer import KV_FORMATS, LayerCache
 from jaxmoe.model.kv_cache.layout import (
@@ -26,6 +28,7 @@ from jaxmoe.model.kv_cache.layout import (
     pages_for,
     pool_spec,
     round_capacity,
+    row_axes,
     row_groups,
     slot_shards,
 )
@@ -44,6 +47,7 @@ __all__ = [
     "cache_kinds",
     "cache_specs",
     "capacity_of",
+    "fork_row",
     "init_cache",
     "keeps_ring",
     "keys_spec",
@@ -53,6 +57,8 @@ __all__ = [
     "pool_spec",
     "restart_rows",
     "round_capacity",
+    "row_axes",
     "row_groups",
     "slot_shards",
+    "step_spec",
 ]

@@ -8,7 +8,7 @@ Shape letters: B rows, S new tokens a row.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.mesh import current_mesh
 from jaxmoe.model.kv_cache.full import FullCache
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, Room
-from jaxmoe.model.kv_cache.layer import LayerCache, empty_layer
+from jaxmoe.model.kv_cache.layer import LayerCache, PieceTable, empty_layer
 from jaxmoe.model.kv_cache.layout import (
     PAGE,
     keys_spec,
@@ -40,6 +40,7 @@ from jaxmoe.model.kv_cache.pages import (
     write_coords,
 )
 from jaxmoe.model.kv_cache.ring import RingCache
+from jaxmoe.model.packing import Packing, last_of_lines, last_of_rows, stored
 from pallas_kernels.attention import Coords
 
 
@@ -50,11 +51,13 @@ class Cache(NamedTuple):
         layers: keys and values, first layer to last.
         pools: of each of `cache_kinds`, the pages that its layers share.
         length: real tokens of each row so far.
+        dealt: the device, of those that share a row, that has its first page.
     """
 
     layers: tuple[LayerCache, ...]
     pools: tuple[Pool, ...]
     length: Int[Array, "B"]
+    dealt: Int[Array, "B"]
 
     @property
     def full(self) -> Pool:
@@ -97,6 +100,7 @@ def init_cache(
     mesh=None,
     *,
     tokens: int | None = None,
+    ring_tokens: int | None = None,
 ) -> Cache:
     """An empty cache, laid out over `mesh` if given.
 
@@ -106,6 +110,7 @@ def init_cache(
         mesh: default: the current mesh.
         tokens: that all rows together can hold, divided evenly among groups of rows on a mesh (see
             `row_groups`), each row with one run of positions; default: the capacity of each.
+        ring_tokens: the same of rings, where rows share pages of the full cache; default: `tokens`.
 
     Raises:
         UserError: if the capacity cannot be dealt out over the mesh, or the format is unknown.
@@ -115,18 +120,27 @@ def init_cache(
             f"cache capacity {capacity} must be {round_capacity(capacity, mesh)} on this mesh."
         )
     mesh = current_mesh() if mesh is None else mesh
-    make = functools.partial(_empty, config, rows, capacity, dtype, tokens, mesh)
+    make = functools.partial(_empty, config, rows, capacity, dtype, (tokens, ring_tokens), mesh)
     if mesh is None:
         return make()
-    shapes = abstract_cache(config, rows, capacity, dtype, mesh, tokens=tokens)
+    limits = {"tokens": tokens, "ring_tokens": ring_tokens}
+    shapes = abstract_cache(config, rows, capacity, dtype, mesh, **limits)
     return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
 
 
 def abstract_cache(
-    config: Llama4Config, rows: int, capacity: int, dtype, mesh, *, tokens: int | None = None
+    config: Llama4Config,
+    rows: int,
+    capacity: int,
+    dtype,
+    mesh,
+    *,
+    tokens: int | None = None,
+    ring_tokens: int | None = None,
 ) -> Cache:
     """ShapeDtypeStructs with shardings; arguments as for `init_cache`."""
-    shapes = jax.eval_shape(lambda: _empty(config, rows, capacity, dtype, tokens, mesh))
+    limits = tokens, ring_tokens
+    shapes = jax.eval_shape(lambda: _empty(config, rows, capacity, dtype, limits, mesh))
 
     def laid_out(x, spec):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
@@ -142,13 +156,14 @@ def cache_specs(config: Llama4Config, cache: Cache, mesh) -> Cache:
         for spec, layer in zip(config.attention_specs, cache.layers, strict=True)
     )
     pools = tuple(pool_spec(mesh, rows, kind.sharded) for kind in cache_kinds(config))
-    return Cache(layers, pools, row_spec(mesh, rows))  # pyrefly: ignore  # specs for arrays
+    of_rows = row_spec(mesh, rows)
+    return Cache(layers, pools, of_rows, of_rows)  # pyrefly: ignore  # specs for arrays
 
 
-def _empty(config: Llama4Config, rows: int, capacity: int, dtype, tokens, mesh) -> Cache:
+def _empty(config: Llama4Config, rows: int, capacity: int, dtype, limits, mesh) -> Cache:
     groups = row_groups(rows, mesh)
-    tokens = None if tokens is None else -(-tokens // groups)
-    room = Room(rows // groups, groups, slot_shards(mesh), capacity, tokens)
+    limits = (None if tokens is None else -(-tokens // groups) for tokens in limits)
+    room = Room(rows // groups, groups, slot_shards(mesh), capacity, *limits)
     sizes = {kind: kind.size(room) for kind in cache_kinds(config)}
 
     def layer(spec: AttentionSpec) -> LayerCache:
@@ -157,7 +172,8 @@ def _empty(config: Llama4Config, rows: int, capacity: int, dtype, tokens, mesh) 
         return empty_layer((size.stores * size.pages, heads, size.page, head_dim), dtype)
 
     pools = tuple(empty_pool(rows, *size) for size in sizes.values())
-    return Cache(tuple(map(layer, config.attention_specs)), pools, jnp.zeros(rows, jnp.int32))
+    layers = tuple(map(layer, config.attention_specs))
+    return Cache(layers, pools, jnp.zeros(rows, jnp.int32), jnp.arange(rows, dtype=jnp.int32))
 
 
 def restart_rows(cache: Cache, restart: Int[Array, "B"] | Bool[Array, "B"]) -> Cache:
@@ -167,12 +183,14 @@ def restart_rows(cache: Cache, restart: Int[Array, "B"] | Bool[Array, "B"]) -> C
     def body(pools, leaves):
         return tuple(give_back(pool, leaves) for pool in pools)
 
-    pools = _per_store(cache, body, lambda specs: specs, leaves)
-    return cache._replace(pools=pools, length=jnp.where(leaves, 0, cache.length))
+    pools = _per_store(cache, body, lambda pools, rows: pools, leaves)
+    own = jnp.arange(len(leaves), dtype=jnp.int32)
+    length, dealt = jnp.where(leaves, 0, cache.length), jnp.where(leaves, own, cache.dealt)
+    return cache._replace(pools=pools, length=length, dealt=dealt)
 
 
 def plan_writes(
-    config: Llama4Config, cache: Cache, new: Coords
+    config: Llama4Config, cache: Cache, new: Coords, packing: Packing | None = None
 ) -> tuple[dict[CacheKind, CacheStep], Cache]:
     """Where the new tokens go, by kind of cache, and the cache with all but its keys updated.
 
@@ -181,46 +199,99 @@ def plan_writes(
 
     Args:
         new: coordinates of the new tokens, [B, S]; a row's segments are contiguous.
+        packing: the rows that the tokens belong to; default: each line is a row's.
 
     Raises:
         UserError: if the cache was made for another number of devices along `sequence`.
     """
     kinds, shards = cache_kinds(config), slot_shards()
+    packed = packing is not None and packing.pieces is not None
+
+    def body(pools, length, dealt, new, packing):
+        where = _arrivals(new, packing, length)
+        dealt = dealt[where.row]
+        written = []
+        for kind, pool in zip(kinds, pools, strict=True):
+            slots = kind.slots(new, where.last, where.order, dealt, shards)
+            written.append(_write_tokens(pool, slots, new, where.row, packing))
+        return tuple(written), where.length
+
+    def out_specs(pools, rows):
+        return tuple(_step_spec(pool, packed) for pool in pools), rows
+
+    written, length = _per_store(cache, body, out_specs, cache.length, cache.dealt, new, packing)
+    steps = dict(zip(kinds, written, strict=True))
+    pools = tuple(step.pool for step in written)
+    return steps, cache._replace(pools=pools, length=length)
+
+
+class _Arrivals(NamedTuple):
+    """The row of each new token, its place there, the row's last, and the rows' new lengths."""
+
+    row: Int[Array, "L S"]
+    order: Int[Array, "L S"]
+    last: Coords
+    length: Int[Array, "R"]
+
+
+def _arrivals(new: Coords, packing: Packing | None, length: Int[Array, "R"]) -> _Arrivals:
     real = new.segment != 0
-    order = jnp.where(real, cache.length[:, None] + jnp.cumsum(real, axis=1) - 1, -1)
-
-    def body(pools, new, order):
-        slots = [kind.slots(pool, new, order, shards) for kind, pool in _pairs(kinds, pools)]
-        return tuple(_write_tokens(pool, x, new) for pool, x in zip(pools, slots, strict=True))
-
-    def out_specs(specs):
-        return tuple((spec, spec.table) for spec in specs)
-
-    written = _per_store(cache, body, out_specs, new, order)
-    steps = {
-        kind: CacheStep(index, pool, old.coords)
-        for (kind, old), (pool, index) in zip(_pairs(kinds, cache.pools), written, strict=True)
-    }
-    pools = tuple(step.pool for step in steps.values())
-    return steps, cache._replace(pools=pools, length=cache.length + jnp.sum(real, axis=1))
+    if packing is None:
+        row = jnp.broadcast_to(jnp.arange(len(length))[:, None], real.shape)
+        order = length[:, None] + jnp.cumsum(real, axis=1) - 1
+        last, length = last_of_lines(new), length + jnp.sum(real, axis=1)
+    else:
+        row, order = packing.row, new.position
+        last = last_of_rows(new, row, len(length))
+        length = length.at[row].max(jnp.where(real, order + 1, 0))
+    return _Arrivals(row, jnp.where(real, order, -1), last, length)
 
 
-def _pairs(kinds: tuple[CacheKind, ...], pools: tuple[Pool, ...]):
-    return list(zip(kinds, pools, strict=True))
+def _write_tokens(
+    pool: Pool, slots: jax.Array, new: Coords, row: jax.Array, packing: Packing | None
+) -> CacheStep:
+    """The pool with pages for the new tokens and their coordinates, and where they went."""
+    before = pool.coords
+    pool = take_pages(pool, slots, row)
+    index = pool_index(pool, slots, row)
+    pool = write_coords(pool, index, new if packing is None else stored(new))
+    table, pieces = pool.table, None
+    if packing is not None and packing.pieces is not None:
+        pieces = _piece_table(table, packing.pieces)
+    elif packing is not None:
+        table = table[:, packing.row[:, 0]]
+    return CacheStep(index[None], pool, before, table, pieces)
 
 
-def _write_tokens(pool: Pool, slots, new: Coords) -> tuple[Pool, jax.Array]:
-    """The pool with pages for the new tokens and their coordinates, and their index [1, B, S]."""
-    pool = take_pages(pool, slots)
-    index = pool_index(pool, slots)
-    return write_coords(pool, index, new), index[None]
+def _piece_table(table: Int[Array, "1 R n"], pieces: Int[Array, "1 N"]) -> PieceTable:
+    """The pages of some rows in one list."""
+    page = jnp.where(pieces[0, :, None] < 0, 0, table[0, pieces[0]])
+    segment = jnp.broadcast_to(1 + jnp.arange(len(page))[:, None], page.shape)
+    place = jnp.where(page != 0, jnp.cumsum(page != 0).reshape(page.shape) - 1, page.size)
+    parts = (jnp.zeros(page.size, jnp.int32).at[place].set(x, mode="drop") for x in (page, segment))
+    return PieceTable(*(x[None, None] for x in parts))
+
+
+def step_spec(mesh, rows: int, sharded: bool, packed: bool) -> CacheStep:
+    """Where a `CacheStep` lies: one of PartitionSpecs; arguments as for `pool_spec`.
+
+    Args:
+        packed: whether it is that of a step of packed tokens.
+    """
+    return _step_spec(pool_spec(mesh, rows, sharded), packed)
+
+
+def _step_spec(pool: Pool, packed: bool) -> CacheStep:
+    table: Any = pool.table
+    return CacheStep(table, pool, pool.coords, table, PieceTable(table, table) if packed else None)
 
 
 def _per_store(cache: Cache, body, out_specs, *of_rows):
     """Runs `body(pools, *of_rows)` on each device's pools and rows.
 
     Args:
-        out_specs: a function that makes the PartitionSpecs of the results from those of the pools.
+        out_specs: a function that makes the PartitionSpecs of the results from those of the pools
+            and of rows.
     """
     shards, made_for = slot_shards(), cache.full.table.shape[0]
     if shards != made_for:
@@ -233,5 +304,6 @@ def _per_store(cache: Cache, body, out_specs, *of_rows):
         return body(cache.pools, *of_rows)
     rows = cache.length.shape[0]
     specs = tuple(pool_spec(mesh, rows, pool.table.shape[0] > 1) for pool in cache.pools)
-    in_specs = (specs, *(row_spec(mesh, rows) for _ in of_rows))
-    return meshes.per_device(body, in_specs, out_specs(specs))(cache.pools, *of_rows)
+    of_row = row_spec(mesh, rows)
+    run = meshes.per_device(body, (specs, *(of_row for _ in of_rows)), out_specs(specs, of_row))
+    return run(cache.pools, *of_rows)

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 from jaxmoe import mesh as meshes
 from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, PoolSize, Room
-from jaxmoe.model.kv_cache.layer import LayerCache, attend_pages
+from jaxmoe.model.kv_cache.layer import LayerCache, attend_pages, attend_pieces, attend_single
 from jaxmoe.model.kv_cache.layout import PAGE
-from jaxmoe.model.kv_cache.pages import Pool
+from jaxmoe.model.packing import PackedRows, merge_single
 from jaxmoe.model.sequence import NewTokens, gather, merge_over_devices
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention import Coords, decode_attention, merge_with_lse
@@ -41,6 +41,15 @@ class FullCache(CacheKind):
         """The devices of the `slots` axis share each row's pages."""
         return True
 
+    @property
+    def shares(self) -> bool:
+        """Tokens stay where they are."""
+        return True
+
+    def pages_for(self, tokens: int, shards: int) -> int:
+        """As many as hold all tokens, dealt out over the devices."""
+        return -(-tokens // (PAGE * shards))
+
     def size(self, room: Room) -> PoolSize:
         """Pages for the capacity of each row, or for the tokens of all rows if that is less."""
         columns = room.capacity // (PAGE * room.shards)
@@ -50,13 +59,14 @@ class FullCache(CacheKind):
             pages = max(columns, min(pages, -(-room.tokens // (PAGE * room.shards)) + begun))
         return PoolSize(columns, 1 + pages, PAGE, room.groups * room.shards, room.shards)
 
-    def slots(self, pool: Pool, new: Coords, order: jax.Array, shards: int) -> jax.Array:
+    def slots(
+        self, new: Coords, last: Coords, order: jax.Array, dealt: jax.Array, shards: int
+    ) -> jax.Array:
         """Tokens in order, counted over the row's pages on this device."""
         if shards == 1:
             return order
         page, me = order // PAGE, lax.axis_index(meshes.RULES["slots"])
-        turn = (page + jnp.arange(order.shape[0])[:, None]) % shards
-        here = (order >= 0) & (turn == me)
+        here = (order >= 0) & ((page + dealt) % shards == me)
         return jnp.where(here, page // shards * PAGE + order % PAGE, -1)
 
     def attend(
@@ -74,14 +84,25 @@ class FullCache(CacheKind):
         k, v, q = gather((k, v, q), axes)
         cache = cache.write(k, v, step.index[0])
         where = (tokens.all, step.pool.coords)
-        table = step.pool.table[0]
-        if q.shape[2] <= FEW_QUERIES:
+        table = step.table[0]
+        if tokens.all_rows is not None:
+            out, lse = _attend_packed(options, q, cache, *where, tokens.all_rows, step)
+        elif q.shape[2] <= FEW_QUERIES:
             out, lse = decode_attention(
                 q, *cache, *where, table=table, return_lse=True, **options._asdict()
             )
         else:
             out, lse = _attend_in_pieces(options, q, cache, *where, table)
         return merge_over_devices(out, lse, axes).astype(q.dtype), cache
+
+
+def _attend_packed(
+    options, q, cache, coords: Coords, page_coords, rows: PackedRows, step: CacheStep
+):
+    """Single tokens as in decoding, pieces of prompts as in prefill."""
+    single = attend_single(options, q, cache, coords, page_coords, rows, step.table[0])
+    pieces = attend_pieces(options, q, cache, rows.pieces(coords), page_coords, step.pieces)
+    return [merge_single(rows, one, many, 2) for one, many in zip(single, pieces, strict=True)]
 
 
 def _attend_in_pieces(options, q, cache, coords, page_coords, table):

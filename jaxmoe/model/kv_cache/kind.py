@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.model.kernels import AttentionOptions
-from jaxmoe.model.kv_cache.layer import LayerCache
+from jaxmoe.model.kv_cache.layer import LayerCache, PieceTable
 from jaxmoe.model.kv_cache.pages import Pool
 from jaxmoe.model.sequence import NewTokens
 from pallas_kernels.attention import Coords
@@ -21,6 +21,7 @@ class Room(NamedTuple):
         shards: devices that share a row, where a kind is sharded.
         capacity: tokens that a row can hold.
         tokens: that all rows of a group together can hold; None: the capacity of each.
+        ring_tokens: the same of rings; None: what `tokens` tokens need.
     """
 
     rows: int
@@ -28,6 +29,7 @@ class Room(NamedTuple):
     shards: int
     capacity: int
     tokens: int | None
+    ring_tokens: int | None = None
 
 
 class PoolSize(NamedTuple):
@@ -55,11 +57,15 @@ class CacheStep(NamedTuple):
         index: the slot in a device's pages that each new token goes to; beyond them for none.
         pool: the pool after the call.
         before: coordinates of the pool's slots before the call.
+        table: the pages of each line of new tokens; of packed tokens those of all rows.
+        pieces: of packed tokens, the pages of the rows that have a piece; else None.
     """
 
     index: Int[Array, "shards B S"]
     pool: Pool
     before: Coords
+    table: Int[Array, "shards L n"]
+    pieces: PieceTable | None = None
 
 
 class CacheKind(abc.ABC):
@@ -75,19 +81,35 @@ class CacheKind(abc.ABC):
     def sharded(self) -> bool:
         """Whether the devices of the `slots` axis share each row's pages."""
 
+    @property
+    @abc.abstractmethod
+    def shares(self) -> bool:
+        """Whether rows that begin alike may share whole pages: nothing is written to them again."""
+
+    @abc.abstractmethod
+    def pages_for(self, tokens: int, shards: int) -> int:
+        """Pages that a row of so many tokens takes at most, of each of the `shards` devices."""
+
     @abc.abstractmethod
     def size(self, room: Room) -> PoolSize:
         """How large its pool is."""
 
     @abc.abstractmethod
     def slots(
-        self, pool: Pool, new: Coords, order: Int[Array, "B S"], shards: int
+        self,
+        new: Coords,
+        last: Coords,
+        order: Int[Array, "B S"],
+        dealt: Int[Array, "B S"],
+        shards: int,
     ) -> Int[Array, "B S"]:
         """The slot of each new token in its row's pages on this device; -1 for one that has none.
 
         Args:
             new: coordinates of the new tokens.
+            last: those of the last new token of each one's row.
             order: how many tokens their row had before each; -1 for padding.
+            dealt: the device that has the first page of each one's row.
             shards: devices that share a row.
         """
 

@@ -12,11 +12,30 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import UserError
 from jaxmoe.model.kernels import AttentionOptions
-from pallas_kernels.attention import Coords, flash_attention, rows_of_pages
+from jaxmoe.model.packing import PackedRows
+from pallas_kernels.attention import (
+    Coords,
+    decode_attention,
+    flash_attention,
+    paged_attention,
+    rows_of_pages,
+)
 from pallas_kernels.quantized import LARGEST, Quantized, dequantize, quantize
 
 KV_FORMATS = ("bf16", *LARGEST)  # of keys and values, by name
 FLOATS = ("bf16", "bfloat16", "float32", "float16")
+
+
+class PieceTable(NamedTuple):
+    """The pages of the rows that have a piece of a packed step, row by row, then null pages.
+
+    Attributes:
+        page: its index among a device's pages.
+        segment: that of the piece's tokens, 0 for a null page.
+    """
+
+    page: Int[Array, "shards G M"]
+    segment: Int[Array, "shards G M"]
 
 
 class LayerCache(NamedTuple):
@@ -84,4 +103,48 @@ def attend_pages(
     *keys, k_coords = rows_of_pages(cache.k, cache.v, page_coords, table)
     k, v = (dequantize(x, q.dtype) if isinstance(x, Quantized) else x.astype(q.dtype) for x in keys)
     out, lse = flash_attention(q, k, v, q_coords, k_coords, return_lse=True, **options._asdict())
+    return out, lse
+
+
+def attend_single(
+    options: AttentionOptions,
+    q: Float[Array, "1 H T d"],
+    cache: LayerCache,
+    coords: Coords,
+    page_coords: Coords,
+    rows: PackedRows,
+    table: Int[Array, "R n"],
+) -> tuple[Float[Array, "1 H D d"], Float[Array, "1 H D"]]:
+    """Attention of the first tokens of a packed step, where they are single, to their rows' pages.
+
+    Args:
+        table: the pages of all rows, R, which bounds how many single tokens there are.
+    """
+    count = min(len(table), q.shape[2])
+    row, where = rows.first(count, coords)
+    out, lse = decode_attention(
+        jnp.swapaxes(q[0, :, :count], 0, 1)[:, :, None],
+        *cache,
+        where,
+        page_coords,
+        table=table[row],
+        return_lse=True,
+        **options._asdict(),
+    )
+    return jnp.swapaxes(out[:, :, 0], 0, 1)[None], jnp.swapaxes(lse[:, :, 0], 0, 1)[None]
+
+
+def attend_pieces(
+    options: AttentionOptions,
+    q: Float[Array, "1 H T d"],
+    cache: LayerCache,
+    coords: Coords,
+    page_coords: Coords,
+    pieces: PieceTable | None,
+) -> tuple[Float[Array, "1 H T d"], Float[Array, "1 H T"]]:
+    """Attention of the pieces of prompts in a packed step to their rows' pages."""
+    assert pieces is not None
+    out, lse = paged_attention(
+        q, *cache, coords, page_coords, *(x[0] for x in pieces), **options._asdict()
+    )
     return out, lse

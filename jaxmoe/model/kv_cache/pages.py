@@ -4,7 +4,8 @@ On a mesh every device, or group of devices with equal rows and slots, has a poo
 functions here work on one of them. Page 0 of each is the null page, which stays empty: tables name
 it where a row has no page.
 
-Shape letters: B rows, S new tokens a row, P pages, t tokens a page, n pages of a row at most.
+Shape letters: B rows, P pages, t tokens a page, n pages of a row at most; new tokens are L lines of
+S each, of any rows.
 """
 
 from typing import NamedTuple
@@ -40,7 +41,7 @@ def empty_pool(rows: int, columns: int, pages: int, page: int, stores: int, shar
     return Pool(coords, owner, jnp.zeros((shards, rows, columns), jnp.int32))
 
 
-def take_pages(pool: Pool, slots: Int[Array, "B S"]) -> Pool:
+def take_pages(pool: Pool, slots: Int[Array, "L S"], rows: Int[Array, "L S"]) -> Pool:
     """Gives rows the pages that their new tokens need and that they do not have yet.
 
     Where too few are free, the last rows go without: `pool_index` then drops their tokens.
@@ -48,9 +49,9 @@ def take_pages(pool: Pool, slots: Int[Array, "B S"]) -> Pool:
     Args:
         slots: the slot of each new token in its row; negative ones, and those beyond the table,
             need no page.
+        rows: the row of each new token.
     """
     table, page = pool.table[0], pool.coords.segment.shape[1]
-    rows = jnp.arange(len(table))[:, None]
     column = jnp.where(slots < 0, table.shape[1], slots // page)
     needed = jnp.zeros(table.shape, bool).at[rows, column].set(True, mode="drop")
     new = needed & (table == 0)
@@ -68,16 +69,16 @@ def take_pages(pool: Pool, slots: Int[Array, "B S"]) -> Pool:
     return pool._replace(owner=owner, table=table[None])
 
 
-def pool_index(pool: Pool, slots: Int[Array, "B S"]) -> Int[Array, "B S"]:
+def pool_index(pool: Pool, slots: Int[Array, "L S"], rows: Int[Array, "L S"]) -> Int[Array, "L S"]:
     """The index of rows' slots among all slots of the pool; beyond them for one without a page."""
     table, (pages, page) = pool.table[0], pool.coords.segment.shape
     column = slots // page
     here = (slots >= 0) & (column < table.shape[1])
-    number = jnp.take_along_axis(table, jnp.where(here, column, 0), axis=1)
+    number = table[rows, jnp.where(here, column, 0)]
     return jnp.where(here & (number != 0), number * page + slots % page, pages * page)
 
 
-def write_coords(pool: Pool, index: Int[Array, "B S"], new: Coords) -> Pool:
+def write_coords(pool: Pool, index: Int[Array, "L S"], new: Coords) -> Pool:
     """The pool with the new tokens' coordinates at `index`."""
 
     def put(old, x):

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.kv_cache.full import FullCache
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, PoolSize, Room
-from jaxmoe.model.kv_cache.layer import LayerCache, attend_pages
+from jaxmoe.model.kv_cache.layer import LayerCache, attend_pages, attend_pieces, attend_single
 from jaxmoe.model.kv_cache.layout import PAGE
-from jaxmoe.model.kv_cache.pages import Pool
+from jaxmoe.model.packing import PackedRows, merge_single
 from jaxmoe.model.sequence import NewTokens, gather
 from pallas_kernels.attention import Coords, Mask, decode_attention, flash_attention, merge
 
@@ -48,25 +48,32 @@ class RingCache(CacheKind):
         """Tokens of a page; pages fill the span exactly."""
         return PAGE if self.span % PAGE == 0 else self.span
 
+    @property
+    def shares(self) -> bool:
+        """Later tokens overwrite earlier ones."""
+        return False
+
+    def pages_for(self, tokens: int, shards: int) -> int:
+        """As many as hold the tokens or the span; every device has them all."""
+        return -(-min(tokens, self.span) // self.page)
+
     def size(self, room: Room) -> PoolSize:
         """Pages for the span of each row, or for the tokens of all rows if that is less."""
         columns = self.span // self.page
-        pages = room.rows * columns
-        if room.tokens is not None:
-            full = FullCache().size(room)
-            # What fits there fits here too; a row's first and last page may be begun.
-            fits = -(-(full.pages - 1) * PAGE * room.shards // self.page) + 2 * room.rows
+        pages, tokens = room.rows * columns, room.ring_tokens
+        if tokens is None and room.tokens is not None:  # what fits there fits here too
+            tokens = (FullCache().size(room).pages - 1) * PAGE * room.shards
+        if tokens is not None:  # a row's first and last page may be begun
+            fits = -(-tokens // self.page) + 2 * room.rows
             pages = max(columns, min(pages, fits))
         return PoolSize(columns, 1 + pages, self.page, room.groups, 1)
 
-    def slots(self, pool: Pool, new: Coords, order: jax.Array, shards: int) -> jax.Array:
+    def slots(
+        self, new: Coords, last: Coords, order: jax.Array, dealt: jax.Array, shards: int
+    ) -> jax.Array:
         """Slots for the tokens that their row's last one sees, since a later one sees no others."""
-        real = new.segment != 0
-        index = jnp.arange(real.shape[1])
-        last = jnp.max(jnp.where(real, index, 0), axis=1, keepdims=True)
-        position, segment = (jnp.take_along_axis(c, last, axis=1) for c in new)
-        kept = (new.segment == segment) & (new.position >= self.mask.first(position))
-        return jnp.where(real & kept, new.position % self.span, -1)
+        kept = (new.segment == last.segment) & (new.position >= self.mask.first(last.position))
+        return jnp.where((new.segment != 0) & kept, new.position % self.span, -1)
 
     def attend(
         self,
@@ -86,8 +93,10 @@ class RingCache(CacheKind):
         different stale keys in slots that no later query sees.
         """
         k, v = gather((k, v), axes, tokens.needs_gather)
+        if tokens.own_rows is not None:
+            return _attend_packed(options, axes, q, k, v, tokens, tokens.own_rows, cache, step)
         new_cache = cache.write(k, v, step.index[0])
-        table, shared = step.pool.table[0], options._asdict()
+        table, shared = step.table[0], options._asdict()
         if k.shape[2] == 1:
             where = (tokens.own, step.pool.coords)
             return decode_attention(q, *new_cache, *where, table=table, **shared), new_cache
@@ -98,3 +107,33 @@ class RingCache(CacheKind):
         out = merge([past, present])  # pyrefly: ignore  # pairs, since return_lse
         # Without this barrier XLA writes all layers' rings last, and keeps their keys until then.
         return lax.optimization_barrier((out, new_cache))
+
+
+def _attend_packed(
+    options: AttentionOptions,
+    axes: tuple[str, ...],
+    q: Float[Array, "1 H S d"],
+    k: Float[Array, "1 K T d"],
+    v: Float[Array, "1 K T d"],
+    tokens: NewTokens,
+    rows: PackedRows,
+    cache: LayerCache,
+    step: CacheStep,
+) -> tuple[Any, LayerCache]:
+    """Single tokens after they are written, pieces of prompts before.
+
+    Args:
+        rows: of this device's tokens.
+    """
+    assert tokens.all_rows is not None
+    own = rows.pieces(tokens.own)
+    past = attend_pieces(options, q, cache, own, step.before, step.pieces)
+    # Written after the past is read, the ring is changed in place.
+    past, cache = lax.optimization_barrier((past, cache))
+    cache = cache.write(k, v, step.index[0])
+    every = tokens.all_rows.pieces(tokens.all)
+    shared = {"in_order": not axes, "return_lse": True} | options._asdict()
+    present = flash_attention(q, k, v, own, every, **shared)
+    single, _ = attend_single(options, q, cache, tokens.own, step.pool.coords, rows, step.table[0])
+    out = merge_single(rows, single, merge([past, present]), 2)  # pyrefly: ignore  # pairs
+    return lax.optimization_barrier((out, cache))

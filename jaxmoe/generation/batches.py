@@ -1,0 +1,158 @@
+"""The arrays of a step: which tokens it takes of which rows, in one of a few sizes."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmoe.generation.rows import Row
+from jaxmoe.model.packing import Packing
+from jaxmoe.model.steps import PREVIOUS, Inputs
+
+MOST_PIECES = 32  # rows of a group that read in one step
+SMALLEST, SIZES = 16, 3  # of steps in which prompts are read
+
+Placed = tuple[int, Row]  # a row and its place among those of its group
+
+
+class Batch(NamedTuple):
+    """What one step is given, in NumPy arrays; G groups of rows.
+
+    Attributes:
+        inputs: the new tokens; `PREVIOUS` for those that only the device knows yet.
+        packing: the rows that they belong to.
+        restart: the rows of the cache that are emptied first.
+        slots: [G, Q], which tokens of each group an answer goes on after; 0 where there is none.
+        targets: [G, Q], the rows that these belong to; the number of rows where there is none.
+        writers: those rows, by group and slot, and how many tokens each has written before.
+        real: how many of the tokens are no padding.
+    """
+
+    inputs: Inputs
+    packing: Packing
+    restart: np.ndarray
+    slots: np.ndarray
+    targets: np.ndarray
+    writers: list[tuple[int, int, Row, int]]
+    real: int
+
+
+class Sizes:
+    """The sizes that steps come in: few, since each is compiled.
+
+    Attributes:
+        single: tokens of a group where every row has one: powers of 2 up to all rows.
+        packed: tokens of a group where some rows have more, at most the budget.
+    """
+
+    def __init__(self, rows: int, budget: int, overhead: int):
+        """Sizes for so many rows of a group.
+
+        Args:
+            overhead: what a step costs beside its tokens, in tokens.
+        """
+        powers = (1 << i for i in itertools.count())
+        self.single = [*itertools.takewhile(lambda size: size < rows, powers), rows]
+        budget = max(budget, 2 * rows)
+        packed = [budget // 4**i for i in range(SIZES)]
+        self.packed = [x for x in packed if x >= min(SMALLEST, budget)]
+        self.overhead = overhead
+
+    def choose(self, single: int, wanted: Sequence[int]) -> int:
+        """The size of a step with the least cost for each of its tokens.
+
+        Args:
+            single: tokens of each group that have to be in the step, at most.
+            wanted: tokens of each group that may be.
+        """
+        if max(wanted) == single:
+            return next(size for size in self.single if size >= single)
+
+        def cost(size: int) -> float:
+            real = sum(min(size, tokens) for tokens in wanted)
+            return (self.overhead + size * len(wanted)) / real
+
+        return min((size for size in self.packed if size > single), key=cost)
+
+
+def share_out(pending: Sequence[int], left: int) -> list[int]:
+    """How many tokens each of some rows gets: evenly, but none more than are pending."""
+    shares = [0] * len(pending)
+    order = sorted(range(len(pending)), key=lambda i: pending[i])
+    for done, i in enumerate(order):
+        shares[i] = min(pending[i], left // (len(order) - done))
+        left -= shares[i]
+    return shares
+
+
+def make_batch(
+    groups: Sequence[Sequence[Row | None]], sizes: Sizes, after: int, padding: int
+) -> Batch | None:
+    """The next tokens of all rows, which then count as fed; None if no row has any.
+
+    Args:
+        groups: the rows of each group, those that hold prefixes last.
+        after: the position of each row's first token.
+        padding: the token that fills steps up.
+    """
+    placed = [[(i, row) for i, row in enumerate(g) if row and row.pending] for g in groups]
+    single = [[x for x in rows if x[1].pending == 1] for rows in placed]
+    pieces = [[x for x in rows if x[1].pending > 1][:MOST_PIECES] for rows in placed]
+    if not any(placed):
+        return None
+    most = max(map(len, single))
+    wanted = [len(s) + sum(r.pending for _, r in p) for s, p in zip(single, pieces, strict=True)]
+    width = sizes.choose(most, wanted)
+    restart = np.array([row is None or row.fresh for rows in groups for row in rows])
+    build = _Builder(len(groups), len(groups[0]), width, min(width, sizes.single[-1]), padding)
+    for g, (ones, more) in enumerate(zip(single, pieces, strict=True)):
+        for i, row in ones:
+            build.put(g, i, row, 1, after, 0)
+        shares = share_out([row.pending for _, row in more], width - len(ones))
+        kept = [(i, row, share) for (i, row), share in zip(more, shares, strict=True) if share]
+        for number, (i, row, share) in enumerate(kept):
+            build.put(g, i, row, share, after, number + 1)
+    return build.batch(restart, any(pieces))
+
+
+class _Builder:
+    """Fills the arrays of a batch, token by token."""
+
+    def __init__(self, groups: int, rows: int, width: int, most: int, padding: int):
+        self.tokens = np.full((groups, width), padding, np.int32)
+        self.positions, self.segments, self.row = np.zeros((3, groups, width), np.int32)
+        self.single = np.zeros((groups, width), bool)
+        self.pieces = np.full((groups, min(MOST_PIECES, rows)), -1, np.int32)
+        self.slots, self.targets = np.zeros((2, groups, most), np.int32)
+        self.targets += rows
+        self.used, self.written = [0] * groups, [0] * groups
+        self.writers: list[tuple[int, int, Row, int]] = []
+
+    def put(self, group: int, i: int, row: Row, count: int, after: int, piece: int) -> None:
+        """Adds the next tokens of a row; `piece` is 0 for a single one."""
+        start = self.used[group]
+        here = group, slice(start, start + count)
+        prompt = row.tokens[row.fed : row.fed + count]
+        self.tokens[here] = prompt or PREVIOUS
+        self.positions[here] = after + row.fed + np.arange(count)
+        self.segments[here], self.row[here], self.single[here] = piece or 1, i, not piece
+        if piece:
+            self.pieces[group, piece - 1] = i
+        self.used[group] += count
+        if row.feed(count):
+            slot = self.written[group]
+            self.slots[group, slot], self.targets[group, slot] = start + count - 1, i
+            self.writers.append((group, slot, row, row.written - 1))
+            self.written[group] += 1
+
+    def batch(self, restart: np.ndarray, packed: bool) -> Batch:
+        """The batch; `packed` if a row has several tokens."""
+        arrays = self.tokens, self.positions, self.segments
+        if packed:
+            packing = Packing(self.row, self.single, self.pieces)
+        else:
+            arrays = (x.reshape(-1, 1) for x in arrays)
+            packing = Packing(self.row.reshape(-1, 1))
+        rest = self.slots, self.targets, self.writers, sum(self.used)
+        return Batch(Inputs(*arrays), packing, restart, *rest)

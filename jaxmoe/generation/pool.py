@@ -1,0 +1,222 @@
+"""How large the engine's cache is, how its rows lie on the mesh, and a document as one of them."""
+
+import functools
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxmoe import mesh as meshes
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.generation.document import Document
+from jaxmoe.generation.prefixes import Prefix
+from jaxmoe.generation.request import Request
+from jaxmoe.generation.rows import FreePages
+from jaxmoe.model.kv_cache import (
+    PAGE,
+    Cache,
+    CacheKind,
+    Pool,
+    cache_kind,
+    cache_kinds,
+    cache_specs,
+    capacity_of,
+    init_cache,
+    keys_spec,
+    round_capacity,
+    row_groups,
+    slot_shards,
+)
+from jaxmoe.model.kv_cache.pages import FREE
+from pallas_kernels.attention import Coords
+
+HOLDERS = 4  # rows of a group that hold prefixes, where prompts share any
+SMALLEST, POWERS_TO = 512, 65_536  # tokens of a cache; up to where it is a power of 2
+
+
+class Layout(NamedTuple):
+    """The rows of a batch: `groups` of `rows` for requests and `holders` of prefixes."""
+
+    groups: int
+    rows: int
+    holders: int
+
+    @property
+    def each(self) -> int:
+        """Rows of a group."""
+        return self.rows + self.holders
+
+    @property
+    def total(self) -> int:
+        """Rows of all groups."""
+        return self.groups * self.each
+
+
+def lay_out(rows: int, holders: int) -> Layout:
+    """Rows for so many requests at once, in as many groups as the current mesh has room for.
+
+    Args:
+        holders: rows of a group that hold prefixes, at least.
+    """
+    mesh = meshes.current_mesh()
+    sizes = [1] if mesh is None else [mesh.shape[axis] for axis in meshes.RULES["batch"]]
+    groups = max(x for x in (1, *itertools.accumulate(sizes, operator.mul)) if x <= rows)
+    layout = Layout(groups, -(-rows // groups), holders)
+    while row_groups(layout.total) != groups:
+        layout = layout._replace(holders=layout.holders + 1)
+    return layout
+
+
+def round_size(tokens: int) -> int:
+    """A size of cache that holds so many tokens: of few sizes, since steps are compiled for each.
+
+    Large ones are at most a quarter larger than asked for.
+    """
+    unit = 2 ** max(0, tokens.bit_length() - 3) if tokens > POWERS_TO else 0
+    if unit:
+        return -(-tokens // unit) * unit
+    return max(SMALLEST, 1 << (tokens - 1).bit_length())
+
+
+def new_cache(
+    config: Llama4Config,
+    dtype,
+    layout: Layout,
+    requests: Sequence[Request],
+    prefixes: Sequence[Prefix | None],
+    tokens: int | None,
+) -> Cache:
+    """An empty cache.
+
+    Args:
+        dtype: of keys and values, or a name of `KV_FORMATS`.
+        prefixes: those that the requests share with one another.
+        tokens: that all rows together can hold; default: enough for the longest requests in all
+            rows.
+
+    Raises:
+        UserError: if that is too few for a request.
+    """
+    longest = max(request.length for request in requests)
+    if tokens is not None:
+        if tokens < longest:
+            raise UserError(
+                f"a cache of {tokens} tokens has no room for a request of {longest}; use more, or "
+                "ask for fewer new tokens."
+            )
+        return init_cache(config, layout.total, round_capacity(longest), dtype, tokens=tokens)
+    full, rings = (layout.groups * round_size(x) for x in _tokens(layout, requests, prefixes))
+    capacity = round_capacity(round_size(longest))
+    return init_cache(config, layout.total, capacity, dtype, tokens=full, ring_tokens=rings)
+
+
+def _tokens(
+    layout: Layout, requests: Sequence[Request], prefixes: Sequence[Prefix | None]
+) -> tuple[int, int]:
+    """Tokens that the full cache and the rings of a group of rows need."""
+
+    def most(sizes, count: int) -> int:
+        return sum(sorted(sizes, reverse=True)[:count])
+
+    shared = [len(prefix.tokens) if prefix else 0 for prefix in prefixes]
+    every = {part for prefix in prefixes if prefix for part in prefix.path}
+    read = [len(x.tokens) for x in every]
+    own = [len(x.tokens) - (len(x.parent.tokens) if x.parent else 0) for x in every]
+    begun = PAGE * layout.each if every else 0  # pages that are copied because they are not whole
+    lengths = [request.length for request in requests]
+    after = [length - start for length, start in zip(lengths, shared, strict=True)]
+    return (
+        most(after, layout.rows) + most(own, layout.holders) + begun,
+        most(lengths, layout.rows) + most(read, layout.holders),
+    )
+
+
+def free_pages(config: Llama4Config, cache: Cache, layout: Layout, after: int) -> list[FreePages]:
+    """The pages of each group of rows that are free but for those of `after` tokens."""
+    kinds, shards = cache_kinds(config), slot_shards()
+
+    def free(kind: CacheKind, pool: Pool) -> int:
+        stores = layout.groups * (shards if kind.sharded else 1)
+        return len(pool.owner) // stores - 1 - kind.pages_for(after, shards)
+
+    pages = tuple(free(kind, pool) for kind, pool in zip(kinds, cache.pools, strict=True))
+    return [FreePages(kinds, pages, shards) for _ in range(layout.groups)]
+
+
+def widen(config: Llama4Config, document: Document, layout: Layout) -> Cache:
+    """A document's cache, which is used up, with more rows; the last of each group has its text.
+
+    The text's pages stay where they are: each group of rows has those that every device along its
+    mesh axes had before. What layers with rings keep is copied, since they need more room.
+    """
+    mesh, cache = meshes.current_mesh(), document.cache
+    kinds = [cache_kind(spec) for spec in config.attention_specs]
+    rings = tuple(x for kind, x in zip(kinds, cache.layers, strict=True) if not kind.shares)
+    body = functools.partial(_with_rows, config, layout.each, capacity_of(cache))
+    state = cache.pools, cache.length, cache.dealt, rings
+    if mesh is not None:
+        one = _specs(config, mesh, cache, 1)
+        body = meshes.per_device(body, one, _specs(config, mesh, cache, layout.total))
+    pools, length, dealt, rings = jax.jit(body)(*state)
+    grown = iter(rings)
+    layers = tuple(
+        jax.tree.map(functools.partial(_regroup, layout, kind), layer)
+        if kind.shares
+        else next(grown)
+        for kind, layer in zip(kinds, cache.layers, strict=True)
+    )
+    return Cache(layers, pools, length, dealt)
+
+
+def _specs(config: Llama4Config, mesh, cache: Cache, rows: int):
+    """Where pools, lengths, dealt pages and the layers with rings lie, for so many rows."""
+    specs = cache_specs(config, cache._replace(length=jnp.zeros(rows)), mesh)
+    kinds = map(cache_kind, config.attention_specs)
+    rings = tuple(x for kind, x in zip(kinds, specs.layers, strict=True) if not kind.shares)
+    return specs.pools, specs.length, specs.dealt, rings
+
+
+def _with_rows(config: Llama4Config, rows: int, capacity: int, pools, length, dealt, rings):
+    """The state of one group of rows, of which the last is the only one there was before."""
+    kinds = cache_kinds(config)
+
+    def pages(kind: CacheKind, pool: Pool) -> int:
+        return len(pool.owner) if kind.shares else 1 + rows * kind.pages_for(capacity, 1)
+
+    counts = {kind: pages(kind, pool) for kind, pool in zip(kinds, pools, strict=True)}
+    wide = tuple(_more(pool, rows, counts[kind]) for kind, pool in zip(kinds, pools, strict=True))
+    kept = [kind for kind in map(cache_kind, config.attention_specs) if not kind.shares]
+    rings = tuple(
+        jax.tree.map(lambda x, count=counts[kind]: _pad(x, count), layer)
+        for kind, layer in zip(kept, rings, strict=True)
+    )
+    length = jnp.zeros(rows, jnp.int32).at[-1].set(length[0])
+    return wide, length, jnp.arange(rows, dtype=jnp.int32).at[-1].set(dealt[0]), rings
+
+
+def _more(pool: Pool, rows: int, pages: int) -> Pool:
+    owner = _pad(jnp.where(pool.owner == 0, rows - 1, pool.owner), pages, FREE)
+    table = jnp.zeros((1, rows, pool.table.shape[2]), jnp.int32).at[0, -1].set(pool.table[0, 0])
+    return Pool(Coords(*(_pad(x, pages) for x in pool.coords)), owner, table)
+
+
+def _pad(x: jax.Array, length: int, value: int = 0) -> jax.Array:
+    widths = [(0, length - len(x)), *[(0, 0)] * (x.ndim - 1)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _regroup(layout: Layout, kind: CacheKind, keys: jax.Array) -> jax.Array:
+    """The same pages on every device, as those of groups of rows."""
+    if meshes.current_mesh() is None:
+        return keys
+    mesh = keys.sharding.mesh  # pyrefly: ignore  # laid out by names
+    place = NamedSharding(mesh, keys_spec(mesh, layout.total, kind.sharded, keys))
+    held = [shard.data for shard in keys.addressable_shards]
+    shards = slot_shards() if kind.sharded else 1
+    shape = (layout.groups * shards * len(held[0]), *keys.shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, place, held)

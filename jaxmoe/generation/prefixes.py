@@ -1,0 +1,80 @@
+"""Which prompts begin alike: a tree of prefixes, each of which is read once for all its users."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+from jaxmoe.generation.request import Request
+from jaxmoe.model.kv_cache import PAGE
+
+SHORTEST = PAGE  # tokens that a prefix has beyond the one it begins with, at least
+DEEPEST = 3  # prefixes one after the other; each takes a row of the cache while it is in use
+
+
+@dataclasses.dataclass(eq=False)
+class Prefix:
+    """The first tokens of several prompts.
+
+    Attributes:
+        parent: a shorter prefix that this one begins with.
+        waiting: requests that go on from here, or from a longer one, and have not begun.
+    """
+
+    tokens: tuple[int, ...]
+    parent: "Prefix | None"
+    waiting: int = 0
+
+    @property
+    def path(self) -> list["Prefix"]:
+        """The prefix itself, and all that it begins with."""
+        return [self, *(self.parent.path if self.parent else ())]
+
+
+def find_prefixes(requests: Sequence[Request]) -> list[Prefix | None]:
+    """The longest prefix that each request shares with others, or None.
+
+    A prompt's last token is part of none, since the model makes the answer's first token of it.
+    """
+    order = sorted(range(len(requests)), key=lambda i: requests[i].tokens)
+    prompts = [requests[i].tokens for i in order]
+    shared = [0, *(_common(a, b) for a, b in itertools.pairwise(prompts))]
+    found: list[Prefix | None] = [None] * len(requests)
+    for start, stop, prefix in _prefixes(prompts, shared, 0, len(prompts), None):
+        for i in order[start:stop]:
+            found[i] = prefix  # a longer one comes after those that it begins with
+    for prefix in found:
+        for part in prefix.path if prefix else ():
+            part.waiting += 1
+    return found
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Tokens that two prompts begin with, but the last of either."""
+    longest = min(len(a), len(b)) - 1
+    if a[:longest] == b[:longest]:
+        return longest
+    return next(i for i in range(longest) if a[i] != b[i])
+
+
+def _prefixes(
+    prompts: list[tuple[int, ...]], shared: list[int], start: int, stop: int, parent: Prefix | None
+) -> Iterator[tuple[int, int, Prefix]]:
+    """Prefixes of sorted prompts, and of which prompts: from where up to where.
+
+    Args:
+        shared: tokens that each prompt has in common with the one before.
+        parent: a prefix of all prompts from `start` up to `stop`.
+    """
+    least = SHORTEST + (len(parent.tokens) if parent else 0)
+    if parent and len(parent.path) == DEEPEST:
+        return
+    i = start + 1
+    while i < stop:
+        first = i - 1
+        while i < stop and shared[i] >= least:
+            i += 1
+        if i > first + 1:
+            prefix = Prefix(prompts[first][: min(shared[first + 1 : i])], parent)
+            yield first, i, prefix
+            yield from _prefixes(prompts, shared, first, i, prefix)
+        i += 1

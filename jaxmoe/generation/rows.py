@@ -1,0 +1,96 @@
+"""A row of the batch while it serves a request, and the pages that rows take."""
+
+import dataclasses
+
+from jaxmoe.generation.request import Request
+from jaxmoe.model.kv_cache import CacheKind
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A row while it reads a prompt and writes the answer, or reads and then holds a prefix.
+
+    Attributes:
+        tokens: the prompt or the prefix.
+        request: None for a prefix.
+        parent: the row that this one goes on from; None if it begins with an empty cache.
+        fed: tokens of the prompt and the answer that the model has been given.
+        written: tokens of the answer that the model has been asked for.
+        known: of these, how many the host has seen.
+        waits: whether each token of the answer has to be seen before the next is asked for.
+        fresh: whether the cache still has to be emptied for it.
+        ended: whether the answer has ended before its time.
+        users: rows that go on from this one.
+        pages: that it has reserved, by kind of cache.
+    """
+
+    tokens: tuple[int, ...]
+    request: Request | None
+    parent: "Row | None"
+    fed: int
+    written: int = 0
+    known: int = 0
+    waits: bool = False
+    fresh: bool = True
+    ended: bool = False
+    users: int = 0
+    pages: tuple[int, ...] = ()
+
+    @property
+    def pending(self) -> int:
+        """How many tokens the model can be given now."""
+        if self.fed < len(self.tokens):
+            return len(self.tokens) - self.fed
+        if self.request is None or self.complete:
+            return 0
+        return int(not self.waits or self.known == self.written)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the model has been asked for all tokens of the answer."""
+        return self.request is not None and self.written == self.request.max_new_tokens
+
+    def feed(self, count: int) -> bool:
+        """Counts tokens as fed; returns whether the model writes one after them."""
+        self.fed, self.fresh = self.fed + count, False
+        writes = self.request is not None and self.fed >= len(self.tokens)
+        self.written += writes
+        return writes
+
+
+class FreePages:
+    """How many pages of each kind of cache are free, in a group of rows that share them."""
+
+    def __init__(self, kinds: tuple[CacheKind, ...], pages: tuple[int, ...], shards: int):
+        """All pages are free.
+
+        Args:
+            pages: of each kind, on each device.
+            shards: devices that share a row.
+        """
+        self.kinds, self.free, self.shards = kinds, pages, shards
+
+    def needed(self, tokens: int, shared: int) -> tuple[int, ...]:
+        """Pages that a row takes, by kind.
+
+        Args:
+            tokens: that the row holds in the end.
+            shared: of these, the first, which it shares with another row.
+        """
+
+        def pages(kind: CacheKind) -> int:
+            whole = shared // (kind.page * self.shards) if kind.shares else 0
+            return kind.pages_for(tokens, self.shards) - whole
+
+        return tuple(map(pages, self.kinds))
+
+    def reserve(self, pages: tuple[int, ...]) -> bool:
+        """Takes pages, if there are enough of each kind."""
+        left = tuple(free - taken for free, taken in zip(self.free, pages, strict=True))
+        enough = min(left) >= 0
+        self.free = left if enough else self.free
+        return enough
+
+    def release(self, pages: tuple[int, ...]) -> None:
+        """Gives pages back."""
+        self.free = tuple(free + taken for free, taken in zip(self.free, pages, strict=True))
