@@ -95,7 +95,7 @@ def _time_ours(params: dict, prompt: np.ndarray, args: argparse.Namespace) -> di
             params,
             [request],
             Sampling(temperature=0),
-            prefill_chunk=prompt.shape[1],
+            step_tokens=prompt.shape[1],
             stop_ids=(),
         ):
             tokens.append(token.token)

@@ -181,9 +181,9 @@ def _without_begin(request: Request, tokenizer) -> Request:
 
 
 def _document(args, config, params, requests):
-    room = max(request.length for request in requests)
+    room, rows = max(request.length for request in requests), min(args.rows, len(requests))
     with byte_progress("Loading the document") as progress:
-        return load_document(args.document, config, params, room, progress)
+        return load_document(args.document, config, params, room, progress, rows=rows)
 
 
 def _stream_text(stream, requests, tokenizer, args):

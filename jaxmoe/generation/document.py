@@ -12,13 +12,13 @@ from jaxtyping import Array, Int
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.model.kv_cache import (
+    PAGE,
     Cache,
-    LayerCache,
     Pool,
     capacity_of,
     init_cache,
-    keeps_ring,
     round_capacity,
+    slot_shards,
 )
 from jaxmoe.model.steps import prefill
 from pallas_kernels.attention import Coords
@@ -39,22 +39,32 @@ class Document(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Tokens that may still be added."""
-        return capacity_of(self.cache) - self.length
+        """Tokens that may still be added, or that a request after it may have."""
+        page = PAGE * self.cache.full.table.shape[0]
+        return capacity_of(self.cache) - page - self.length
 
 
 def new_document(config: Llama4Config, params: dict, capacity: int, kv: str | None = None):
     """An empty document.
 
     Args:
-        capacity: how many tokens the text, a question about it and the answer have together.
+        capacity: how many tokens the text and all questions that are asked at once have together,
+            with their answers.
         kv: how keys and values are stored; default: as parameters.
 
     Raises:
         UserError: for a capacity beyond the model's context, or an unknown `kv`.
     """
     check_length(config, capacity)
-    return Document(init_cache(config, 1, round_capacity(capacity), kv or params["embed"].dtype), 0)
+    return Document(init_document(config, capacity, kv or params["embed"].dtype), 0)
+
+
+def init_document(config: Llama4Config, capacity: int, dtype) -> Cache:
+    """An empty cache for a document; arguments as for `new_document`.
+
+    Where requests go on from a text that ends within a page, they have a copy of that page.
+    """
+    return init_cache(config, 1, round_capacity(capacity + PAGE * slot_shards()), dtype)
 
 
 def check_length(config: Llama4Config, length: int) -> None:
@@ -93,40 +103,13 @@ def read(
         yield Document(cache, done)
 
 
-class Snapshot(NamedTuple):
-    """A copy of what added tokens overwrite in a cache: the rings of its local layers."""
-
-    length: int
-    pools: tuple[Pool, ...]  # but that of the full cache
-    rings: tuple[LayerCache, ...]
-
-
-def snapshot(config: Llama4Config, document: Document) -> Snapshot:
-    """A copy of the local layers' part, for `restore`."""
-    cache = document.cache
-    kept = (cache.pools[1:], _rings(config, cache))
-    return Snapshot(document.length, *jax.tree.map(jnp.copy, kept))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def restore(config: Llama4Config, cache: Cache, before: Snapshot) -> Cache:
-    """The cache as it was at the snapshot; nothing of later tokens can be seen any more."""
-    rings = iter(before.rings)
-    layers = tuple(
-        next(rings) if keeps_ring(config, kind) else layer
-        for kind, layer in zip(config.layers, cache.layers, strict=True)
-    )
-    cache = truncate(cache, jnp.full_like(cache.length, before.length))
-    return cache._replace(layers=layers, pools=(cache.full, *before.pools))
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def truncate(cache: Cache, length: Int[Array, "1"]) -> Cache:
     """A cache of one row without its tokens from position `length` on, which is used up.
 
     A token in a ring overwrites one that is a chunk, or a sliding window, before it. So the dropped
     tokens must be of one chunk with the last that stays; else, and with sliding windows always,
-    take a `snapshot` before they are added.
+    keep a copy of the cache.
 
     Args:
         cache: of one row, with one segment.
@@ -138,8 +121,3 @@ def truncate(cache: Cache, length: Int[Array, "1"]) -> Cache:
         return pool._replace(coords=Coords(position, jnp.where(position < length, segment, 0)))
 
     return cache._replace(pools=tuple(map(kept, cache.pools)), length=length)
-
-
-def _rings(config: Llama4Config, cache: Cache) -> tuple[LayerCache, ...]:
-    pairs = zip(config.layers, cache.layers, strict=True)
-    return tuple(layer for kind, layer in pairs if keeps_ring(config, kind))

@@ -63,15 +63,25 @@ def generate(
         UserError: for an empty prompt, one that leaves no room in the context, a token that is not
             in the vocabulary, no rows, an unknown `kv`, or a request that the cache cannot hold.
     """
+    after = 0 if document is None else document.length
+    fitting = [fit_context(config, request, after) for request in requests]
     if rows < 1:
         raise UserError(f"rows {rows} is below 1.")
-    after = 0 if document is None else document.length
-    waiting = [fit_context(config, request, after) for request in requests]
-    if not waiting:
+    if not fitting:
         return iter(())
-    options = {"rows": rows, "kv": kv, "cache_tokens": cache_tokens, "document": document}
-    engine = Engine(config, params, waiting, sampling, step_tokens, stop_ids, forward, **options)
-    return engine.run()
+    return Engine(
+        config,
+        params,
+        fitting,
+        sampling,
+        rows=rows,
+        step_tokens=step_tokens,
+        stop_ids=stop_ids,
+        kv=kv,
+        cache_tokens=cache_tokens,
+        document=document,
+        forward=forward,
+    ).run()
 
 
 class Engine:
@@ -89,16 +99,16 @@ class Engine:
         params: dict,
         requests: Sequence[Request],
         sampling: Sampling,
-        step_tokens: int,
-        stop_ids: tuple[int, ...] | None,
-        forward: Callable,
         *,
-        rows: int,
-        kv: str | None,
-        cache_tokens: int | None,
-        document: Document | None,
+        rows: int = 8,
+        step_tokens: int = STEP_TOKENS,
+        stop_ids: tuple[int, ...] | None = None,
+        kv: str | None = None,
+        cache_tokens: int | None = None,
+        document: Document | None = None,
+        forward: Callable = transformer.forward,
     ):
-        """Takes requests that fit the model's context; arguments as for `generate`."""
+        """Takes one or more requests that fit the context; arguments as for `generate`."""
         self._config, self._params, self._sampling = config, params, sampling
         self._stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
         self._forward = forward

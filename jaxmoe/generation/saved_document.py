@@ -35,6 +35,7 @@ from jaxmoe.generation.document import (
     PREFILL_CHUNK,
     Document,
     check_length,
+    init_document,
     new_document,
     read,
 )
@@ -44,11 +45,10 @@ from jaxmoe.model.kv_cache import (
     Cache,
     cache_kind,
     cache_kinds,
-    init_cache,
     keys_spec,
     plan_writes,
     pool_spec,
-    round_capacity,
+    slot_shards,
 )
 from pallas_kernels.attention import Coords
 
@@ -154,6 +154,8 @@ def load_document(
     params: dict,
     room: int,
     progress: store.Progress = store.no_progress,
+    *,
+    rows: int = 1,
 ) -> Document:
     """A saved document on the current mesh, which may be another than it was read on.
 
@@ -161,6 +163,7 @@ def load_document(
         path: a folder that `read_document` wrote.
         room: tokens of a question and its answer, at most; cut to the model's context.
         progress: called after every array.
+        rows: how many questions of that size there is room for at once.
 
     Raises:
         UserError: if it is unfinished or damaged, or was read by another model or in another dtype.
@@ -170,6 +173,7 @@ def load_document(
     _check_same(found.metadata, _identity(config, params, kv), f"{path} was read")
     check_length(config, length)
     room = min(room, config.max_position_embeddings - length)
+    room = rows * room + (rows - 1) * PAGE * slot_shards()  # each may begin within a page
     return _restore(config, kv, found.open_array, length, room, rings=True, progress=progress)
 
 
@@ -334,7 +338,7 @@ def _restore(
 
     Every array is opened before memory is taken for any.
     """
-    make = functools.partial(init_cache, config, 1, round_capacity(length + room), kv)
+    make = functools.partial(init_document, config, length + room, kv)
     planned = jax.eval_shape(make)
     arrays = {
         part.name: open_array(

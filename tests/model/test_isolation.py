@@ -116,7 +116,7 @@ def test_requests(model, spec):
 
     def answers(params, settings):
         written = [[] for _ in requests]
-        options = {"rows": 2, "prefill_chunk": 16, "stop_ids": (), "cache_tokens": 3 * PAGE}
+        options = {"rows": 2, "step_tokens": 16, "stop_ids": (), "cache_tokens": 3 * PAGE}
         for token in generate(model.config, params, requests, settings, **options):
             written[int(token.request.id)].append(token.token)
         return written

@@ -1,6 +1,7 @@
 """Pages taken and given back at random, against a simulation in Python."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,8 +20,9 @@ PAGE, ROWS, COLUMNS, PAGES = 4, 5, 6, 19
 
 @jax.jit
 def grow(pool, slots, new):
-    pool = take_pages(pool, slots)
-    where = pool_index(pool, slots)
+    rows = jnp.broadcast_to(jnp.arange(ROWS)[:, None], slots.shape)
+    pool = take_pages(pool, slots, rows)
+    where = pool_index(pool, slots, rows)
     return write_coords(pool, where, new), where
 
 
