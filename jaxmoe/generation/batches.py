@@ -26,6 +26,8 @@ class Batch(NamedTuple):
         slots: [G, Q], which tokens of each group an answer goes on after; 0 where there is none.
         targets: [G, Q], the rows that these belong to; the number of rows where there is none.
         writers: those rows, by group and slot, and how many tokens each has written before.
+        read: rows that read, the place of their first token among all of the step's, its index in
+            their prompt, and how many there are.
         real: how many of the tokens are no padding.
     """
 
@@ -35,6 +37,7 @@ class Batch(NamedTuple):
     slots: np.ndarray
     targets: np.ndarray
     writers: list[tuple[int, int, Row, int]]
+    read: list[tuple[Row, int, int, int]]
     real: int
 
 
@@ -128,6 +131,7 @@ class _Builder:
         self.targets += rows
         self.used, self.written = [0] * groups, [0] * groups
         self.writers: list[tuple[int, int, Row, int]] = []
+        self.read: list[tuple[Row, int, int, int]] = []
 
     def put(self, group: int, i: int, row: Row, count: int, after: int, piece: int) -> None:
         """Adds the next tokens of a row; `piece` is 0 for a single one."""
@@ -140,6 +144,8 @@ class _Builder:
         if piece:
             self.pieces[group, piece - 1] = i
         self.used[group] += count
+        if prompt:
+            self.read.append((row, group * self.tokens.shape[1] + start, row.fed, count))
         if row.feed(count):
             slot = self.written[group]
             self.slots[group, slot], self.targets[group, slot] = start + count - 1, i
@@ -154,5 +160,5 @@ class _Builder:
         else:
             arrays = (x.reshape(-1, 1) for x in arrays)
             packing = Packing(self.row.reshape(-1, 1))
-        rest = self.slots, self.targets, self.writers, sum(self.used)
+        rest = self.slots, self.targets, self.writers, self.read, sum(self.used)
         return Batch(Inputs(*arrays), packing, restart, *rest)

@@ -19,7 +19,6 @@ class Row:
         known: of these, how many the host has seen.
         waits: whether each token of the answer has to be seen before the next is asked for.
         fresh: whether the cache still has to be emptied for it.
-        ended: whether the answer has ended before its time.
         users: rows that go on from this one.
         pages: that it has reserved, by kind of cache.
     """
@@ -32,7 +31,6 @@ class Row:
     known: int = 0
     waits: bool = False
     fresh: bool = True
-    ended: bool = False
     users: int = 0
     pages: tuple[int, ...] = ()
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, UInt, UInt32
 
 from jaxmoe import mesh as meshes
 from jaxmoe.generation.counts import Counts
-from jaxmoe.generation.logprobs import Logprobs, part_logprobs
+from jaxmoe.generation.vocab_logprobs import Logprobs, part_logprobs
 from jaxmoe.generation.sampling import NO_TOKEN
 from jaxmoe.generation.vocab import (
     Part,

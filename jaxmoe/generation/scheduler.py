@@ -214,7 +214,8 @@ class Scheduler:
         pages = group.free.needed(self._after + most, before)
         if not group.free.reserve(pages):
             return None
-        row = Row(tokens, request, parent, shared, pages=pages)
+        waits = bool(request and request.sampling and request.sampling.grammar)
+        row = Row(tokens, request, parent, shared, waits=waits, pages=pages)
         group.rows[i] = row
         if prefix:
             group.held[prefix] = i

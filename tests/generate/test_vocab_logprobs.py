@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.generation.logprobs import logprobs, prompt_logprobs
+from jaxmoe.generation.vocab_logprobs import logprobs, prompt_logprobs
 from jaxmoe.generation.sampling import NO_TOKEN
 from jaxmoe.mesh import MeshConfig
 

@@ -1,0 +1,200 @@
+"""How a step's tokens are chosen: the settings of its requests, as arrays for the device.
+
+What no request of a run asks for is not compiled, and a step in which every answer is greedy, with
+no other wish, runs a program of its own.
+
+Shape letters: G groups, Q places for tokens of a group, B = G * Q, R rows of a group.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxmoe import mesh as meshes
+from jaxmoe.config import Llama4Config
+from jaxmoe.generation.completion import Completion
+from jaxmoe.generation.counts import Counts, count
+from jaxmoe.generation.sampler import Bias, Choice, Chosen, Draws, Penalties, choose
+from jaxmoe.generation.sampling import NO_TOKEN, Sampling, request_hash
+from jaxmoe.model.transformer import unembed
+
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+NONE = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what keeps every token
+
+
+class State(NamedTuple):
+    """What the device keeps of the answers.
+
+    Attributes:
+        previous: the last token of each row.
+        counts: what penalties are about, by rows of all groups; None if no request has any.
+    """
+
+    previous: Int[Array, "G R"]
+    counts: Counts | None
+
+
+class Writer(NamedTuple):
+    """An answer that gets its next token, after so many."""
+
+    completion: Completion
+    written: int
+
+    @property
+    def sampling(self) -> Sampling:
+        """Its settings."""
+        return self.completion.sampling
+
+
+class Choices:
+    """Makes the choice of each step from the settings of its requests.
+
+    Attributes:
+        penalized: whether any request has penalties.
+    """
+
+    def __init__(self, samplings: Iterable[Sampling], vocab_size: int, end_ids: Sequence[int]):
+        """Finds out what the requests of a run ask for.
+
+        Args:
+            samplings: theirs.
+            end_ids: the model's own stop tokens.
+        """
+        every = set(samplings)
+        self._end_ids, self._words = tuple(end_ids), -(-vocab_size // 32)
+        self._filters = [n for n, none in NONE.items() if any(getattr(s, n) != none for s in every)]
+        self._drawn = any(s.temperature > 0 for s in every)
+        self.penalized = any(map(has_penalties, every))
+        self._masked = any(s.grammar or s.allowed_ids is not None for s in every)
+        longest = max(len(self._bias(s, 0)) for s in every)
+        self._biases = 1 << (longest - 1).bit_length() if longest else 0
+        self._top = max((s.logprobs for s in every if s.logprobs is not None), default=None)
+
+    def of(self, writers: Sequence[Writer | None]) -> tuple[Choice, int | None]:
+        """How a step's tokens are chosen, and how many log-probabilities are told beside theirs.
+
+        Args:
+            writers: one for each of its B places; None where there is none.
+        """
+        if all(w is None or is_greedy(w.sampling) for w in writers):
+            return Choice(), None
+        return Choice(
+            self._draws(writers) if self._drawn else None,
+            self._penalties(writers) if self.penalized else None,
+            self._biased(writers) if self._biases else None,
+            self._allowed(writers) if self._masked else None,
+        ), self._top
+
+    def _draws(self, writers: Sequence[Writer | None]) -> Draws:
+        def column(name: str, none, dtype):
+            return _column(writers, lambda w: getattr(w.sampling, name), none, dtype)
+
+        dtypes = {"top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
+        return Draws(
+            seed=column("seed", 0, np.int32),
+            request=_column(writers, lambda w: request_hash(w.completion.request.id), 0, np.uint32),
+            index=_column(writers, lambda w: w.written, 0, np.int32),
+            temperature=column("temperature", 0.0, np.float32),
+            **{name: column(name, NONE[name], dtypes[name]) for name in self._filters},
+        )
+
+    def _penalties(self, writers: Sequence[Writer | None]) -> Penalties:
+        nones = (1.0, 0.0, 0.0)
+        columns = (
+            _column(writers, lambda w, name=name: getattr(w.sampling, name), none, np.float32)
+            for name, none in zip(PENALTIES, nones, strict=True)
+        )
+        return Penalties(*columns)
+
+    def _bias(self, sampling: Sampling, written: int) -> list[tuple[int, float]]:
+        """Tokens and what is added to their logits; stop tokens are forbidden before their time."""
+        early = written < sampling.min_tokens
+        ends = {*sampling.stop_ids, *(() if sampling.ignore_eos else self._end_ids)} if early else ()
+        return [*sampling.logit_bias, *((token, -np.inf) for token in sorted(ends))]
+
+    def _biased(self, writers: Sequence[Writer | None]) -> Bias:
+        ids = np.full((len(writers), self._biases), -1, np.int32)
+        values = np.zeros(ids.shape, np.float32)
+        for i, writer in enumerate(writers):
+            pairs = self._bias(writer.sampling, writer.written) if writer else ()
+            for j, (token, value) in enumerate(pairs):
+                ids[i, j], values[i, j] = token, value
+        return Bias(ids, values)
+
+    def _allowed(self, writers: Sequence[Writer | None]) -> np.ndarray:
+        allowed = np.full((len(writers), self._words), 0xFFFFFFFF, np.uint32)
+        for i, writer in enumerate(writers):
+            if writer is None:
+                continue
+            if writer.completion.matcher is not None:
+                allowed[i] = writer.completion.matcher.mask().view(np.uint32)
+            elif writer.sampling.allowed_ids is not None:
+                allowed[i] = _mask(writer.sampling.allowed_ids, self._words)
+        return allowed
+
+
+def has_penalties(sampling: Sampling) -> bool:
+    """Whether a request's tokens are counted."""
+    return tuple(getattr(sampling, name) for name in PENALTIES) != (1.0, 0.0, 0.0)
+
+
+def is_greedy(sampling: Sampling) -> bool:
+    """Whether the likeliest token is taken, and nothing else is asked for."""
+    plain = sampling.temperature == 0 and not has_penalties(sampling)
+    plain = plain and not sampling.logit_bias and not sampling.min_tokens
+    free = sampling.allowed_ids is None and sampling.grammar is None
+    return plain and free and sampling.logprobs is None
+
+
+@functools.lru_cache(maxsize=64)
+def _mask(ids: tuple[int, ...], words: int) -> np.ndarray:
+    bits = np.zeros(32 * words, np.uint8)
+    bits[list(ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+def _column(writers: Sequence[Writer | None], value: Callable, none, dtype) -> np.ndarray:
+    return np.array([none if w is None else value(w) for w in writers], dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "top"), donate_argnames="state")
+def choose_tokens(
+    config: Llama4Config,
+    params: dict,
+    hidden: Float[Array, "L S D"],
+    slots: Int[Array, "G Q"],
+    targets: Int[Array, "G Q"],
+    choice: Choice,
+    state: State,
+    top: int | None,
+) -> tuple[Chosen, State]:
+    """The next token at some places of a step, and the state with them.
+
+    Args:
+        hidden: the decoder's output for all tokens of the step.
+        slots: the places, among the tokens of each group.
+        targets: the row of each; beyond the group's rows for none.
+        top: as for `choose`.
+    """
+    groups, rows = state.previous.shape
+    hidden = hidden.reshape(groups, -1, hidden.shape[-1])
+    chosen_from = jnp.take_along_axis(hidden, slots[:, :, None], axis=1).reshape(slots.size, -1)
+    group = jnp.arange(groups)[:, None]
+    row = jnp.minimum(group * rows + targets, groups * rows - 1).reshape(-1)
+    logits = unembed(config, params, chosen_from)
+    chosen = choose(logits, choice, state.counts, row, top=top)
+    token = jnp.where(targets.reshape(-1) < rows, chosen.token, NO_TOKEN)
+    counts = None if state.counts is None else count(state.counts, row, token)
+    previous = state.previous.at[group, targets].set(token.reshape(slots.shape), mode="drop")
+    return jax.tree.map(on_all_devices, chosen), State(on_all_devices(previous), counts)
+
+
+def on_all_devices(x: jax.Array) -> jax.Array:
+    """The array on every device, so that every process can read it."""
+    return x if meshes.current_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
