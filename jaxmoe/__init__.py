@@ -22,7 +22,8 @@ from jaxmoe.config import (
 from jaxmoe.errors import UserError
 from jaxmoe.generation.document import Document
 from jaxmoe.generation.engine import Request, Token, generate
-from jaxmoe.generation.sampling import Sampling
+from jaxmoe.generation.grammar import Grammar
+from jaxmoe.generation.sampling import RepetitionDetection, Sampling
 from jaxmoe.generation.saved_document import load_document, read_document
 from jaxmoe.generation.text import generate_text
 from jaxmoe.mesh import MeshConfig
@@ -37,10 +38,12 @@ __all__ = [
     "SCOUT",
     "AttentionSpec",
     "Document",
+    "Grammar",
     "LayerKind",
     "Llama4",
     "Llama4Config",
     "MeshConfig",
+    "RepetitionDetection",
     "Request",
     "RopeScaling",
     "Sampling",

@@ -96,7 +96,7 @@ def main() -> None:
         own = _without_begin(request, tokenizer) if after else request
         return fit_context(model, own, after)
 
-    lines = _requests(args, tokenizer, check)
+    lines = _requests(args, tokenizer, check, sampling)
     stop_ids = sorted({*model.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())})
     settings = [vars(sampling), stop_ids, args.kv, args.dtype]
     with _answers(args, settings, lines) as answers:
@@ -128,10 +128,10 @@ def main() -> None:
         print(f"{failed} of {len(left)} requests ended with an error.", file=sys.stderr)
 
 
-def _requests(args, tokenizer, check) -> list[Request | jobs.Refusal]:
+def _requests(args, tokenizer, check, sampling) -> list[Request | jobs.Refusal]:
     if args.prompts is not None:
         return jobs.read_requests(
-            args.prompts, tokenizer, args.max_new_tokens, check, args.parse_special
+            args.prompts, tokenizer, args.max_new_tokens, check, args.parse_special, sampling
         )
     if tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer; use --prompts with tokens.")

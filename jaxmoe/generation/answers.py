@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from jaxmoe.errors import UserError
 from jaxmoe.files import outputs
-from jaxmoe.generation.engine import Request
 from jaxmoe.generation.jobs import Refusal
+from jaxmoe.generation.request import Request
 from jaxmoe.parsing import parse_json
 
 Line = dict[str, Any]
@@ -23,11 +23,15 @@ WHOLE = ".whole"  # NAME.whole is written from NAME.partial and renamed
 
 
 def job_digest(settings: Any, requests: Iterable[Request | Refusal]) -> str:
-    """Names a job: the same only for the same requests and settings, which JSON must hold."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    """Names a job: the same only for the same requests and settings.
+
+    Args:
+        settings: what JSON can hold, and dataclasses.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=vars).encode())
     for request in requests:
         parts = request.record if isinstance(request, Refusal) else vars(request)
-        digest.update(json.dumps(parts).encode() + b"\n")
+        digest.update(json.dumps(parts, default=vars).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import UserError
-from jaxmoe.generation.engine import ERROR, Request, Token
+from jaxmoe.generation.completion import CompletionToken, not_finite
+from jaxmoe.generation.request import ERROR, Request, Token, expand
+from jaxmoe.generation.request_keys import KEYS, Settings, read_settings
+from jaxmoe.generation.sampling import Sampling
 from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_text
 from jaxmoe.text import Tokenizer, render
 
@@ -33,36 +36,38 @@ def read_requests(
     max_new_tokens: int,
     check: Callable[[Request], Request] = lambda request: request,
     parse_special: bool = False,
+    default: Sampling | None = None,
 ) -> list[Request | Refusal]:
     """Requests of a file whose lines are `{"id": ..., "prompt" | "messages" | "tokens": ...}`.
 
-    `tools` may stand beside `messages`. A bad line refuses itself and none of the others.
+    `tools` may stand beside `messages`, and settings of the answer beside each (`read_settings`). A
+    line with `n` above 1 is as many requests. A bad line refuses itself and none of the others.
 
     Args:
         path: `-` is the standard input.
+        max_new_tokens: of a line that does not say.
         check: makes of each request the one that runs, or raises a UserError.
         parse_special: whether a prompt may name special tokens; of messages none can.
+        default: the settings that a line changes; default: `Sampling()`. A line without any becomes
+            a request with `sampling` None.
 
     Raises:
         UserError: if the file cannot be read, or has no line that is a request; it then names the
             first and why.
     """
     lines = _read(path).split("\n")  # JSON may hold other breaks
+    reader = _Reader(tokenizer, max_new_tokens, check, parse_special, default or Sampling())
     read: list[Request | Refusal] = []
-    seen: dict[str, int] = {}
+    count = 0
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            where = f"{path} line {number}"
-            read.append(
-                _read_line(
-                    line, where, number, seen, tokenizer, max_new_tokens, parse_special, check
-                )
-            )
+            read += reader.read(line, f"{path} line {number}", number)
+            count += 1
     if not read:
         raise UserError(f"{path} holds no requests; write one JSON object a line.")
     refused = [line for line in read if isinstance(line, Refusal)]
     if len(refused) == len(read):
-        others = f" All {len(read)} lines are refused." if len(read) > 1 else ""
+        others = f" All {count} lines are refused." if count > 1 else ""
         raise UserError(refused[0].error + others)
     return read
 
@@ -76,28 +81,56 @@ def _read(path: str | Path) -> str:
         raise UserError(f"the standard input is no UTF-8 at byte {error.start}.") from None
 
 
-def _read_line(
-    line: str,
-    where: str,
-    number: int,
-    seen: dict[str, int],
-    tokenizer: Tokenizer | None,
-    max_new_tokens: int,
-    parse_special: bool,
-    check: Callable[[Request], Request],
-) -> Request | Refusal:
-    found = None
-    try:
-        record = _record(line, where)
-        found = record["id"]
-        first = seen.setdefault(str(found), number)
-        if first != number:
-            raise UserError(f"{where} has the id {found!r} of line {first}; ids must differ.")
-        _check_keys(record, where)
-        request = _request(record, tokenizer, max_new_tokens, parse_special, where)
-        return _at(where, check, request)
-    except UserError as error:
-        return Refusal(found, str(error))
+@dataclasses.dataclass
+class _Reader:
+    """Reads lines, and knows the ids of those before."""
+
+    tokenizer: Tokenizer | None
+    max_new_tokens: int
+    check: Callable[[Request], Request]
+    parse_special: bool
+    default: Sampling
+    seen: dict[str, int] = dataclasses.field(default_factory=dict)  # id -> number of its line
+
+    def read(self, line: str, where: str, number: int) -> Sequence[Request | Refusal]:
+        """The requests of a line, or why there are none."""
+        found = None
+        try:
+            record = _record(line, where)
+            found = record["id"]
+            self._remember([found], where, number)
+            _check_keys(record, where)
+            settings = read_settings(record, self.default, where)
+            request = _at(where, self.check, self._request(record, settings, where))
+            requests = expand(request, settings.n)
+            if settings.n > 1:
+                self._remember([request.id for request in requests], where, number)
+            return requests
+        except UserError as error:
+            return [Refusal(found, str(error))]
+
+    def _remember(self, ids: list[Any], where: str, number: int) -> None:
+        for id_ in ids:
+            first = self.seen.setdefault(str(id_), number)
+            if first != number:
+                raise UserError(f"{where} has the id {id_!r} of line {first}; ids must differ.")
+
+    def _request(self, record: dict[str, Any], settings: Settings, where: str) -> Request:
+        tokens = self._tokens(record, where)
+        most = settings.max_new_tokens or self.max_new_tokens
+        if settings.sampling is not None and settings.sampling.stop and self.tokenizer is None:
+            raise UserError(f"{where} has stop strings, but the checkpoint has no tokenizer.")
+        return Request(record["id"], tuple(tokens), most, settings.sampling)
+
+    def _tokens(self, record: dict[str, Any], where: str) -> list[int]:
+        if "tokens" in record:
+            tokens = record["tokens"]
+            if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+                raise UserError(f'{where}: "tokens" must be a list of integers.')
+            return tokens
+        if self.tokenizer is None:
+            raise UserError(f"{where} has text, but the checkpoint has no tokenizer; use tokens.")
+        return _text_tokens(record, self.tokenizer, self.parse_special, where)
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
@@ -110,7 +143,8 @@ def _record(line: str, where: str) -> dict[str, Any]:
 def _check_keys(record: dict[str, Any], where: str) -> None:
     if sum(kind in record for kind in KINDS) != 1:
         raise UserError(f"{where} must hold exactly one of {', '.join(KINDS)}.")
-    unknown = set(record) - {"id", *KINDS, *(("tools",) if "messages" in record else ())}
+    known = {"id", *KINDS, *KEYS, *(("tools",) if "messages" in record else ())}
+    unknown = set(record) - known
     if unknown:
         raise UserError(f"{where} has the unknown key {min(unknown)!r}.")
 
@@ -119,24 +153,6 @@ def _is_id(value: Any) -> bool:
     if isinstance(value, str):  # not half of a surrogate pair, which no file can hold
         return value.encode(errors="replace").decode() == value
     return type(value) is int
-
-
-def _request(
-    record: dict[str, Any],
-    tokenizer: Tokenizer | None,
-    max_new_tokens: int,
-    parse_special: bool,
-    where: str,
-) -> Request:
-    if "tokens" in record:
-        tokens = record["tokens"]
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-            raise UserError(f'{where}: "tokens" must be a list of integers.')
-    elif tokenizer is None:
-        raise UserError(f"{where} has text, but the checkpoint has no tokenizer; use tokens.")
-    else:
-        tokens = _text_tokens(record, tokenizer, parse_special, where)
-    return Request(record["id"], tuple(tokens), max_new_tokens)
 
 
 def _text_tokens(
@@ -171,20 +187,15 @@ def answer(
     return record
 
 
-def not_finite(request: Request, count: int) -> str:
-    """The error message of a request that ended with `ERROR`."""
-    return (
-        f"request {request.id!r}: the model's logits after {count} new tokens are not finite; "
-        "look for NaN in its weights with jaxmoe convert --verify, or compute in float32."
-    )
-
-
 def finished(
     stream: Iterable[Token], tokenizer: Tokenizer | None
 ) -> Iterator[tuple[Token, dict[str, Any] | None]]:
     """Each token, with its request's output record when it is the last."""
     written: dict[str, list[int]] = {}
     for token in stream:
+        if isinstance(token, CompletionToken):
+            yield token, token.completion.record() if token.finish_reason else None
+            continue
         tokens = written.setdefault(str(token.request.id), [])
         if token.finish_reason != ERROR:
             tokens.append(token.token)

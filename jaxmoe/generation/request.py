@@ -5,17 +5,23 @@ from typing import NamedTuple
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.generation.sampling import Sampling
 
 ERROR = "error"  # the reason why a request ended whose logits were not finite
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt as tokens, and how many more are wanted, at most."""
+    """A prompt as tokens, and how many more are wanted, at most.
+
+    Attributes:
+        sampling: how they are chosen; None is the run's default.
+    """
 
     id: object
     tokens: tuple[int, ...]
     max_new_tokens: int
+    sampling: Sampling | None = None
 
     @property
     def length(self) -> int:
@@ -28,13 +34,23 @@ class Token(NamedTuple):
 
     Attributes:
         token: `NO_TOKEN` if the logits were not finite.
-        finish_reason: on a request's last token `stop`, `length`, or `ERROR` if the logits were not
-            finite; else None.
+        finish_reason: on a request's last token `stop`, `length`, `repetition`, or `ERROR` if the
+            logits were not finite; else None.
     """
 
     request: Request
     token: int
     finish_reason: str | None
+
+
+def expand(request: Request, n: int) -> list[Request]:
+    """The requests for n answers to one prompt; those of several have the ids "x#0", "x#1", ...
+
+    Random numbers depend on the id, so the answers differ, and each can be had again alone.
+    """
+    if n == 1:
+        return [request]
+    return [dataclasses.replace(request, id=f"{request.id}#{i}") for i in range(n)]
 
 
 def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Request:
@@ -44,7 +60,8 @@ def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Reque
         after: tokens of a document that it comes after.
 
     Raises:
-        UserError: if it has no tokens, no room, or tokens that are not in the vocabulary.
+        UserError: if it has no tokens, no room, or tokens that are not in the vocabulary, or its
+            `min_tokens` are more than it asks for.
     """
     room = config.max_position_embeddings - after - len(request.tokens)
     if not request.tokens:
@@ -63,4 +80,18 @@ def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Reque
                 f"request {request.id!r} holds token {token}; the vocabulary is 0 to "
                 f"{config.vocab_size - 1}."
             )
+    if request.sampling is not None:
+        _check_sampling(config, request, request.sampling)
     return dataclasses.replace(request, max_new_tokens=min(room, request.max_new_tokens))
+
+
+def _check_sampling(config: Llama4Config, request: Request, sampling: Sampling) -> None:
+    if sampling.min_tokens > request.max_new_tokens:
+        raise UserError(
+            f"request {request.id!r} asks for at least {sampling.min_tokens} new tokens and for at "
+            f"most {request.max_new_tokens}; raise the one or lower the other."
+        )
+    try:
+        sampling.check_vocabulary(config.vocab_size)
+    except UserError as error:
+        raise UserError(f"request {request.id!r}: {error}") from None

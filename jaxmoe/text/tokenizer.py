@@ -243,6 +243,11 @@ class StreamDecoder:
         """The text that a token completes; only whole characters, so it may be empty."""
         return self._utf8.decode(self._tokenizer.token_bytes(token, self._skip_special))
 
+    @property
+    def pending(self) -> bool:
+        """Whether the last tokens have begun a character that is not complete."""
+        return bool(self._utf8.getstate()[0])
+
     def flush(self) -> str:
         """The rest of the text: U+FFFD if the last character is incomplete, else nothing."""
         return self._utf8.decode(b"", final=True)

@@ -160,6 +160,8 @@ def _write_jobs(folder: Path) -> None:
         {"id": "a", "prompt": "the rain"},
         {"id": 2, "messages": [{"role": "user", "content": "in the plain?"}]},
         {"id": "c", "tokens": [5, 6, 7]},
+        {"id": 4, "prompt": "a", "max_tokens": 3, "n": 2, "stop": ["in"], "logit_bias": {"5": 1.5}},
+        {"id": 5, "prompt": "a", "logprobs": True, "structured_outputs": {"regex": "(a|b)+"}},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "jobs.jsonl").write_text(text)

@@ -8,6 +8,7 @@ from hypothesis import strategies as some
 
 from jaxmoe.errors import UserError
 from jaxmoe.generation.jobs import read_requests
+from jaxmoe.generation.request_keys import KEYS
 from jaxmoe.hf_config import from_hf
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.parsing import MAX_DEPTH, parse_json, read_yaml
@@ -74,3 +75,11 @@ def test_no_record_is_more_than_refused(tmp_path_factory, record):
 @given(some.sampled_from(sorted(CONFIG)), values)
 def test_no_value_of_a_configuration_is_more_than_refused(key, value):
     refused_at_most(from_hf, CONFIG | {key: value}, "config.json")
+
+
+@quick
+@given(some.dictionaries(some.sampled_from(KEYS), values | some.integers(0, 3), min_size=1))
+def test_no_setting_of_a_request_is_more_than_refused(tmp_path_factory, settings):
+    file = tmp_path_factory.getbasetemp() / "settings.jsonl"
+    file.write_text(json.dumps({"id": 1, "tokens": [1], **settings}))
+    refused_at_most(read_requests, file, None, 4)

@@ -103,7 +103,7 @@ def test_only_a_newline_ends_a_line(jobs, tokenizer, char):
         ('{"tokens": [1]}', ["object", '"id"']),
         ('{"id": 1}', ["exactly one of prompt, messages, tokens"]),
         ('{"id": 1, "tokens": [1], "prompt": "a"}', ["exactly one of"]),
-        ('{"id": 1, "tokens": [1], "temperature": 2}', ["unknown key 'temperature'"]),
+        ('{"id": 1, "tokens": [1], "temprature": 2}', ["unknown key 'temprature'"]),
         ('{"id": 1, "tokens": "1 2"}', ['"tokens" must be a list of integers']),
         ('{"id": 1, "tokens": [1, 2.0]}', ['"tokens" must be a list of integers']),
         ('{"id": 1, "tokens": [true]}', ['"tokens" must be a list of integers']),
