@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -100,7 +100,7 @@ def make_batch(
         padding: the token that fills steps up.
     """
     placed = [[(i, row) for i, row in enumerate(g) if row and row.pending] for g in groups]
-    single = [[x for x in rows if x[1].pending == 1] for rows in placed]
+    single = [[x for x in rows if x[1].pending == 1][: sizes.single[-1]] for rows in placed]
     pieces = [[x for x in rows if x[1].pending > 1][:MOST_PIECES] for rows in placed]
     if not any(placed):
         return None
@@ -154,11 +154,9 @@ class _Builder:
 
     def batch(self, restart: np.ndarray, packed: bool) -> Batch:
         """The batch; `packed` if a row has several tokens."""
-        arrays = self.tokens, self.positions, self.segments
-        if packed:
-            packing = Packing(self.row, self.single, self.pieces)
-        else:
-            arrays = (x.reshape(-1, 1) for x in arrays)
-            packing = Packing(self.row.reshape(-1, 1))
+        arrays: Any = (self.tokens, self.positions, self.segments)
+        where: Any = (self.row, self.single, self.pieces)
+        if not packed:
+            arrays, where = [x.reshape(-1, 1) for x in arrays], [self.row.reshape(-1, 1)]
         rest = self.slots, self.targets, self.writers, self.read, sum(self.used)
-        return Batch(Inputs(*arrays), packing, restart, *rest)
+        return Batch(Inputs(*arrays), Packing(*where), restart, *rest)

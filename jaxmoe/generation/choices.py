@@ -8,7 +8,7 @@ Shape letters: G groups, Q places for tokens of a group, B = G * Q, R rows of a 
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +115,9 @@ class Choices:
     def _bias(self, sampling: Sampling, written: int) -> list[tuple[int, float]]:
         """Tokens and what is added to their logits; stop tokens are forbidden before their time."""
         early = written < sampling.min_tokens
-        ends = {*sampling.stop_ids, *(() if sampling.ignore_eos else self._end_ids)} if early else ()
-        return [*sampling.logit_bias, *((token, -np.inf) for token in sorted(ends))]
+        ends = {*sampling.stop_ids, *(() if sampling.ignore_eos else self._end_ids)}
+        forbidden = ((token, -np.inf) for token in sorted(ends)) if early else ()
+        return [*sampling.logit_bias, *forbidden]
 
     def _biased(self, writers: Sequence[Writer | None]) -> Bias:
         ids = np.full((len(writers), self._biases), -1, np.int32)
@@ -125,9 +126,9 @@ class Choices:
             pairs = self._bias(writer.sampling, writer.written) if writer else ()
             for j, (token, value) in enumerate(pairs):
                 ids[i, j], values[i, j] = token, value
-        return Bias(ids, values)
+        return Bias(*map(jnp.asarray, (ids, values)))
 
-    def _allowed(self, writers: Sequence[Writer | None]) -> np.ndarray:
+    def _allowed(self, writers: Sequence[Writer | None]) -> Any:
         allowed = np.full((len(writers), self._words), 0xFFFFFFFF, np.uint32)
         for i, writer in enumerate(writers):
             if writer is None:
@@ -159,7 +160,7 @@ def _mask(ids: tuple[int, ...], words: int) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
-def _column(writers: Sequence[Writer | None], value: Callable, none, dtype) -> np.ndarray:
+def _column(writers: Sequence[Writer | None], value: Callable, none, dtype) -> Any:
     return np.array([none if w is None else value(w) for w in writers], dtype)
 
 
@@ -197,4 +198,6 @@ def choose_tokens(
 
 def on_all_devices(x: jax.Array) -> jax.Array:
     """The array on every device, so that every process can read it."""
-    return x if meshes.current_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
+    return (
+        x if meshes.current_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
+    )

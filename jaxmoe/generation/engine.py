@@ -1,28 +1,44 @@
 """Generation: requests in, tokens out, by continuous batching (`jaxmoe.generation.scheduler`)."""
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.batches import Batch, Sizes
+from jaxmoe.generation.choices import (
+    Choices,
+    State,
+    Writer,
+    choose_tokens,
+    has_penalties,
+    on_all_devices,
+)
+from jaxmoe.generation.completion import Completion, CompletionToken
+from jaxmoe.generation.counts import new_counts, start_counts
 from jaxmoe.generation.document import Document
+from jaxmoe.generation.grammar import GrammarCompiler
 from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, new_cache, widen
-from jaxmoe.generation.prefixes import find_prefixes
+from jaxmoe.generation.prefixes import Prefix, find_prefixes
 from jaxmoe.generation.request import ERROR, Request, Token, fit_context
 from jaxmoe.generation.rows import Row
-from jaxmoe.generation.sampling import NO_TOKEN, Sampling, request_hash, sample
+from jaxmoe.generation.sampler import Chosen
+from jaxmoe.generation.sampling import NO_TOKEN, Sampling
 from jaxmoe.generation.scheduler import Scheduler
+from jaxmoe.generation.vocab_logprobs import Logprobs, prompt_logprobs
 from jaxmoe.model import transformer
 from jaxmoe.model.kv_cache import fork_row
 from jaxmoe.model.steps import hidden_states, step
 from jaxmoe.model.transformer import unembed
+from jaxmoe.text import Tokenizer
 
 __all__ = ["ERROR", "STEP_TOKENS", "Request", "Token", "fit_context", "generate"]
 STEP_TOKENS = 512  # that a step takes, at most
@@ -42,13 +58,15 @@ def generate(
     kv: str | None = None,
     cache_tokens: int | None = None,
     document: Document | None = None,
+    tokenizer: Tokenizer | None = None,
     forward: Callable = transformer.forward,
-) -> Iterator[Token]:
+) -> Iterator[CompletionToken]:
     """Runs requests on the current mesh; yields tokens as they come, requests interleaved.
 
     The requests are checked at once, and run as the result is consumed, under the same mesh.
 
     Args:
+        sampling: of requests that bring none.
         rows: requests that are in work at once, at most.
         step_tokens: tokens that a step takes, of prompts and answers together, at most.
         stop_ids: tokens that end an answer; default: the config's.
@@ -57,14 +75,17 @@ def generate(
             none waits.
         document: a text that each request comes after; its cache is used and used up, and `kv` and
             `cache_tokens` are the document's.
+        tokenizer: makes text of the answers; needed for stop strings and grammars.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
 
     Raises:
         UserError: for an empty prompt, one that leaves no room in the context, a token that is not
-            in the vocabulary, no rows, an unknown `kv`, or a request that the cache cannot hold.
+            in the vocabulary, no rows, an unknown `kv`, a request that the cache cannot hold, or
+            stop strings or a grammar without a tokenizer.
     """
     after = 0 if document is None else document.length
-    fitting = [fit_context(config, request, after) for request in requests]
+    own = (dataclasses.replace(r, sampling=r.sampling or sampling) for r in requests)
+    fitting = [fit_context(config, request, after) for request in own]
     if rows < 1:
         raise UserError(f"rows {rows} is below 1.")
     if not fitting:
@@ -73,15 +94,37 @@ def generate(
         config,
         params,
         fitting,
-        sampling,
         rows=rows,
         step_tokens=step_tokens,
         stop_ids=stop_ids,
         kv=kv,
         cache_tokens=cache_tokens,
         document=document,
+        tokenizer=tokenizer,
         forward=forward,
     ).run()
+
+
+class Scored(NamedTuple):
+    """Tokens of a prompt in a step whose log-probabilities are asked for.
+
+    Attributes:
+        start: the place of the first, among all of the step's tokens.
+        count: how many of them are followed by another token of the prompt.
+    """
+
+    completion: Completion
+    start: int
+    count: int
+
+
+class Unread(NamedTuple):
+    """A step whose results are still on the devices, and whose they are."""
+
+    batch: Batch
+    chosen: Chosen
+    scored: list[Scored]
+    logprobs: Logprobs | None
 
 
 class Engine:
@@ -91,6 +134,7 @@ class Engine:
         cache: of all rows.
         slots: tokens that the steps so far have computed, padding included.
         tokens: of these, how many were no padding.
+        steps: how many there were.
     """
 
     def __init__(
@@ -98,7 +142,6 @@ class Engine:
         config: Llama4Config,
         params: dict,
         requests: Sequence[Request],
-        sampling: Sampling,
         *,
         rows: int = 8,
         step_tokens: int = STEP_TOKENS,
@@ -106,14 +149,23 @@ class Engine:
         kv: str | None = None,
         cache_tokens: int | None = None,
         document: Document | None = None,
+        tokenizer: Tokenizer | None = None,
         forward: Callable = transformer.forward,
     ):
-        """Takes one or more requests that fit the context; arguments as for `generate`."""
-        self._config, self._params, self._sampling = config, params, sampling
-        self._stop_ids = config.eos_token_ids if stop_ids is None else stop_ids
-        self._forward = forward
+        """Takes one or more requests that fit the context and have their sampling.
+
+        Arguments are as for `generate`.
+        """
+        self._config, self._params = config, params
+        self._stop_ids = tuple(config.eos_token_ids if stop_ids is None else stop_ids)
+        self._tokenizer, self._forward = tokenizer, forward
+        self._samplings = {_sampling(request) for request in requests}
+        self._choices = Choices(self._samplings, config.vocab_size, self._stop_ids)
+        self._completions: dict[Row, Completion] = {}
+        for request in {_sampling(request): request for request in requests}.values():
+            self._completion(request)  # refuses what cannot be served, before anything runs
         after = 0 if document is None else document.length
-        prefixes = find_prefixes(requests)
+        prefixes = _shared(requests)
         rows = min(rows, 1 << (len(requests) - 1).bit_length())
         layout = lay_out(rows, (document is not None) + HOLDERS * any(prefixes))
         if document is not None:
@@ -132,25 +184,27 @@ class Engine:
             after=after,
         )
         self._scheduler.add(requests, prefixes)
-        self._previous = jnp.zeros((layout.groups, layout.each), jnp.int32)
-        self.slots = self.tokens = 0
+        penalized = self._choices.penalized
+        counts = new_counts(layout.total, config.vocab_size) if penalized else None
+        self._state = State(jnp.zeros((layout.groups, layout.each), jnp.int32), counts)
+        self.slots = self.tokens = self.steps = 0
 
-    def run(self) -> Iterator[Token]:
+    def run(self) -> Iterator[CompletionToken]:
         """Yields tokens until no request is left.
 
-        A step is enqueued before the tokens of the one before it are read, so that the device does
+        A step is enqueued before the tokens of the one before it are read, so that the devices do
         not wait for the host. A row that turns out to have stopped costs one token.
         """
-        unread: collections.deque[tuple[Batch, jax.Array]] = collections.deque()
+        unread: collections.deque[Unread] = collections.deque()
         while self._scheduler.busy or unread:
-            batch = self._enqueue()
-            if batch is not None:
-                unread.append(batch)
-            if unread and (batch is None or len(unread) > 1):
-                yield from self._read(*unread.popleft())
+            step = self._enqueue()
+            if step is not None:
+                unread.append(step)
+            if unread and (step is None or len(unread) > 1):
+                yield from self._read(unread.popleft())
 
-    def _enqueue(self) -> tuple[Batch, jax.Array] | None:
-        """Starts the next step; returns the tokens that it will have chosen, [G, Q]."""
+    def _enqueue(self) -> Unread | None:
+        """Starts the next step; None if rows wait until tokens are read."""
         forks, batch = self._scheduler.next_batch()
         for fork in forks:
             self.cache = fork_row(self._config, self.cache, *fork)
@@ -164,80 +218,89 @@ class Engine:
             readout=hidden_states,
             restart=batch.restart,
             packing=batch.packing,
-            previous=self._previous,
+            previous=self._state.previous,
             forward=self._forward,
         )
         assert cache is not None
         self.cache = cache
-        request, index = self._of_writers(batch)
-        chosen, self._previous = _choose(
-            self._config, self._params, hidden, self._sampling, batch.slots, batch.targets,
-            request, index, self._previous,
-        )  # fmt: skip
-        self.slots += batch.inputs.tokens.size
+        chosen = self._choose(batch, hidden)
+        self.steps, self.slots = self.steps + 1, self.slots + batch.inputs.tokens.size
         self.tokens += batch.real
-        return batch, chosen
+        return Unread(batch, chosen, *self._score(batch, hidden))
 
-    def _of_writers(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """For each slot the hash of its request, and how many tokens were written before."""
-        request, index = np.zeros(batch.slots.shape, np.uint32), np.zeros_like(batch.slots)
+    def _choose(self, batch: Batch, hidden: jax.Array) -> Chosen:
+        """Starts to choose the next tokens of a step."""
+        groups, most = batch.slots.shape
+        writers: list[Writer | None] = [None] * (groups * most)
         for group, slot, row, written in batch.writers:
-            assert row.request is not None
-            request[group, slot], index[group, slot] = request_hash(row.request.id), written
-        return request, index
+            writer = Writer(self._completion_of(row), written)
+            writers[group * most + slot] = writer
+            if written == 0 and has_penalties(writer.sampling):
+                self._start_counts(group, batch.targets[group, slot], row)
+        choice, top = self._choices.of(writers)
+        chosen, self._state = choose_tokens(
+            self._config, self._params, hidden, batch.slots, batch.targets, choice, self._state, top
+        )
+        return chosen
 
-    def _read(self, batch: Batch, chosen: jax.Array) -> Iterator[Token]:
-        """The tokens of a step that its requests still wanted."""
-        tokens = np.asarray(chosen)
-        for group, slot, row, written in batch.writers:
-            if row.ended:
+    def _start_counts(self, group: int, i: int, row: Row) -> None:
+        assert self._state.counts is not None
+        width = 1 << (len(row.tokens) - 1).bit_length()  # few widths to compile
+        prompt = np.full(max(width, 64), NO_TOKEN, np.int32)
+        prompt[: len(row.tokens)] = row.tokens
+        number = np.int32(group * self._state.previous.shape[1] + i)
+        counts = _start_counts(self._state.counts, number, prompt)
+        self._state = self._state._replace(counts=counts)
+
+    def _score(self, batch: Batch, hidden: jax.Array) -> tuple[list[Scored], Logprobs | None]:
+        """Starts to compute the log-probabilities of prompts' tokens that are asked for."""
+        targets, scored = np.full(batch.inputs.tokens.size, NO_TOKEN, np.int32), []
+        for row, start, first, count in batch.read:
+            if row.request is None or _sampling(row.request).prompt_logprobs is None:
                 continue
-            assert row.request is not None
-            token = int(tokens[group, slot])
-            row.known = written + 1
-            reason = self._finish_reason(row, token)
-            if reason:
-                row.ended = True
+            following = row.tokens[first + 1 : first + 1 + count]
+            targets[start : start + len(following)] = following
+            scored.append(Scored(self._completion_of(row), start, len(following)))
+        if not scored:
+            return [], None
+        top = max(s.prompt_logprobs or 0 for s in self._samplings)
+        return scored, _prompt_logprobs(self._config, self._params, hidden, targets, top)
+
+    def _read(self, unread: Unread) -> Iterator[CompletionToken]:
+        """The tokens of a step that its requests still wanted."""
+        chosen, logprobs = jax.tree.map(np.asarray, (unread.chosen, unread.logprobs))
+        for completion, start, count in unread.scored:
+            part = slice(start, start + count)
+            tops = map(_pairs, logprobs.top_ids[part], logprobs.top_logprobs[part])
+            completion.push_prompt(logprobs.logprob[part].tolist(), list(tops))
+        most = unread.batch.slots.shape[1]
+        for group, slot, row, written in unread.batch.writers:
+            completion = self._completions.get(row)
+            if completion is None:
+                continue  # it has ended, and this token was in vain
+            row.known, i = written + 1, group * most + slot
+            text = completion.push(int(chosen.token[i]), *_logprobs_of(chosen, i))
+            if completion.finish_reason is not None:
                 self._scheduler.release(row)
-            yield Token(row.request, token, reason)
+                del self._completions[row]
+            yield CompletionToken(completion, int(chosen.token[i]), text)
 
-    def _finish_reason(self, row: Row, token: int) -> str | None:
-        if token == NO_TOKEN:
-            return ERROR
-        if token in self._stop_ids:
-            return "stop"
+    def _completion_of(self, row: Row) -> Completion:
         assert row.request is not None
-        return "length" if row.known == row.request.max_new_tokens else None
+        if row not in self._completions:
+            self._completions[row] = self._completion(row.request)
+        return self._completions[row]
 
+    def _completion(self, request: Request) -> Completion:
+        sampling = _sampling(request)
+        matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
+        return Completion(request, sampling, self._stop_ids, self._tokenizer, matcher)
 
-@functools.partial(jax.jit, static_argnames="config")
-def _choose(
-    config: Llama4Config,
-    params: dict,
-    hidden: Float[Array, "L S D"],
-    sampling: Sampling,
-    slots: Int[Array, "G Q"],
-    targets: Int[Array, "G Q"],
-    request: UInt[Array, "G Q"],
-    index: Int[Array, "G Q"],
-    previous: Int[Array, "G R"],
-) -> tuple[Int[Array, "G Q"], Int[Array, "G R"]]:
-    """The next token at some places of a step, and the last token of each row.
-
-    Args:
-        slots: the places, among the tokens of each group.
-        targets: the row of each; beyond all rows for none.
-        request: as for `sample`.
-        index: as for `sample`.
-        previous: the last tokens before.
-    """
-    groups = len(slots)
-    hidden = hidden.reshape(groups, -1, hidden.shape[-1])
-    chosen_from = jnp.take_along_axis(hidden, slots[:, :, None], axis=1).reshape(slots.size, -1)
-    logits = unembed(config, params, chosen_from)
-    tokens = sample(sampling, logits, request.reshape(-1), index.reshape(-1)).reshape(slots.shape)
-    group = jnp.arange(groups)[:, None]
-    return tokens, previous.at[group, targets].set(tokens, mode="drop")
+    @functools.cached_property
+    def _grammars(self) -> GrammarCompiler:
+        if self._tokenizer is None:
+            raise UserError("a request has a grammar, but there is no tokenizer; leave it out.")
+        return GrammarCompiler(self._tokenizer, self._config.vocab_size, self._stop_ids)
 
 
 def _check_room(document: Document, requests: Sequence[Request]) -> None:
@@ -247,3 +310,45 @@ def _check_room(document: Document, requests: Sequence[Request]) -> None:
             f"the document's cache has room for {document.room} more tokens, but request "
             f"{longest.id!r} takes {longest.length}; load it with more room, or ask for fewer."
         )
+
+
+def _sampling(request: Request) -> Sampling:
+    assert request.sampling is not None  # `generate` gives each its own
+    return request.sampling
+
+
+def _shared(requests: Sequence[Request]) -> list[Prefix | None]:
+    """The prefix of each request that it need not read; one whose prompt is scored reads it all."""
+    found: list[Prefix | None] = [None] * len(requests)
+    free = [i for i, r in enumerate(requests) if _sampling(r).prompt_logprobs is None]
+    for i, prefix in zip(free, find_prefixes([requests[i] for i in free]), strict=True):
+        found[i] = prefix
+    return found
+
+
+_start_counts = jax.jit(start_counts, donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "top"))
+def _prompt_logprobs(
+    config: Llama4Config,
+    params: dict,
+    hidden: Float[Array, "L S D"],
+    targets: Int[Array, "T"],
+    top: int,
+) -> Logprobs:
+    """Log-probabilities of the tokens that follow each of a step's T = L * S tokens."""
+    logits_of = functools.partial(unembed, config, params)
+    found = prompt_logprobs(logits_of, hidden.reshape(-1, hidden.shape[-1]), targets, top)
+    return jax.tree.map(on_all_devices, found)
+
+
+def _logprobs_of(chosen: Chosen, i: int) -> tuple:
+    """The log-probability of a chosen token, and those of the likeliest, if they were asked for."""
+    if chosen.logprob is None or chosen.top_ids is None or chosen.top_logprobs is None:
+        return ()
+    return float(chosen.logprob[i]), _pairs(chosen.top_ids[i], chosen.top_logprobs[i])
+
+
+def _pairs(ids, logprobs) -> list[tuple[int, float]]:
+    return list(zip(ids.tolist(), logprobs.tolist(), strict=True))

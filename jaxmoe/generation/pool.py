@@ -1,8 +1,6 @@
 """How large the engine's cache is, how its rows lie on the mesh, and a document as one of them."""
 
 import functools
-import itertools
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,8 +62,12 @@ def lay_out(rows: int, holders: int) -> Layout:
         holders: rows of a group that hold prefixes, at least.
     """
     mesh = meshes.current_mesh()
-    sizes = [1] if mesh is None else [mesh.shape[axis] for axis in meshes.RULES["batch"]]
-    groups = max(x for x in (1, *itertools.accumulate(sizes, operator.mul)) if x <= rows)
+    groups = 1
+    sizes = [] if mesh is None else [mesh.shape[axis] for axis in meshes.RULES["batch"]]
+    for size in sizes:
+        if groups * size > rows:
+            break
+        groups *= size
     layout = Layout(groups, -(-rows // groups), holders)
     while row_groups(layout.total) != groups:
         layout = layout._replace(holders=layout.holders + 1)

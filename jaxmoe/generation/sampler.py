@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int, Integer, UInt, UInt32
 
 from jaxmoe import mesh as meshes
 from jaxmoe.generation.counts import Counts
-from jaxmoe.generation.vocab_logprobs import Logprobs, part_logprobs
 from jaxmoe.generation.sampling import NO_TOKEN
 from jaxmoe.generation.vocab import (
     Part,
@@ -33,6 +32,7 @@ from jaxmoe.generation.vocab import (
     this_part,
     total_mass,
 )
+from jaxmoe.generation.vocab_logprobs import Logprobs, part_logprobs
 
 WORD = 32  # tokens of a mask's word
 

@@ -166,7 +166,7 @@ class Scheduler:
         return None
 
     def _join_alone(self, request: Request, prefix: Prefix | None) -> Row | None:
-        """`_join` where nothing is in work: without unused prefixes, and if need be without its own."""
+        """`_join` where nothing is in work: prefixes that nobody uses leave, if need be its own."""
         for group in self._groups:
             self._drop_unused(group)
         row = self._join(request, prefix)

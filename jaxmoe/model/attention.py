@@ -192,7 +192,7 @@ def _token_specs(q, k, v, tokens: NewTokens, rows: int) -> tuple[Any, Any]:
     kv_specs = specs((k, v), "kv_heads", "length", None)
     own, own_rows = specs((tokens.own, tokens.own_rows), "length")
     whole, all_rows = specs((tokens.all, tokens.all_rows), None)
-    needed = None if tokens.needs_gather is None else PartitionSpec()
+    needed: Any = None if tokens.needs_gather is None else PartitionSpec()
     return (q_spec, *kv_specs, NewTokens(own, whole, needed, own_rows, all_rows)), q_spec
 
 

@@ -173,7 +173,7 @@ def decode_layer(
 
 
 def _specs(config: Llama4Config, kind: LayerKind, mesh, rows: int, arguments) -> tuple:
-    """PartitionSpecs of the arguments and results of `_layer`, by the number of the cache's rows."""
+    """PartitionSpecs of the arguments and results of `_layer`; `rows` are the cache's."""
     p, *_, cache = arguments
     sharded = cache_kind(config.attention_spec(kind)).sharded
     row_spec = meshes.sharded_spec(mesh, row_axes(mesh, rows))

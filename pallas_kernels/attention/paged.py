@@ -59,7 +59,8 @@ def paged_attention(
     """
     at_once = max(1, COPIED // k.shape[2])
     keys = jax.ShapeDtypeStruct((1, k.shape[1], at_once * k.shape[2], k.shape[3]), q.dtype)
-    coords = Coords(*(jax.ShapeDtypeStruct((1, keys.shape[2]), jnp.int32),) * 2)
+    one: Any = jax.ShapeDtypeStruct((1, keys.shape[2]), jnp.int32)
+    coords = Coords(one, one)
     options = {"scale": scale, "mask": mask, "implementation": implementation}
     by = flash_implementation(q, keys, keys, q_coords, coords, return_lse=True, **options)
     where = (q_coords, k_coords, pages, segments)
@@ -113,9 +114,9 @@ def _in_place(scale: float, mask: Mask, q, k, v, q_coords, k_coords, pages, segm
 def _keys_of(k, v, k_coords: Coords, pages, segments, dtype) -> Keys:
     """Keys and values of some pages as a row, with the segments that the pages have."""
     *keys, coords = rows_of_pages(k, v, k_coords, pages)
-    owner = jnp.repeat(segments, k.shape[2], axis=1)
-    wide = (dequantize(x, dtype) if isinstance(x, Quantized) else x.astype(dtype) for x in keys)
-    return Keys(*wide, coords._replace(segment=jnp.where(coords.segment != 0, owner, 0)))
+    owner = jnp.repeat(segments, k_coords.segment.shape[1], axis=1)
+    k, v = (dequantize(x, dtype) if isinstance(x, Quantized) else x.astype(dtype) for x in keys)
+    return Keys(k, v, coords._replace(segment=jnp.where(coords.segment != 0, owner, 0)))
 
 
 def _visible_pairs(q_range, block_q: int, k_coords, pages, segments, at_once: int) -> Pairs:

@@ -26,9 +26,9 @@ def random_requests(rng, count):
     requests = []
     for i in range(count):
         prompt = (*stems[rng.integers(len(stems))], *draw(rng, rng.integers(1, 50)))[:170]
-        requests.append(Request(i, prompt, int(rng.integers(1, 24))))
+        requests.append(Request(i, prompt, int(rng.integers(1, 24)), GREEDY))
         if rng.random() < 0.2:  # several answers to one prompt
-            requests.append(Request(f"{i} again", prompt, int(rng.integers(1, 24))))
+            requests.append(Request(f"{i} again", prompt, int(rng.integers(1, 24)), GREEDY))
     return requests
 
 
@@ -85,7 +85,7 @@ def test_one_device(small, seed):
         options = {"rows": int(rng.choice([1, 2, 4])), "step_tokens": int(rng.choice([16, 64]))}
         ends = tuple(draw(rng, rng.integers(0, 3)))
         with jax.set_mesh(one_device()):
-            engine = Engine(small.config, small.params, requests, GREEDY, stop_ids=ends, **options)
+            engine = Engine(small.config, small.params, requests, stop_ids=ends, **options)
             answers = answers_of(engine)
         check_answers(small, requests, answers, ends)
         no_page_is_left(engine)

@@ -119,7 +119,7 @@ def test_requests_wait_for_pages(params, mesh):
         written = {request.id: [] for request in requests}
         settings = Sampling(temperature=0.0)
         stream = generate(
-            CONFIG, params, requests, settings, rows=4, prefill_chunk=64, stop_ids=(), **options
+            CONFIG, params, requests, settings, rows=4, step_tokens=64, stop_ids=(), **options
         )
         for token in stream:
             written[token.request.id].append(token.token)

@@ -132,8 +132,9 @@ def _attend_packed(
     past, cache = lax.optimization_barrier((past, cache))
     cache = cache.write(k, v, step.index[0])
     every = tokens.all_rows.pieces(tokens.all)
-    shared = {"in_order": not axes, "return_lse": True} | options._asdict()
-    present = flash_attention(q, k, v, own, every, **shared)
+    present = flash_attention(
+        q, k, v, own, every, in_order=not axes, return_lse=True, **options._asdict()
+    )
     single, _ = attend_single(options, q, cache, tokens.own, step.pool.coords, rows, step.table[0])
     out = merge_single(rows, single, merge([past, present]), 2)  # pyrefly: ignore  # pairs
     return lax.optimization_barrier((out, cache))
