@@ -166,7 +166,7 @@ class Engine:
             self._completion(request)  # refuses what cannot be served, before anything runs
         after = 0 if document is None else document.length
         prefixes = _shared(requests)
-        rows = min(rows, 1 << (len(requests) - 1).bit_length())
+        rows = rows if len(requests) > 1 else 1  # two sizes, since steps are compiled for each
         layout = lay_out(rows, (document is not None) + HOLDERS * any(prefixes))
         if document is not None:
             _check_room(document, requests)

@@ -115,6 +115,7 @@ class Scheduler:
             for row in group.rows[: self._requests]:
                 if row and row.complete:
                     self.release(row)
+            self._drop_unused(group, only_done=True)
         return forks, batch
 
     def release(self, row: Row) -> None:
@@ -239,7 +240,6 @@ class Scheduler:
         group.free.release(row.pages)
         if row.parent:
             row.parent.users -= 1
-            self._drop_unused(group, only_done=True)
 
     def _drop_unused(
         self, group: Group, but: Prefix | None = None, only_done: bool = False
