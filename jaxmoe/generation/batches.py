@@ -45,7 +45,7 @@ class Sizes:
     """The sizes that steps come in: few, since each is compiled.
 
     Attributes:
-        single: tokens of a group where every row has one: powers of 2 up to all rows.
+        single: tokens of a group where every row has one: 1, 4, 8, 16, ... up to all rows.
         packed: tokens of a group where some rows have more, at most the budget.
     """
 
@@ -55,7 +55,7 @@ class Sizes:
         Args:
             overhead: what a step costs beside its tokens, in tokens.
         """
-        powers = (1 << i for i in itertools.count())
+        powers = (1 << i for i in itertools.count() if i != 1)
         self.single = [*itertools.takewhile(lambda size: size < rows, powers), rows]
         budget = max(budget, 2 * rows)
         packed = [budget // 4**i for i in range(SIZES)]

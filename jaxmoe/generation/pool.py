@@ -34,7 +34,8 @@ from jaxmoe.model.kv_cache.pages import FREE
 from pallas_kernels.attention import Coords
 
 HOLDERS = 4  # rows of a group that hold prefixes, where prompts share any
-SMALLEST, POWERS_TO = 512, 65_536  # tokens of a cache; up to where it is a power of 2
+SMALLEST, POWERS_TO = 2048, 65_536  # tokens of a row; up to where they are a power of 2
+ALL_ROWS = 32_768  # tokens: where all rows can be the longest with no more, they can
 
 
 class Layout(NamedTuple):
@@ -112,8 +113,10 @@ def new_cache(
                 "ask for fewer new tokens."
             )
         return init_cache(config, layout.total, round_capacity(longest), dtype, tokens=tokens)
-    full, rings = (layout.groups * round_size(x) for x in _tokens(layout, requests, prefixes))
-    capacity = round_capacity(round_size(longest))
+    capacity = round_capacity(min(round_size(longest), config.max_position_embeddings))
+    full = rings = None
+    if layout.rows * capacity > ALL_ROWS:
+        full, rings = (layout.groups * round_size(x) for x in _tokens(layout, requests, prefixes))
     return init_cache(config, layout.total, capacity, dtype, tokens=full, ring_tokens=rings)
 
 

@@ -19,6 +19,7 @@ from pallas_kernels.experts.group_metadata import rows_of_whole_groups
 
 BF16, FP32 = 2, 4
 LARGEST_BLOCK = {"bf16": 128, "fp8": 128, "int8": 128, "int4": 64}  # rows, of Llama 4's experts
+SEARCHED = 6  # arrays as large as the logits, while a token is chosen
 LEAST_ROWS = 64  # XLA pads the rows of a product to a multiple of this
 
 
@@ -29,6 +30,23 @@ def temporaries(work: Work, mesh: MeshConfig) -> int:
     logits = share.rows * _row_of_logits(work, mesh)
     padded = -(-share.rows // LEAST_ROWS) * LEAST_ROWS  # logits are a slice of a padded product
     return logits + max(layer + _gathered(work, mesh), padded * _row_of_logits(work, mesh))
+
+
+def batch_temporaries(work: Work, mesh: MeshConfig, tokens: int) -> int:
+    """Bytes of temporaries of an engine's step, and of choosing the next tokens after it.
+
+    The two are programs of their own, so that the larger one counts. To choose takes the logits, a
+    copy that is scaled, and what a search over them keeps: masks and digits of their masses.
+
+    Args:
+        work: whose rows write at once.
+        tokens: of the step, prompts and answers together.
+    """
+    reading = dataclasses.replace(work, task="prefill", rows=1, prefill_chunk=tokens)
+    share = device_share(reading, mesh)
+    layer = max(_layer(reading, mesh, share, kind) for kind in dict.fromkeys(work.config.layers))
+    rows = -(-work.rows // LEAST_ROWS) * LEAST_ROWS
+    return max(layer + _gathered(work, mesh), SEARCHED * rows * _row_of_logits(work, mesh))
 
 
 def _layer(work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind) -> int:

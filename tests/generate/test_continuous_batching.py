@@ -122,7 +122,7 @@ def test_a_prefix_is_computed_once(small):
     """A hundred requests behind 2,000 tokens: these are computed once, and held once."""
     rng = np.random.default_rng(0)
     prefix = draw(rng, 2000)
-    requests = [Request(i, prefix + (i,) + draw(rng, i % 7), 3, GREEDY) for i in range(100)]
+    requests = [Request(i, (*prefix, i, *draw(rng, i % 7)), 3, GREEDY) for i in range(100)]
     with jax.set_mesh(one_device()):
         engine = Engine(small.config, small.params, requests, rows=8, stop_ids=())
         most = []
