@@ -20,6 +20,7 @@ def filled(text: str) -> str:
     """The text of a document with the table between each pair of markers replaced."""
     writers = {
         "cpu": _cpu,
+        "engine": _engine,
         "convert": _convert,
         "attention": _attention,
         "moe": _moe,
@@ -37,6 +38,11 @@ def filled(text: str) -> str:
 
 def _cpu() -> str:
     return cpu_markdown(json.loads((ROOT / "benchmarks" / "cpu.json").read_text()))
+
+
+def _engine() -> str:
+    file = ROOT / "benchmarks" / "engine.json"
+    return engine_markdown(json.loads(file.read_text())) if file.exists() else ""
 
 
 def _convert() -> str:
@@ -144,6 +150,39 @@ turn on {machine["cores"]} cores of an {machine["processor"]}, {figures["date"]}
 {versions["jax"]}, torch {versions["torch"]}, transformers {versions["transformers"]}, which
 computes every expert for every token. `make bench` measures it again; `scripts/tables.py` makes
 this table from `benchmarks/cpu.json`."""
+
+
+def engine_markdown(figures: dict) -> str:
+    """The figures of `jaxmoe benchmark engine` as Markdown."""
+    versions, machine, names = figures["versions"], figures["machine"], []
+    for workload in figures["workloads"]:
+        prompts, answers = workload["prompt_tokens"], workload["answer_tokens"]
+        sizes = f"{prompts:,} tokens of prompts and {answers:,} of answers"
+        names.append(f"{workload['workload']}: {workload['requests']} requests, {sizes}.")
+    text = f"""\
+{figures["parameters"] / 1e6:.0f}M {figures["model"]} parameters, float32, greedy; medians of \
+{figures["rounds"]} runs taken in turn on {machine["cores"]} cores of an {machine["processor"]}, \
+{figures["date"]}, jax {versions["jax"]}{_beside_transformers(figures)}. Tokens/s are those of \
+answers, over the whole run. First token: seconds from the run's start, median and, in brackets, \
+90th percentile. Slots a token: what steps compute for each token that is no padding. Host: \
+processor time of the engine's thread. Programs: compiled steps of the model. {" ".join(names)} \
+`jaxmoe benchmark engine` measures it again; `scripts/tables.py` makes this table from \
+`benchmarks/engine.json`."""
+    wrapped = textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+    return f"{_markdown(tables.engine_grid(figures))}\n\n{wrapped}"
+
+
+def _beside_transformers(figures: dict) -> str:
+    """The versions of the other side and what it does; empty if it did not run."""
+    sides = [side for workload in figures["workloads"] if (side := workload["transformers"])]
+    if not sides:
+        return ""
+    versions = sides[0]["versions"]
+    return (
+        f", torch {versions['torch']}, transformers {versions['transformers']}, whose `generate` "
+        f"is given the same requests in left-padded batches of {sides[0]['batch']}, each until its "
+        f"longest answer is complete; {tables.identical_text(figures)}"
+    )
 
 
 def attention_markdown(by_file: dict[str, dict]) -> str:

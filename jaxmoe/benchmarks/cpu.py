@@ -1,11 +1,8 @@
 """`jaxmoe benchmark cpu`: prefill and greedy decode against transformers, on the same weights."""
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -16,14 +13,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxmoe.benchmarks.oracle import machine, run_script, write_model
 from jaxmoe.benchmarks.timing import today, versions, write_json
-from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.export import export
 from jaxmoe.config import Llama4Config, RopeScaling, layer_kinds
 from jaxmoe.errors import UserError
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
-from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import init_params, num_params
 from jaxmoe.progress import task_progress
 
@@ -61,7 +56,7 @@ def benchmark_cpu(args: argparse.Namespace, oracle: str) -> dict:
     prompt = np.random.default_rng(0).integers(3, MODEL.vocab_size, (1, args.prompt_tokens))
     sides: dict[str, list[dict]] = {"jaxmoe": [], "transformers": []}
     with tempfile.TemporaryDirectory() as folder:
-        model, tokens = _write_model(Path(folder), params), Path(folder) / "tokens.npy"
+        model, tokens = write_model(Path(folder), MODEL, params), Path(folder) / "tokens.npy"
         np.save(tokens, prompt.astype(np.int32))
         with task_progress("Rounds", args.rounds, "rounds") as advance:
             for _ in range(args.rounds):
@@ -69,16 +64,6 @@ def benchmark_cpu(args: argparse.Namespace, oracle: str) -> dict:
                 sides["transformers"].append(_time_oracle(oracle, model, tokens, args))
                 advance(1)
     return _figures(args, sides)
-
-
-def _write_model(folder: Path, params: dict) -> Path:
-    mesh = MeshConfig().make()
-    laid_out = jax.device_put(
-        params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    )
-    store.save(folder / "checkpoint", MODEL, laid_out)
-    export(folder / "checkpoint", folder / "model")
-    return folder / "model"
 
 
 def _time_ours(params: dict, prompt: np.ndarray, args: argparse.Namespace) -> dict:
@@ -107,13 +92,8 @@ def _time_ours(params: dict, prompt: np.ndarray, args: argparse.Namespace) -> di
 
 
 def _time_oracle(oracle: str, model: Path, tokens: Path, args: argparse.Namespace) -> dict:
-    script = Path(__file__).with_name("hf_speed.py")
-    command = [oracle, script, model, tokens]
-    command += ["--new-tokens", str(args.new_tokens), "--repeats", str(args.repeats)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{oracle} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    flags = "--new-tokens", args.new_tokens, "--repeats", args.repeats
+    return run_script(oracle, "hf_speed.py", model, tokens, *flags)
 
 
 def _figures(args: argparse.Namespace, sides: dict[str, list[dict]]) -> dict:
@@ -125,7 +105,7 @@ def _figures(args: argparse.Namespace, sides: dict[str, list[dict]]) -> dict:
     ours, theirs = seconds["jaxmoe"], seconds["transformers"]
     return {
         "date": today(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "dtype": "float32"},
+        "machine": machine(),
         "versions": {
             **versions(),
             "torch": sides["transformers"][0]["torch"],
@@ -142,15 +122,6 @@ def _figures(args: argparse.Namespace, sides: dict[str, list[dict]]) -> dict:
         "times_faster": {phase: theirs[phase] / ours[phase] for phase in ours},
         "same_tokens": sides["jaxmoe"][0]["tokens"] == sides["transformers"][0]["tokens"],
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def cpu_table(figures: dict) -> Table:

@@ -136,6 +136,39 @@ def step_grid(figures: dict) -> Grid:
     return Grid(names, rows)
 
 
+def engine_grid(figures: dict) -> Grid:
+    """A table with a row for each workload and number of rows, and for transformers beside them."""
+    rows = []
+    for workload in figures["workloads"]:
+        name, theirs = workload["workload"], workload["transformers"]
+        rows += [_engine_row(name, side) for side in workload["engine"]]
+        if theirs:
+            row = [f"{name}, transformers", f"{theirs['tokens_per_second']:,.1f}"]
+            rows.append(row + [""] * 5)
+    names = ("tokens/s", "times faster", "first token s", "slots a token", "host ms a step")
+    return Grid(("case", *names, "programs"), rows)
+
+
+def _engine_row(workload: str, side: dict) -> list[str]:
+    first = side["first_token_seconds"]
+    return [
+        f"{workload}, {side['rows']} rows",
+        f"{side['tokens_per_second']:,.1f}",
+        f"{side['times_faster']:.1f}" if "times_faster" in side else "",
+        f"{first['median']:.2f} ({first['p90']:.2f})",
+        f"{side['slots_a_token']:.2f}",
+        f"{1e3 * side['host_seconds_a_step']:.1f}",
+        str(side["step_programs"]),
+    ]
+
+
+def identical_text(figures: dict) -> str:
+    """How many answers are the same as those of transformers, as text; empty if it did not run."""
+    sides = [side for workload in figures["workloads"] for side in workload["engine"]]
+    shares = [side["identical"] for side in sides if "identical" in side]
+    return f"{min(shares):.0%} or more of the answers are the same tokens" if shares else ""
+
+
 def _skewed(seconds: dict | None) -> str:
     if not seconds or not seconds["jaxmoe"]:
         return "n/a"

@@ -1,4 +1,4 @@
-"""Benchmarks: `cpu` against transformers, `convert` against cp, others against kernels on a GPU.
+"""Benchmarks: `cpu` and `engine` against transformers, `convert` against cp, the others on a GPU.
 
 `schedule` measures nothing: it analyzes the kernels' machine code, compiled for an absent GPU.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from jaxmoe.benchmarks.attention.suite import run_attention
 from jaxmoe.benchmarks.convert import add_parser as add_convert
 from jaxmoe.benchmarks.cpu import run_cpu
+from jaxmoe.benchmarks.engine import add_parser as add_engine
 from jaxmoe.benchmarks.moe.suite import run_moe
 from jaxmoe.benchmarks.schedule.command import add_parser as add_schedule
 from jaxmoe.benchmarks.step import add_parser as add_step
@@ -25,6 +26,7 @@ def main() -> None:
     cpu.add_argument("--new-tokens", type=int, default=64)
     cpu.add_argument("--rounds", type=int, default=3, help="both sides, in turn")
     cpu.add_argument("--repeats", type=int, default=3, help="of each side in a round")
+    add_engine(commands)
     add_convert(commands)
     add_schedule(commands)
     add_step(commands)
