@@ -19,6 +19,7 @@ from jaxmoe.text.tokenizer_file import (
     HF_FILE,
     errors_of_library,
     find_tokenizer,
+    has_tokenizer,
     quiet_panics,
     read_tokenizer,
 )
@@ -73,6 +74,11 @@ class Tokenizer:
         tokenizer._check_round_trip(file)
         tokenizer._check_specials(file)
         return tokenizer
+
+    @classmethod
+    def load_if_any(cls, folder: str | Path) -> "Tokenizer | None":
+        """The tokenizer of a checkpoint's folder, as `load`; None if there is none."""
+        return cls.load(folder) if has_tokenizer(Path(folder)) else None
 
     def _check_round_trip(self, file: Path) -> None:
         """Raises a UserError if encoding and decoding loses bytes."""

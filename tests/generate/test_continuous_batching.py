@@ -7,9 +7,7 @@ import pytest
 
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.engine import Engine, Request
-from jaxmoe.generation.pool import HOLDERS
 from jaxmoe.generation.sampling import Sampling
-from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.kv_cache.pages import FREE
 from tests.conftest import one_device
 
@@ -73,7 +71,9 @@ def poison_free_pages(engine):
     owners = {pool.owner.shape[0]: pool.owner for pool in cache.pools}
     for layer in cache.layers:
         free = (owners[layer.k.shape[0]] == FREE)[:, None, None, None]
-        layers.append(layer._replace(k=jnp.where(free, jnp.nan, layer.k), v=jnp.where(free, jnp.nan, layer.v)))
+        layers.append(
+            layer._replace(k=jnp.where(free, jnp.nan, layer.k), v=jnp.where(free, jnp.nan, layer.v))
+        )
     engine.cache = cache._replace(layers=tuple(layers))
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.generation.vocab_logprobs import logprobs, prompt_logprobs
 from jaxmoe.generation.sampling import NO_TOKEN
+from jaxmoe.generation.vocab_logprobs import logprobs, prompt_logprobs
 from jaxmoe.mesh import MeshConfig
 
 SIZE, WIDTH = 101, 8
