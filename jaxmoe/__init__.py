@@ -30,7 +30,7 @@ from jaxmoe.generation.text import generate_text
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import quantize_params
 from jaxmoe.model.transformer import Llama4, forward, unembed
-from jaxmoe.text import Tokenizer
+from jaxmoe.text import Tokenizer, render
 
 __version__ = metadata.version("jaxmoe")
 
@@ -62,6 +62,7 @@ __all__ = [
     "load_document",
     "quantize_params",
     "read_document",
+    "render",
     "save",
     "unembed",
 ]

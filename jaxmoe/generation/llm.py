@@ -1,6 +1,7 @@
 """`jaxmoe.LLM`: a checkpoint on its devices that answers lists of prompts, from one object."""
 
 import functools
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from jaxmoe.checkpoint import store
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.background import Background
+from jaxmoe.generation.checking import Checker
 from jaxmoe.generation.completion import CompletionToken
 from jaxmoe.generation.document import Document
 from jaxmoe.generation.engine import STEP_TOKENS, generate
-from jaxmoe.generation.grammar import GrammarCompiler
 from jaxmoe.generation.jobs import Refusal
 from jaxmoe.generation.placement import default_mesh, make_mesh, mesh_of, on_mesh
 from jaxmoe.generation.prompts import (
@@ -25,7 +26,7 @@ from jaxmoe.generation.prompts import (
     prompt_tokens,
     read_prompts,
 )
-from jaxmoe.generation.request import Request, fit_context, stop_ids_of, without_begin
+from jaxmoe.generation.request import Request, stop_ids_of
 from jaxmoe.generation.results import (
     Piece,
     Result,
@@ -39,6 +40,7 @@ from jaxmoe.generation.results import (
 from jaxmoe.generation.sampling import Sampling, sampling_of
 from jaxmoe.generation.saved_document import document_length, load_document
 from jaxmoe.generation.turns import Turns
+from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model import transformer
 from jaxmoe.text import Tokenizer
@@ -60,7 +62,6 @@ class LLM:
 
     Attributes:
         config, params: as `jaxmoe.load` returns them.
-        tokenizer: None if the checkpoint has none.
         sampling: where a call gives none: the checkpoint's `generation_config.json`, else
             `Sampling()`. `dataclasses.replace(llm.sampling, seed=1)` changes one setting of it.
         mesh: the devices; None if the parameters are on one device without a mesh.
@@ -68,7 +69,6 @@ class LLM:
 
     config: Llama4Config
     params: dict
-    tokenizer: Tokenizer | None
     sampling: Sampling
     mesh: jax.sharding.Mesh | None
 
@@ -101,6 +101,8 @@ class LLM:
         dtype = dtype or store.main_dtypes(checkpoint)[0]
         tokenizer = Tokenizer.load_if_any(checkpoint)  # before what takes minutes
         sampling = sampling_of(checkpoint)
+        for name in read_generation_config(checkpoint).unsupported:
+            warnings.warn(f"{FILE} has {name}, which is not supported", stacklevel=2)
         placed = default_mesh(checkpoint, dtype) if mesh is None else make_mesh(mesh)
         config, params = store.load(checkpoint, placed, dtype, progress)
         engine = {"kv": kv, "cache_tokens": cache_tokens, "step_tokens": step_tokens}
@@ -135,10 +137,23 @@ class LLM:
     def _set(self, config, params, tokenizer, sampling, **engine: Any) -> None:
         if engine["rows"] < 1:
             raise UserError(f"rows {engine['rows']} is below 1.")
-        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.config, self.params, self._tokenizer = config, params, tokenizer
         self.sampling, self.mesh, self._engine = sampling, mesh_of(params), engine
         self._stop_ids = stop_ids_of(config, tokenizer)
         self._turns, self._background = Turns(), Background()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's.
+
+        Raises:
+            UserError: if there is none; prompts are lists of tokens then, and answers have no text.
+        """
+        if self._tokenizer is None:
+            raise UserError(
+                "the checkpoint has no tokenizer; copy the model's one into its folder."
+            )
+        return self._tokenizer
 
     def generate(
         self,
@@ -229,7 +244,7 @@ class LLM:
         Prompts are checked at once, and answered as the pieces are consumed. Arguments and errors
         are those of `generate`.
         """
-        tokens_of = functools.partial(prompt_tokens, tokenizer=self.tokenizer)
+        tokens_of = functools.partial(prompt_tokens, tokenizer=self._tokenizer)
         wanted = Wanted(sampling, max_new_tokens, n)
         return self._stream(as_prompts(prompts), tokens_of, wanted, document)
 
@@ -244,7 +259,7 @@ class LLM:
         document: str | Path | None = None,
     ) -> Iterator[Piece]:
         """The assistant's next turns in pieces; arguments are as for `chat`."""
-        tokens_of = functools.partial(conversation_tokens, tokenizer=self.tokenizer, tools=tools)
+        tokens_of = functools.partial(conversation_tokens, tokenizer=self._tokenizer, tools=tools)
         wanted = Wanted(sampling, max_new_tokens, n)
         return self._stream(as_conversations(conversations), tokens_of, wanted, document)
 
@@ -280,33 +295,11 @@ class LLM:
         document: str | Path | None,
     ) -> Iterator[Piece]:
         after = document_length(document) if document is not None else 0
-        check = functools.partial(self._check, after=after)
+        cache_tokens = self._engine["cache_tokens"]
+        checker = Checker(self.config, self._tokenizer, self.sampling, after, cache_tokens)
         return self._answer(
-            read_prompts(prompts, tokens_of, wanted, self.sampling, check), document
+            read_prompts(prompts, tokens_of, wanted, self.sampling, checker.check), document
         )
-
-    def _check(self, request: Request, after: int) -> Request:
-        """The request that runs; raises a UserError if the engine would refuse it."""
-        if after and self.tokenizer is not None:
-            request = without_begin(request, self.tokenizer.bos_id)
-        request, room = fit_context(self.config, request, after), self._engine["cache_tokens"]
-        if not after and room is not None and request.length > room:
-            raise UserError(
-                f"request {request.id!r} takes {request.length} tokens, and the cache has room for "
-                f"{room}; raise cache_tokens, or ask for fewer."
-            )
-        assert request.sampling is not None
-        if request.sampling.stop and self.tokenizer is None:
-            raise UserError(f"request {request.id!r} has stop strings, but there is no tokenizer.")
-        if request.sampling.grammar is not None:
-            self._grammars.matcher(request.sampling.grammar)
-        return request
-
-    @functools.cached_property
-    def _grammars(self) -> GrammarCompiler:
-        if self.tokenizer is None:
-            raise UserError("a prompt has a grammar, but there is no tokenizer; leave it out.")
-        return GrammarCompiler(self.tokenizer, self.config.vocab_size, self._stop_ids)
 
     def _answer(
         self, lines: list[Request | Refusal], document: str | Path | None
@@ -345,7 +338,7 @@ class LLM:
             requests,
             self.sampling,
             stop_ids=self._stop_ids,
-            tokenizer=self.tokenizer,
+            tokenizer=self._tokenizer,
             document=read,
             **self._engine,
         )

@@ -1,6 +1,7 @@
 """The tokenizer: encodes text into token ids and decodes them, also one at a time."""
 
 import codecs
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -128,6 +129,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The greatest id plus one; the model's embedding may have more rows."""
         return max(self.backend.get_vocab().values()) + 1
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 that differs between tokenizers that read or write texts differently."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     @property
     def bos_id(self) -> int:

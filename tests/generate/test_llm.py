@@ -307,6 +307,8 @@ def test_settings_that_cannot_be_served_refuse_their_prompt_only(llm):
     prompts = [[1, 2], [1], [1], "text", [1], [1] * 63]
     results = bare.generate(prompts, samplings, max_new_tokens=4)
     assert len(results[0].tokens) == 4 and results[0].text == ""
+    with pytest.raises(UserError, match="no tokenizer"):
+        bare.tokenizer.encode("a")
     words = ["no tokenizer", "no tokenizer", "no tokenizer", "at least 9", "room for 64"]
     for result, word in zip(results[1:], words, strict=True):
         assert word in result.error and "\n" not in result.error
