@@ -10,7 +10,7 @@ import numpy as np
 from jaxmoe.errors import UserError
 from jaxmoe.generation.jobs import Refusal
 from jaxmoe.generation.request import Request, expand
-from jaxmoe.generation.request_keys import check_count, check_samples
+from jaxmoe.generation.request_keys import MOST_SAMPLES, check_count, check_samples
 from jaxmoe.generation.results import check_some
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.text import Tokenizer, render
@@ -44,13 +44,14 @@ def read_prompts(
             first is.
     """
     check_count("max_new_tokens", wanted.max_new_tokens)
+    check_count("n", wanted.n, MOST_SAMPLES)
     samplings = _samplings(wanted.sampling, len(prompts), default)
     lines: list[Request | Refusal] = []
     for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-        check_samples(wanted.n, sampling)
         request = Request(str(i), (), wanted.max_new_tokens, sampling)
         answers: list[Request] = expand(request, wanted.n)
         try:
+            check_samples(wanted.n, sampling)
             whole = check(dataclasses.replace(request, tokens=tuple(tokens_of(prompt))))
             lines += [dataclasses.replace(whole, id=answer.id) for answer in answers]
         except UserError as error:

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 import jaxmoe
 from jaxmoe import LLM, Grammar, Request, Sampling, UserError
 from jaxmoe.generation.request import expand, fit_context
+from jaxmoe.generation.turns import Turns
 from jaxmoe.text import render
 from tests import reference, tiny
 from tests.conftest import load_tiny, one_device
@@ -300,6 +302,13 @@ def test_a_bad_prompt_refuses_no_other(llm):
     assert {piece.index: piece.result for piece in good} == dict(enumerate(results[:-1]))
 
 
+def test_equal_answers_refuse_their_prompt_only(llm):
+    samplings = [DRAWN, Sampling(temperature=0.0)]
+    results = llm.generate(["a", "b"], samplings, max_new_tokens=2, n=2)
+    assert [result.id for result in results] == ["0#0", "0#1", "1#0", "1#1"]
+    assert [bool(result.error) for result in results] == [False, False, True, True]
+
+
 def test_settings_that_cannot_be_served_refuse_their_prompt_only(llm):
     bare = LLM.from_parts(llm.config, llm.params, rows=4, cache_tokens=64)
     samplings = [DRAWN, Sampling(stop=("a",)), Sampling(grammar=Grammar("regex", "a")), DRAWN]
@@ -356,6 +365,24 @@ def test_a_mistake_is_one_sentence(llm, untyped, call, words):
 
 
 # Threads and event loops
+
+
+def test_turns_come_in_the_order_in_which_they_are_asked_for():
+    """Catches a thread that takes the lock again and again, and keeps others from it."""
+    turns, order, threads = Turns(), [], []
+
+    def take(name):
+        with turns:
+            order.append(name)
+
+    with turns:
+        for name in range(5):
+            threads.append(threading.Thread(target=take, args=(name,)))
+            threads[-1].start()
+            while len(turns._waiting) < name + 2:
+                time.sleep(0.001)
+    with turns:
+        assert order == list(range(5))
 
 
 def test_threads_may_call_at_the_same_time(llm):
