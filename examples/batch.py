@@ -1,30 +1,27 @@
 """Requests of a JSON lines file, batched: python examples/batch.py CHECKPOINT IN.jsonl OUT.jsonl.
 
-A line is {"id": ..., "prompt": ...} or {"id": ..., "messages": [...]}. `jaxmoe generate --prompts`
-does the same, and goes on where it was killed.
+A line is {"prompt": ...} or {"messages": [...]}. `jaxmoe generate --prompts` does more: each line
+may have its own settings, and a job goes on where it was killed.
 """
 
 import json
 import sys
-
-import jax
+from pathlib import Path
 
 import jaxmoe
-from jaxmoe.generation.jobs import finished, read_requests
 
 
 def main(checkpoint: str, source: str, output: str) -> None:
-    """Writes an answer a line, in the order in which they end."""
-    mesh = jaxmoe.MeshConfig.parse("data=-1").make()
-    config, params = jaxmoe.load(checkpoint, mesh)
-    tokenizer = jaxmoe.Tokenizer.load(checkpoint)
-    lines = read_requests(source, tokenizer, max_new_tokens=16)
-    requests = [line for line in lines if isinstance(line, jaxmoe.Request)]
-    with jax.set_mesh(mesh), open(output, "w") as file:
-        stream = jaxmoe.generate(config, params, requests, jaxmoe.Sampling(), rows=8)
-        for _, record in finished(stream, tokenizer):
-            if record is not None:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Writes an answer a line, in the order of the requests; a bad line gets an error."""
+    llm = jaxmoe.LLM(checkpoint, rows=8)
+    lines = [json.loads(line) for line in Path(source).read_text().splitlines()]
+    prompts = [
+        jaxmoe.render(line["messages"], llm.tokenizer) if "messages" in line else line["prompt"]
+        for line in lines
+    ]
+    with open(output, "w") as file:
+        for result in llm.generate(prompts, max_new_tokens=16):
+            file.write(json.dumps(result.record, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,29 +2,22 @@
 
 import sys
 
-import jax
-
 import jaxmoe
-from jaxmoe.text import StreamDecoder, render
 
 
 def main(checkpoint: str, questions: list[str]) -> None:
     """Answers each question, with all of the conversation before it."""
-    mesh = jaxmoe.MeshConfig.parse("fsdp=-1").make()
-    config, params = jaxmoe.load(checkpoint, mesh)
-    tokenizer = jaxmoe.Tokenizer.load(checkpoint)
+    llm = jaxmoe.LLM(checkpoint)
     sampling = jaxmoe.Sampling(temperature=0.6, top_p=0.9)
     messages = [{"role": "system", "content": "You answer in one sentence."}]
-    with jax.set_mesh(mesh):
-        for question in questions:
-            messages.append({"role": "user", "content": question})
-            request = jaxmoe.Request("0", tuple(render(messages, tokenizer)), max_new_tokens=24)
-            decoder, answer = StreamDecoder(tokenizer), ""
-            for token in jaxmoe.generate(config, params, [request], sampling):
-                answer += (piece := decoder.push(token.token))
-                print(piece, end="", flush=True)
-            print(decoder.flush())
-            messages.append({"role": "assistant", "content": answer})
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        for piece in llm.chat_stream(messages, sampling, max_new_tokens=24):
+            answer += piece.text
+            print(piece.text, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": answer})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text in six lines: python examples/text.py CHECKPOINT."""
+"""Text in three lines: python examples/text.py CHECKPOINT."""
 
 import sys
 
@@ -6,12 +6,11 @@ import jaxmoe
 
 
 def main(checkpoint: str) -> None:
-    """Continues a text on all devices."""
-    mesh = jaxmoe.MeshConfig.parse("fsdp=-1").make()
-    config, params = jaxmoe.load(checkpoint, mesh)
-    tokenizer = jaxmoe.Tokenizer.load(checkpoint)
-    prompt = "In the beginning"
-    print(prompt, jaxmoe.generate_text(config, params, tokenizer, prompt, max_new_tokens=32))
+    """Continues texts on all devices."""
+    llm = jaxmoe.LLM(checkpoint)
+    prompts = ["In the beginning", "And God said"]
+    for prompt, result in zip(prompts, llm.generate(prompts, max_new_tokens=32), strict=True):
+        print(prompt, result.text)
 
 
 if __name__ == "__main__":

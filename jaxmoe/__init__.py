@@ -2,10 +2,9 @@
 
 import jaxmoe
 
-mesh = jaxmoe.MeshConfig.parse("fsdp=-1").make()  # all devices; on 8 GPUs tensor=8 is faster
-config, params = jaxmoe.load("checkpoint", mesh)  # a folder that `jaxmoe convert` wrote
-tokenizer = jaxmoe.Tokenizer.load("checkpoint")
-print(jaxmoe.generate_text(config, params, tokenizer, "In the beginning", max_new_tokens=32))
+llm = jaxmoe.LLM("checkpoint")  # a folder that `jaxmoe convert` wrote, on all devices
+for result in llm.generate(["In the beginning", "And God said"], max_new_tokens=32):
+    print(result.text)
 """
 
 from importlib import metadata
@@ -23,17 +22,20 @@ from jaxmoe.errors import UserError
 from jaxmoe.generation.document import Document
 from jaxmoe.generation.engine import Request, Token, generate
 from jaxmoe.generation.grammar import Grammar
+from jaxmoe.generation.llm import LLM
+from jaxmoe.generation.results import Piece, Result, Score
 from jaxmoe.generation.sampling import RepetitionDetection, Sampling
 from jaxmoe.generation.saved_document import load_document, read_document
 from jaxmoe.generation.text import generate_text
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import quantize_params
 from jaxmoe.model.transformer import Llama4, forward, unembed
-from jaxmoe.text import Tokenizer
+from jaxmoe.text import Tokenizer, render
 
 __version__ = metadata.version("jaxmoe")
 
 __all__ = [
+    "LLM",
     "MAVERICK",
     "SCOUT",
     "AttentionSpec",
@@ -43,10 +45,13 @@ __all__ = [
     "Llama4",
     "Llama4Config",
     "MeshConfig",
+    "Piece",
     "RepetitionDetection",
     "Request",
+    "Result",
     "RopeScaling",
     "Sampling",
+    "Score",
     "Token",
     "Tokenizer",
     "UserError",
@@ -57,6 +62,7 @@ __all__ = [
     "load_document",
     "quantize_params",
     "read_document",
+    "render",
     "save",
     "unembed",
 ]

@@ -13,13 +13,14 @@ from jaxmoe.parsing import read_json
 
 FILE = "generation_config.json"
 
+_SAMPLED = ("temperature", "top_p", "top_k", "min_p")
+_GREEDY = ("repetition_penalty",)  # matters where the largest logit is taken, too
+
 # Keys that would change the sampled tokens and are not supported, with the values that have no
 # effect.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1,),
     "encoder_repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
-    "min_p": (0,),
     "top_h": (1,),
     "typical_p": (1,),
     "epsilon_cutoff": (0,),
@@ -45,8 +46,8 @@ class GenerationConfig:
 
     Attributes:
         eos_token_ids: the tokens that end an answer.
-        sampling: those of `temperature`, `top_p` and `top_k` that are given; greedy decoding is
-            temperature 0.
+        sampling: those of `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` that
+            are given; greedy decoding is temperature 0.
         unsupported: the keys with an effect that is not supported.
     """
 
@@ -110,10 +111,11 @@ def _sampling(values: dict[str, Any], path: Path) -> tuple[tuple[str, Any], ...]
     do_sample = values.get("do_sample")
     if not isinstance(do_sample, bool | None):
         raise UserError(f"{path} has do_sample {do_sample!r:.80}, not true or false.")
-    if do_sample is False:
-        return (("temperature", 0.0),)
     given: dict[str, Any] = {"temperature": 1, "top_p": 1} if do_sample else {}
-    given |= {key: values[key] for key in ("temperature", "top_p", "top_k") if key in values}
+    keys = _GREEDY if do_sample is False else (*_SAMPLED, *_GREEDY)
+    given |= {key: values[key] for key in keys if key in values}
+    if do_sample is False:
+        given["temperature"] = 0.0
     for key, value in given.items():
         is_count = key == "top_k"
         if type(value) is not int and (is_count or type(value) is not float):

@@ -1,9 +1,11 @@
 """The README's code runs, and its figures are those of the committed JSON."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from benchmarks import write_tables
@@ -31,3 +33,18 @@ def test_snippets_run_as_they_are_written(tmp_path, monkeypatch, capsys):
         exec(compile(code, "README.md", "exec"), names)
     assert names["logits"].shape == (1, names["tokens"].size, names["config"].vocab_size)
     assert names["out"].shape == (2, 8, 1, 128) and jnp.isfinite(names["out"]).all()
+
+
+def test_the_page_on_python_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
+    convert(ROOT / "demo" / "model", tmp_path / "build" / "demo")
+    monkeypatch.chdir(tmp_path)
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    names: dict = {}
+    for code in re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL
+    ):
+        exec(compile(code, "python.md", "exec"), names)
+    assert len(asyncio.run(names["answer"]("In the"))) == 2
+    assert len(names["several"]) == 3 and names["result"].error is None
+    assert capsys.readouterr().out

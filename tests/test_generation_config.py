@@ -58,7 +58,12 @@ def test_stop_ids_are_those_of_both_files(folder):
         ({"top_k": -1}, {"top_k": 0}),
         ({"do_sample": True}, {"temperature": 1.0, "top_p": 1.0}),
         ({"do_sample": True, "temperature": 0.6}, {"top_p": 1.0}),
-        ({"do_sample": False, "temperature": 0.3}, {"temperature": 0.0}),
+        ({"do_sample": False, "temperature": 0.3, "min_p": 0.1}, {"temperature": 0.0}),
+        ({"min_p": 0.1, "repetition_penalty": 1.1}, {"min_p": 0.1, "repetition_penalty": 1.1}),
+        (
+            {"do_sample": False, "repetition_penalty": 2},
+            {"temperature": 0.0, "repetition_penalty": 2.0},
+        ),
         ({"text_config": {"top_p": 0.5}, "top_k": 3}, {"top_k": 3, "top_p": 0.5}),
         ({"temperature": None, "do_sample": None}, {}),
     ],
@@ -71,10 +76,10 @@ def test_sampling_is_the_checkpoints_unless_it_is_given(folder, content, samplin
 
 
 def test_what_is_asked_for_in_vain_is_named(folder):
-    content = {"repetition_penalty": 1.1, "min_p": 0.0, "num_beams": 1, "suppress_tokens": [3]}
+    content = {"repetition_penalty": 1.1, "typical_p": 1.0, "num_beams": 1, "suppress_tokens": [3]}
     content |= {"text_config": {"no_repeat_ngram_size": 2}}
     unsupported = read_generation_config(folder(content)).unsupported
-    assert set(unsupported) == {"repetition_penalty", "suppress_tokens", "no_repeat_ngram_size"}
+    assert set(unsupported) == {"suppress_tokens", "no_repeat_ngram_size"}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +99,8 @@ def test_what_is_asked_for_in_vain_is_named(folder):
         ({"temperature": -1}, "temperature -1.0 is not"),
         ({"top_k": 0.5}, "top_k 0.5"),
         ({"top_p": 2}, "top_p 2.0 is not"),
+        ({"min_p": "x"}, "min_p 'x'"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0.0 is not"),
     ],
 )
 def test_what_cannot_be_used_is_named(folder, content, complaint):

@@ -18,7 +18,6 @@ from jaxmoe.progress import byte_progress
 from jaxmoe.text import Tokenizer
 
 MOST_CPU_DEVICES = 1024  # a mistyped 100,000 would take minutes to start
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +115,4 @@ def tokenizer(checkpoint: str) -> Tokenizer | None:
     """The checkpoint's tokenizer, or None if it has none."""
     if not os.path.isdir(checkpoint):
         raise UserError(f"{checkpoint} is no folder; give one that jaxmoe convert wrote.")
-    if not any(os.path.exists(os.path.join(checkpoint, file)) for file in TOKENIZER_FILES):
-        return None
-    return Tokenizer.load(checkpoint)
+    return Tokenizer.load_if_any(checkpoint)

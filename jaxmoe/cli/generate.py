@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -11,17 +10,20 @@ import jax
 
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.zarr.manifest import digest_of
-from jaxmoe.cli import devices
+from jaxmoe.cli import devices, sampling_flags
+from jaxmoe.cli.sampling_flags import sampling_by
 from jaxmoe.errors import UserError
 from jaxmoe.generation import jobs
 from jaxmoe.generation.answers import Answers, job_digest
-from jaxmoe.generation.engine import ERROR, Request, fit_context, generate
-from jaxmoe.generation.sampling import sampling_of
+from jaxmoe.generation.checking import Checker
+from jaxmoe.generation.engine import STEP_TOKENS, generate
+from jaxmoe.generation.request import Request, expand, stop_ids_of
+from jaxmoe.generation.request_keys import check_count, check_samples
 from jaxmoe.generation.saved_document import document_length, load_document
 from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.model.kv_cache import KV_FORMATS
 from jaxmoe.progress import byte_progress, task_progress
-from jaxmoe.text import StreamDecoder, render
+from jaxmoe.text import render
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,11 +45,10 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="parse special tokens such as <|eot|> in prompts; in messages they are never parsed",
     )
-    own = "default: the checkpoint's, else"
-    parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {own} 0.6")
-    parser.add_argument("--top-p", type=float, metavar="P", help=f"{own} 0.9")
-    parser.add_argument("--top-k", type=int, metavar="K", help=f"0: all; {own} 0")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument(
+        "--n", type=int, default=1, metavar="N", help="answers to each prompt; lines may change it"
+    )
+    sampling_flags.add_flags(parser)
     parser.add_argument(
         "--rows",
         type=int,
@@ -63,6 +64,13 @@ def parse_args() -> argparse.Namespace:
         help="capacity for all rows; requests wait for room",
     )
     parser.add_argument(
+        "--step-tokens",
+        type=int,
+        default=STEP_TOKENS,
+        metavar="N",
+        help="the most tokens of prompts and answers that one step takes; default: %(default)s",
+    )
+    parser.add_argument(
         "--document",
         metavar="FOLDER",
         help="folder that jaxmoe read wrote; every request follows its text",
@@ -76,29 +84,22 @@ def main() -> None:
     args = parse_args()
     if args.rows < 1:
         raise UserError(f"--rows {args.rows} is below 1.")
+    check_count("--n", args.n)
+    check_count("--step-tokens", args.step_tokens)
     if args.chat and (args.prompt is None or args.parse_special):
         raise UserError("--chat goes with --prompt, and without --parse-special.")
     if args.document and (args.kv or args.cache_tokens is not None):
         raise UserError("--document brings its own cache; leave --kv and --cache-tokens out.")
     mesh = devices.start(args)
-    sampling = sampling_of(
-        args.checkpoint,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-    )
+    sampling = sampling_by(args)
     tokenizer = devices.tokenizer(args.checkpoint)
     model = store.read_config(args.checkpoint)
     after = document_length(args.document) if args.document else 0
 
-    def check(request: Request) -> Request:
-        own = _without_begin(request, tokenizer) if after else request
-        return fit_context(model, own, after)
-
-    lines = _requests(args, tokenizer, check, sampling)
-    stop_ids = sorted({*model.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())})
-    settings = [vars(sampling), stop_ids, args.kv, args.dtype]
+    checker = Checker(model, tokenizer, sampling, after, args.cache_tokens)
+    lines = _requests(args, tokenizer, checker, sampling)
+    stop_ids = stop_ids_of(model, tokenizer)
+    settings = [vars(sampling), stop_ids, args.kv, args.dtype, tokenizer and tokenizer.digest]
     with _answers(args, settings, lines) as answers:
         left = _left(lines, answers)
         if not left:
@@ -113,14 +114,18 @@ def main() -> None:
                 left,
                 sampling,
                 rows=args.rows,
-                stop_ids=tuple(stop_ids),
+                stop_ids=stop_ids,
                 kv=args.kv,
+                step_tokens=args.step_tokens,
+                tokenizer=tokenizer,
                 cache_tokens=args.cache_tokens,
                 document=_document(args, config, params, left) if after else None,
             )
-            show = _stream_text if args.prompt is not None else _show_progress
+            show = _show_progress if args.prompt is None else _stream_text
+            if args.prompt is not None and len(lines) > 1:
+                show = _print_texts
             failed = 0
-            for record in show(jobs.finished(stream, tokenizer), left, tokenizer, args):
+            for record in show(stream, left, tokenizer, args):
                 failed += "error" in record
                 if answers is not None:
                     answers.write(record)
@@ -128,10 +133,16 @@ def main() -> None:
         print(f"{failed} of {len(left)} requests ended with an error.", file=sys.stderr)
 
 
-def _requests(args, tokenizer, check, sampling) -> list[Request | jobs.Refusal]:
+def _requests(args, tokenizer, checker, sampling) -> list[Request | jobs.Refusal]:
     if args.prompts is not None:
         return jobs.read_requests(
-            args.prompts, tokenizer, args.max_new_tokens, check, args.parse_special, sampling
+            args.prompts,
+            tokenizer,
+            args.max_new_tokens,
+            checker.check,
+            args.parse_special,
+            sampling,
+            args.n,
         )
     if tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer; use --prompts with tokens.")
@@ -139,7 +150,9 @@ def _requests(args, tokenizer, check, sampling) -> list[Request | jobs.Refusal]:
         tokens = render([{"role": "user", "content": args.prompt}], tokenizer)
     else:
         tokens = tokenizer.encode(args.prompt, bos=True, parse_special=args.parse_special)
-    return [check(Request("0", tuple(tokens), args.max_new_tokens))]
+    check_samples(args.n, sampling)
+    request = checker.check(Request("0", tuple(tokens), args.max_new_tokens))
+    return [*expand(request, args.n)]
 
 
 def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers | None]:
@@ -173,13 +186,6 @@ def _left(lines, answers: Answers | None) -> list[Request]:
     return left
 
 
-def _without_begin(request: Request, tokenizer) -> Request:
-    """The request without its begin-of-text token, since the document before it has one."""
-    if tokenizer is None or request.tokens[:1] != (tokenizer.bos_id,):
-        return request
-    return dataclasses.replace(request, tokens=request.tokens[1:])
-
-
 def _document(args, config, params, requests):
     room, rows = max(request.length for request in requests), min(args.rows, len(requests))
     with byte_progress("Loading the document") as progress:
@@ -191,19 +197,48 @@ def _stream_text(stream, requests, tokenizer, args):
 
     Yields the answer's record.
     """
-    decoder, times = StreamDecoder(tokenizer), []
-    for token, record in stream:
+    times = []
+    for token, record in jobs.finished(stream, tokenizer):
         if not times:  # printed only now, so that it does not precede a long compilation
             print(args.prompt, end="", file=sys.stderr, flush=True)
         times.append(time.perf_counter())
-        if token.finish_reason == ERROR:
-            print(decoder.flush())
-            raise UserError(record["error"])
-        print(decoder.push(token.token), end="", flush=True)
+        print(token.text, end="", flush=True)
         if record is not None:
-            print(decoder.flush())
+            print()
+            if "error" in record:
+                raise UserError(record["error"])
+            _print_notes(record)
             print(f"[{_summary(times)}, {token.finish_reason}]", file=sys.stderr)
             yield record
+
+
+def _print_texts(stream, requests, tokenizer, args):
+    """Prints several answers to stdout, each whole and once those before it are printed.
+
+    Yields their records as they end.
+    """
+    ended, left = {}, [request.id for request in requests]
+    print(args.prompt, file=sys.stderr)
+    for _, record in jobs.finished(stream, tokenizer):
+        if record is None:
+            continue
+        ended[record["id"]] = record
+        while left and left[0] in ended:
+            _print_text(ended.pop(left.pop(0)))
+        yield record
+
+
+def _print_text(record) -> None:
+    print(record["text"], flush=True)
+    _print_notes(record)
+    count, reason = record["usage"]["completion_tokens"], record["finish_reason"]
+    print(f"[{record['id']}: {count} tokens, {reason}]", file=sys.stderr)
+
+
+def _print_notes(record) -> None:
+    for key in ("warning", "error"):
+        if key in record:
+            print(f"[{record[key]}]", file=sys.stderr)
 
 
 def _summary(times: list[float]) -> str:
@@ -222,7 +257,7 @@ def _show_progress(stream, requests, tokenizer, args):
     budget = sum(request.max_new_tokens for request in requests)
     on_stdout = args.output in (None, "-")
     with task_progress("Generating", budget, "tokens", stdout_in_use=on_stdout) as advance:
-        for token, record in stream:
+        for token, record in jobs.finished(stream, tokenizer):
             advance(1)
             if record is not None:
                 advance(token.request.max_new_tokens - len(record["tokens"]))

@@ -77,6 +77,19 @@ class Completion:
         """The tokens so far, without those that are cut off."""
         return self._tokens[: self._text.kept]
 
+    @property
+    def logprobs(self) -> list[Logprob] | None:
+        """The log-probabilities of `tokens`; None if the sampling does not ask for them."""
+        return None if self.sampling.logprobs is None else self._logprobs[: self._text.kept]
+
+    @property
+    def prompt_logprobs(self) -> list[Logprob] | None:
+        """Those of the prompt's tokens but the first; None if the sampling does not ask for them.
+
+        As many as there are so far: all of them once the answer has begun.
+        """
+        return None if self.sampling.prompt_logprobs is None else self._prompt_logprobs
+
     def push_prompt(
         self, logprobs: Sequence[float], tops: Sequence[Sequence[tuple[int, float]]]
     ) -> None:
@@ -164,12 +177,10 @@ class Completion:
         }
         if self.stop_reason is not None:
             record["stop_reason"] = self.stop_reason
-        if self.sampling.logprobs is not None:
-            kept = self._logprobs[: self._text.kept]
-            record["logprobs"] = {"content": [entry(one, self._tokenizer) for one in kept]}
-        if self.sampling.prompt_logprobs is not None:
-            entries = [entry(one, self._tokenizer) for one in self._prompt_logprobs]
-            record["prompt_logprobs"] = [None, *entries]
+        if self.logprobs is not None:
+            record["logprobs"] = {"content": self._entries(self.logprobs)}
+        if self.prompt_logprobs is not None:
+            record["prompt_logprobs"] = [None, *self._entries(self.prompt_logprobs)]
         record["usage"] = {
             "prompt_tokens": len(self.request.tokens),
             "completion_tokens": self.count,
@@ -179,6 +190,9 @@ class Completion:
         elif self._is_incomplete():
             record["warning"] = self._warning()
         return record
+
+    def _entries(self, logprobs: Sequence[Logprob]) -> list[dict[str, Any]]:
+        return [entry(one, self._tokenizer) for one in logprobs]
 
     def _error(self) -> str:
         if self.matcher is not None and self.matcher.error:

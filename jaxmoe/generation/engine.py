@@ -236,7 +236,7 @@ class Engine:
             writer = Writer(self._completion_of(row), written)
             writers[group * most + slot] = writer
             if written == 0 and has_penalties(writer.sampling):
-                self._start_counts(group, batch.targets[group, slot], row)
+                self._start_counts(group, int(batch.targets[group, slot]), row)
         choice, top = self._choices.of(writers)
         chosen, self._state = choose_tokens(
             self._config, self._params, hidden, batch.slots, batch.targets, choice, self._state, top

@@ -180,7 +180,7 @@ class GrammarCompiler:
     """Compiles grammars for one tokenizer, each of them once."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: tuple[int, ...]):
-        """Reads the vocabulary, which takes a second or two for 200,000 tokens.
+        """Reads the vocabulary, which takes a second or two for 200,000 tokens the first time.
 
         Args:
             tokenizer: the model's.
@@ -190,14 +190,11 @@ class GrammarCompiler:
         Raises:
             UserError: if no token ends an answer.
         """
-        from llguidance import LLTokenizer, TokenizerWrapper
-
-        ends = sorted({id_ for id_ in end_ids if 0 <= id_ < vocab_size})
+        ends = tuple(sorted({id_ for id_ in end_ids if 0 <= id_ < vocab_size}))
         if not ends:
             raise UserError("a grammar needs a token that ends an answer; the model names none.")
-        vocabulary = _Vocabulary(tokenizer, vocab_size, ends)
         self._vocab_size = vocab_size
-        self._backend = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=ends)
+        self._backend = _read_vocabulary(tokenizer, vocab_size, ends)
         self._compiled = functools.lru_cache(maxsize=_KEPT)(self._compile)
 
     def matcher(self, grammar: Grammar) -> Matcher:
@@ -216,6 +213,16 @@ class GrammarCompiler:
             reason = _one_line(compiled.get_error())
             raise UserError(f"the {grammar.kind} cannot be used: {reason}; correct it.")
         return compiled
+
+
+@functools.lru_cache(maxsize=2)
+def _read_vocabulary(tokenizer: Tokenizer, vocab_size: int, ends: tuple[int, ...]) -> Any:
+    """llguidance's tokenizer. It is kept, since each run of the engine has its own compiler."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(
+        TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, list(ends))), eos_token=list(ends)
+    )
 
 
 class _Vocabulary:

@@ -37,6 +37,7 @@ def read_requests(
     check: Callable[[Request], Request] = lambda request: request,
     parse_special: bool = False,
     default: Sampling | None = None,
+    n: int = 1,
 ) -> list[Request | Refusal]:
     """Requests of a file whose lines are `{"id": ..., "prompt" | "messages" | "tokens": ...}`.
 
@@ -50,13 +51,14 @@ def read_requests(
         parse_special: whether a prompt may name special tokens; of messages none can.
         default: the settings that a line changes; default: `Sampling()`. A line without any becomes
             a request with `sampling` None.
+        n: answers that a line asks for if it does not say.
 
     Raises:
         UserError: if the file cannot be read, or has no line that is a request; it then names the
             first and why.
     """
     lines = _read(path).split("\n")  # JSON may hold other breaks
-    reader = _Reader(tokenizer, max_new_tokens, check, parse_special, default or Sampling())
+    reader = _Reader(tokenizer, max_new_tokens, check, parse_special, default or Sampling(), n)
     read: list[Request | Refusal] = []
     count = 0
     for number, line in enumerate(lines, start=1):
@@ -90,6 +92,7 @@ class _Reader:
     check: Callable[[Request], Request]
     parse_special: bool
     default: Sampling
+    n: int
     seen: dict[str, int] = dataclasses.field(default_factory=dict)  # id -> number of its line
 
     def read(self, line: str, where: str, number: int) -> Sequence[Request | Refusal]:
@@ -100,7 +103,7 @@ class _Reader:
             found = record["id"]
             self._remember([found], where, number)
             _check_keys(record, where)
-            settings = read_settings(record, self.default, where)
+            settings = read_settings(record, self.default, where, self.n)
             request = _at(where, self.check, self._request(record, settings, where))
             requests = expand(request, settings.n)
             if settings.n > 1:
@@ -187,9 +190,9 @@ def answer(
     return record
 
 
-def finished(
-    stream: Iterable[Token], tokenizer: Tokenizer | None
-) -> Iterator[tuple[Token, dict[str, Any] | None]]:
+def finished[T: Token](
+    stream: Iterable[T], tokenizer: Tokenizer | None
+) -> Iterator[tuple[T, dict[str, Any] | None]]:
     """Each token, with its request's output record when it is the last."""
     written: dict[str, list[int]] = {}
     for token in stream:

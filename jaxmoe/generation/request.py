@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.sampling import Sampling
+from jaxmoe.text import Tokenizer
 
 ERROR = "error"  # the reason why a request ended whose logits were not finite
 
@@ -51,6 +52,18 @@ def expand(request: Request, n: int) -> list[Request]:
     if n == 1:
         return [request]
     return [dataclasses.replace(request, id=f"{request.id}#{i}") for i in range(n)]
+
+
+def without_begin(request: Request, begin: int) -> Request:
+    """The request without its begin-of-text token `begin`: a document before it has one."""
+    if request.tokens[:1] != (begin,):
+        return request
+    return dataclasses.replace(request, tokens=request.tokens[1:])
+
+
+def stop_ids_of(config: Llama4Config, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens that end an answer, by the model's config or by its tokenizer."""
+    return tuple(sorted({*config.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())}))
 
 
 def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Request:

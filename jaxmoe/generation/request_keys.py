@@ -51,13 +51,16 @@ class Settings:
     n: int
 
 
-def read_settings(record: dict[str, Any], default: Sampling, where: str) -> Settings:
+def read_settings(
+    record: dict[str, Any], default: Sampling, where: str, default_n: int = 1
+) -> Settings:
     """The settings of a line; a key whose value is null is as good as absent.
 
     Args:
         record: the line; keys that are not in `KEYS` are ignored.
         default: the settings that the line changes.
         where: the file and line, for error messages.
+        default_n: the answers that a line asks for if it does not say.
 
     Raises:
         UserError: that names the file, the line and the key.
@@ -65,9 +68,8 @@ def read_settings(record: dict[str, Any], default: Sampling, where: str) -> Sett
     given = {key: record[key] for key in KEYS if record.get(key) is not None}
     try:
         sampling = _sampling(given, default)
-        most, n = _most(given), _samples(given)
-        if n > 1 and (sampling or default).temperature == 0:
-            raise UserError("n asks for equal answers; raise the temperature above 0 or leave it.")
+        most, n = _most(given), given.get("n", default_n)
+        check_samples(n, sampling or default)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return Settings(sampling, most, n)
@@ -96,16 +98,19 @@ def _most(given: dict[str, Any]) -> int | None:
     keys = [key for key in _LENGTHS if key in given]
     if len(keys) > 1:
         raise UserError(f"{keys[0]} and {keys[1]} mean the same; use one of them.")
-    return _count(keys[0], given[keys[0]], 2**31 - 1) if keys else None
+    return check_count(keys[0], given[keys[0]]) if keys else None
 
 
-def _samples(given: dict[str, Any]) -> int:
-    return _count("n", given.get("n", 1), MOST_SAMPLES)
+def check_samples(n: Any, sampling: Sampling) -> None:
+    """Raises a UserError unless `n` is a number of answers that may differ."""
+    if check_count("n", n, MOST_SAMPLES) > 1 and sampling.temperature == 0:
+        raise UserError("n asks for equal answers; raise the temperature above 0 or leave it.")
 
 
-def _count(key: str, value: Any, most: int) -> int:
+def check_count(name: str, value: Any, most: int = 2**31 - 1) -> int:
+    """The value, which is a whole number from 1 to `most`, or else a UserError names it."""
     if type(value) is not int or not 1 <= value <= most:
-        raise UserError(f"{key} {value!r:.80} is not a whole number from 1 to {most}.")
+        raise UserError(f"{name} {value!r:.80} is not a whole number from 1 to {most}.")
     return value
 
 

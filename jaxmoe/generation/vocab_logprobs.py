@@ -62,7 +62,7 @@ def prompt_logprobs(
     hidden = jnp.pad(hidden, ((0, extra), (0, 0))).reshape(-1, size, hidden.shape[-1])
     targets = jnp.pad(targets, (0, extra), constant_values=NO_TOKEN).reshape(-1, size)
     found = lax.map(lambda part: logprobs(logits_of(part[0]), part[1], top), (hidden, targets))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], found)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[:length], found)
 
 
 def logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "B"], top: int) -> Logprobs:

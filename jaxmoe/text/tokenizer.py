@@ -1,6 +1,7 @@
 """The tokenizer: encodes text into token ids and decodes them, also one at a time."""
 
 import codecs
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from jaxmoe.text.tokenizer_file import (
     HF_FILE,
     errors_of_library,
     find_tokenizer,
+    has_tokenizer,
     quiet_panics,
     read_tokenizer,
 )
@@ -74,6 +76,11 @@ class Tokenizer:
         tokenizer._check_specials(file)
         return tokenizer
 
+    @classmethod
+    def load_if_any(cls, folder: str | Path) -> "Tokenizer | None":
+        """The tokenizer of a checkpoint's folder, as `load`; None if there is none."""
+        return cls.load(folder) if has_tokenizer(Path(folder)) else None
+
     def _check_round_trip(self, file: Path) -> None:
         """Raises a UserError if encoding and decoding loses bytes."""
         normalizer = self.backend.normalizer
@@ -122,6 +129,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The greatest id plus one; the model's embedding may have more rows."""
         return max(self.backend.get_vocab().values()) + 1
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 that differs between tokenizers that read or write texts differently."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     @property
     def bos_id(self) -> int:

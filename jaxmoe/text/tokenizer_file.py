@@ -53,6 +53,11 @@ def find_tokenizer(path: Path) -> Path:
     raise UserError(f"{path} has neither {HF_FILE} nor {META_FILE}; copy the model's one there")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer that `find_tokenizer` could find."""
+    return any((folder / name).exists() for name in (HF_FILE, META_FILE))
+
+
 def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
     """Reads a `tokenizer.json` or Meta's `tokenizer.model`.
 

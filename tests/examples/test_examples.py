@@ -9,7 +9,7 @@ import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from examples import batch, chat, document, evaluation, plan, text
+from examples import batch, chat, document, evaluation, plan, score, structured, text
 from jaxmoe.checkpoint.convert import convert
 
 DEMO = Path(__file__).parents[2] / "demo/model"
@@ -41,7 +41,10 @@ def checkpoint(tmp_path_factory):
     return str(folder / "checkpoint")
 
 
-@pytest.mark.parametrize("example", [batch, chat, document, evaluation, plan, text])
+EXAMPLES = [batch, chat, document, evaluation, plan, score, structured, text]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_are_short(example):
     assert len(inspect.getsource(example).splitlines()) <= 42
 
@@ -64,11 +67,12 @@ def test_document(checkpoint, tmp_path, capsys):
 
 
 def test_batch(checkpoint, tmp_path):
-    lines = [{"id": 1, "prompt": "In the"}, {"id": 2, "prompt": "And the earth"}]
+    messages = [{"role": "user", "content": "And the earth?"}]
+    lines = [{"prompt": "In the"}, {"messages": messages}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     batch.main(checkpoint, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
-    assert {record["id"] for record in records} == {1, 2}
+    assert [record["id"] for record in records] == ["0", "1"]
     assert all(record["text"] for record in records)
 
 
@@ -77,6 +81,19 @@ def test_evaluation(checkpoint, capsys):
     lines = capsys.readouterr().out.splitlines()
     whole, cached = (float(line.split()[-1]) for line in lines)
     assert whole > 1 and abs(whole - cached) < 1e-3 * whole
+
+
+def test_score(checkpoint, capsys):
+    score.main(checkpoint)
+    sense, nonsense = capsys.readouterr().out.splitlines()
+    assert sense.startswith("perplexity ") and sense.endswith("created the heaven")
+    assert float(sense.split()[1].rstrip(",")) > 1 and nonsense != sense
+
+
+def test_structured(checkpoint, capsys):
+    structured.main(checkpoint)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and any(line.startswith("{'name': ") for line in lines)
 
 
 def test_plan(capsys):

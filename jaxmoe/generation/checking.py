@@ -1,0 +1,66 @@
+"""Refuses requests one by one that the engine would refuse together with all others."""
+
+import dataclasses
+import functools
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.generation.grammar import GrammarCompiler
+from jaxmoe.generation.request import Request, fit_context, stop_ids_of, without_begin
+from jaxmoe.generation.sampling import Sampling
+from jaxmoe.text import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Checker:
+    """What requests are checked against.
+
+    Attributes:
+        config: of the model.
+        tokenizer: None if there is none.
+        default: the settings of requests that bring none.
+        after: tokens of a document that requests come after.
+        cache_tokens: that all rows together can hold; None is enough. A document's cache has room.
+    """
+
+    config: Llama4Config
+    tokenizer: Tokenizer | None
+    default: Sampling
+    after: int = 0
+    cache_tokens: int | None = None
+
+    def check(self, request: Request) -> Request:
+        """The request that runs, with its settings, and as long as the context allows.
+
+        Raises:
+            UserError: if the engine would refuse it.
+        """
+        if self.after and self.tokenizer is not None:
+            request = without_begin(request, self.tokenizer.bos_id)
+        sampling = request.sampling or self.default
+        own = dataclasses.replace(request, sampling=sampling)
+        own = fit_context(self.config, own, self.after)
+        self._check_room(own)
+        self._check_text(own, sampling)
+        return own
+
+    def _check_room(self, request: Request) -> None:
+        room = None if self.after else self.cache_tokens
+        if room is not None and request.length > room:
+            raise UserError(
+                f"request {request.id!r} takes {request.length} tokens, and the cache has room for "
+                f"{room}; give it more, or ask for fewer new tokens."
+            )
+
+    def _check_text(self, request: Request, sampling: Sampling) -> None:
+        needs = "stop strings" if sampling.stop else "a grammar" if sampling.grammar else None
+        if needs and self.tokenizer is None:
+            raise UserError(f"request {request.id!r} has {needs}, but there is no tokenizer.")
+        if sampling.grammar is not None:
+            self._grammars.matcher(sampling.grammar)
+
+    @functools.cached_property
+    def _grammars(self) -> GrammarCompiler:
+        assert self.tokenizer is not None
+        stop_ids = stop_ids_of(self.config, self.tokenizer)
+        return GrammarCompiler(self.tokenizer, self.config.vocab_size, stop_ids)
