@@ -62,14 +62,15 @@ class Sizes:
         self.packed = [x for x in packed if x >= min(SMALLEST, budget)]
         self.overhead = overhead
 
-    def choose(self, single: int, wanted: Sequence[int]) -> int:
+    def choose(self, single: int, wanted: Sequence[int], packed: bool) -> int:
         """The size of a step with the least cost for each of its tokens.
 
         Args:
             single: tokens of each group that have to be in the step, at most.
             wanted: tokens of each group that may be.
+            packed: whether a row has several of them.
         """
-        if max(wanted) == single:
+        if not packed:
             return next(size for size in self.single if size >= single)
 
         def cost(size: int) -> float:
@@ -106,7 +107,7 @@ def make_batch(
         return None
     most = max(map(len, single))
     wanted = [len(s) + sum(r.pending for _, r in p) for s, p in zip(single, pieces, strict=True)]
-    width = sizes.choose(most, wanted)
+    width = sizes.choose(most, wanted, any(pieces))
     restart = np.array([row is None or row.fresh for rows in groups for row in rows])
     build = _Builder(len(groups), len(groups[0]), width, min(width, sizes.single[-1]), padding)
     for g, (ones, more) in enumerate(zip(single, pieces, strict=True)):

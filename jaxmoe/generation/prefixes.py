@@ -50,10 +50,14 @@ def find_prefixes(requests: Sequence[Request]) -> list[Prefix | None]:
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     """Tokens that two prompts begin with, but the last of either."""
-    longest = min(len(a), len(b)) - 1
-    if a[:longest] == b[:longest]:
-        return longest
-    return next(i for i in range(longest) if a[i] != b[i])
+    known, most = 0, min(len(a), len(b)) - 1
+    while known < most:  # comparing slices is much quicker than comparing tokens
+        middle = (known + most + 1) // 2
+        if a[known:middle] == b[known:middle]:
+            known = middle
+        else:
+            most = middle - 1
+    return known
 
 
 def _prefixes(

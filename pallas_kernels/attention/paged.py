@@ -25,6 +25,7 @@ from pallas_kernels.attention.masks import (
 )
 from pallas_kernels.attention.merge import merge_with_lse
 from pallas_kernels.attention.pages import rows_of_pages
+from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized, dequantize
 
 COPIED = 8192  # keys that are copied out of their pages at a time for kernels that take rows
@@ -42,6 +43,7 @@ def paged_attention(
     scale: float,
     mask: Mask = CAUSAL,
     implementation: str | None = None,
+    interpret: Any = None,
 ) -> tuple[Float[Array, "1 H S d"], Float[Array, "1 H S"]]:
     """`flash_attention` to keys in pages of a pool; output and log-sum-exp; not differentiable.
 
@@ -56,15 +58,17 @@ def paged_attention(
         scale, mask: as for `flash_attention`.
         implementation: "xla", which reads the pages where they lie, or one of
             `flash_attention`'s, for which they are copied, some at a time; None for the fastest.
+        interpret: as for `flash_attention`.
     """
     at_once = max(1, COPIED // k.shape[2])
     keys = jax.ShapeDtypeStruct((1, k.shape[1], at_once * k.shape[2], k.shape[3]), q.dtype)
     one: Any = jax.ShapeDtypeStruct((1, keys.shape[2]), jnp.int32)
     coords = Coords(one, one)
-    options = {"scale": scale, "mask": mask, "implementation": implementation}
+    options = {"scale": scale, "mask": mask, "interpret": interpret}
+    options["implementation"] = implementation
     by = flash_implementation(q, keys, keys, q_coords, coords, return_lse=True, **options)
     where = (q_coords, k_coords, pages, segments)
-    if by == "xla":
+    if by == "xla" and target().platform != "gpu":  # whose host would wait for every pair
         return _in_place(scale, mask, q, k, v, *where)
     return _copied(options | {"implementation": by}, at_once, q, k, v, *where)
 
