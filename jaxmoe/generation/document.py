@@ -1,29 +1,27 @@
 """Long texts that the model is given once: a cache of one row, and how many tokens it holds."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.model.kv_cache import (
     PAGE,
     Cache,
-    Pool,
     capacity_of,
     init_cache,
     round_capacity,
     slot_shards,
+    truncate_rows,
 )
 from jaxmoe.model.steps import prefill
-from pallas_kernels.attention import Coords
 
 PREFILL_CHUNK = 2048  # tokens that one step takes, at most
+
+truncate = jax.jit(truncate_rows, donate_argnums=0)
 
 
 class Document(NamedTuple):
@@ -101,23 +99,3 @@ def read(
     for done, _, cache in prefill(config, params, row, document.cache, **size):
         assert cache is not None
         yield Document(cache, done)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def truncate(cache: Cache, length: Int[Array, "1"]) -> Cache:
-    """A cache of one row without its tokens from position `length` on, which is used up.
-
-    A token in a ring overwrites one that is a chunk, or a sliding window, before it. So the dropped
-    tokens must be of one chunk with the last that stays; else, and with sliding windows always,
-    keep a copy of the cache.
-
-    Args:
-        cache: of one row, with one segment.
-        length: tokens that stay, at most as many as there are.
-    """
-
-    def kept(pool: Pool) -> Pool:
-        position, segment = pool.coords
-        return pool._replace(coords=Coords(position, jnp.where(position < length, segment, 0)))
-
-    return cache._replace(pools=tuple(map(kept, cache.pools)), length=length)

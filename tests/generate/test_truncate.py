@@ -7,7 +7,8 @@ import pytest
 
 from jaxmoe.generation.document import new_document, read, truncate
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.steps import Inputs, last_logits, step
+from jaxmoe.model.kv_cache import init_cache, round_capacity
+from jaxmoe.model.steps import Inputs, last_logits, prefill, step
 from tests import reference, tiny
 from tests.conftest import load_tiny, one_device
 
@@ -37,3 +38,24 @@ def test_dropped_tokens_are_not_seen(model, spec):
     seen, positions = [[*text[:KEPT], text[-1]]], [[*range(KEPT), NEXT]]
     want = reference.logits(model.hf_config, model.tensors, seen, positions=positions)
     assert abs(np.asarray(got[0]) - want[0, -1]).max() < 1e-4
+
+
+@pytest.mark.parametrize("spec", ["data=1", "data=2,sequence=2,tensor=2"])
+def test_each_row_drops_its_own(model, spec):
+    """One row takes all its tokens back but 20, the other none."""
+    mesh = one_device() if spec == "data=1" else MeshConfig.parse(spec).make()
+    held = KEPT + DROPPED
+    texts = np.random.default_rng(1).integers(0, 120, (2, held + 1))
+    lengths = [KEPT, held]
+    with jax.set_mesh(mesh):
+        config, params = model.config, model.on(mesh)
+        cache = init_cache(config, 2, round_capacity(64))
+        *_, (_, _, cache) = prefill(config, params, texts[:, :-1], cache, chunk=32)
+        cache = truncate(cache, jnp.array(lengths))
+        positions = jnp.array([[NEXT], [held]])
+        new = Inputs(jnp.asarray(texts[:, -1:]), positions, jnp.ones((2, 1), jnp.int32))
+        got, _ = step(config, params, new, cache, readout=last_logits)
+    for text, length, position, ours in zip(texts, lengths, positions, got, strict=True):
+        seen, places = [[*text[:length], text[-1]]], [[*range(length), int(position[0])]]
+        want = reference.logits(model.hf_config, model.tensors, seen, positions=places)
+        assert abs(np.asarray(ours) - want[0, -1]).max() < 1e-4

@@ -18,6 +18,7 @@ from jaxmoe.model.kv_cache.cache import (
     plan_writes,
     restart_rows,
     step_spec,
+    truncate_rows,
 )
 from jaxmoe.model.kv_cache.fork import fork_row
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep
@@ -61,4 +62,5 @@ __all__ = [
     "row_groups",
     "slot_shards",
     "step_spec",
+    "truncate_rows",
 ]

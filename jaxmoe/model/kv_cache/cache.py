@@ -189,6 +189,30 @@ def restart_rows(cache: Cache, restart: Int[Array, "B"] | Bool[Array, "B"]) -> C
     return cache._replace(pools=pools, length=length, dealt=dealt)
 
 
+def truncate_rows(cache: Cache, length: Int[Array, "B"]) -> Cache:
+    """The cache without the tokens of each row from a position on; drafts are taken back so.
+
+    A token in a ring overwrites one that is a chunk, or a sliding window, before it. So the dropped
+    tokens must be of one chunk with the last that stays; else, and with sliding windows always,
+    keep a copy of the cache. A row keeps its pages, and what it shares with others must stay.
+
+    Args:
+        cache: whose rows have one segment each, from position 0 on.
+        length: tokens that stay, at most as many as there are.
+    """
+
+    def kept(pool: Pool, length) -> Pool:
+        position, segment = pool.coords
+        stays = (pool.owner < 0) | (position.T < length[jnp.maximum(pool.owner, 0)])
+        return pool._replace(coords=Coords(position, jnp.where(stays.T, segment, 0)))
+
+    def body(pools, length):
+        return tuple(kept(pool, length) for pool in pools)
+
+    pools = _per_store(cache, body, lambda pools, rows: pools, length)
+    return cache._replace(pools=pools, length=length)
+
+
 def plan_writes(
     config: Llama4Config, cache: Cache, new: Coords, packing: Packing | None = None
 ) -> tuple[dict[CacheKind, CacheStep], Cache]:
