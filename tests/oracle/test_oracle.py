@@ -23,17 +23,39 @@ from tests.oracle.conftest import NEW_TOKENS
 pytestmark = pytest.mark.oracle
 
 DRAWS = 20
+TOP = 5
 SEED = int(os.environ.get("JAXMOE_ORACLE_SEED", "0"))
 
 
 def greedy(model, prompts):
+    """The answers' output records, with the log-probabilities of prompts and answers."""
     requests = [Request(str(i), tuple(row.tolist()), NEW_TOKENS) for i, row in enumerate(prompts)]
-    written = {request.id: [] for request in requests}
+    settings = Sampling(temperature=0.0, logprobs=TOP, prompt_logprobs=TOP)
     with jax.set_mesh(one_device()):
-        settings = Sampling(temperature=0.0)
-        for token in generate(model.config, model.params, requests, settings, stop_ids=()):
-            written[token.request.id].append(token.token)
-    return list(written.values())
+        stream = generate(model.config, model.params, requests, settings, stop_ids=())
+        records = {token.request.id: token.completion.record() for token in stream}
+    return [records[request.id] for request in requests]
+
+
+def told(entries):
+    """Each token's log-probability, and those of the likeliest in its place."""
+    tops = [[top["logprob"] for top in entry["top_logprobs"]] for entry in entries]
+    return np.array([entry["logprob"] for entry in entries]), np.array(tops)
+
+
+def check_logprobs(records, tokens, logits):
+    """Of the prompts' tokens after the first, and of the answers' first, against transformers'."""
+    logits = logits.astype(np.float64)
+    logprobs = logits - np.log(
+        np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)
+    )
+    logprobs -= logits.max(-1, keepdims=True)
+    for record, row, theirs in zip(records, tokens, logprobs, strict=True):
+        following = [*row[1:].tolist(), record["tokens"][0]]
+        ours, tops = told([*record["prompt_logprobs"][1:], record["logprobs"]["content"][0]])
+        theirs = theirs[: len(row)]
+        np.testing.assert_allclose(ours, theirs[np.arange(len(row)), following], atol=1e-4)
+        np.testing.assert_allclose(tops, np.sort(theirs)[:, : -TOP - 1 : -1], atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + DRAWS))
@@ -46,7 +68,9 @@ def test_random_configuration(seed, transformers, tmp_path):
     assert abs(full - theirs["full"]).max() < 1e-4
     decode = token_logits(model.config, model.params, tokens, decode_from=start)
     assert abs(decode - theirs["decode"]).max() < 1e-4
-    np.testing.assert_array_equal(greedy(model, tokens[:, :start]), theirs["greedy"])
+    answers = greedy(model, tokens[:, :start])
+    np.testing.assert_array_equal([answer["tokens"] for answer in answers], theirs["greedy"])
+    check_logprobs(answers, tokens[:, :start], theirs["full"])
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
