@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p.
+"""How the tokens of an answer are chosen: the settings of a request.
 
 A token's random numbers come from the seed, its request's id and its index in the answer, so they
 depend neither on the other rows of a batch nor on the mesh.
@@ -9,10 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt
 
 from jaxmoe.errors import UserError
 from jaxmoe.generation.grammar import Grammar
@@ -144,70 +141,6 @@ def sampling_of(checkpoint: str | Path, **wanted: Any) -> Sampling:
     return dataclasses.replace(sampling, **given)
 
 
-# What `sample` reads. The other fields are the host's, and those of a traced `Sampling` are the
-# defaults, so that another text of `stop` compiles nothing again.
-_ON_DEVICE = ("temperature", "top_p", "top_k", "seed")
-
-
-def _flatten(sampling: Sampling) -> tuple[tuple, None]:
-    return tuple(getattr(sampling, name) for name in _ON_DEVICE), None
-
-
-def _unflatten(_: None, values: tuple) -> Sampling:
-    """A `Sampling` of these values; traced values cannot pass the checks, so none are made."""
-    sampling = object.__new__(Sampling)
-    for name, value in zip(_ON_DEVICE, values, strict=True):
-        object.__setattr__(sampling, name, value)
-    return sampling
-
-
-# Arguments of compiled programs: another seed or temperature compiles nothing again.
-jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
-
-
 def request_hash(request_id: object) -> np.uint32:
     """A stable number for a request's id."""
     return np.uint32(zlib.crc32(str(request_id).encode()))
-
-
-def sample(
-    sampling: Sampling,
-    logits: Float[Array, "B V"],
-    request: UInt[Array, "B"],
-    index: Int[Array, "B"],
-) -> Int[Array, "B"]:
-    """The next token of each row; `NO_TOKEN` where a logit is NaN or infinity.
-
-    Args:
-        request: `request_hash` of the row's request.
-        index: how many tokens the row has generated before.
-    """
-    seed = jax.random.key(sampling.seed)
-
-    def choose(row, request, index):
-        key = jax.random.fold_in(jax.random.fold_in(seed, request), index)
-        return jax.random.categorical(key, row)
-
-    def draw():
-        scaled = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
-        return jax.vmap(choose)(keep_likely(sampling, scaled), request, index)
-
-    greedy = sampling.temperature == 0
-    token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), draw)
-    finite = jnp.isfinite(logits).all(axis=-1)  # XLA's maximum may drop a NaN
-    return jnp.where(finite, token, NO_TOKEN).astype(jnp.int32)
-
-
-def keep_likely(sampling: Sampling, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """-inf for the tokens that top-k and top-p leave out."""
-
-    def leave_out():
-        order = jnp.argsort(-logits, axis=-1)
-        probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-        kept = jnp.cumsum(probability, axis=-1) - probability <= sampling.top_p
-        kept &= (jnp.arange(logits.shape[-1]) < sampling.top_k) | (sampling.top_k == 0)
-        kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
-        return jnp.where(kept, logits, -jnp.inf)
-
-    keep_all = jnp.logical_and(sampling.top_p == 1, sampling.top_k == 0)
-    return jax.lax.cond(keep_all, lambda: logits, leave_out)

@@ -1,4 +1,4 @@
-"""Sampling: which tokens are kept, how often each is taken, and that nobody else matters."""
+"""Sampling: how often each token is taken, and that nobody else matters."""
 
 import jax
 import jax.numpy as jnp
@@ -6,59 +6,47 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.generation.sampling import NO_TOKEN, Sampling, keep_likely, request_hash, sample
+from jaxmoe.generation.sampler import Choice, Draws, choose
+from jaxmoe.generation.sampling import NO_TOKEN, Sampling, request_hash
 
 CHI_SQUARE_999 = {3: 16.27, 15: 37.70}  # exceeded once in 1000 by chance; degrees of freedom
 QUARTERS = [0.0, 0.0, 0.0, 0.0]  # four tokens of probability exactly 1/4
 LOGITS = np.log(np.array([0.4, 0.1, 0.3, 0.2], np.float32))
 
 
-run = jax.jit(sample, static_argnums=0)
+run = jax.jit(choose)
 
 
-def kept(logits, **options):
-    row = keep_likely(Sampling(**options), jnp.array([logits]))[0]
-    return np.flatnonzero(np.isfinite(row)).tolist()
+def draws_of(sampling, request, index):
+    def column(value, dtype=jnp.float32):
+        return jnp.broadcast_to(jnp.asarray(value, dtype), len(request))
+
+    return Draws(
+        seed=column(sampling.seed, jnp.int32),
+        request=column(request, jnp.uint32),
+        index=column(index, jnp.int32),
+        temperature=column(sampling.temperature),
+        top_k=column(sampling.top_k, jnp.int32),
+        top_p=column(sampling.top_p),
+    )
+
+
+def sample(sampling, logits, request, index):
+    """A token for each row."""
+    return run(jnp.asarray(logits), Choice(draws_of(sampling, request, index))).token
 
 
 def drawn(sampling, logits, request, index):
     """Tokens of rows that share `logits`; `request` and `index` broadcast."""
     request, index = np.broadcast_arrays(np.asarray(request, np.uint32), np.asarray(index))
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (len(request), len(logits)))
-    return np.asarray(run(sampling, rows, jnp.asarray(request), jnp.asarray(index, jnp.int32)))
+    return np.asarray(sample(sampling, rows, request, index))
 
 
 def assert_frequencies(counts, probabilities):
     """Pearson's test of counts against probabilities, none of them zero."""
     counts, expected = np.ravel(counts), np.sum(counts) * np.ravel(probabilities)
     assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE_999[counts.size - 1]
-
-
-@pytest.mark.parametrize(
-    ("top_p", "tokens"),
-    [(0.01, [0]), (0.24, [0]), (0.25, [0, 1]), (0.5, [0, 1, 2]), (0.74, [0, 1, 2])],
-)
-def test_top_p_keeps_a_token_while_the_mass_before_it_is_at_most_p(top_p, tokens):
-    """At 0.5 the mass before the third token is exactly 0.5; the mass with it is 0.75."""
-    assert kept(QUARTERS, top_p=top_p) == tokens
-
-
-def test_top_p_goes_by_probability_not_by_place():
-    assert kept(LOGITS, top_p=0.5) == [0, 2]
-    assert kept(LOGITS, top_p=0.75) == [0, 2, 3]
-    assert kept(LOGITS, top_p=1.0) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("top_k", "tokens"), [(1, [0]), (2, [0, 2]), (3, [0, 2, 3]), (9, [0, 1, 2, 3])]
-)
-def test_top_k_keeps_the_largest(top_k, tokens):
-    assert kept(LOGITS, top_p=1.0, top_k=top_k) == tokens
-
-
-def test_the_stricter_of_top_k_and_top_p_decides():
-    assert kept(LOGITS, top_p=0.1, top_k=3) == [0]
-    assert kept(LOGITS, top_p=0.99, top_k=2) == [0, 2]
 
 
 def test_top_p_sees_the_probabilities_after_temperature():
@@ -126,12 +114,12 @@ def test_neighbours_and_row_order_do_not_matter():
     logits = jnp.asarray(rng.standard_normal((16, 64)), jnp.float32)
     request = jnp.array([request_hash(f"request {i}") for i in range(16)])
     index = jnp.asarray(rng.integers(0, 100, 16), jnp.int32)
-    together = run(sampling, logits, request, index)
+    together = sample(sampling, logits, request, index)
     order = rng.permutation(16)
-    turned = run(sampling, logits[order], request[order], index[order])
+    turned = sample(sampling, logits[order], request[order], index[order])
     np.testing.assert_array_equal(turned, together[order])
     for i in (0, 9):
-        alone = run(sampling, *(x[i : i + 1] for x in (logits, request, index)))
+        alone = sample(sampling, *(x[i : i + 1] for x in (logits, request, index)))
         assert alone.tolist() == [together[i]]
 
 
@@ -166,5 +154,5 @@ def test_a_logit_that_is_not_finite_gives_no_token(temperature):
     logits = np.random.default_rng(0).standard_normal((5, 1000), np.float32)
     logits[1, 500], logits[2, 3], logits[3, 999] = np.nan, np.inf, -np.inf
     sampling = Sampling(temperature=temperature)
-    tokens = jax.jit(sample)(sampling, logits, np.zeros(5, np.uint32), np.zeros(5, np.int32))
+    tokens = sample(sampling, logits, np.zeros(5, np.uint32), np.zeros(5, np.int32))
     assert [token == NO_TOKEN for token in tokens] == [False, True, True, True, False]
