@@ -53,6 +53,7 @@ class Sizes:
         """Sizes for so many rows of a group.
 
         Args:
+            budget: tokens of a group; twice the rows, if that is more.
             overhead: what a step costs beside its tokens, in tokens.
         """
         powers = (1 << i for i in itertools.count() if i != 1)
@@ -102,7 +103,8 @@ def make_batch(
     """
     placed = [[(i, row) for i, row in enumerate(g) if row and row.pending] for g in groups]
     single = [[x for x in rows if x[1].pending == 1][: sizes.single[-1]] for rows in placed]
-    pieces = [[x for x in rows if x[1].pending > 1][:MOST_PIECES] for rows in placed]
+    pieces = [sorted((x for x in rows if x[1].pending > 1), key=_urgency) for rows in placed]
+    pieces = [rows[:MOST_PIECES] for rows in pieces]
     if not any(placed):
         return None
     most = max(map(len, single))
@@ -118,6 +120,12 @@ def make_batch(
         for number, (i, row, share) in enumerate(kept):
             build.put(g, i, row, share, after, number + 1)
     return build.batch(restart, any(pieces))
+
+
+def _urgency(placed: Placed) -> tuple[bool, int]:
+    """Prefixes come first, since others wait for them; then the rows that have waited longest."""
+    row = placed[1]
+    return row.request is not None, row.turn
 
 
 class _Builder:

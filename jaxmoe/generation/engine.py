@@ -68,11 +68,13 @@ def generate(
     Args:
         sampling: of requests that bring none.
         rows: requests that are in work at once, at most.
-        step_tokens: tokens that a step takes, of prompts and answers together, at most.
+        step_tokens: tokens that a step takes, of prompts and answers together, at most; on a mesh
+            that divides rows into groups, those of each group. Twice the rows, if that is more.
         stop_ids: tokens that end an answer; default: the config's.
         kv: how keys and values are stored: "bf16", "int8", "fp8" or "int4"; default: as parameters.
-        cache_tokens: that all rows together can hold; requests wait for room. Default: enough that
-            none waits.
+        cache_tokens: that all rows together can hold, in equal parts for groups of rows on a mesh,
+            each with room for the longest request at least; requests wait for room. Default: enough
+            that none waits.
         document: a text that each request comes after; its cache is used and used up, and `kv` and
             `cache_tokens` are the document's.
         tokenizer: makes text of the answers; needed for stop strings and grammars.
@@ -122,7 +124,7 @@ class Unread(NamedTuple):
     """A step whose results are still on the devices, and whose they are."""
 
     batch: Batch
-    chosen: Chosen
+    chosen: Chosen | None
     scored: list[Scored]
     logprobs: Logprobs | None
 
@@ -159,10 +161,11 @@ class Engine:
         self._config, self._params = config, params
         self._stop_ids = tuple(config.eos_token_ids if stop_ids is None else stop_ids)
         self._tokenizer, self._forward = tokenizer, forward
-        self._samplings = {_sampling(request) for request in requests}
+        own = {id(request.sampling): request for request in requests}.values()  # hashes are slow
+        self._samplings = {_sampling(request) for request in own}
         self._choices = Choices(self._samplings, config.vocab_size, self._stop_ids)
         self._completions: dict[Row, Completion] = {}
-        for request in {_sampling(request): request for request in requests}.values():
+        for request in own:
             self._completion(request)  # refuses what cannot be served, before anything runs
         after = 0 if document is None else document.length
         prefixes = _shared(requests)
@@ -223,7 +226,7 @@ class Engine:
         )
         assert cache is not None
         self.cache = cache
-        chosen = self._choose(batch, hidden)
+        chosen = self._choose(batch, hidden) if batch.writers else None
         self.steps, self.slots = self.steps + 1, self.slots + batch.inputs.tokens.size
         self.tokens += batch.real
         return Unread(batch, chosen, *self._score(batch, hidden))

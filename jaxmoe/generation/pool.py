@@ -30,6 +30,7 @@ from jaxmoe.model.kv_cache import (
     row_groups,
     slot_shards,
 )
+from jaxmoe.model.kv_cache.kind import Room
 from jaxmoe.model.kv_cache.pages import FREE
 from pallas_kernels.attention import Coords
 
@@ -132,7 +133,8 @@ def _tokens(
     every = {part for prefix in prefixes if prefix for part in prefix.path}
     read = [len(x.tokens) for x in every]
     own = [len(x.tokens) - (len(x.parent.tokens) if x.parent else 0) for x in every]
-    begun = PAGE * layout.each if every else 0  # pages that are copied because they are not whole
+    page = PAGE * slot_shards()
+    begun = page * layout.each if every else 0  # pages that are copied because they are not whole
     lengths = [request.length for request in requests]
     after = [length - start for length, start in zip(lengths, shared, strict=True)]
     return (
@@ -191,7 +193,9 @@ def _with_rows(config: Llama4Config, rows: int, capacity: int, pools, length, de
     kinds = cache_kinds(config)
 
     def pages(kind: CacheKind, pool: Pool) -> int:
-        return len(pool.owner) if kind.shares else 1 + rows * kind.pages_for(capacity, 1)
+        if kind.shares:
+            return len(pool.owner)
+        return max(len(pool.owner), kind.size(Room(rows, 1, 1, capacity, None)).pages)
 
     counts = {kind: pages(kind, pool) for kind, pool in zip(kinds, pools, strict=True)}
     wide = tuple(_more(pool, rows, counts[kind]) for kind, pool in zip(kinds, pools, strict=True))

@@ -87,7 +87,7 @@ def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Reque
             f"leaves no room in the model's context of {config.max_position_embeddings}; "
             "shorten it."
         )
-    for token in request.tokens:
+    for token in (min(request.tokens), max(request.tokens)):
         if not 0 <= token < config.vocab_size:
             raise UserError(
                 f"request {request.id!r} holds token {token}; the vocabulary is 0 to "

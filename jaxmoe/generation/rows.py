@@ -17,6 +17,7 @@ class Row:
         fed: tokens of the prompt and the answer that the model has been given.
         written: tokens of the answer that the model has been asked for.
         known: of these, how many the host has seen.
+        turn: how many rows were begun before.
         waits: whether each token of the answer has to be seen before the next is asked for.
         fresh: whether the cache still has to be emptied for it.
         users: rows that go on from this one.
@@ -29,6 +30,7 @@ class Row:
     fed: int
     written: int = 0
     known: int = 0
+    turn: int = 0
     waits: bool = False
     fresh: bool = True
     users: int = 0

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxmoe.errors import UserError
 from jaxmoe.generation.batches import Batch, Sizes, make_batch
 from jaxmoe.generation.prefixes import Prefix
 from jaxmoe.generation.request import Request
@@ -44,18 +45,21 @@ class Group:
         first: the number of its first row.
         rows: first those for requests, then those that hold prefixes.
         held: the prefixes that have been, or are being, read here, and their rows.
+        coming: requests that wait for one of them.
     """
 
     first: int
     rows: list[Row | None]
     free: FreePages
     held: dict[Prefix, int] = dataclasses.field(default_factory=dict)
+    coming: int = 0
 
 
 class Scheduler:
-    """Gives rows to requests and each step its tokens: `next_batch`, run it, `commit`.
+    """Gives rows to requests and each step its tokens.
 
-    A batch can be made before the tokens that the one before wrote are known.
+    A batch can be made before the tokens that the one before wrote are known. Who has read them
+    counts them in `Row.known`, and releases the row of an answer that has ended.
 
     Attributes:
         waiting: the requests that have no row yet, in their order, each with its prefix.
@@ -78,7 +82,8 @@ class Scheduler:
             rows: of a group, for requests.
             holders: rows of a group that hold prefixes.
             padding: the token that fills steps up.
-            after: tokens of a document that every request comes after; the last row has them.
+            after: tokens of a document that every request comes after; the last row of each group
+                has them.
         """
         self.waiting: collections.deque[tuple[Request, Prefix | None]] = collections.deque()
         self._groups = [
@@ -88,6 +93,7 @@ class Scheduler:
         self._requests, self._after = rows, after
         self._sizes, self._padding = sizes, padding
         self._forks: list[Fork] = []
+        self._entered = 0
         for group in self._groups if after else ():
             group.rows[-1] = Row((), None, None, 0, fresh=False)
 
@@ -105,7 +111,7 @@ class Scheduler:
     def next_batch(self) -> tuple[list[Fork], Batch | None]:
         """The rows to fork, and then the next step's tokens.
 
-        The batch is None if rows wait until `commit` was told of their last tokens.
+        The batch is None if rows wait until their last tokens have been read.
         """
         self._admit()
         forks, self._forks = self._forks, []
@@ -129,6 +135,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Gives free rows to waiting requests, as long as there are pages for them."""
         passed = []
+        for group in self._groups:
+            group.coming = 0
         while self.waiting and len(passed) < LOOKAHEAD:
             request, prefix = self.waiting[0]
             row = self._join(request, prefix)
@@ -146,34 +154,49 @@ class Scheduler:
         return any(row.request or row.pending for row in rows)
 
     def _join(self, request: Request, prefix: Prefix | None) -> Row | None:
-        """The request's row, or that of a prefix which has to be read first; None without room."""
+        """The request's row, or that of a prefix which has to be read first; None without room.
+
+        Groups with the fewest requests come first, so that all have work.
+        """
 
         def order(group: Group):
-            free = group.rows[: self._requests].count(None)
-            return prefix not in group.held, -free
+            busy = self._requests - group.rows[: self._requests].count(None)
+            return busy + group.coming, prefix not in group.held
 
         for group in sorted(self._groups, key=order):
             if None not in group.rows[: self._requests]:
                 continue
             parent = self._hold(group, prefix)
-            if prefix and (parent is None or parent.pending):
-                row = parent
-            else:
-                row = self._enter(group, request.tokens, request, parent)
+            if prefix and parent and parent.pending:
+                group.coming += 1
+                return parent
+            if prefix and parent is None:  # no room to hold it: the request reads all by itself
+                parent = self._hold(group, None)
+            row = self._enter(group, request.tokens, request, parent, prefix)
             if row is not None:
-                if row.request is request:
-                    self._count_begun(prefix)
+                self._count_begun(prefix)
                 return row
         return None
 
     def _join_alone(self, request: Request, prefix: Prefix | None) -> Row | None:
-        """`_join` where nothing is in work: prefixes that nobody uses leave, if need be its own."""
+        """`_join` where nothing is in work: other prefixes leave, and if need be the request's own.
+
+        Raises:
+            UserError: if an empty cache has no room for the request.
+        """
         for group in self._groups:
-            self._drop_unused(group)
+            self._drop_unused(group, but=prefix)
         row = self._join(request, prefix)
-        if row is None and prefix:
-            self._count_begun(prefix)
+        if row is None:
+            for group in self._groups:
+                self._drop_unused(group)
             row = self._join(request, None)
+            self._count_begun(prefix)
+        if row is None:
+            raise UserError(
+                f"the cache has no room for request {request.id!r} of {request.length} tokens; "
+                "give it more, or ask for fewer new tokens."
+            )
         return row
 
     def _count_begun(self, prefix: Prefix | None) -> None:
@@ -202,23 +225,30 @@ class Scheduler:
         tokens: tuple[int, ...],
         request: Request | None,
         parent: Row | None,
-        prefix: Prefix | None = None,
+        prefix: Prefix | None,
     ) -> Row | None:
-        """A row that goes on from `parent`; None without a free one or pages for all its tokens."""
+        """A row that goes on from `parent`; None without a free one or pages for all its tokens.
+
+        Args:
+            request: None for a row that holds `prefix`.
+            prefix: the request's, or the one to hold.
+        """
         begin, end = (0, self._requests) if request else (self._requests, len(group.rows))
         if None not in group.rows[begin:end]:
             return None
-        i = group.rows.index(None, begin, end)
         shared = len(parent.tokens) if parent else 0
-        most = request.length if request else len(tokens)
-        before = self._after + shared if parent else 0
-        pages = group.free.needed(self._after + most, before)
+        most = self._after + (request.length if request else len(tokens))
+        pages = group.free.needed(most, self._after + shared if parent else 0)
         if not group.free.reserve(pages):
-            return None
+            self._drop_unused(group, but=prefix)
+            if not group.free.reserve(pages):
+                return None
+        i = group.rows.index(None, begin, end)
         waits = bool(request and request.sampling and request.sampling.grammar)
-        row = Row(tokens, request, parent, shared, waits=waits, pages=pages)
+        self._entered += 1
+        row = Row(tokens, request, parent, shared, turn=self._entered, waits=waits, pages=pages)
         group.rows[i] = row
-        if prefix:
+        if prefix and not request:
             group.held[prefix] = i
         if parent:
             parent.users += 1

@@ -28,7 +28,7 @@ from jaxmoe.model.kv_cache import (
 from jaxmoe.model.layers import linear, rms_normalize, rope_angles, rotate, temperature
 from jaxmoe.model.packing import PackedRows, Packing
 from jaxmoe.model.sequence import NewTokens, gather, needs_gather
-from pallas_kernels.attention import Coords, flash_attention
+from pallas_kernels.attention import Coords, flash_attention, keep_apart
 
 
 class Step(NamedTuple):
@@ -108,17 +108,6 @@ def attention(
     options = AttentionOptions(config.head_dim**-0.5, spec.mask, kernels.attention)
     out, cache = attend(spec, options, q, k, v, step, cache)
     return linear("BHSd,HdD->BSD", out, p["o"]), cache
-
-
-def keep_apart(
-    k: Float[Array, "G K T d"], v: Float[Array, "G K T d"]
-) -> tuple[Float[Array, "G K T d"], Float[Array, "G K T d"]]:
-    """Keys and values with which a sequence's NaN stay its own, beside others in a block.
-
-    A weight of 0 does not remove a NaN or infinite value, but a score that is masked is not used.
-    """
-    bad = ~jnp.isfinite(v).all(axis=-1, keepdims=True)
-    return jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, v)
 
 
 def attend(

@@ -64,9 +64,9 @@ class Residual(NamedTuple):
 
 
 def final_norm(
-    config: Llama4Config, interpret: Any, weight: Float[Array, "D"], residual: Residual
+    config: Llama4Config, interpret: Any, weight: Float[Array, "D"], residual: Residual, rows: int
 ) -> Float[Array, "B 1 D"]:
-    """The last residual sum and the final norm."""
+    """The last residual sum and the final norm; `rows` are the cache's."""
 
     def body(weight, residual):
         x = residual.x[:, 0]
@@ -76,7 +76,7 @@ def final_norm(
     mesh = meshes.current_mesh()
     if mesh is None:
         return body(weight, residual)
-    row_spec = _row_spec(mesh, residual)
+    row_spec = meshes.sharded_spec(mesh, row_axes(mesh, rows))
     return meshes.per_device(body, (PartitionSpec(), row_spec), row_spec)(weight, residual)
 
 
@@ -183,10 +183,6 @@ def _specs(config: Llama4Config, kind: LayerKind, mesh, rows: int, arguments) ->
     p_spec = map_arrays(lambda w, axes: meshes.param_spec_at_use(axes), specs, p)
     in_specs = (p_spec, *(row_spec,) * 4, pool.coords, pool.table, pool.table, cache_spec)
     return in_specs, (row_spec, cache_spec, row_spec)
-
-
-def _row_spec(mesh, residual: Residual) -> PartitionSpec:
-    return meshes.sharded_spec(mesh, meshes.activation_axes(mesh, "batch", residual.x.shape[0]))
 
 
 def _layer(

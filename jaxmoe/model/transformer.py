@@ -92,8 +92,9 @@ def forward(
         router_stats += [stats] if stats is not None else []
     if cache is not None:
         cache = cache._replace(layers=tuple(new_entries))
-    if fused:
-        hidden = final_norm(config, interpret, params["norm"], carried)
+    if fused and cache is not None:
+        rows = len(cache.length)
+        hidden = final_norm(config, interpret, params["norm"], carried, rows)
     else:
         hidden = rms_norm(carried, params["norm"], config.rms_norm_eps)
     return Output(hidden, cache, tuple(router_stats))

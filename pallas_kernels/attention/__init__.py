@@ -17,7 +17,7 @@ from pallas_kernels.attention.masks import (
 )
 from pallas_kernels.attention.merge import lse_weight, merge, merge_with_lse
 from pallas_kernels.attention.paged import paged_attention
-from pallas_kernels.attention.pages import rows_of_pages
+from pallas_kernels.attention.pages import keep_apart, rows_of_pages
 
 __all__ = [
     "CAUSAL",
@@ -30,6 +30,7 @@ __all__ = [
     "decode_implementation",
     "flash_attention",
     "flash_implementation",
+    "keep_apart",
     "lse_weight",
     "make_mask",
     "merge",

@@ -24,7 +24,7 @@ from pallas_kernels.attention.masks import (
     visible_blocks,
 )
 from pallas_kernels.attention.merge import merge_with_lse
-from pallas_kernels.attention.pages import rows_of_pages
+from pallas_kernels.attention.pages import keep_apart, rows_of_pages
 from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized, dequantize
 
@@ -120,7 +120,9 @@ def _keys_of(k, v, k_coords: Coords, pages, segments, dtype) -> Keys:
     *keys, coords = rows_of_pages(k, v, k_coords, pages)
     owner = jnp.repeat(segments, k_coords.segment.shape[1], axis=1)
     k, v = (dequantize(x, dtype) if isinstance(x, Quantized) else x.astype(dtype) for x in keys)
-    return Keys(k, v, coords._replace(segment=jnp.where(coords.segment != 0, owner, 0)))
+    return Keys(
+        *keep_apart(k, v), coords._replace(segment=jnp.where(coords.segment != 0, owner, 0))
+    )
 
 
 def _visible_pairs(q_range, block_q: int, k_coords, pages, segments, at_once: int) -> Pairs:

@@ -5,7 +5,7 @@ Shape letters: B rows, P pages of the pool, K key/value heads, t keys a page, n 
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.masks import NOTHING, Coords, Extents
 
@@ -62,3 +62,14 @@ def without_padding(v, coords: Coords):
         return jnp.where(real, leaf, jnp.zeros((), leaf.dtype))
 
     return jax.tree.map(zero_padding, v)
+
+
+def keep_apart(
+    k: Float[Array, "B K T d"], v: Float[Array, "B K T d"]
+) -> tuple[Float[Array, "B K T d"], Float[Array, "B K T d"]]:
+    """Keys and values with which a sequence's NaN stay its own, beside others in a block.
+
+    A weight of 0 does not remove a NaN or infinite value, but a score that is masked is not used.
+    """
+    bad = ~jnp.isfinite(v).all(axis=-1, keepdims=True)
+    return jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, v)

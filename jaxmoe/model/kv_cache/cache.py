@@ -86,12 +86,6 @@ def capacity_of(cache: Cache) -> int:
     return shards * columns * PAGE
 
 
-def pages_a_group(cache: Cache) -> int:
-    """Pages of the full cache that the rows of a group share, on each of their devices."""
-    shards, rows, _ = cache.full.table.shape
-    return len(cache.full.owner) // (shards * row_groups(rows)) - 1
-
-
 def init_cache(
     config: Llama4Config,
     rows: int,
@@ -120,12 +114,17 @@ def init_cache(
             f"cache capacity {capacity} must be {round_capacity(capacity, mesh)} on this mesh."
         )
     mesh = current_mesh() if mesh is None else mesh
+    return _maker(config, rows, capacity, dtype, tokens, ring_tokens, mesh)()
+
+
+@functools.lru_cache(maxsize=64)  # so that caches alike share a compiled program
+def _maker(config: Llama4Config, rows: int, capacity: int, dtype, tokens, ring_tokens, mesh):
     make = functools.partial(_empty, config, rows, capacity, dtype, (tokens, ring_tokens), mesh)
     if mesh is None:
-        return make()
+        return make
     limits = {"tokens": tokens, "ring_tokens": ring_tokens}
     shapes = abstract_cache(config, rows, capacity, dtype, mesh, **limits)
-    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))
 
 
 def abstract_cache(

@@ -60,12 +60,13 @@ class RingCache(CacheKind):
     def size(self, room: Room) -> PoolSize:
         """Pages for the span of each row, or for the tokens of all rows if that is less."""
         columns = self.span // self.page
-        pages, tokens = room.rows * columns, room.ring_tokens
+        each = min(columns, self.pages_for(room.capacity, 1) + 1)  # positions may begin in a page
+        pages, tokens = room.rows * each, room.ring_tokens
         if tokens is None and room.tokens is not None:  # what fits there fits here too
             tokens = (FullCache().size(room).pages - 1) * PAGE * room.shards
         if tokens is not None:  # a row's first and last page may be begun
             fits = -(-tokens // self.page) + 2 * room.rows
-            pages = max(columns, min(pages, fits))
+            pages = max(each, min(pages, fits))
         return PoolSize(columns, 1 + pages, self.page, room.groups, 1)
 
     def slots(
