@@ -24,6 +24,7 @@ from jaxmoe.generation.sampler import Bias, Choice, Chosen, Draws, Penalties, ch
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling, request_hash
 from jaxmoe.model.transformer import unembed
 
+ALL = 0xFFFFFFFF  # a mask's word that allows all its tokens
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 NONE = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what keeps every token
 
@@ -71,7 +72,7 @@ class Choices:
         self._filters = [n for n, none in NONE.items() if any(getattr(s, n) != none for s in every)]
         self._drawn = any(s.temperature > 0 for s in every)
         self.penalized = any(map(has_penalties, every))
-        self._masked = any(s.grammar or s.allowed_ids is not None for s in every)
+        self._masked = any(map(_is_masked, every))
         longest = max(len(self._bias(s, 0)) for s in every)
         self._biases = 1 << (longest - 1).bit_length() if longest else 0
         self._top = max((s.logprobs for s in every if s.logprobs is not None), default=None)
@@ -129,7 +130,7 @@ class Choices:
         return Bias(*map(jnp.asarray, (ids, values)))
 
     def _allowed(self, writers: Sequence[Writer | None]) -> Any:
-        allowed = np.full((len(writers), self._words), 0xFFFFFFFF, np.uint32)
+        allowed = np.full((len(writers), self._words), ALL, np.uint32)
         for i, writer in enumerate(writers):
             if writer is None:
                 continue
@@ -149,8 +150,11 @@ def is_greedy(sampling: Sampling) -> bool:
     """Whether the likeliest token is taken, and nothing else is asked for."""
     plain = sampling.temperature == 0 and not has_penalties(sampling)
     plain = plain and not sampling.logit_bias and not sampling.min_tokens
-    free = sampling.allowed_ids is None and sampling.grammar is None
-    return plain and free and sampling.logprobs is None
+    return plain and not _is_masked(sampling) and sampling.logprobs is None
+
+
+def _is_masked(sampling: Sampling) -> bool:
+    return sampling.grammar is not None or sampling.allowed_ids is not None
 
 
 @functools.lru_cache(maxsize=64)

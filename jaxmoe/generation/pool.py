@@ -22,11 +22,12 @@ from jaxmoe.model.kv_cache import (
     Pool,
     cache_kind,
     cache_kinds,
-    cache_specs,
     capacity_of,
     init_cache,
     keys_spec,
+    pool_spec,
     round_capacity,
+    row_axes,
     row_groups,
     slot_shards,
 )
@@ -161,15 +162,11 @@ def widen(config: Llama4Config, document: Document, layout: Layout) -> Cache:
     The text's pages stay where they are: each group of rows has those that every device along its
     mesh axes had before. What layers with rings keep is copied, since they need more room.
     """
-    mesh, cache = meshes.current_mesh(), document.cache
+    cache = document.cache
     kinds = [cache_kind(spec) for spec in config.attention_specs]
     rings = tuple(x for kind, x in zip(kinds, cache.layers, strict=True) if not kind.shares)
-    body = functools.partial(_with_rows, config, layout.each, capacity_of(cache))
     state = cache.pools, cache.length, cache.dealt, rings
-    if mesh is not None:
-        one = _specs(config, mesh, cache, 1)
-        body = meshes.per_device(body, one, _specs(config, mesh, cache, layout.total))
-    pools, length, dealt, rings = jax.jit(body)(*state)
+    pools, length, dealt, rings = _widen_state(config, layout, capacity_of(cache), *state)
     grown = iter(rings)
     layers = tuple(
         jax.tree.map(functools.partial(_regroup, layout, kind), layer)
@@ -180,12 +177,26 @@ def widen(config: Llama4Config, document: Document, layout: Layout) -> Cache:
     return Cache(layers, pools, length, dealt)
 
 
-def _specs(config: Llama4Config, mesh, cache: Cache, rows: int):
-    """Where pools, lengths, dealt pages and the layers with rings lie, for so many rows."""
-    specs = cache_specs(config, cache._replace(length=jnp.zeros(rows)), mesh)
-    kinds = map(cache_kind, config.attention_specs)
-    rings = tuple(x for kind, x in zip(kinds, specs.layers, strict=True) if not kind.shares)
-    return specs.pools, specs.length, specs.dealt, rings
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _widen_state(config: Llama4Config, layout: Layout, capacity: int, *state):
+    """All that depends on the rows: pools, lengths, dealt pages, and the layers with rings."""
+    mesh, body = meshes.current_mesh(), functools.partial(_with_rows, config, layout.each, capacity)
+    if mesh is not None:
+        specs = (_specs(config, mesh, rows, state[-1]) for rows in (1, layout.total))
+        body = meshes.per_device(body, *specs)
+    return body(*state)
+
+
+def _specs(config: Llama4Config, mesh, rows: int, rings):
+    """Where that state lies, for so many rows."""
+    kinds = [kind for kind in map(cache_kind, config.attention_specs) if not kind.shares]
+    ring_specs = tuple(
+        jax.tree.map(functools.partial(keys_spec, mesh, rows, kind.sharded), layer)
+        for kind, layer in zip(kinds, rings, strict=True)
+    )
+    of_rows = meshes.sharded_spec(mesh, row_axes(mesh, rows))
+    pools = tuple(pool_spec(mesh, rows, kind.sharded) for kind in cache_kinds(config))
+    return pools, of_rows, of_rows, ring_specs
 
 
 def _with_rows(config: Llama4Config, rows: int, capacity: int, pools, length, dealt, rings):
