@@ -116,9 +116,10 @@ def new_cache(
             )
         return init_cache(config, layout.total, round_capacity(longest), dtype, tokens=tokens)
     capacity = round_capacity(min(round_size(longest), config.max_position_embeddings))
-    full = rings = None
+    sizes = (layout.each * capacity,) * 2
     if layout.rows * capacity > ALL_ROWS:
-        full, rings = (layout.groups * round_size(x) for x in _tokens(layout, requests, prefixes))
+        sizes = (round_size(x) for x in _tokens(layout, requests, prefixes))
+    full, rings = (layout.groups * size for size in sizes)
     return init_cache(config, layout.total, capacity, dtype, tokens=full, ring_tokens=rings)
 
 
@@ -206,7 +207,7 @@ def _with_rows(config: Llama4Config, rows: int, capacity: int, pools, length, de
     def pages(kind: CacheKind, pool: Pool) -> int:
         if kind.shares:
             return len(pool.owner)
-        return max(len(pool.owner), kind.size(Room(rows, 1, 1, capacity, None)).pages)
+        return max(len(pool.owner), kind.size(Room(rows, 1, 1, capacity, rows * capacity)).pages)
 
     counts = {kind: pages(kind, pool) for kind, pool in zip(kinds, pools, strict=True)}
     wide = tuple(_more(pool, rows, counts[kind]) for kind, pool in zip(kinds, pools, strict=True))

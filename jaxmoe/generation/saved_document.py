@@ -366,7 +366,6 @@ def _load(part: _Part, array: StoredArray, pages: int, shards: int) -> jax.Array
     """A part loaded into the pages that an empty pool takes first: page 1 of each device and on."""
     shape, dtype, place = part.keys.shape, part.keys.dtype, part.keys.sharding
     held = shape[0] // shards  # by each device
-    pages = min(pages, shards * (held - 1))  # a ring that never fills up has fewer
     part.keys.delete()
 
     def share(index):

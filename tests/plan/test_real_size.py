@@ -46,7 +46,7 @@ def decode_bytes(config, rows: int, capacity: int) -> int:
     log, ring = (1 + rows * tokens // 64 for tokens in (capacity, 8192))  # with null page
     keys_and_values = 2 * config.head_dim * 64 * (12 * log + 36 * ring)  # one head of 8
     coordinates_and_owners = (2 * 64 + 1) * (log + ring)
-    tables_and_lengths = rows * (capacity + 8192) // 64 + rows
+    tables_and_lengths = rows * (capacity + 8192) // 64 + 2 * rows  # and where pages begin
     new_tokens = 3 * rows
     integers = coordinates_and_owners + tables_and_lengths + new_tokens
     return 2 * (weights + keys_and_values) + 4 * integers

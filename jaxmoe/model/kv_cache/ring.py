@@ -60,13 +60,12 @@ class RingCache(CacheKind):
     def size(self, room: Room) -> PoolSize:
         """Pages for the span of each row, or for the tokens of all rows if that is less."""
         columns = self.span // self.page
-        each = min(columns, self.pages_for(room.capacity, 1) + 1)  # positions may begin in a page
-        pages, tokens = room.rows * each, room.ring_tokens
+        pages, tokens = room.rows * columns, room.ring_tokens
         if tokens is None and room.tokens is not None:  # what fits there fits here too
             tokens = (FullCache().size(room).pages - 1) * PAGE * room.shards
         if tokens is not None:  # a row's first and last page may be begun
             fits = -(-tokens // self.page) + 2 * room.rows
-            pages = max(each, min(pages, fits))
+            pages = max(columns, min(pages, fits))
         return PoolSize(columns, 1 + pages, self.page, room.groups, 1)
 
     def slots(
