@@ -159,9 +159,11 @@ def engine_markdown(figures: dict) -> str:
         prompts, answers = workload["prompt_tokens"], workload["answer_tokens"]
         sizes = f"{prompts:,} tokens of prompts and {answers:,} of answers"
         names.append(f"{workload['workload']}: {workload['requests']} requests, {sizes}.")
+    rounds = figures["rounds"]
+    runs = "one run each" if rounds == 1 else f"medians of {rounds} runs"
     text = f"""\
-{figures["parameters"] / 1e6:.0f}M {figures["model"]} parameters, float32, greedy; medians of \
-{figures["rounds"]} runs taken in turn on {machine["cores"]} cores of an {machine["processor"]}, \
+{figures["parameters"] / 1e6:.0f}M {figures["model"]} parameters, float32, greedy; {runs} \
+taken in turn on {machine["cores"]} cores of an {machine["processor"]}, \
 {figures["date"]}, jax {versions["jax"]}{_beside_transformers(figures)}. Tokens/s are those of \
 answers, over the whole run. First token: seconds from the run's start, median and, in brackets, \
 90th percentile. Slots a token: what steps compute for each token that is no padding. Host: \

@@ -84,9 +84,9 @@ class Completion:
 
     @property
     def prompt_logprobs(self) -> list[Logprob] | None:
-        """Those of the prompt's tokens but the first; None if the sampling does not ask for them.
+        """The log-probabilities of the prompt's tokens after the first, as far as they are known.
 
-        As many as there are so far: all of them once the answer has begun.
+        All are once the answer has begun. None if the sampling does not ask for them.
         """
         return None if self.sampling.prompt_logprobs is None else self._prompt_logprobs
 

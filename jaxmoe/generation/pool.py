@@ -232,7 +232,7 @@ def _pad(x: jax.Array, length: int, value: int = 0) -> jax.Array:
 
 
 def _regroup(layout: Layout, kind: CacheKind, keys: jax.Array) -> jax.Array:
-    """The same pages on every device, as those of groups of rows."""
+    """An array of pages that each group of rows has; no page moves to another device."""
     if meshes.current_mesh() is None:
         return keys
     mesh = keys.sharding.mesh  # pyrefly: ignore  # laid out by names

@@ -166,12 +166,10 @@ class Scheduler:
         for group in sorted(self._groups, key=order):
             if None not in group.rows[: self._requests]:
                 continue
-            parent = self._hold(group, prefix)
-            if prefix and parent and parent.pending:
+            parent = self._longest_held(group, prefix)
+            if parent and parent.pending:
                 group.coming += 1
                 return parent
-            if prefix and parent is None:  # no room to hold it: the request reads all by itself
-                parent = self._hold(group, None)
             row = self._enter(group, request.tokens, request, parent, prefix)
             if row is not None:
                 self._count_begun(prefix)
@@ -202,6 +200,12 @@ class Scheduler:
     def _count_begun(self, prefix: Prefix | None) -> None:
         for part in prefix.path if prefix else ():
             part.waiting -= 1
+
+    def _longest_held(self, group: Group, prefix: Prefix | None) -> Row | None:
+        """`_hold` of the longest part of a prefix for which there is room."""
+        parts = prefix.path if prefix else []
+        rows = (self._hold(group, part) for part in (*parts, None))
+        return next((row for row in rows if row is not None), None)
 
     def _hold(self, group: Group, prefix: Prefix | None) -> Row | None:
         """The row that holds a prefix, or will when it has read it; None without room.

@@ -1,8 +1,8 @@
 """Steps whose rows are not those of the cache: only rows with new tokens take part, side by side.
 
 A batch has rows that read their prompts, rows that write one token a step, and rows without work.
-Padding them all to one width would compute many tokens that nobody asked for. Here a step has as
-many tokens as there are, in one of two layouts:
+Padding them all to one width would compute many tokens in vain. Here a step has as many tokens as
+there are, in one of two layouts:
 
 - Single tokens [D, 1]: each is the only new token of its row.
 - Packed tokens [G, T], one line a group of the cache's rows (see `kv_cache.row_groups`): first

@@ -156,7 +156,7 @@ def check_answers(walker, name, schema, walks):
 
 
 def test_every_answer_to_a_public_schema_is_valid_or_the_schema_is_refused(small, bytes_only):
-    """Of all 383 schemas of the official test suite."""
+    """All 383 schemas of the official test suite are tried."""
     for walker in (small, bytes_only):
         accepted = [
             name for name, schema in SCHEMAS.items() if check_answers(walker, name, schema, WALKS)

@@ -169,7 +169,7 @@ def test_negative_zero_equals_zero(platform):
 
 
 def test_top_p_is_of_what_top_k_keeps(platform):
-    """Of 0.4, 0.3, 0.2, 0.1 top-k keeps 4/7 and 3/7; of all tokens 0.5 would need both."""
+    """Top-k keeps two of 0.4, 0.3, 0.2, 0.1 as 4/7 and 3/7; among all tokens 0.5 needs both."""
     values = np.log([0.4, 0.3, 0.2, 0.1]) - np.log(0.4)
     assert kept(values, top_p=0.5) == [0, 1]
     assert kept(values, top_p=0.5, top_k=2) == [0]
@@ -324,7 +324,7 @@ def sorts(text):
 
 @pytest.mark.reads_compiled
 def test_no_device_holds_or_sorts_the_vocabulary():
-    """Of eight devices each has an eighth. Only the top-20 of each are merged by sorting."""
+    """Each of eight devices has an eighth. Only the top-20 of each are merged by sorting."""
     rows = 8
     lowered = lower(MeshConfig.parse("tensor=8").make(), rows, 20)
     compiled = lowered.compile()

@@ -1,4 +1,4 @@
-"""Sampling: how often each token is taken, and that nobody else matters."""
+"""Sampling: how often each token is taken, whatever the other rows of the batch are."""
 
 import jax
 import jax.numpy as jnp

@@ -49,7 +49,7 @@ def test_a_large_vocabulary_loses_nothing():
 
 @pytest.mark.parametrize("mesh", [None, "tensor=8", "data=2,tensor=4"])
 def test_a_prompt_is_taken_in_slices(mesh):
-    """Of 6 tokens, which do not divide 20; a token without a target still has its largest."""
+    """Slices of 6 tokens do not divide 20; a token without a target still has its largest."""
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((20, WIDTH)).astype(np.float32)
     head = rng.standard_normal((WIDTH, SIZE)).astype(np.float32)

@@ -44,7 +44,7 @@ def told(entries):
 
 
 def check_logprobs(records, tokens, logits):
-    """Of the prompts' tokens after the first, and of the answers' first, against transformers'."""
+    """Prompts' tokens after the first and answers' first are as likely as in transformers."""
     logits = logits.astype(np.float64)
     logprobs = logits - np.log(
         np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)
