@@ -6,7 +6,7 @@ import functools
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.grammar import GrammarCompiler
-from jaxmoe.generation.request import Request, fit_context, stop_ids_of, without_begin
+from jaxmoe.generation.request import Request, check_room, fit_context, stop_ids_of, without_begin
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.text import Tokenizer
 
@@ -40,17 +40,10 @@ class Checker:
         sampling = request.sampling or self.default
         own = dataclasses.replace(request, sampling=sampling)
         own = fit_context(self.config, own, self.after)
-        self._check_room(own)
+        if not self.after and self.cache_tokens is not None:
+            check_room(own, self.cache_tokens)
         self._check_text(own, sampling)
         return own
-
-    def _check_room(self, request: Request) -> None:
-        room = None if self.after else self.cache_tokens
-        if room is not None and request.length > room:
-            raise UserError(
-                f"request {request.id!r} takes {request.length} tokens, and the cache has room for "
-                f"{room}; give it more, or ask for fewer new tokens."
-            )
 
     def _check_text(self, request: Request, sampling: Sampling) -> None:
         needs = "stop strings" if sampling.stop else "a grammar" if sampling.grammar else None

@@ -28,7 +28,7 @@ from jaxmoe.generation.document import Document
 from jaxmoe.generation.grammar import GrammarCompiler
 from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, new_cache, widen
 from jaxmoe.generation.prefixes import Prefix, find_prefixes
-from jaxmoe.generation.request import ERROR, Request, Token, fit_context
+from jaxmoe.generation.request import ERROR, Request, Token, check_room, fit_context
 from jaxmoe.generation.rows import Row
 from jaxmoe.generation.sampler import Chosen
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
@@ -172,7 +172,8 @@ class Engine:
         rows = rows if len(requests) > 1 else 1  # two sizes, since steps are compiled for each
         layout = lay_out(rows, (document is not None) + HOLDERS * any(prefixes))
         if document is not None:
-            _check_room(document, requests)
+            longest = max(requests, key=lambda request: request.length)
+            check_room(longest, document.room, "the document's cache")
             self.cache = widen(config, document, layout)
         else:
             dtype = kv or params["embed"].dtype
@@ -304,15 +305,6 @@ class Engine:
         if self._tokenizer is None:
             raise UserError("a request has a grammar, but there is no tokenizer; leave it out.")
         return GrammarCompiler(self._tokenizer, self._config.vocab_size, self._stop_ids)
-
-
-def _check_room(document: Document, requests: Sequence[Request]) -> None:
-    longest = max(requests, key=lambda request: request.length)
-    if longest.length > document.room:
-        raise UserError(
-            f"the document's cache has room for {document.room} more tokens, but request "
-            f"{longest.id!r} takes {longest.length}; load it with more room, or ask for fewer."
-        )
 
 
 def _sampling(request: Request) -> Sampling:

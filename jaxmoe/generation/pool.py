@@ -10,10 +10,9 @@ from jax.sharding import NamedSharding
 
 from jaxmoe import mesh as meshes
 from jaxmoe.config import Llama4Config
-from jaxmoe.errors import UserError
 from jaxmoe.generation.document import Document
 from jaxmoe.generation.prefixes import Prefix
-from jaxmoe.generation.request import Request
+from jaxmoe.generation.request import Request, check_room
 from jaxmoe.generation.rows import FreePages
 from jaxmoe.model.kv_cache import (
     PAGE,
@@ -107,13 +106,10 @@ def new_cache(
     Raises:
         UserError: if that is too few for a request.
     """
-    longest = max(request.length for request in requests)
+    most = max(requests, key=lambda request: request.length)
+    longest = most.length
     if tokens is not None:
-        if tokens < longest:
-            raise UserError(
-                f"a cache of {tokens} tokens has no room for a request of {longest}; use more, or "
-                "ask for fewer new tokens."
-            )
+        check_room(most, tokens)
         return init_cache(config, layout.total, round_capacity(longest), dtype, tokens=tokens)
     capacity = round_capacity(min(round_size(longest), config.max_position_embeddings))
     sizes = (layout.each * capacity,) * 2

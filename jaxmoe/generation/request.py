@@ -66,6 +66,15 @@ def stop_ids_of(config: Llama4Config, tokenizer: Tokenizer | None) -> tuple[int,
     return tuple(sorted({*config.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())}))
 
 
+def check_room(request: Request, room: int, where: str = "the cache") -> None:
+    """Raises a UserError if a request takes more tokens than there is room for."""
+    if request.length > room:
+        raise UserError(
+            f"request {request.id!r} takes {request.length} tokens, and {where} has room for "
+            f"{room}; give it more, or ask for fewer new tokens."
+        )
+
+
 def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Request:
     """The request with `max_new_tokens` cut to the model's context.
 

@@ -172,7 +172,7 @@ def test_questions_do_not_see_each_other(params, tokens, tmp_path):
 def test_too_little_room(params, tokens, tmp_path):
     read_until(params, tokens, tmp_path / "text")
     document = load_document(tmp_path / "text", CONFIG, params, 10)
-    with pytest.raises(UserError, match=r"room for 68 more tokens.*takes 112"):
+    with pytest.raises(UserError, match=r"takes 112 tokens.*room for 68"):
         generate(CONFIG, params, [Request("0", (1,) * 100, NEW)], GREEDY, document=document)
 
 
