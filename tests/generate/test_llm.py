@@ -3,8 +3,6 @@
 import asyncio
 import dataclasses
 import json
-import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +13,10 @@ import pytest
 import jaxmoe
 from jaxmoe import LLM, Grammar, Request, Sampling, UserError
 from jaxmoe.generation.request import expand, fit_context
-from jaxmoe.generation.turns import Turns
 from jaxmoe.text import render
-from tests import reference, tiny
-from tests.conftest import load_tiny, one_device
-from tests.small_tokenizers import byte_tokenizer
+from tests import reference
+from tests.generate.conftest import CONTEXT, TOKENIZER
 
-TOKENIZER = byte_tokenizer()
-CONTEXT = 384
-CONFIG = tiny.scout_like(
-    num_hidden_layers=2,  # one local, one global
-    no_rope_layer_interval=2,
-    vocab_size=260,
-    max_position_embeddings=CONTEXT,
-    bos_token_id=256,
-    eos_token_id=[259],
-    pad_token_id=256,
-)
 PROMPTS = ["the rain", [256, 104, 105], "in the plain"]
 CHAT = [{"role": "user", "content": "Hi"}]
 DRAWN = Sampling(temperature=1.0, top_p=1.0, seed=4)
@@ -45,19 +30,6 @@ SCHEMA = {
     "required": ["name", "kind"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llm")
-    made = load_tiny(folder, CONFIG, tiny.random_tensors(CONFIG, 5))
-    TOKENIZER.save(made.checkpoint)
-    return made
-
-
-@pytest.fixture(scope="module")
-def llm(model):
-    return LLM(model.checkpoint, mesh=one_device(), rows=4)
 
 
 def engine(llm, prompts, sampling=None, n=1, max_new_tokens=12):
@@ -152,7 +124,7 @@ def test_each_prompt_may_have_its_own_settings(llm):
     assert len({result.tokens for result in mixed}) == 3
 
 
-def test_the_default_settings_are_the_checkpoints(model, llm, tmp_path):
+def test_the_default_settings_are_the_checkpoints(llm_model, llm, tmp_path):
     assert llm.sampling == Sampling()
     greedy = LLM.from_parts(
         llm.config, llm.params, TOKENIZER, sampling=Sampling(temperature=0.0), rows=4
@@ -164,9 +136,9 @@ def test_the_default_settings_are_the_checkpoints(model, llm, tmp_path):
     assert list(drawn.tokens) != expected[0].tokens
 
 
-def test_any_mesh_gives_the_same(model, llm):
+def test_any_mesh_gives_the_same(llm_model, llm):
     """The default one has as little of the model on each device as its sizes allow."""
-    spread = LLM(model.checkpoint, rows=4)
+    spread = LLM(llm_model.checkpoint, rows=4)
     assert dict(spread.mesh.shape) == {
         "data": 1,
         "fsdp": 1,
@@ -178,7 +150,7 @@ def test_any_mesh_gives_the_same(model, llm):
     assert [r.tokens for r in spread.generate(PROMPTS, **options)] == [
         r.tokens for r in llm.generate(PROMPTS, **options)
     ]
-    named = LLM.from_parts(llm.config, model.on(jaxmoe.MeshConfig.parse("fsdp=8").make()))
+    named = LLM.from_parts(llm.config, llm_model.on(jaxmoe.MeshConfig.parse("fsdp=8").make()))
     assert named.mesh.shape["fsdp"] == 8
 
 
@@ -222,11 +194,11 @@ def test_answers_follow_a_json_schema(llm):
 # Scores
 
 
-def test_scores_are_those_of_the_reference(model, llm):
+def test_scores_are_those_of_the_reference(llm_model, llm):
     texts = ["the rain in the plain", [256, 1, 2, 3], "a"]
     scores = llm.score(texts, top=2)
     for tokens, score in zip(encoded(texts), scores, strict=True):
-        logits = reference.logits(model.hf_config, model.tensors, [tokens])[0]
+        logits = reference.logits(llm_model.hf_config, llm_model.tensors, [tokens])[0]
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected = [log_p[i, token] for i, token in enumerate(tokens[1:])]
         found = [one.logprob for one in score.logprobs[1:]]
@@ -362,111 +334,6 @@ def test_a_mistake_is_one_sentence(llm, untyped, call, words):
     with pytest.raises(UserError, match=words) as caught:
         call(llm)
     assert "\n" not in str(caught.value)
-
-
-# Threads and event loops
-
-
-def test_turns_come_in_the_order_in_which_they_are_asked_for():
-    """Catches a thread that takes the lock again and again, and keeps others from it."""
-    turns, order, threads = Turns(), [], []
-
-    def take(name):
-        with turns:
-            order.append(name)
-
-    with turns:
-        for name in range(5):
-            threads.append(threading.Thread(target=take, args=(name,)))
-            threads[-1].start()
-            while len(turns._waiting) < name + 2:
-                time.sleep(0.001)
-    with turns:
-        assert order == list(range(5))
-
-
-def test_threads_may_call_at_the_same_time(llm):
-    expected = [llm.generate(PROMPTS[:i], DRAWN, max_new_tokens=12) for i in (1, 2, 3)]
-    found = {}
-
-    def call(i):
-        found[i] = llm.generate(PROMPTS[:i], DRAWN, max_new_tokens=12)
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in (1, 2, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[i] for i in (1, 2, 3)] == expected
-
-
-def test_coroutines_may_call_at_the_same_time(llm):
-    """And the event loop goes on meanwhile."""
-    expected = llm.generate(PROMPTS, DRAWN, max_new_tokens=12)
-    chat = llm.chat(CHAT, DRAWN, max_new_tokens=12)
-
-    async def tick(beats):
-        while True:
-            beats.append(len(beats))
-            await asyncio.sleep(0.001)
-
-    async def stream():
-        return [piece async for piece in llm.astream(PROMPTS, DRAWN, max_new_tokens=12)]
-
-    async def all_of_them():
-        beats = []
-        ticking = asyncio.create_task(tick(beats))
-        found = await asyncio.gather(
-            llm.agenerate(PROMPTS, DRAWN, max_new_tokens=12),
-            stream(),
-            llm.achat(CHAT, DRAWN, max_new_tokens=12),
-        )
-        ticking.cancel()
-        return found, len(beats)
-
-    (results, pieces, chats), beats = asyncio.run(all_of_them())
-    assert results == expected and chats == chat and beats > 3
-    assert pieces == list(llm.stream(PROMPTS, DRAWN, max_new_tokens=12))
-
-
-def test_a_stream_that_is_cancelled_stops_and_frees_its_turn(llm, monkeypatch):
-    """Catches a run that goes on for a consumer that has left."""
-    closed, original = [], LLM.stream
-
-    def counted(self, *args, **options):
-        count = 0
-        try:
-            for piece in original(self, *args, **options):
-                count += 1
-                yield piece
-        finally:
-            closed.append(count)
-
-    monkeypatch.setattr(LLM, "stream", counted)
-
-    async def cancelled():
-        first = asyncio.create_task(consume())
-        second = asyncio.create_task(llm.agenerate("never", DRAWN))
-        await asyncio.sleep(0)
-        while not seen:
-            await asyncio.sleep(0.001)
-        second.cancel()
-        first.cancel()
-        done = await asyncio.gather(first, second, return_exceptions=True)
-        assert all(isinstance(one, asyncio.CancelledError) for one in done)
-        return await llm.agenerate("the", DRAWN, max_new_tokens=2)
-
-    seen = []
-
-    async def consume():
-        endless = dataclasses.replace(DRAWN, ignore_eos=True)
-        async for piece in llm.astream("the rain", endless, max_new_tokens=170):
-            seen.append(piece)
-
-    (after,) = asyncio.run(cancelled())
-    assert len(after.tokens) == 2
-    assert len(closed) == 2, "the one that was cancelled while it waited never began"
-    assert closed[0] < 170 and closed[1] == 2
 
 
 def test_a_saved_document_comes_before_each_prompt(llm, tmp_path):
