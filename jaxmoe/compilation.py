@@ -1,4 +1,4 @@
-"""Keeps compiled programs for later processes, and tells users that something is compiling."""
+"""Compiler options, compiled programs kept for later processes, and a word when one compiles."""
 
 import os
 import threading
@@ -8,6 +8,11 @@ from pathlib import Path
 import jax
 
 from jaxmoe.errors import UserError
+
+# XLA may leave out roundings to bfloat16 between operations, and on CPUs it does or does not by the
+# shapes of the operands. With every rounding in its place, a token's values hardly depend on the
+# tokens beside it, and agree with implementations that round likewise.
+KEEP_ROUNDINGS = {"xla_allow_excess_precision": False}
 
 _MAX_BYTES = 10 * 2**30
 _MIN_SECONDS = 0.5  # programs that take less to compile are not kept

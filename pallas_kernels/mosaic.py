@@ -126,6 +126,15 @@ def along_columns(x: jax.Array, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(x, like.shape, [1])
 
 
+def whole_power(top: jax.Array) -> jax.Array:
+    """The nearest whole number to a maximum of scores in base 2.
+
+    Probabilities below different such maxima differ by a power of two, so that their roundings to
+    bfloat16 do not depend on which keys share a block.
+    """
+    return lax.round(top, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
 def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
     """A float32 array of one value, in registers of the given layout."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

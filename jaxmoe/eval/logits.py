@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.document import PREFILL_CHUNK, check_length, new_document, read
@@ -21,7 +22,7 @@ from jaxmoe.model.transformer import forward, positions_of, unembed
 UNEMBED_TOKENS = 1024  # tokens of all rows whose logits are on the device at once
 
 
-_unembed = jax.jit(unembed, static_argnums=0)
+_unembed = jax.jit(unembed, static_argnums=0, compiler_options=KEEP_ROUNDINGS)
 
 
 def check_contiguous(segment_ids: np.ndarray) -> None:

@@ -24,7 +24,8 @@ class Batch(NamedTuple):
         packing: the rows that they belong to.
         restart: the rows of the cache that are emptied first.
         slots: [G, Q], which tokens of each group an answer goes on after; 0 where there is none.
-        targets: [G, Q], the rows that these belong to; the number of rows where there is none.
+        targets: [G, Q], the rows that these belong to; the number of a group's rows, or more, where
+            there is none.
         writers: those rows, by group and slot, and how many tokens each has written before.
         read: rows that read, the place of their first token among all of the step's, its index in
             their prompt, and how many there are.

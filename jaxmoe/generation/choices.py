@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxmoe import mesh as meshes
+from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.generation.completion import Completion
 from jaxmoe.generation.counts import Counts, count
@@ -30,7 +31,7 @@ NONE = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what keeps every token
 
 
 class State(NamedTuple):
-    """What the device keeps of the answers.
+    """What the device keeps of the answers, by the rows that requests have.
 
     Attributes:
         previous: the last token of each row.
@@ -168,12 +169,32 @@ def _column(writers: Sequence[Writer | None], value: Callable, none, dtype) -> A
     return np.array([none if w is None else value(w) for w in writers], dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "top"), donate_argnames="state")
+def hidden_at(
+    config: Llama4Config, params: dict, hidden: Float[Array, "L S D"], slots: Int[Array, "G Q"]
+) -> tuple[Float[Array, "B D"], Float[Array, "L S D"]]:
+    """The readout of a step that keeps the hidden states at some places, and all of them.
+
+    Taken out in the step's own program, they have one shape for steps of many sizes, for which
+    `choose_tokens` is compiled once.
+
+    Args:
+        slots: the places, among the tokens of each group.
+    """
+    of_groups = hidden.reshape(len(slots), -1, hidden.shape[-1])
+    chosen = jnp.take_along_axis(of_groups, slots[:, :, None], axis=1)
+    return chosen.reshape(slots.size, -1), hidden
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "top"),
+    donate_argnames="state",
+    compiler_options=KEEP_ROUNDINGS,
+)
 def choose_tokens(
     config: Llama4Config,
     params: dict,
-    hidden: Float[Array, "L S D"],
-    slots: Int[Array, "G Q"],
+    hidden: Float[Array, "B D"],
     targets: Int[Array, "G Q"],
     choice: Choice,
     state: State,
@@ -182,21 +203,18 @@ def choose_tokens(
     """The next token at some places of a step, and the state with them.
 
     Args:
-        hidden: the decoder's output for all tokens of the step.
-        slots: the places, among the tokens of each group.
-        targets: the row of each; beyond the group's rows for none.
+        hidden: the decoder's output at these places.
+        targets: the row of each; beyond the rows of requests for none.
         top: as for `choose`.
     """
     groups, rows = state.previous.shape
-    hidden = hidden.reshape(groups, -1, hidden.shape[-1])
-    chosen_from = jnp.take_along_axis(hidden, slots[:, :, None], axis=1).reshape(slots.size, -1)
     group = jnp.arange(groups)[:, None]
     row = jnp.minimum(group * rows + targets, groups * rows - 1).reshape(-1)
-    logits = unembed(config, params, chosen_from)
+    logits = unembed(config, params, hidden)
     chosen = choose(logits, choice, state.counts, row, top=top)
     token = jnp.where(targets.reshape(-1) < rows, chosen.token, NO_TOKEN)
     counts = None if state.counts is None else count(state.counts, row, token)
-    previous = state.previous.at[group, targets].set(token.reshape(slots.shape), mode="drop")
+    previous = state.previous.at[group, targets].set(token.reshape(targets.shape), mode="drop")
     return jax.tree.map(on_all_devices, chosen), State(on_all_devices(previous), counts)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.batches import Batch, Sizes
@@ -20,6 +21,7 @@ from jaxmoe.generation.choices import (
     Writer,
     choose_tokens,
     has_penalties,
+    hidden_at,
     on_all_devices,
 )
 from jaxmoe.generation.completion import Completion, CompletionToken
@@ -36,7 +38,7 @@ from jaxmoe.generation.scheduler import Scheduler
 from jaxmoe.generation.vocab_logprobs import Logprobs, prompt_logprobs
 from jaxmoe.model import transformer
 from jaxmoe.model.kv_cache import fork_row
-from jaxmoe.model.steps import hidden_states, step
+from jaxmoe.model.steps import step
 from jaxmoe.model.transformer import unembed
 from jaxmoe.text import Tokenizer
 
@@ -189,8 +191,8 @@ class Engine:
         )
         self._scheduler.add(requests, prefixes)
         penalized = self._choices.penalized
-        counts = new_counts(layout.total, config.vocab_size) if penalized else None
-        self._state = State(jnp.zeros((layout.groups, layout.each), jnp.int32), counts)
+        counts = new_counts(layout.groups * layout.rows, config.vocab_size) if penalized else None
+        self._state = State(jnp.zeros((layout.groups, layout.rows), jnp.int32), counts)
         self.slots = self.tokens = self.steps = 0
 
     def run(self) -> Iterator[CompletionToken]:
@@ -214,12 +216,13 @@ class Engine:
             self.cache = fork_row(self._config, self.cache, *fork)
         if batch is None:
             return None
-        hidden, cache = step(
+        (chosen_from, hidden), cache = step(
             self._config,
             self._params,
             batch.inputs,
             self.cache,
-            readout=hidden_states,
+            readout=hidden_at,
+            arguments=(batch.slots,),
             restart=batch.restart,
             packing=batch.packing,
             previous=self._state.previous,
@@ -227,7 +230,7 @@ class Engine:
         )
         assert cache is not None
         self.cache = cache
-        chosen = self._choose(batch, hidden) if batch.writers else None
+        chosen = self._choose(batch, chosen_from) if batch.writers else None
         self.steps, self.slots = self.steps + 1, self.slots + batch.inputs.tokens.size
         self.tokens += batch.real
         return Unread(batch, chosen, *self._score(batch, hidden))
@@ -243,7 +246,7 @@ class Engine:
                 self._start_counts(group, int(batch.targets[group, slot]), row)
         choice, top = self._choices.of(writers)
         chosen, self._state = choose_tokens(
-            self._config, self._params, hidden, batch.slots, batch.targets, choice, self._state, top
+            self._config, self._params, hidden, batch.targets, choice, self._state, top
         )
         return chosen
 
@@ -324,7 +327,7 @@ def _shared(requests: Sequence[Request]) -> list[Prefix | None]:
 _start_counts = jax.jit(start_counts, donate_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "top"))
+@functools.partial(jax.jit, static_argnames=("config", "top"), compiler_options=KEEP_ROUNDINGS)
 def _prompt_logprobs(
     config: Llama4Config,
     params: dict,

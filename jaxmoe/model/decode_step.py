@@ -235,7 +235,7 @@ def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pages, cach
     )
     if cache_kind(spec).sharded:
         out = merge_over_devices(out, lse)
-    out = matmul_few(out.reshape(len(x), -1), (p["o"].reshape(-1, D),), **run)[0]
+    out = matmul_few(out.astype(x.dtype).reshape(len(x), -1), (p["o"].reshape(-1, D),), **run)[0]
     return _sum_over(out, "heads"), cache
 
 

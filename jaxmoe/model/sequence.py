@@ -99,7 +99,8 @@ def merge_over_devices(
     """Joins attention over the devices that hold a part of each row's cache.
 
     Args:
-        lse: the log-sum-exp of the scores of each device's part.
+        out: attention to each device's part of the keys; float32, or rounded twice.
+        lse: the log-sum-exp of the scores of that part.
         token_axes: the mesh axes that new tokens are sharded over; each device keeps its own.
     """
     slot_axes = meshes.sharded_axes("slots")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.model import transformer
 from jaxmoe.model.kv_cache import Cache, restart_rows
@@ -40,7 +41,10 @@ class Inputs(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "readout", "forward"), donate_argnames="cache"
+    jax.jit,
+    static_argnames=("config", "readout", "forward"),
+    donate_argnames="cache",
+    compiler_options=KEEP_ROUNDINGS,
 )
 def step(
     config: Llama4Config,
@@ -65,8 +69,8 @@ def step(
         arguments: arrays that `readout` takes beside the hidden states.
         restart: rows of the cache that are emptied before the new tokens are added.
         packing: as for `forward`.
-        previous: the last token that each row of the cache, by groups of rows, has written; the
-            one that `PREVIOUS` stands for among the new tokens.
+        previous: the last token that the first rows of each group of the cache's rows have
+            written; the one that `PREVIOUS` stands for among the new tokens.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
 
     Returns:

@@ -123,7 +123,7 @@ def decode_attention(
         k_coords = coords_of(case.rows, case.keys)
     q_range = case.mask.key_range(q_coords)
     out, lse = chosen.run(q, k, v, q_range, k_coords, table, case, config)
-    return (out, lse) if return_lse else out
+    return (out.astype(jnp.float32), lse) if return_lse else out.astype(q.dtype)
 
 
 def decode_implementation(

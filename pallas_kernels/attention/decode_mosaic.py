@@ -65,6 +65,7 @@ from pallas_kernels.mosaic import (
     full,
     half_masks,
     hopper_kernel,
+    whole_power,
     widen,
 )
 from pallas_kernels.platform import target
@@ -326,7 +327,7 @@ def _attend(
             scores = scores * along_rows(load_tokens(keys[1], ROWS), scores)
         if masked:
             scores = mask.scores(t, scores)
-        new_top = jnp.maximum(top, reduction.max(scores))
+        new_top = jnp.maximum(top, whole_power(reduction.max(scores)))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(scores - along_columns(new_top, scores))
         total = total * along_columns(shrink, total) + p

@@ -29,7 +29,7 @@ def config_for(case) -> FlashXlaConfig:
 
 
 def decode_xla(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, config: FlashXlaConfig):
-    """Output [B, H, S, d] and log-sum-exp [B, H, S]."""
+    """Output [B, H, S, d] and log-sum-exp [B, H, S], float32."""
     B, H, S, d = q.shape
     q_BKGSd = q.reshape(B, case.kv_heads, H // case.kv_heads, S, d)
     read = _in_rows if table is None else _in_pages

@@ -81,7 +81,9 @@ def flash_attention(
         mask: any other rule, in place of `causal` and `chunk`.
         in_order: promises that q_coords and k_coords are the same tokens, every segment contiguous
             and its positions strictly ascending.
-        return_lse: also give the natural log-sum-exp of the scaled scores.
+        return_lse: also give the natural log-sum-exp of the scaled scores, and the output in
+            float32, so that parts are rounded once, after they are joined ("xla" only; the others
+            round to q's dtype before).
         implementation: "mosaic_gpu", "cudnn", "splash" or "xla"; None for the fastest that serves
             the call, which `flash_implementation` names.
         config: sizes, of that implementation's config type; default: those tuned for the device.
@@ -102,7 +104,7 @@ def flash_attention(
     q_coords, k_coords = _coords(case, q_coords, k_coords)
     q_range = case.mask.key_range(q_coords)
     out, lse = chosen.run(q, k, v, q_range, k_coords, case, config)
-    return (out, lse) if return_lse else out
+    return (out.astype(jnp.float32), lse) if return_lse else out
 
 
 def flash_implementation(

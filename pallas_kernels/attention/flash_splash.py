@@ -96,7 +96,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _xla(case, config, q_range, k_coords, q, k, v):
-    return flash_xla.flash_xla(q, k, v, q_range, k_coords, case, flash_xla.FlashXlaConfig())
+    out, lse = flash_xla.flash_xla(q, k, v, q_range, k_coords, case, flash_xla.FlashXlaConfig())
+    return out.astype(q.dtype), lse
 
 
 def _splash(case, config, q_range, k_coords, q, k, v):

@@ -11,6 +11,7 @@ q and t are the sizes of one block of queries and of keys.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from pallas_kernels.platform import target
 
 HIGHEST = lax.Precision.HIGHEST
 MASKED = -1e30  # finite, so that exp(score - running_max) never meets inf - inf
+LN2 = math.log(2)
 GPU_BLOCK = 1024
 GPU_BYTES = 2**27  # of what one step of a loop on a GPU writes: scores, or widened keys and values
 
@@ -67,6 +69,7 @@ def power_of_two(size: int, most: int) -> int:
 class _XlaCall:
     scale: float
     rule: Rule
+    dtype: str  # of the output
 
 
 def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashXlaConfig):
@@ -74,7 +77,8 @@ def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashX
     B, H, S, d = q.shape
     K = k.shape[1]
     block_q, block_k = min(config.block_q, S), min(config.block_k, k.shape[2])
-    static = _XlaCall(case.scale, Rule.of(case, block_q, block_k, config.data_decides))
+    rule = Rule.of(case, block_q, block_k, config.data_decides)
+    static = _XlaCall(case.scale, rule, "float32" if case.return_lse else case.dtype)
     q_range, k_coords = pad_tokens(q_range, block_q), pad_tokens(k_coords, block_k)
     q_BKGSd = pad_axis(q, 2, block_q).reshape(B, K, H // K, -1, d)
     k, v = (pad_axis(x, 2, block_k) for x in (k, v))
@@ -154,12 +158,14 @@ def _flash(static: _XlaCall, q, k, v, q_range: KeyRange, k_coords: Coords):
     queries_of, keys_of = _cut(static, q, k, v, q_range, k_coords)
     if not static.rule.data_decides:
         attend = functools.partial(attend_pairs, static.scale, q, queries_of, keys_of)
-        return over_pairs(static.rule, q_range, k_coords, attend)
+        out, lse = over_pairs(static.rule, q_range, k_coords, attend)
+        return out.astype(static.dtype), lse
 
     def attend_block(_, block):
         i, seen = block
         queries, pairs = queries_of(i), chosen(every_block(len(seen)), seen)
-        return None, attend_pairs(static.scale, queries.q, lambda _: queries, keys_of, pairs)
+        out, lse = attend_pairs(static.scale, queries.q, lambda _: queries, keys_of, pairs)
+        return None, (out.astype(static.dtype), lse)
 
     seen = visible_pairs(static.rule, q_range, k_coords)
     _, (out, lse) = lax.scan(attend_block, None, (jnp.arange(len(seen)), seen))
@@ -176,6 +182,8 @@ def attend_pairs(
     scale: float, q_BKGSd, queries_of: Callable, keys_of: Callable, pairs: Pairs
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, K, G, S, d] and log-sum-exp, by a running maximum and sum (online softmax).
+
+    Both are float32.
 
     Args:
         queries_of: a block of queries and what they see, by its index.
@@ -196,18 +204,27 @@ def attend_pairs(
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
-    return (acc / total[..., None]).astype(q_BKGSd.dtype), lse
+    return acc / total[..., None], lse
 
 
 def _online_softmax(scale: float, state, queries: Queries, keys: Keys) -> list[jax.Array]:
     top, total, acc = state
     scores, allowed = _scores(scale, queries, keys)
-    new_top = jnp.maximum(top, scores.max(-1))
+    new_top = jnp.maximum(top, power_of_two_above(scores.max(-1)))
     p = jnp.where(allowed, jnp.exp(scores - new_top[..., None]), 0.0)
     shrink = jnp.exp(top - new_top)
     v = _seen(allowed, keys.v)
     acc = acc * shrink[..., None] + _dot("BKGqt,BKtd->BKGqd", p.astype(v.dtype), v)
     return [new_top, total * shrink + p.sum(-1), acc]
+
+
+def power_of_two_above(top: jax.Array) -> jax.Array:
+    """The least natural logarithm of a power of two that is no less.
+
+    Probabilities below different such maxima differ by a power of two, so that their roundings to
+    bfloat16 do not depend on which keys share a block.
+    """
+    return jnp.ceil(top / LN2) * LN2
 
 
 def _flash_forward(static, q, k, v, q_range, k_coords):

@@ -48,6 +48,7 @@ from pallas_kernels.mosaic import (
     grid_indices,
     hopper_kernel,
     tile,
+    whole_power,
 )
 
 LOG2E = math.log2(math.e)
@@ -177,7 +178,7 @@ def _attend(mma, scale, q_qd, p_2qt, k_ring, v_ring, turns, warpgroup, order, ma
         k_ring.release(t)
         if masked:
             scores = mask(t, scores)
-        new_top = jnp.maximum(top, scores.max(axis=1) * scale)
+        new_top = jnp.maximum(top, whole_power(scores.max(axis=1) * scale))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(scores * scale - along_rows(new_top, scores))
         p_at(t)[...] = p.astype(q_qd.dtype)

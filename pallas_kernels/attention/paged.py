@@ -45,7 +45,9 @@ def paged_attention(
     implementation: str | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "1 H S d"], Float[Array, "1 H S"]]:
-    """`flash_attention` to keys in pages of a pool; output and log-sum-exp; not differentiable.
+    """`flash_attention` to keys in pages of a pool; output and log-sum-exp, both float32.
+
+    It is not differentiable.
 
     Args:
         q: queries of several sequences, whose segments are in ascending order.
@@ -82,12 +84,12 @@ def _copied(options: dict[str, Any], at_once: int, q, k, v, q_coords, k_coords, 
         taken, owner = (cut(x, i * at_once) for x in (pages, segments))
         keys = _keys_of(k, v, k_coords, taken, owner, q.dtype)
         out, lse = flash_attention(q, *keys[:2], q_coords, keys.coords, return_lse=True, **options)
-        return out.astype(jnp.float32), lse
+        return out, lse
 
     used = -(-jnp.sum(segments != 0) // at_once)
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
     out, lse = lax.fori_loop(0, used, lambda i, state: merge_with_lse([state, part(i)]), nothing)
-    return out.astype(q.dtype), lse
+    return out, lse
 
 
 def _in_place(scale: float, mask: Mask, q, k, v, q_coords, k_coords, pages, segments):

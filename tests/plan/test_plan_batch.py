@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxmoe.config import SCOUT
-from jaxmoe.generation.choices import State, choose_tokens
+from jaxmoe.generation.choices import State, choose_tokens, hidden_at
 from jaxmoe.generation.counts import Counts
 from jaxmoe.generation.sampler import Bias, Choice, Draws, Penalties
 from jaxmoe.mesh import MeshConfig, sharding
 from jaxmoe.model.kv_cache import abstract_cache
 from jaxmoe.model.params import abstract_params
-from jaxmoe.model.steps import hidden_states, step
+from jaxmoe.model.steps import step
 from jaxmoe.plan.steps import abstract_batch
 from jaxmoe.plan.targets import absent_devices, parse_target
 from jaxmoe.plan.temporaries import batch_temporaries
@@ -39,11 +39,11 @@ def array(mesh, shape, dtype, *axes):
 
 def compile_choice(mesh, choice, counts, top):
     params = abstract_params(CONFIG, mesh, jnp.bfloat16)
-    hidden = array(mesh, (ROWS, 1, CONFIG.hidden_size), jnp.bfloat16)
-    slots = array(mesh, (1, ROWS), jnp.int32)
-    state = State(array(mesh, (1, ROWS + HOLDERS), jnp.int32), counts)
+    hidden = array(mesh, (ROWS, CONFIG.hidden_size), jnp.bfloat16)
+    targets = array(mesh, (1, ROWS), jnp.int32)
+    state = State(array(mesh, (1, ROWS), jnp.int32), counts)
     with jax.set_mesh(mesh):
-        arguments = CONFIG, params, hidden, slots, slots, choice, state, top
+        arguments = CONFIG, params, hidden, targets, choice, state, top
         return choose_tokens.lower(*arguments).compile(compiler_options())
 
 
@@ -54,7 +54,7 @@ def everything(mesh):
         array(mesh, (ROWS,), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32)
     )
     biases = (array(mesh, (ROWS, 8), dtype) for dtype in (jnp.int32, jnp.float32))
-    counts = (array(mesh, (ROWS + HOLDERS, V), x, None, "tensor") for x in (jnp.int16, jnp.bool_))
+    counts = (array(mesh, (ROWS, V), x, None, "tensor") for x in (jnp.int16, jnp.bool_))
     draws = Draws(ints, hashes, ints, floats, ints, floats, floats)
     allowed = array(mesh, (ROWS, V // 32), jnp.uint32)
     choice = Choice(draws, Penalties(floats, floats, floats), Bias(*biases), allowed)
@@ -67,8 +67,9 @@ def test_a_step_takes_what_the_plan_says(mesh):
     cache = abstract_cache(CONFIG, ROWS + HOLDERS, CONTEXT, jnp.bfloat16, mesh, tokens=CONTEXT)
     inputs, options = abstract_batch(mesh, groups=1, rows=ROWS + HOLDERS, tokens=TOKENS)
     params = abstract_params(CONFIG, mesh, jnp.bfloat16)
+    options |= {"readout": hidden_at, "arguments": (array(mesh, (1, ROWS), jnp.int32),)}
     with jax.set_mesh(mesh):
-        lowered = step.lower(CONFIG, params, inputs, cache, readout=hidden_states, **options)
+        lowered = step.lower(CONFIG, params, inputs, cache, **options)
     compiled = lowered.compile(compiler_options())
     planned = batch_temporaries(WORK, MESH, TOKENS)
     assert planned == pytest.approx(compiled.memory_analysis().temp_size_in_bytes, rel=1 / 3)

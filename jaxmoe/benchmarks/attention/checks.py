@@ -187,7 +187,7 @@ def _gradients(q, k, v, d_out, q_coords, k_coords, **options):
     """Outputs and gradients; cotangents reach the output and the finite log-sum-exps."""
     outputs, pull = jax.vjp(lambda q, k, v: _flash(q, k, v, q_coords, k_coords, options), q, k, v)
     d_lse = jnp.where(outputs["lse"] > -jnp.inf, d_out[..., 0].astype(jnp.float32), 0)
-    gradients = pull({"out": d_out, "lse": d_lse})
+    gradients = pull({"out": d_out.astype(outputs["out"].dtype), "lse": d_lse})
     return outputs | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
 
 

@@ -104,7 +104,7 @@ class RingCache(CacheKind):
         present = flash_attention(
             q, k, v, tokens.own, tokens.all, in_order=not axes, return_lse=True, **shared
         )
-        out = merge([past, present])  # pyrefly: ignore  # pairs, since return_lse
+        out = merge([past, present]).astype(q.dtype)  # pyrefly: ignore  # pairs, since return_lse
         # Without this barrier XLA writes all layers' rings last, and keeps their keys until then.
         return lax.optimization_barrier((out, new_cache))
 
@@ -137,4 +137,4 @@ def _attend_packed(
     )
     single, _ = attend_single(options, q, cache, tokens.own, step.pool.coords, rows, step.table[0])
     out = merge_single(rows, single, merge([past, present]), 2)  # pyrefly: ignore  # pairs
-    return lax.optimization_barrier((out, cache))
+    return lax.optimization_barrier((out.astype(q.dtype), cache))

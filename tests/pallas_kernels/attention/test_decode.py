@@ -108,7 +108,7 @@ def check(way, case, cache, q=None, **changes):
     q = draw(case, way.dtype)[0] if q is None else q
     out, lse = way.call(case, q, cache, **changes)
     want = judged(case, q, cache)
-    assert (out.dtype, lse.dtype) == (way.dtype, "float32")
+    assert (out.dtype, lse.dtype) == ("float32", "float32")
     assert_close(out, want.out, TOLERANCE[way.dtype])
     assert_close(lse, want.lse, TOLERANCE["float32"])
     assert_same_zeros(out, want.out)
@@ -188,6 +188,7 @@ def test_large_scores_do_not_overflow(way, format):
 def test_output_alone(way, format):
     q, cache = draw(FOUR, way.dtype)[0], whole(FOUR, format)
     out = way.call(FOUR, q, cache, return_lse=False)
+    assert out.dtype == way.dtype
     assert_close(out, judged(FOUR, q, cache).out, TOLERANCE[way.dtype])
 
 

@@ -109,7 +109,7 @@ def differentiated(options, coords, q, k, v, d_out, d_lse):
     """Results, differentiated by way of the output and of the log-sum-exp."""
     attend = functools.partial(forward, options, coords)
     (out, lse), transpose = jax.vjp(attend, q, k, v)
-    return Results(out, lse, *transpose((d_out, d_lse)))
+    return Results(out, lse, *transpose((d_out.astype(out.dtype), d_lse)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
