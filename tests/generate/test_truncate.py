@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.generation.document import new_document, read, truncate
+from jaxmoe.generation.document import Document, new_document, read, truncate
+from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.kv_cache import init_cache, round_capacity
 from jaxmoe.model.steps import Inputs, last_logits, prefill, step
@@ -59,3 +61,33 @@ def test_each_row_drops_its_own(model, spec):
         seen, places = [[*text[:length], text[-1]]], [[*range(length), int(position[0])]]
         want = reference.logits(model.hf_config, model.tensors, seen, positions=places)
         assert abs(np.asarray(ours) - want[0, -1]).max() < 1e-4
+
+
+@pytest.mark.parametrize("spec", ["data=1", "sequence=2,tensor=4"])
+def test_pages_without_tokens_are_free_again(tmp_path, spec):
+    """The scheduler counts on them: without, requests after the document would lose tokens."""
+    mesh = one_device() if spec == "data=1" else MeshConfig.parse(spec).make()
+    hf_config = tiny.scout_like(
+        num_hidden_layers=2, no_rope_layer_interval=2, hidden_size=32, attention_chunk_size=512
+    )
+    model = load_tiny(tmp_path, hf_config, tiny.random_tensors(hf_config, 3))
+    text = np.random.default_rng(0).integers(0, 120, 500).tolist()
+    requests = [Request(i, (i,), 180, Sampling(temperature=0.0)) for i in range(2)]
+    answers = []
+    with jax.set_mesh(mesh):
+        params = model.on(mesh)
+        for length in 500, 70:
+            *_, document = read(
+                model.config, params, new_document(model.config, params, 512), text[:length]
+            )
+            cache = truncate(document.cache, jnp.array([70]))
+            assert sum((pool.owner == 0).sum() for pool in cache.pools) == 2 + 2
+            chosen = {0: [], 1: []}
+            for request, token, _ in generate(
+                model.config, params, requests, requests[0].sampling,
+                document=Document(cache, 70), stop_ids=(),
+            ):  # fmt: skip
+                chosen[request.id].append(token)
+            answers.append(chosen)
+    assert answers[0] == answers[1]
+    assert all(len(tokens) == 180 for tokens in answers[0].values())

@@ -35,6 +35,7 @@ from jaxmoe.model.kv_cache.pages import (
     Pool,
     empty_pool,
     give_back,
+    give_back_empty,
     pool_index,
     take_pages,
     write_coords,
@@ -193,7 +194,8 @@ def truncate_rows(cache: Cache, length: Int[Array, "B"]) -> Cache:
 
     A token in a ring overwrites one that is a chunk, or a sliding window, before it. So the dropped
     tokens must be of one chunk with the last that stays; else, and with sliding windows always,
-    keep a copy of the cache. A row keeps its pages, and what it shares with others must stay.
+    keep a copy of the cache. Pages without a token are free again; what a row shares with others
+    must stay.
 
     Args:
         cache: whose rows have one segment each, from position 0 on.
@@ -203,7 +205,8 @@ def truncate_rows(cache: Cache, length: Int[Array, "B"]) -> Cache:
     def kept(pool: Pool, length) -> Pool:
         position, segment = pool.coords
         stays = (pool.owner < 0) | (position.T < length[jnp.maximum(pool.owner, 0)])
-        return pool._replace(coords=Coords(position, jnp.where(stays.T, segment, 0)))
+        left = Coords(position, jnp.where(stays.T, segment, 0))
+        return give_back_empty(pool._replace(coords=left))
 
     def body(pools, length):
         return tuple(kept(pool, length) for pool in pools)

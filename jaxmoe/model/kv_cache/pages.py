@@ -96,3 +96,12 @@ def give_back(pool: Pool, leaves: Bool[Array, "B"]) -> Pool:
         jnp.where(freed, FREE, pool.owner),
         jnp.where(leaves[:, None], 0, pool.table),
     )
+
+
+def give_back_empty(pool: Pool) -> Pool:
+    """The pool with those pages of rows free that hold no token any more."""
+    freed = (pool.owner >= 0) & ~jnp.any(pool.coords.segment != 0, axis=1)
+    return pool._replace(
+        owner=jnp.where(freed, FREE, pool.owner),
+        table=jnp.where(freed[pool.table], 0, pool.table),
+    )
