@@ -16,7 +16,8 @@ from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.kv_cache import cache_kind, cache_kinds, restart_rows
 from jaxmoe.model.kv_cache.pages import FREE, NULL
-from tests.conftest import one_device
+from tests import tiny
+from tests.conftest import load_tiny, one_device
 
 VOCABULARY, LONGEST, MOST = 120, 200, 24  # tokens of a text, and requests of a workload
 GREEDY = Sampling(temperature=0.0)
@@ -140,15 +141,22 @@ def test_a_prefix_is_computed_once(small):
         assert chosen.tolist() == answers[request.id]
 
 
-def test_a_row_that_writes_gets_a_token_in_every_step(small):
-    """Another reads a prompt of 3,000 tokens beside it."""
-    rng = np.random.default_rng(0)
-    writer = Request("writes", draw(rng, 5), 100, GREEDY)
-    reader = Request("reads", draw(rng, 3000), 1, GREEDY)
+@pytest.mark.parametrize(("length", "step_tokens"), [(3000, 64), (100_000, 512)])
+def test_a_row_that_writes_gets_a_token_in_every_step(tmp_path, length, step_tokens):
+    """Another reads a prompt beside it; of the long one only local layers, which take less time."""
+    hf_config = tiny.scout_like(
+        num_hidden_layers=2 if length < 10_000 else 1, no_rope_layer_interval=2, hidden_size=32,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=131_072,
+    )  # fmt: skip
+    model = load_tiny(tmp_path, hf_config, tiny.random_tensors(hf_config, 3))
+    rng, steps = np.random.default_rng(0), length // (step_tokens - 1) + 1
+    writer = Request("writes", draw(rng, 5), steps + 50, GREEDY)
+    reader = Request("reads", draw(rng, length), 1, GREEDY)
     with jax.set_mesh(one_device()):
         engine = Engine(
-            small.config, small.params, [writer, reader], rows=2, step_tokens=64, stop_ids=()
-        )
+            model.config, model.params, [writer, reader], rows=2, step_tokens=step_tokens,
+            stop_ids=(),
+        )  # fmt: skip
         order = [request.id for request, *_ in engine.run()]
-    assert order.index("reads") >= 3000 // 64  # one token of "writes" for each step till then
-    assert engine.steps <= 101 + 1
+    assert steps - 2 <= order.index("reads") <= steps + 2  # one token of "writes" for each step
+    assert engine.steps <= writer.max_new_tokens + 1

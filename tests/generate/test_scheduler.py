@@ -103,3 +103,21 @@ def test_a_step_takes_a_token_of_each_row_that_writes():
         for _, _, row, count in batch.writers:
             row.known = count + 1
     assert all("writes" in step for step in written[:50])
+
+
+def test_without_a_row_for_the_longest_prefix_a_shorter_one_is_shared():
+    rng = np.random.default_rng(0)
+    short = tuple(rng.integers(0, 100, 5 * PAGE).tolist())
+    long = short + tuple(rng.integers(0, 100, 20 * PAGE).tolist())
+    stems = [long, long, short, short]
+    requests, shared = requests_of([(*stem, 100 + i) for i, stem in enumerate(stems)]), {}
+
+    def after_step(groups):
+        rows = (row for row in groups[0] if row and row.request)
+        shared.update({r.request.id: len(r.parent.tokens) if r.parent else 0 for r in rows})
+
+    for holders, first in (2, long), (1, short):
+        scheduler = scheduler_of(requests, holders=holders)
+        assert sorted(served(scheduler, after_step)) == list(range(4))
+        assert scheduler._groups[0].free.free == (1000,)
+        assert shared == dict(enumerate(map(len, (first, first, short, short))))
