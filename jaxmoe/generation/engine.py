@@ -171,8 +171,10 @@ class Engine:
             self._completion(request)  # refuses what cannot be served, before anything runs
         after = 0 if document is None else document.length
         prefixes = _shared(requests)
-        rows = rows if len(requests) > 1 else 1  # two sizes, since steps are compiled for each
-        layout = lay_out(rows, (document is not None) + HOLDERS * any(prefixes))
+        if document is None:  # one layout for all calls, since steps are compiled for each
+            layout = lay_out(rows, HOLDERS)
+        else:  # whose cache is large, and rows of rings beside it are, too
+            layout = lay_out(rows if len(requests) > 1 else 1, 1 + HOLDERS * any(prefixes))
         if document is not None:
             longest = max(requests, key=lambda request: request.length)
             check_room(longest, document.room, "the document's cache")

@@ -205,3 +205,22 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(model, requests, sampl
     found = run(model, [bad, *requests[:3]], sampling, params=model.params | {"embed": embed})
     assert found.pop("bad") == ([NO_TOKEN], "error")
     assert found == alone
+
+
+def test_calls_of_any_length_run_the_same_programs(model, caplog):
+    """Of one request or of many: at most six sizes of steps, and three of choices."""
+    rng, compiled = np.random.default_rng(0), collections.Counter()
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level("WARNING"), jax.set_mesh(one_device()):
+        for i in range(24):
+            lengths = rng.integers(1, 50, (1, 1, 3, 8)[i % 4]).tolist()
+            requests = [
+                Request(n, tuple(rng.integers(0, 120, length).tolist()), 7)
+                for n, length in enumerate(lengths)
+            ]
+            list(generate(model.config, model.params, requests, GREEDY, step_tokens=512))
+    for record in caplog.records:
+        for program in ("step", "choose_tokens"):
+            compiled[program] += f"XLA compilation of jit({program})" in record.getMessage()
+    assert 3 <= compiled["step"] <= 6
+    assert compiled["choose_tokens"] == 3
