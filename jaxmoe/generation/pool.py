@@ -32,6 +32,7 @@ from jaxmoe.model.kv_cache import (
 )
 from jaxmoe.model.kv_cache.kind import Room
 from jaxmoe.model.kv_cache.pages import FREE
+from jaxmoe.model.kv_cache.ring import RingCache
 from pallas_kernels.attention import Coords
 
 HOLDERS = 4  # rows of a group that hold prefixes, where prompts share any
@@ -114,18 +115,26 @@ def new_cache(
     capacity = round_capacity(min(round_size(longest), config.max_position_embeddings))
     sizes = (layout.each * capacity,) * 2
     if layout.rows * capacity > ALL_ROWS:
-        sizes = (round_size(x) for x in _tokens(layout, requests, prefixes))
+        spans = [kind.span for kind in cache_kinds(config) if isinstance(kind, RingCache)]
+        sizes = (round_size(x) for x in _tokens(layout, requests, prefixes, max(spans, default=0)))
     full, rings = (layout.groups * size for size in sizes)
     return init_cache(config, layout.total, capacity, dtype, tokens=full, ring_tokens=rings)
 
 
 def _tokens(
-    layout: Layout, requests: Sequence[Request], prefixes: Sequence[Prefix | None]
+    layout: Layout, requests: Sequence[Request], prefixes: Sequence[Prefix | None], span: int
 ) -> tuple[int, int]:
-    """Tokens that the full cache and the rings of a group of rows need."""
+    """Tokens that the full cache and the rings of a group of rows need.
+
+    Args:
+        span: tokens of a row that a ring keeps, at most.
+    """
 
     def most(sizes, count: int) -> int:
         return sum(sorted(sizes, reverse=True)[:count])
+
+    def kept(sizes) -> list[int]:
+        return [min(size, span) for size in sizes]
 
     shared = [len(prefix.tokens) if prefix else 0 for prefix in prefixes]
     every = {part for prefix in prefixes if prefix for part in prefix.path}
@@ -137,7 +146,7 @@ def _tokens(
     after = [length - start for length, start in zip(lengths, shared, strict=True)]
     return (
         most(after, layout.rows) + most(own, layout.holders) + begun,
-        most(lengths, layout.rows) + most(read, layout.holders),
+        most(kept(lengths), layout.rows) + most(kept(read), layout.holders),
     )
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from jaxmoe.errors import UserError
 from jaxmoe.generation.engine import Request, generate
+from jaxmoe.generation.pool import HOLDERS, lay_out, new_cache
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
 from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.kv_cache import PAGE, cache_kinds
 from jaxmoe.model.steps import step
 from tests import reference, tiny
 from tests.conftest import load_tiny, one_device
@@ -224,3 +226,21 @@ def test_calls_of_any_length_run_the_same_programs(model, caplog):
             compiled[program] += f"XLA compilation of jit({program})" in record.getMessage()
     assert 3 <= compiled["step"] <= 6
     assert compiled["choose_tokens"] == 3
+
+
+def test_one_long_request_has_the_ring_of_one_row(model):
+    """Rows for others cost no rings: at 10 million tokens eight would be gigabytes."""
+    changes = {"max_position_embeddings": 131_072, "attention_chunk_size": 8192}
+    config = dataclasses.replace(model.config, **changes)
+    request = Request(0, (1,) * 100_000, 16, GREEDY)
+    with jax.set_mesh(one_device()):
+        layout = lay_out(8, HOLDERS)
+        cache = new_cache(config, "bf16", layout, [request], [None], None)
+    ring, full = (
+        pool.coords.segment.size
+        for kind, pool in sorted(
+            zip(cache_kinds(config), cache.pools, strict=True), key=lambda pair: pair[0].shares
+        )
+    )
+    assert full < 1.3 * request.length
+    assert ring <= config.attention_chunk_size + (2 * layout.total + 1) * PAGE
