@@ -28,7 +28,7 @@ from jaxmoe.generation.completion import Completion, CompletionToken
 from jaxmoe.generation.counts import new_counts, start_counts
 from jaxmoe.generation.document import Document
 from jaxmoe.generation.grammar import GrammarCompiler
-from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, new_cache, widen
+from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, layout_of, new_cache, widen
 from jaxmoe.generation.prefixes import Prefix, find_prefixes
 from jaxmoe.generation.request import ERROR, Request, Token, check_room, fit_context
 from jaxmoe.generation.rows import Row
@@ -171,11 +171,9 @@ class Engine:
             self._completion(request)  # refuses what cannot be served, before anything runs
         after = 0 if document is None else document.length
         prefixes = _shared(requests)
-        if document is None:  # one layout for all calls, since steps are compiled for each
-            layout = lay_out(rows, HOLDERS)
-        else:  # whose cache is large, and rows of rings beside it are, too
+        layout = layout_of(config, rows, requests)
+        if document is not None:  # a large cache, beside which no ring is had in vain
             layout = lay_out(rows if len(requests) > 1 else 1, 1 + HOLDERS * any(prefixes))
-        if document is not None:
             longest = max(requests, key=lambda request: request.length)
             check_room(longest, document.room, "the document's cache")
             self.cache = widen(config, document, layout)

@@ -35,7 +35,7 @@ from jaxmoe.model.kv_cache.pages import FREE
 from jaxmoe.model.kv_cache.ring import RingCache
 from pallas_kernels.attention import Coords
 
-HOLDERS = 4  # rows of a group that hold prefixes, where prompts share any
+HOLDERS = 4  # rows of a group that hold prefixes
 SMALLEST, POWERS_TO = 2048, 65_536  # tokens of a row; up to where they are a power of 2
 ALL_ROWS = 32_768  # tokens: where all rows can be the longest with no more, they can
 
@@ -77,6 +77,23 @@ def lay_out(rows: int, holders: int) -> Layout:
     return layout
 
 
+def layout_of(config: Llama4Config, rows: int, requests: Sequence[Request]) -> Layout:
+    """One layout for calls of all kinds, since steps are compiled for each, without a document.
+
+    But one row for one long request: its cache has a size of its own, and its steps would look at
+    the pages of the other rows.
+    """
+    if len(requests) == 1 and rows * _capacity(config, requests) > ALL_ROWS:
+        return lay_out(1, 0)
+    return lay_out(rows, HOLDERS)
+
+
+def _capacity(config: Llama4Config, requests: Sequence[Request]) -> int:
+    """Tokens of a row, in one of few sizes."""
+    longest = max(request.length for request in requests)
+    return round_capacity(min(round_size(longest), config.max_position_embeddings))
+
+
 def round_size(tokens: int) -> int:
     """A size of cache that holds so many tokens: of few sizes, since steps are compiled for each.
 
@@ -107,17 +124,16 @@ def new_cache(
     Raises:
         UserError: if that is too few for a request.
     """
-    most = max(requests, key=lambda request: request.length)
-    longest = most.length
-    if tokens is not None:
-        check_room(most, tokens)
-        return init_cache(config, layout.total, round_capacity(longest), dtype, tokens=tokens)
-    capacity = round_capacity(min(round_size(longest), config.max_position_embeddings))
-    sizes = (layout.each * capacity,) * 2
+    capacity = _capacity(config, requests)
+    sizes = (layout.rows * capacity,) * 2
     if layout.rows * capacity > ALL_ROWS:
         spans = [kind.span for kind in cache_kinds(config) if isinstance(kind, RingCache)]
         sizes = (round_size(x) for x in _tokens(layout, requests, prefixes, max(spans, default=0)))
     full, rings = (layout.groups * size for size in sizes)
+    if tokens is not None:
+        most = max(requests, key=lambda request: request.length)
+        check_room(most, tokens)
+        capacity, full, rings = round_capacity(most.length), tokens, min(rings, round_size(tokens))
     return init_cache(config, layout.total, capacity, dtype, tokens=full, ring_tokens=rings)
 
 

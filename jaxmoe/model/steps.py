@@ -61,6 +61,9 @@ def step(
 ) -> tuple[Any, Cache | None]:
     """Runs the decoder on new tokens, in one compiled program with what is read out of it.
 
+    It has compiler options, which JAX takes of no program within another: a `jit`, `scan` or `grad`
+    around it calls `step.__wrapped__`, and its own `jit` gets `compiler_options=KEEP_ROUNDINGS`.
+
     Args:
         params: as for `forward`.
         inputs: the new tokens.

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.errors import UserError
 from jaxmoe.generation.engine import Request, generate
-from jaxmoe.generation.pool import HOLDERS, lay_out, new_cache
+from jaxmoe.generation.pool import HOLDERS, lay_out, layout_of, new_cache
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.kv_cache import PAGE, cache_kinds
@@ -234,13 +234,12 @@ def test_one_long_request_has_the_ring_of_one_row(model):
     config = dataclasses.replace(model.config, **changes)
     request = Request(0, (1,) * 100_000, 16, GREEDY)
     with jax.set_mesh(one_device()):
-        layout = lay_out(8, HOLDERS)
-        cache = new_cache(config, "bf16", layout, [request], [None], None)
-    ring, full = (
-        pool.coords.segment.size
-        for kind, pool in sorted(
-            zip(cache_kinds(config), cache.pools, strict=True), key=lambda pair: pair[0].shares
-        )
-    )
-    assert full < 1.3 * request.length
-    assert ring <= config.attention_chunk_size + (2 * layout.total + 1) * PAGE
+        one = layout_of(config, 8, [request])
+        assert one.total == 1
+        for layout in one, lay_out(8, HOLDERS):
+            for tokens in None, 120_000:
+                cache = new_cache(config, "bf16", layout, [request], [None], tokens)
+                pools = zip(cache_kinds(config), cache.pools, strict=True)
+                size = {kind.shares: pool.coords.segment.size for kind, pool in pools}
+                assert size[True] < 1.3 * request.length
+                assert size[False] <= config.attention_chunk_size + (2 * layout.total + 1) * PAGE
