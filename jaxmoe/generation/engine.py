@@ -171,13 +171,13 @@ class Engine:
             self._completion(request)  # refuses what cannot be served, before anything runs
         after = 0 if document is None else document.length
         prefixes = _shared(requests)
-        layout = layout_of(config, rows, requests)
         if document is not None:  # a large cache, beside which no ring is had in vain
             layout = lay_out(rows if len(requests) > 1 else 1, 1 + HOLDERS * any(prefixes))
             longest = max(requests, key=lambda request: request.length)
             check_room(longest, document.room, "the document's cache")
             self.cache = widen(config, document, layout)
         else:
+            layout = layout_of(config, rows, requests)
             dtype = kv or params["embed"].dtype
             self.cache = new_cache(config, dtype, layout, requests, prefixes, cache_tokens)
         overhead = OVERHEAD.get(jax.default_backend(), READING_WEIGHTS)

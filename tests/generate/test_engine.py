@@ -210,7 +210,7 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(model, requests, sampl
 
 
 def test_calls_of_any_length_run_the_same_programs(model, caplog):
-    """Of one request or of many: at most six sizes of steps, and three of choices."""
+    """With one request or many: at most six sizes of steps, and three of choices."""
     rng, compiled = np.random.default_rng(0), collections.Counter()
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level("WARNING"), jax.set_mesh(one_device()):
