@@ -44,7 +44,7 @@ def decode_xla(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, config
         return Keys(_widened(k_j, q.dtype), _widened(v_j, q.dtype), coords)
 
     queries = Queries(q_BKGSd, q_range)
-    out, lse = attend_pairs(case.scale, q_BKGSd, lambda i: queries, widened, pairs)
+    out, lse = attend_pairs(case.scale, q_BKGSd, lambda i: queries, widened, pairs, part=True)
     return out.reshape(q.shape), lse.reshape(B, H, S)
 
 

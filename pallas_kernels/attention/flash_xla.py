@@ -70,6 +70,7 @@ class _XlaCall:
     scale: float
     rule: Rule
     dtype: str  # of the output
+    part: bool  # whether the output is joined with that of further keys
 
 
 def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashXlaConfig):
@@ -78,7 +79,8 @@ def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashX
     K = k.shape[1]
     block_q, block_k = min(config.block_q, S), min(config.block_k, k.shape[2])
     rule = Rule.of(case, block_q, block_k, config.data_decides)
-    static = _XlaCall(case.scale, rule, "float32" if case.return_lse else case.dtype)
+    dtype = "float32" if case.return_lse else case.dtype
+    static = _XlaCall(case.scale, rule, dtype, case.return_lse)
     q_range, k_coords = pad_tokens(q_range, block_q), pad_tokens(k_coords, block_k)
     q_BKGSd = pad_axis(q, 2, block_q).reshape(B, K, H // K, -1, d)
     k, v = (pad_axis(x, 2, block_k) for x in (k, v))
@@ -157,14 +159,18 @@ def _cut(static: _XlaCall, q, k, v, q_range: KeyRange, k_coords: Coords):
 def _flash(static: _XlaCall, q, k, v, q_range: KeyRange, k_coords: Coords):
     queries_of, keys_of = _cut(static, q, k, v, q_range, k_coords)
     if not static.rule.data_decides:
-        attend = functools.partial(attend_pairs, static.scale, q, queries_of, keys_of)
+        attend = functools.partial(
+            attend_pairs, static.scale, q, queries_of, keys_of, part=static.part
+        )
         out, lse = over_pairs(static.rule, q_range, k_coords, attend)
         return out.astype(static.dtype), lse
 
     def attend_block(_, block):
         i, seen = block
         queries, pairs = queries_of(i), chosen(every_block(len(seen)), seen)
-        out, lse = attend_pairs(static.scale, queries.q, lambda _: queries, keys_of, pairs)
+        out, lse = attend_pairs(
+            static.scale, queries.q, lambda _: queries, keys_of, pairs, part=static.part
+        )
         return None, (out.astype(static.dtype), lse)
 
     seen = visible_pairs(static.rule, q_range, k_coords)
@@ -179,7 +185,7 @@ def _join(blocks: jax.Array) -> jax.Array:
 
 
 def attend_pairs(
-    scale: float, q_BKGSd, queries_of: Callable, keys_of: Callable, pairs: Pairs
+    scale: float, q_BKGSd, queries_of: Callable, keys_of: Callable, pairs: Pairs, *, part: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, K, G, S, d] and log-sum-exp, by a running maximum and sum (online softmax).
 
@@ -188,6 +194,9 @@ def attend_pairs(
     Args:
         queries_of: a block of queries and what they see, by its index.
         keys_of: a block of keys, by its index.
+        part: whether the output is joined with that of further keys, by the log-sum-exp. Then it is
+            divided by the sum of the exact probabilities, as the joined one is; else by the sum of
+            what they were rounded to, so that a query that sees one key gives its value.
     """
 
     def visit(n, state):
@@ -199,23 +208,27 @@ def attend_pairs(
         return [_put(x, x_i, i, 3) for x, x_i in zip(state, new, strict=True)]
 
     rows = q_BKGSd.shape[:-1]
-    state = [jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_BKGSd.shape, jnp.float32)]
-    top, total, acc = lax.fori_loop(0, pairs.count, visit, state)
+    zeros = jnp.zeros(rows)
+    state = [jnp.full(rows, MASKED), zeros, zeros, jnp.zeros(q_BKGSd.shape, jnp.float32)]
+    top, total, rounded, acc = lax.fori_loop(0, pairs.count, visit, state)
     seen = total > 0
-    total = jnp.where(seen, total, 1.0)
+    total, rounded = (jnp.where(seen, x, 1.0) for x in (total, rounded))
     lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
-    return acc / total[..., None], lse
+    return acc / (total if part else rounded)[..., None], lse
 
 
 def _online_softmax(scale: float, state, queries: Queries, keys: Keys) -> list[jax.Array]:
-    top, total, acc = state
+    top, total, rounded, acc = state
     scores, allowed = _scores(scale, queries, keys)
     new_top = jnp.maximum(top, power_of_two_above(scores.max(-1)))
     p = jnp.where(allowed, jnp.exp(scores - new_top[..., None]), 0.0)
     shrink = jnp.exp(top - new_top)
     v = _seen(allowed, keys.v)
-    acc = acc * shrink[..., None] + _dot("BKGqt,BKtd->BKGqd", p.astype(v.dtype), v)
-    return [new_top, total * shrink + p.sum(-1), acc]
+    kept = jnp.finfo(v.dtype)
+    weights = lax.reduce_precision(p, kept.nexp, kept.nmant)  # XLA may leave out casts, not this
+    acc = acc * shrink[..., None] + _dot("BKGqt,BKtd->BKGqd", weights.astype(v.dtype), v)
+    rounded = rounded * shrink + weights.sum(-1)
+    return [new_top, total * shrink + p.sum(-1), rounded, acc]
 
 
 def power_of_two_above(top: jax.Array) -> jax.Array:

@@ -113,7 +113,7 @@ def _in_place(scale: float, mask: Mask, q, k, v, q_coords, k_coords, pages, segm
         return _keys_of(k, v, k_coords, taken, owner, q.dtype)
 
     pairs = _visible_pairs(q_range, block_q, k_coords, pages, segments, at_once)
-    out, lse = attend_pairs(scale, q_BKGSd, queries_of, keys_of, pairs)
+    out, lse = attend_pairs(scale, q_BKGSd, queries_of, keys_of, pairs, part=True)
     return out.reshape(1, H, -1, d)[:, :, :S], lse.reshape(1, H, -1)[:, :, :S]
 
 

@@ -82,3 +82,14 @@ def test_keys_in_any_number_of_parts():
 
     (at_once, _), *parts = (attend(slice(*ends)) for ends in [(None,), (100,), (100, None)])
     assert changed(at_once, merge(parts)) < FEW
+
+
+def test_a_query_that_sees_one_key_gives_its_value():
+    """Weights are divided by the sum of what they were rounded to."""
+    q, k, v = (
+        jnp.asarray(x, jnp.bfloat16)
+        for x in np.random.default_rng(0).normal(size=(3, 64, 1, 1, 64))
+    )
+    coords = Coords(*(jnp.ones((64, 1), jnp.int32),) * 2)
+    out = flash_attention(q, k, v, coords, coords, scale=SCALE, implementation="xla")
+    np.testing.assert_array_equal(out.astype(jnp.float32), v.astype(jnp.float32))
