@@ -47,10 +47,10 @@ def why_not_hopper(interpret: Any = None) -> str | None:
         interpret: the parameters of JAX's GPU interpreter, which needs no Hopper; None to run on
             the current device.
     """
-    if interpret is True:
-        return "interpret=True is for TPU kernels; give plgpu.InterpretGPUParams()"
-    if interpret:
+    if isinstance(interpret, plgpu.InterpretGPUParams):
         return None
+    if interpret:
+        return f"{interpret} is for TPU kernels; give plgpu.InterpretGPUParams()"
     device = target()
     if not device.is_hopper:
         return f"it needs an H100 or H200, and this is {device}"

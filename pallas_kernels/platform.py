@@ -18,7 +18,7 @@ class Target:
     Attributes:
         platform: "cpu", "gpu" or "tpu".
         device_kind: JAX's name, such as "NVIDIA H200" or "TPU v5".
-        num_cores: a GPU's streaming multiprocessors; None where JAX does not say.
+        num_cores: a GPU's streaming multiprocessors, a TPU's cores; None where JAX does not say.
     """
 
     platform: str

@@ -6,7 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import decode_config, decode_mosaic, decode_xla, flash_xla
+from pallas_kernels.attention import (
+    decode_config,
+    decode_mosaic,
+    decode_tpu,
+    decode_xla,
+    flash_xla,
+)
 from pallas_kernels.attention.checks import (
     check_coords,
     check_ranks,
@@ -64,6 +70,7 @@ IMPLEMENTATIONS = (
         decode_config.DecodeConfig,
         decode_config.config_for,
     ),
+    decode_tpu.IMPLEMENTATION,
     Implementation(
         "xla",
         lambda case: None,
@@ -106,8 +113,8 @@ def decode_attention(
         scale, causal, chunk, mask, return_lse, config, interpret: as for `flash_attention`.
         table: the pages of each row, in order. Entries past a row's end must be pages of
             padding (segment 0).
-        implementation: "mosaic_gpu" or "xla"; None for the fastest that serves the call, which
-            `decode_implementation` names.
+        implementation: "mosaic_gpu", "mosaic_tpu" or "xla"; None for the fastest that serves the
+            call, which `decode_implementation` names.
 
     Raises:
         ValueError: as `flash_attention`.

@@ -14,7 +14,14 @@ from pallas_kernels.attention.flash_xla import (
     attend_pairs,
     power_of_two,
 )
-from pallas_kernels.attention.masks import Coords, KeyRange, extents, pad_tokens, visible_blocks
+from pallas_kernels.attention.masks import (
+    Coords,
+    KeyRange,
+    extents,
+    joined_extents,
+    pad_tokens,
+    visible_blocks,
+)
 from pallas_kernels.attention.pages import extents_of_rows, rows_of_pages, without_padding
 from pallas_kernels.platform import target
 from pallas_kernels.quantized import Quantized, dequantize
@@ -73,18 +80,13 @@ def _in_pages(k, v, k_coords: Coords, table, block: int):
     pages = pad_axis(table, 1, at_once)
     real = jnp.arange(pages.shape[1]) < table.shape[1]
     extent = extents_of_rows(extents(k_coords, k.shape[2]), pages, real)
-    extent = jax.tree.map(lambda x: x.reshape(len(table), -1, at_once), extent)
 
     def keys_of(j):
         taken = lax.dynamic_slice_in_dim(pages, j * at_once, at_once, 1)
         counts = lax.dynamic_slice_in_dim(real, j * at_once, at_once)
         return rows_of_pages(k, v, k_coords, taken, counts)
 
-    first, last, low, high, whole = extent
-    return keys_of, extent._replace(
-        first=first.min(-1), last=last.max(-1), low=low.min(-1), high=high.max(-1),
-        whole=whole.all(-1),
-    )  # fmt: skip
+    return keys_of, joined_extents(extent, at_once)
 
 
 def _widened(x, dtype):

@@ -176,6 +176,12 @@ def extents(k: Coords, block: int) -> Extents:
     return Extents(*_extremes(k.position, real), *_extremes(k.segment, real), jnp.all(real, -1))
 
 
+def joined_extents(k: Extents, count: int) -> Extents:
+    """Those of blocks of `count` blocks, which divides their number."""
+    first, last, low, high, whole = (x.reshape(len(x), -1, count) for x in k)
+    return Extents(first.min(-1), last.max(-1), low.min(-1), high.max(-1), whole.all(-1))
+
+
 def visible_blocks(
     q: KeyRange, k: Extents, block_q: int
 ) -> tuple[Bool[Array, "B Nq Nk"], Bool[Array, "B Nq Nk"]]:

@@ -20,6 +20,7 @@ from pallas_kernels.attention.masks import (
     Extents,
     Mask,
     extents,
+    joined_extents,
     pad_tokens,
     visible_blocks,
 )
@@ -131,12 +132,8 @@ def _visible_pairs(q_range, block_q: int, k_coords, pages, segments, at_once: in
     """Blocks of queries and of pages of which some query may see some key."""
     first, last, _, _, whole = (x[pages, 0] for x in extents(k_coords, k_coords.segment.shape[1]))
     real = (first <= last) & (segments != 0)
-    extent = (
-        jnp.where(real, x, nothing).reshape(1, -1, at_once)
-        for x, nothing in zip((first, last, segments, segments, whole), NOTHING, strict=True)
-    )
-    reduce = (jnp.min, jnp.max, jnp.min, jnp.max, jnp.all)
-    blocks = Extents(*(f(x, axis=-1) for f, x in zip(reduce, extent, strict=True)))
-    some, _ = visible_blocks(q_range, blocks, block_q)
+    by_page = (first, last, segments, segments, whole)
+    extent = (jnp.where(real, x, nothing) for x, nothing in zip(by_page, NOTHING, strict=True))
+    some, _ = visible_blocks(q_range, joined_extents(Extents(*extent), at_once), block_q)
     i, j = (jnp.asarray(x.reshape(-1), jnp.int32) for x in np.indices(some.shape[1:]))
     return chosen(Pairs(i, j, len(i)), some[0].reshape(-1))

@@ -11,7 +11,9 @@ from jaxmoe import mesh as meshes
 from jaxmoe.model.kv_cache.pages import Pool
 from pallas_kernels.attention import Coords
 
-PAGE = 64  # tokens of a page
+PAGE = (
+    128  # tokens of a page: as many as a TPU vector has lanes, so that no array of a page is padded
+)
 
 
 def slot_shards(mesh=None) -> int:

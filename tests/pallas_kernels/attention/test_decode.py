@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels.attention import decode_attention, flash_xla
 from pallas_kernels.attention.decode_config import DecodeConfig
+from pallas_kernels.attention.tpu_plan import DecodeTpuConfig
 from pallas_kernels.compile.absent import absent_h100s, lower_for
 from tests.pallas_kernels.attention.cases import (
     SCALE,
@@ -33,6 +34,8 @@ from tests.pallas_kernels.attention.decode_cases import (
     whole,
 )
 from tests.pallas_kernels.hopper import INTERPRET, no_races
+from tests.pallas_kernels.tpu import INTERPRET as TPU_INTERPRET
+from tests.pallas_kernels.tpu import no_races as no_tpu_races
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,14 @@ MOSAIC_GPU = Way(
     interpret=INTERPRET,
     checked=no_races,
 )
-WAYS = XLA, XLA_BFLOAT16, XLA_OF_FIXED_LENGTH, MOSAIC_GPU
+MOSAIC_TPU = Way(
+    "mosaic_tpu",
+    "bfloat16",
+    DecodeTpuConfig(block_k=2 * BLOCK, slots=2, cores=2),
+    interpret=TPU_INTERPRET,
+    checked=no_tpu_races,
+)
+WAYS = XLA, XLA_BFLOAT16, XLA_OF_FIXED_LENGTH, MOSAIC_GPU, MOSAIC_TPU
 every_way = pytest.mark.parametrize("way", WAYS, ids=str)
 
 
@@ -123,7 +133,10 @@ def check(way, case, cache, q=None, **changes):
     + runs(XLA_OF_FIXED_LENGTH, ["int8"], FEW)
     + runs(MOSAIC_GPU, ["bfloat16"], CASES)
     + runs(MOSAIC_GPU, FORMATS, FEW)
-    + runs(MOSAIC_GPU, ["int8", "fp8"], LENGTHS),
+    + runs(MOSAIC_GPU, ["int8", "fp8"], LENGTHS)
+    + runs(MOSAIC_TPU, ["bfloat16"], CASES)
+    + runs(MOSAIC_TPU, FORMATS, FEW)
+    + runs(MOSAIC_TPU, ["int8", "fp8"], LENGTHS),
 )
 def test_output(way, format, case):
     """Whatever the types, the log-sum-exp is exact, and shows each key too many or too few."""

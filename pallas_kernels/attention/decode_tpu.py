@@ -1,0 +1,227 @@
+"""Decode attention on TPUs: few queries and a long cache, whose pages are read where they lie.
+
+The pages of each row are cut into blocks, and the blocks of all rows are one list, of which every
+core takes an equal run. A core copies blocks ahead of the one it attends to: with one copy if the
+block's pages follow each other in the pool, otherwise page by page. What cores have of one row is
+joined by the log-sum-exp.
+
+The queries of all heads that share keys are the rows of one small tile. Scales of a quantized cache
+multiply scores and probabilities, one number a key, never keys or values. int4 comes as two halves
+of the head size, each a product of its own.
+
+Shape letters: B rows, K key/value heads, P pages of the pool, t keys a page, d head size, R queries
+times heads of a group, rounded up to 8; N pages a block, n blocks of a row, C cores.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.arrays import pad_axis
+from pallas_kernels.attention.masks import Coords, KeyRange
+from pallas_kernels.attention.merge import merge_with_lse
+from pallas_kernels.attention.tpu_blocks import At, Blocks
+from pallas_kernels.attention.tpu_plan import DecodeTpuConfig, Runs, config_for, plan
+from pallas_kernels.attention.tpu_softmax import (
+    LOG2E,
+    PageMask,
+    Softmax,
+    Static,
+    attend_head,
+    of_queries,
+    page_mask,
+)
+from pallas_kernels.choice import Implementation
+from pallas_kernels.quantized import STORED, Quantized
+from pallas_kernels.tpu import LANES, SUBLANES, VMEM_BYTES, why_not_tpu
+
+MOST_BYTES = VMEM_BYTES // 3  # of all rows' queries and results, which stay on chip
+
+
+def why_not(case) -> str | None:
+    """Says why the kernel does not serve a `DecodeCase`; None if it does."""
+    if case.dtype not in ("bfloat16", "float32") or case.cache not in (case.dtype, *STORED):
+        return f"it takes bfloat16 or float32, not {case.dtype}, and not a cache of {case.cache}"
+    if _resident_bytes(case) > MOST_BYTES:
+        return f"{case.rows} rows of {case.queries} queries and {case.heads} heads exceed its VMEM"
+    stored = case.head_dim // (2 if case.cache == "int4" else 1)
+    if not case.interpret and (stored % LANES or (case.page or LANES) % LANES):
+        return (
+            f"it takes pages of a multiple of {LANES} keys, each of a multiple of {LANES} stored "
+            f"numbers, not {case.page} of {stored}: XLA would transpose the pool at every call"
+        )
+    return why_not_tpu(case.interpret)
+
+
+def _resident_bytes(case) -> int:
+    columns = -(-case.queries * case.heads // case.kv_heads // SUBLANES) * SUBLANES
+    return 4 * 3 * case.rows * case.kv_heads * columns * max(case.head_dim, LANES)
+
+
+def decode_tpu(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, config: DecodeTpuConfig):
+    """Output [B, H, S, d] and log-sum-exp [B, H, S], float32."""
+    B, H, S, d = q.shape
+    columns = H // case.kv_heads * S
+    q = q.reshape(B, case.kv_heads, columns, d)
+    if table is None:
+        return _of_rows(q, k, v, q_range, k_coords, case, config, (B, H, S, d))
+    padded = pad_axis(q, 2, SUBLANES)
+    out, lse = _decode(padded, k, v, q_range, k_coords, table, case, config)
+    return out[:, :, :columns].reshape(B, H, S, d), lse[:, :, :columns].reshape(B, H, S)
+
+
+def _decode(q_BKRd, k, v, q_range, k_coords, table, case, config):
+    (B, K, R, d), (_, _, page, _) = q_BKRd.shape, k.shape
+    pages, cores, slots = config.pages(page, K), config.cores, config.slots
+    runs, entries = plan(q_range, k_coords, table, pages, cores)
+    streams = [*jax.tree.leaves((k, v)), *k_coords]
+    parts = 2 if case.cache == "int4" else 1
+    static = Static(case.scale * LOG2E, case.queries, parts, isinstance(k, Quantized))
+    out_type = jax.ShapeDtypeStruct((cores, B, K, R, d), jnp.float32)
+    lse_type = jax.ShapeDtypeStruct((cores, B, K, R, LANES), jnp.float32)
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, static, pages),
+        out_shape=(out_type, lse_type),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(runs),
+            grid=(cores,),
+            in_specs=[
+                pl.BlockSpec(q_BKRd.shape, lambda core, *_: (0, 0, 0, 0)),
+                *[in_hbm] * (1 + len(streams)),
+            ],
+            out_specs=[
+                pl.BlockSpec((1, *x.shape[1:]), lambda core, *_: (core, 0, 0, 0, 0))
+                for x in (out_type, lse_type)
+            ],
+            scratch_shapes=_scratch(streams, pages, slots, (K, R, d), parts),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=case.interpret or False,
+        name="decode_attention",
+    )(*runs, q_BKRd, entries.list, *streams)
+    each = [(out[core], lse[core, ..., 0]) for core in range(cores)]
+    return merge_with_lse(each) if cores > 1 else each[0]
+
+
+def _scratch(streams: Sequence[Any], pages: int, slots: int, sizes, parts: int) -> list:
+    """In the order of the last arguments of `_kernel`."""
+    K, R, d = sizes
+    return [
+        pltpu.SMEM((2 * slots, 1, LANES), jnp.int32),
+        pltpu.SemaphoreType.DMA((2 * slots,)),
+        [pltpu.VMEM((slots, pages, *x.shape[1:]), x.dtype) for x in streams],
+        pltpu.SemaphoreType.DMA((slots,)),
+        Softmax(
+            pltpu.VMEM((K, R, LANES), jnp.float32),
+            pltpu.VMEM((K, R, LANES), jnp.float32),
+            pltpu.VMEM((K, parts, R, d // parts), jnp.float32),
+        ),
+    ]
+
+
+def _of_rows(q_BKRd, k, v, q_range, k_coords, case, config, shape):
+    """A cache without pages: each key head of a row is a row whose pages follow each other."""
+    B, K, columns, d = q_BKRd.shape
+    keys = k.shape[2]
+    page = next(size for size in (LANES, 64, 32, 16, 8, keys) if keys % size == 0)
+    pages = B * K * (keys // page)
+
+    def paged(leaf):  # [B, K, T, ...]
+        return leaf.reshape(pages, 1, page, *leaf.shape[3:])
+
+    def repeated(x):
+        return jnp.repeat(x, K, axis=0)
+
+    first, last, segment = map(repeated, q_range)
+    position, k_segment = (repeated(x).reshape(pages, page) for x in k_coords)
+    out, lse = _decode(
+        pad_axis(q_BKRd.reshape(B * K, 1, columns, d), 2, SUBLANES),
+        jax.tree.map(paged, k),
+        jax.tree.map(paged, v),
+        KeyRange(first, last, segment),
+        Coords(position, k_segment),
+        jnp.arange(pages, dtype=jnp.int32).reshape(B * K, -1),
+        case,
+        config,
+    )
+    return out[:, 0, :columns].reshape(shape), lse[:, 0, :columns].reshape(shape[:3])
+
+
+def _kernel(static: Static, pages: int, *refs):
+    runs, refs = Runs(*refs[: len(Runs._fields)]), refs[len(Runs._fields) :]
+    q_ref, list_ref, *streams = refs[:-7]
+    out_ref, lse_ref, entry, entry_copied, buffers, copied, softmax = refs[-7:]
+    blocks = Blocks(runs, list_ref, pages, entry, entry_copied, streams, buffers, copied)
+    core = pl.program_id(0)
+    count, start = runs.count[core], (runs.row[core], runs.block[core])
+    softmax.clear()
+    out_ref[...] = jnp.zeros_like(out_ref)
+    lse_ref[...] = jnp.full_like(lse_ref, -jnp.inf)
+
+    def if_any(act: Callable, number, at: At) -> None:
+        pl.when(number < count)(lambda: act(number, at))
+
+    def read_entry(number, at: At) -> None:
+        blocks.entry_copy(number, at).start()
+
+    def ahead(act: Callable, many: int) -> At:
+        at = start
+        for number in range(many):
+            if_any(act, number, at)
+            at = blocks.after(at)
+        return at
+
+    entries_ahead, blocks_ahead = blocks.listed - 1, blocks.slots - 1
+
+    def step(number, state):
+        next_entry, next_block, at = state
+        if_any(read_entry, number + entries_ahead, next_entry)
+        if_any(blocks.load, number + blocks_ahead, next_block)
+        blocks.wait(number, at)
+        row, block = at
+        begins = (number == 0) | (block == runs.start[row])
+        _attend(static, runs, blocks, number, at, begins, q_ref, softmax)
+
+        @pl.when((number == count - 1) | (block + 1 >= runs.stop[row]))
+        def _():
+            out_ref[0, row], lse_ref[0, row] = softmax.results()
+
+        return tuple(map(blocks.after, state))
+
+    listed = ahead(read_entry, entries_ahead)
+    lax.fori_loop(0, count, step, (listed, ahead(blocks.load, blocks_ahead), start))
+
+
+def _attend(static, runs, blocks: Blocks, number, at: At, begins, q_ref, softmax: Softmax):
+    """Adds a block to the softmax of every key head."""
+    slot = number & (blocks.slots - 1)
+    block = [buffer.at[slot] for buffer in blocks.buffers]
+    rows = q_ref.shape[2]
+
+    def add(pages: Sequence[PageMask] | None):
+        for head in range(q_ref.shape[1]):
+            of_head = Softmax(*(x.at[head] for x in softmax))
+            attend_head(static, q_ref[at[0], head], head, block[:-2], pages, begins, of_head)
+
+    @pl.when(~blocks.masked(at))
+    def _():
+        add(None)
+
+    @pl.when(blocks.masked(at))
+    def _():
+        seen = KeyRange(*(of_queries(x, at[0], static.queries, rows) for x in runs.q_range))
+        filled = blocks.of_entry(number, blocks.entries.filled)
+        coords = Coords(*block[-2:])
+        add([page_mask(coords, page, filled, seen) for page in range(blocks.pages)])
+
+
+IMPLEMENTATION = Implementation("mosaic_tpu", why_not, decode_tpu, DecodeTpuConfig, config_for)

@@ -1,0 +1,144 @@
+"""Sizes of the TPU decode kernel, and which blocks of pages each core visits.
+
+Shape letters are those of `decode_tpu`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from pallas_kernels import tuning
+from pallas_kernels.arrays import pad_axis
+from pallas_kernels.attention.masks import (
+    Coords,
+    KeyRange,
+    block_ranges,
+    extents,
+    joined_extents,
+    visible_blocks,
+)
+from pallas_kernels.attention.pages import extents_of_rows
+from pallas_kernels.tpu import LANES, num_cores
+
+MOST_PAGES = LANES - 2  # of a block: with two more numbers they fill an entry of the list
+LONG, SHORT = 4096, 512  # keys a block, of one long row and of many rows
+MANY_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTpuConfig:
+    """Sizes of the decode kernel.
+
+    Attributes:
+        block_k: keys and key heads a block.
+        slots: blocks in flight; a power of two.
+        cores: cores of a device that share the work.
+    """
+
+    block_k: int = SHORT
+    slots: int = 4
+    cores: int = 1
+
+    def pages(self, page: int, kv_heads: int) -> int:
+        """N: how many pages of so many keys a block has."""
+        return min(MOST_PAGES, max(1, self.block_k // (page * kv_heads)))
+
+
+def config_for(case) -> DecodeTpuConfig:
+    """The config tuned for the device, or else large blocks for few rows of many keys."""
+    few = case.rows < MANY_ROWS
+    if tuned := tuning.lookup("decode", cache=case.cache, head_dim=case.head_dim, few_rows=few):
+        return DecodeTpuConfig(**tuned, cores=num_cores())
+    long = few and case.keys >= 4 * LONG
+    return DecodeTpuConfig(LONG if long else SHORT, cores=num_cores())
+
+
+class Runs(NamedTuple):
+    """Where the cores go, in numbers that lie in scalar memory.
+
+    A core takes `count` blocks, from block `block` of row `row` on: the blocks of a row in order,
+    then those of the following row that has any.
+    """
+
+    start: Int[Array, "B"]  # the first block that a row's queries may see
+    stop: Int[Array, "B"]
+    full_start: Int[Array, "B"]  # from here up to full_stop, blocks need no mask
+    full_stop: Int[Array, "B"]
+    following: Int[Array, "B"]
+    row: Int[Array, "C"]
+    block: Int[Array, "C"]
+    count: Int[Array, "C"]
+    first: Int[Array, "B*S"]  # what queries see
+    last: Int[Array, "B*S"]
+    segment: Int[Array, "B*S"]
+
+    @property
+    def q_range(self) -> KeyRange:
+        """What queries see."""
+        return KeyRange(self.first, self.last, self.segment)
+
+
+class Entries(NamedTuple):
+    """The list of all blocks [B * n, 1, LANES], and what an element at an index of it says."""
+
+    list: Int[Array, "Bn 1 lanes"]
+    pages: int
+
+    @property
+    def filled(self) -> int:
+        """The index of how many of the block's first pages may hold tokens."""
+        return self.pages
+
+    @property
+    def together(self) -> int:
+        """The index of whether all of them do, and follow each other in the pool."""
+        return self.pages + 1
+
+
+def plan(
+    q_range: KeyRange, k_coords: Coords, table: Int[Array, "B pages"], pages: int, cores: int
+) -> tuple[Runs, Entries]:
+    """Which blocks of `pages` pages the cores visit, and the list of the blocks' pages."""
+    columns = table.shape[1]
+    table = pad_axis(table, 1, pages)
+    real = jnp.arange(table.shape[1]) < columns
+    by_page = extents_of_rows(extents(k_coords, k_coords.segment.shape[1]), table, real)
+    some, every = visible_blocks(q_range, joined_extents(by_page, pages), q_range.first.shape[1])
+    start, full_start, full_stop, stop = (x[:, 0] for x in block_ranges(some, every))
+    row, block, count = _shares(start, stop, cores)
+    runs = Runs(
+        start, stop, full_start, full_stop, _following(stop > start), row, block, count,
+        *(x.reshape(-1) for x in q_range),
+    )  # fmt: skip
+    return runs, _entries(table, by_page.first <= by_page.last, pages)
+
+
+def _shares(start, stop, cores: int):
+    """The row and the block where each core begins, and how many blocks it takes."""
+    ends = jnp.cumsum(stop - start)
+    share = -(-ends[-1] // cores)
+    begin = jnp.minimum(jnp.arange(cores, dtype=jnp.int32) * share, ends[-1])
+    row = jnp.sum(ends <= begin[:, None], -1, dtype=jnp.int32)
+    row = jnp.minimum(row, len(start) - 1)
+    block = start[row] + begin - (ends - (stop - start))[row]
+    return row, block, jnp.clip(ends[-1] - begin, 0, share)
+
+
+def _following(visited):
+    """For each row the next one that is visited; the last row if there is none."""
+    last = len(visited) - 1
+    own = jnp.where(visited, jnp.arange(last + 1, dtype=jnp.int32), last)
+    return jnp.append(lax.cummin(own, reverse=True)[1:], jnp.int32(last))
+
+
+def _entries(table, holds, pages: int) -> Entries:
+    table, holds = (x.reshape(-1, pages) for x in (table, holds))
+    filled = jnp.max(jnp.where(holds, jnp.arange(1, pages + 1), 0), -1)
+    in_turn = jnp.all(table[:, 1:] == table[:, :-1] + 1, -1)
+    together = (filled == pages) & in_turn
+    numbers = [table, filled[:, None], together[:, None]]
+    entries = jnp.concatenate([x.astype(jnp.int32) for x in numbers], 1)
+    return Entries(pad_axis(entries, 1, LANES)[:, None], pages)

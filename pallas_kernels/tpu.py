@@ -1,0 +1,38 @@
+"""What the TPU kernels share: where they run, and products that keep their operands' precision."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.platform import target
+
+LANES, SUBLANES = 128, 8
+VMEM_BYTES = 48 * 2**20  # of a kernel: every generation since v5p has 64 MiB a core or more
+
+
+def why_not_tpu(interpret=None) -> str | None:
+    """Says why a TPU kernel cannot run on the current device; None if it can.
+
+    Args:
+        interpret: `pltpu.InterpretParams()` or True run it without its hardware.
+    """
+    if interpret is True or isinstance(interpret, pltpu.InterpretParams):
+        return None
+    if interpret:
+        return "this kernel is for TPUs; give pltpu.InterpretParams()"
+    if target().platform != "tpu":
+        return f"it needs a TPU, and this is {target()}"
+    return None
+
+
+def num_cores() -> int:
+    """How many cores of the current TPU share a grid axis that is parallel: two on v5p."""
+    device = target()
+    return (device.num_cores or 1) if device.platform == "tpu" else 1
+
+
+def dot(x, y, *, transposed: bool = False):
+    """x [m, k] times y [k, n], or [n, k] transposed, in float32; float32 is not rounded."""
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
