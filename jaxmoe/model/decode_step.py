@@ -22,7 +22,6 @@ from jaxmoe import mesh as meshes
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.model.attention import Step
 from jaxmoe.model.kv_cache import (
-    PAGE,
     Cache,
     LayerCache,
     cache_kind,
@@ -37,6 +36,7 @@ from jaxmoe.model.params import layer_specs, map_arrays
 from jaxmoe.model.sequence import merge_over_devices
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention import Coords, decode_attention
+from pallas_kernels.attention.decode_config import PAGE_UNIT
 from pallas_kernels.mosaic import why_not_hopper
 from pallas_kernels.quantized import QuantizedMatrix
 from pallas_kernels.step import (
@@ -127,8 +127,8 @@ def why_not_sizes(
         return "it takes rotary layers with a ring, and others without a norm of queries and keys"
     if any(spec.rope and spec.temperature for spec in specs):
         return "it takes no layers with both rotation and temperature"
-    if any(cache_kind(spec).page % PAGE for spec in specs):
-        return f"it takes chunks that are multiples of {PAGE} tokens"
+    if any(cache_kind(spec).page % PAGE_UNIT for spec in specs):
+        return f"it takes chunks that are multiples of {PAGE_UNIT} tokens"
     experts = config.num_local_experts
     if experts % 8 or (experts > 32 and experts % 64):  # what TMA cuts the router into
         return f"it takes 8, 16, 24, 32 or a multiple of 64 experts, not {experts}"

@@ -56,8 +56,8 @@ def _why_not_mosaic(case: DecodeCase) -> str | None:
             f"it takes up to {decode_config.MAX_COLUMNS} queries times heads that share a key "
             f"head, not {columns}"
         )
-    if case.page is not None and case.page % 64:
-        return f"it takes pages of a multiple of 64 keys, not {case.page}"
+    if case.page is not None and case.page % decode_config.PAGE_UNIT:
+        return f"it takes pages of a multiple of {decode_config.PAGE_UNIT} keys, not {case.page}"
     return why_not_hopper(case.interpret)
 
 

@@ -16,6 +16,7 @@ from pallas_kernels.quantized import STORED
 
 WARPGROUPS = 2  # that compute
 COLUMN_UNIT = 8
+PAGE_UNIT = 64  # a page has a multiple of so many keys
 MAX_COLUMNS = 24  # with 32, ptxas spills registers
 EARLY_COLUMNS = 16  # with 24, it spills where values are widened while keys are multiplied
 

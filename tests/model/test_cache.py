@@ -28,7 +28,7 @@ def test_local_layers_keep_one_chunk_and_global_layers_the_sequence(small):
     """In pages, of which one is the null page."""
     cache = init_cache(small.config, 2, 256)
     pages = [(layer.k.shape[0], layer.k.shape[2]) for layer in cache.layers]
-    assert pages == [(3, 16), (1 + 2 * 4, PAGE)]
+    assert pages == [(3, 16), (1 + 2 * 256 // PAGE, PAGE)]
 
 
 def coords(positions, segments):
@@ -46,11 +46,15 @@ def free_pages(cache):
 
 
 def test_padding_takes_no_slot_and_the_last_chunk_fills_the_ring(small):
-    cache = init_cache(small.config, 1, 64)
+    cache = init_cache(small.config, 1, PAGE)
     new = coords([0, 0, *range(14, 19)], [0, 0, 1, 1, 1, 1, 1])
     writes, cache = plan_writes(small.config, cache, new)
     full, ring = writes.values()
-    assert full.index[0, 0].tolist() == [128, 128, 64, 65, 66, 67, 68]  # 128: nowhere
+    assert full.index[0, 0].tolist() == [
+        2 * PAGE,
+        2 * PAGE,
+        *range(PAGE, PAGE + 5),
+    ]  # the first two: nowhere
     assert ring.index[0, 0].tolist() == [32] * 4 + [16, 17, 18]  # 14 and 15 are a chunk behind
     assert cache.length.tolist() == [5]
     assert held(cache.full) == ([14, 15, 16, 17, 18], [1] * 5)
@@ -58,7 +62,7 @@ def test_padding_takes_no_slot_and_the_last_chunk_fills_the_ring(small):
 
 
 def test_a_restarted_row_holds_nothing(small):
-    cache = init_cache(small.config, 2, 64)
+    cache = init_cache(small.config, 2, PAGE)
     both = Coords(jnp.array([[0, 1]] * 2), jnp.ones((2, 2), jnp.int32))
     _, cache = plan_writes(small.config, cache, both)
     assert free_pages(cache) == 0
@@ -108,7 +112,7 @@ def test_one_long_row_and_many_short_ones_share_a_pool(small):
 def test_segments_far_apart_have_room_in_the_ring(small):
     """Each takes other pages of the ring, and all may be taken."""
     config = dataclasses.replace(small.config, attention_chunk_size=8192)
-    cache = init_cache(config, 1, 64)
+    cache = init_cache(config, 1, PAGE)
     for segment, start in enumerate((0, 1000, 2000, 3000), start=1):
         new = coords(range(start, start + 16), [segment] * 16)
         writes, cache = plan_writes(config, cache, new)
@@ -130,17 +134,17 @@ def test_without_free_pages_tokens_go_nowhere(small):
 def test_capacity_must_be_dealt_out(small):
     mesh = MeshConfig(sequence=8).make()
     assert round_capacity(1, mesh) == 8 * PAGE
-    with pytest.raises(UserError, match="must be 512"):
+    with pytest.raises(UserError, match=f"must be {8 * PAGE}"):
         init_cache(small.config, 1, 100, mesh=mesh)
 
 
 def test_unknown_formats_are_refused(small):
     with pytest.raises(UserError, match="'int2' is unknown; there are bf16, int8, fp8, int4"):
-        init_cache(small.config, 1, 64, "int2")
+        init_cache(small.config, 1, PAGE, "int2")
 
 
 def test_a_cache_made_without_the_mesh_is_refused(small):
-    cache = init_cache(small.config, 1, 64)
+    cache = init_cache(small.config, 1, PAGE)
     with (
         jax.set_mesh(MeshConfig(sequence=8).make()),
         pytest.raises(UserError, match=r"dealt out over 1 device\(s\) is used on a mesh with 8"),

@@ -96,7 +96,7 @@ def test_pages_are_free_of_their_past(model, kv):
     real = np.arange(150)[None] < np.array([[150], [20]])
     positions = np.broadcast_to(np.arange(150, dtype=np.int32), real.shape)
     segments, tokens = real.astype(np.int32), drawn(model.config, 2, 150)
-    new = init_cache(model.config, 2, 192, kv, tokens=192 + PAGE)
+    new = init_cache(model.config, 2, 2 * PAGE, kv, tokens=3 * PAGE)
     used = run(spoiled(model.params), new, np.full_like(tokens, BAD), positions, segments)
     assert is_spoiled(used.hidden[0]) and is_spoiled(used.hidden[1])
     used = restart_rows(used.cache, jnp.array([True, True]))
