@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxmoe.generation.request import Request
-from jaxmoe.model.kv_cache import PAGE
 
-SHORTEST = PAGE  # tokens that a prefix has beyond the one it begins with, at least
+SHORTEST = 64  # tokens that a prefix has beyond the one it begins with, at least
 DEEPEST = 3  # prefixes one after the other; each takes a row of the cache while it is in use
 
 

@@ -29,6 +29,8 @@ from pallas_kernels.mosaic import (
     tile,
 )
 from pallas_kernels.step.matmul import SLOTS, STEP, UNIT, pad_tokens, products, tokens_tile
+from pallas_kernels.step.tpu_experts import Busy, down_tpu, gate_up_tpu
+from pallas_kernels.tpu import why_not_tpu
 
 GATED_SLOTS = 6  # pipeline depth in steps, where a step has a tile of both gate and up
 
@@ -82,8 +84,11 @@ def experts_gate_up(
         expert: the expert of each token, as of `busy_experts`.
         router_weight: s for each token's routed expert; s is 1 for the shared expert.
         busy: from `busy_experts`.
-        interpret: parameters of the GPU interpreter, or None.
+        interpret: parameters of an interpreter, or None.
     """
+    if why_not_tpu(interpret) is None:
+        known = Busy(expert, router_weight, busy)
+        return gate_up_tpu(x, routed, shared, known, interpret=interpret)
     C, F = -(-x.shape[0] // UNIT) * UNIT, shared[0].shape[1]
     matrix = tile(GATED_SLOTS, STEP, STEP)
     kernel = hopper_kernel(
@@ -153,8 +158,11 @@ def experts_down(
         shared: down of the shared expert.
         expert: the expert of each token, as of `busy_experts`.
         busy: from `busy_experts`.
-        interpret: parameters of the GPU interpreter, or None.
+        interpret: parameters of an interpreter, or None.
     """
+    if why_not_tpu(interpret) is None:
+        known = Busy(expert, jnp.ones(expert.shape, jnp.float32), busy)
+        return down_tpu(hidden, routed, shared, known, interpret=interpret)
     (N, C, _), D = hidden.shape, shared.shape[1]
     kernel = hopper_kernel(
         functools.partial(_down_kernel, N),

@@ -26,6 +26,8 @@ from pallas_kernels.mosaic import (
 )
 from pallas_kernels.quantized import LARGEST, Quantized
 from pallas_kernels.step.matmul import UNIT, tokens_tile
+from pallas_kernels.step.tpu_heads import write_heads_tpu
+from pallas_kernels.tpu import why_not_tpu
 
 ROW_UNIT = 128  # bytes: the alignment in shared memory that TMA requires
 Keys = Float[Array, "P K t d"] | Quantized
@@ -72,8 +74,11 @@ def write_heads(
         heads: H.
         norm_eps: the epsilon of the RMS norm of rotated queries and keys; None for no norm.
         dtype: of the queries.
-        interpret: parameters of the GPU interpreter, or None.
+        interpret: parameters of an interpreter, or None.
     """
+    if why_not_tpu(interpret) is None:
+        sizes = {"heads": heads, "norm_eps": norm_eps, "dtype": dtype}
+        return write_heads_tpu(qkv, plan, k, v, **sizes, interpret=interpret)
     T, (_, K, _, _), d = plan.slot.shape[0], k.shape, k.shape[3]
     caches = [jax.tree.map(jax.new_ref, x) for x in (k, v)]
     rows = T if T < UNIT else -(-T // UNIT) * UNIT

@@ -20,6 +20,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.mosaic import WARPGROUP, Ring, accumulate, hopper_kernel, tile
 from pallas_kernels.platform import target
+from pallas_kernels.step.tpu_matmul import matmul_tpu
+from pallas_kernels.tpu import why_not_tpu
 
 MAX_TOKENS = WARPGROUP
 UNIT = 8  # rows of a tile that TMA copies at once
@@ -80,9 +82,12 @@ def matmul_few(
         x: up to 64 tokens, bfloat16.
         weights: matrices of D inputs, each of a multiple of 64 outputs, or of fewer than 64. The
             outputs of all are a multiple of 32, or fewer: what TMA cuts arrays into.
-        parts: into how many parts the inputs are cut; None for as many as occupy the device.
-        interpret: parameters of the GPU interpreter, or None.
+        parts: into how many parts the inputs are cut; None for as many as occupy the device. On
+            TPUs it is one.
+        interpret: parameters of an interpreter, or None.
     """
+    if why_not_tpu(interpret) is None:
+        return matmul_tpu(x, weights, interpret=interpret)
     T, x = -(-x.shape[0] // UNIT) * UNIT, pad_tokens(x)
     tiles = tuple(-(-w.shape[1] // STEP) for w in weights)
     F = sum(w.shape[1] for w in weights)

@@ -12,6 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic import COLUMNS, WARPGROUP, WGMMA, along_rows, hopper_kernel
+from pallas_kernels.step.tpu_norm import add_rms_norm_tpu
+from pallas_kernels.tpu import why_not_tpu
 
 UNIT = 8 * WARPGROUP  # widths are multiples of it, so that each of 64 rows has a multiple of 8
 
@@ -38,8 +40,10 @@ def add_rms_norm(
         more: what to add to it, rounded to x's dtype first; None adds nothing.
         weight: the norm's weight.
         eps: the norm's epsilon.
-        interpret: parameters of the GPU interpreter, or None.
+        interpret: parameters of an interpreter, or None.
     """
+    if why_not_tpu(interpret) is None:
+        return add_rms_norm_tpu(x, more, weight, eps, interpret=interpret)
     T, D = x.shape
     cut = WARPGROUP, D // WARPGROUP
     outputs = (jax.ShapeDtypeStruct((T, *cut), x.dtype),) * (1 if more is None else 2)

@@ -21,11 +21,10 @@ from pallas_kernels.step import (
     write_heads,
 )
 from pallas_kernels.step.heads import swap_pairs
+from tests.pallas_kernels import hopper, tpu
 from tests.pallas_kernels.attention.cases import assert_close
-from tests.pallas_kernels.hopper import INTERPRET, no_races
 
-RUN = {"interpret": INTERPRET}
-pytestmark = pytest.mark.hopper
+HARDWARE = {"hopper": hopper, "tpu": tpu}
 PAGES, PAGE, d = 6, 64, 128
 
 
@@ -33,9 +32,22 @@ def draw(seed, *shape, dtype=jnp.bfloat16):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def interpreted(function, *arguments):
-    with no_races():
-        return jax.block_until_ready(jax.jit(functools.partial(function, **RUN))(*arguments))
+@pytest.fixture(params=[pytest.param("hopper", marks=pytest.mark.hopper), "tpu"])
+def interpreted(request):
+    """Runs a function with the parameters of an interpreter, and finds no race."""
+    hardware = HARDWARE[request.param]
+
+    def run(function, *arguments):
+        run = jax.jit(functools.partial(function, interpret=hardware.INTERPRET))
+        with hardware.no_races():
+            return jax.block_until_ready(run(*arguments))
+
+    run.hardware = request.param
+    return run
+
+
+WIDTHS = {"hopper": (128, 64, 32), "tpu": (256, 128, 128)}  # of matrices side by side
+PARTS = {"hopper": 2, "tpu": 1}
 
 
 def exact(x):
@@ -47,11 +59,13 @@ def bad_first_row(x, bad):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 8, 20, 64])
-def test_matmul(tokens):
-    """Multiplies by three matrices, one narrower than a tile; catches lost tokens and parts."""
-    x, weights = draw(0, tokens, 256), [draw(i, 256, n) for i, n in ((1, 128), (2, 64), (3, 32))]
+def test_matmul(interpreted, tokens):
+    """Multiplies by three matrices, on Hopper one narrower than a tile; catches lost tokens."""
+    widths = WIDTHS[interpreted.hardware]
+    x, weights = draw(0, tokens, 256), [draw(i, 256, n) for i, n in enumerate(widths, 1)]
     out = interpreted(lambda x, *w, **run: matmul_few(x, w, parts=2, **run), x, *weights)
-    assert out.shape == (2, -(-tokens // 8) * 8, 224)
+    parts = PARTS[interpreted.hardware]
+    assert out.shape == (parts, -(-tokens // 8) * 8, sum(widths))
     want = np.concatenate([exact(x) @ exact(w) for w in weights], 1)
     assert_close(exact(out).sum(0)[:tokens], want, 1e-5)
 
@@ -67,7 +81,7 @@ def test_widths_lower_for_hopper(widths):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_token_reaches_no_other_in_products(bad):
+def test_a_bad_token_reaches_no_other_in_products(interpreted, bad):
     x, w = draw(0, 3, 128), draw(1, 128, 64)
     run = functools.partial(interpreted, lambda x, w, **run: matmul_few(x, (w,), **run)[0])
     np.testing.assert_array_equal(run(bad_first_row(x, bad), w)[1:3], run(x, w)[1:3])
@@ -75,7 +89,7 @@ def test_a_bad_token_reaches_no_other_in_products(bad):
 
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_norm(tokens, adds):
+def test_norm(interpreted, tokens, adds):
     """Results are bit-equal to the layers', which round at the same points; one token is NaN."""
     x, weight = draw(0, tokens, 512), draw(1, 512)
     more = draw(2, 8, 512, dtype=jnp.float32) if adds else None
@@ -113,7 +127,7 @@ def head_plan(tokens, local, place):
     [(None, True, 1e-5), (None, False, None), ("int8", True, None), ("int8", False, None),
      ("fp8", True, 1e-5), ("int4", False, None)],
 )  # fmt: skip
-def test_heads(format, local, norm_eps):
+def test_heads(interpreted, format, local, norm_eps):
     """Queries and cache are bit-equal to those of the layers' functions and of `write`."""
     T, H, K = 3, 4, 2
     place = np.array([70, PAGES * PAGE, 3], np.int32)  # the second token is not written
@@ -179,7 +193,7 @@ def gated(x, weights, router_weight=1.0):
         (0, [0, 0, 0], True),  # a dense layer
     ],
 )
-def test_experts(experts, expert, shared_here):
+def test_experts(interpreted, experts, expert, shared_here):
     """Each token gets its expert's and the shared expert's result, and no other's."""
     T = len(expert)
     x, router_weight = draw(0, T, 256), np.linspace(0.2, 0.9, T, dtype=np.float32)
@@ -198,7 +212,7 @@ def test_experts(experts, expert, shared_here):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["token", "expert"])
-def test_what_is_bad_in_the_experts_stays_there(where, bad):
+def test_what_is_bad_in_the_experts_stays_there(interpreted, where, bad):
     """NaN in a token or in an expert's matrices leaves tokens of other experts bit-equal."""
     x, router_weight, expert = (
         draw(0, 3, 256),

@@ -1,0 +1,88 @@
+"""Multiplies up to 64 tokens by one or several matrices on TPUs, each of which is read once.
+
+Shape letters: C tokens, rounded up to 8; D inputs, F outputs of all matrices together, n a tile of
+outputs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.arrays import pad_axis
+from pallas_kernels.step.tpu_stream import (
+    IN_HBM,
+    SLOTS,
+    Matrix,
+    Outbox,
+    buffers,
+    copy_tile,
+    multiply,
+    share_of_core,
+    stream,
+    tile_at,
+    tile_width,
+)
+from pallas_kernels.tpu import SUBLANES, VMEM_BYTES, num_cores
+
+
+def matmul_tpu(
+    x: Float[Array, "tokens D"], weights: tuple[Matrix, ...], *, interpret=None
+) -> Float[Array, "1 C F"]:
+    """x @ concatenate(weights, axis=1) in float32; arguments as for `matmul_few`."""
+    x = pad_axis(x, 0, SUBLANES)
+    widths = [w.shape[1] for w in weights]
+    n, tokens = tile_width(weights[0], *widths), x.shape[0]
+    tiles = tuple(width // n for width in widths)
+    kernel = pl.pallas_call(
+        functools.partial(_kernel, tiles, len(jax.tree.leaves(weights[0]))),
+        out_shape=jax.ShapeDtypeStruct((tokens, sum(widths)), jnp.float32),
+        grid=(num_cores(),),
+        in_specs=[
+            pl.BlockSpec(x.shape, lambda core: (0, 0)),
+            *[IN_HBM] * len(jax.tree.leaves(weights)),
+        ],
+        out_specs=IN_HBM,
+        scratch_shapes=[
+            buffers(weights[0], n),
+            pltpu.SemaphoreType.DMA((SLOTS,)),
+            Outbox.types(tokens, n, jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=interpret or False,
+        name="matmul_few",
+    )
+    return kernel(x, *jax.tree.leaves(weights))[None]
+
+
+def _kernel(tiles, leaves_each, x_ref, *refs):
+    *weights, out_ref, ring, copied, outbox = refs
+    matrices = [weights[i : i + leaves_each] for i in range(0, len(weights), leaves_each)]
+    begin, end = share_of_core(sum(tiles))
+    n, outbox = ring[-1].shape[-1], Outbox(*outbox)
+
+    def copies(tile, slot, act):
+        first = 0
+        for matrix, count in zip(matrices, tiles, strict=True):
+
+            @pl.when((tile >= first) & (tile < first + count))
+            def _(matrix=matrix, first=first):
+                outputs = pl.ds((tile - first) * n, n)
+                copy_tile(tile_at(matrix, outputs), ring, slot, copied, act)
+
+            first += count
+
+    def to(tile):
+        return out_ref.at[:, pl.ds(tile * n, n)]
+
+    def use(tile, slot):
+        value = multiply(x_ref[...], [buffer.at[slot] for buffer in ring])
+        outbox.put(tile - begin, value, to(tile))
+
+    stream(begin, end, copies, use)
+    outbox.close(end - begin, to(0))

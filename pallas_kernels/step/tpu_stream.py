@@ -1,0 +1,125 @@
+"""What the TPU kernels of a decode step share: matrices that arrive tile by tile, ahead of use.
+
+A tile is some outputs of a matrix, which is a plain array [..., inputs, outputs] or a
+`QuantizedMatrix`; the latter stays quantized until a tile is on chip.
+
+Shape letters: C tokens, rounded up to 8; D inputs, n outputs of a tile.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.quantized import QuantizedMatrix
+from pallas_kernels.tpu import LANES, dot
+
+SLOTS = 4  # tiles in flight; a power of two
+TILE_BYTES = 3 * 2**19  # of a tile, at most: its copy takes a microsecond or two
+IN_HBM = pl.BlockSpec(memory_space=pltpu.HBM)
+Matrix = jax.Array | QuantizedMatrix
+
+
+def tile_width(matrix: Matrix, *widths: int) -> int:
+    """n: a multiple of 128 outputs that divides all widths, or one width that is less than 128."""
+    if max(widths) < LANES:
+        return widths[0]
+    outputs = math.prod(matrix.shape[:-2]) * matrix.shape[-1]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(matrix)) // outputs
+    most = max(1, TILE_BYTES // size // LANES)
+    tiles = (LANES * count for count in range(most, 0, -1))
+    return next(n for n in tiles if all(width % n == 0 for width in widths))
+
+
+def buffers(matrix: Matrix, n: int) -> list:
+    """Scratch for `SLOTS` tiles."""
+    if not isinstance(matrix, QuantizedMatrix):
+        return [pltpu.VMEM((SLOTS, matrix.shape[-2], n), matrix.dtype)]
+    values, scale = jax.tree.leaves(matrix)
+    return [
+        pltpu.VMEM((SLOTS, n, values.shape[-1]), values.dtype),
+        pltpu.VMEM((SLOTS, scale.shape[-2], n), scale.dtype),
+    ]
+
+
+def tile_at(refs: Sequence[Any], outputs: pl.Slice, *outer) -> list:
+    """References to a tile of a matrix whose leaves are at `refs`; `outer` says which matrix."""
+    if len(refs) == 1:
+        return [refs[0].at[*outer, :, outputs]]
+    return [refs[0].at[*outer, outputs], refs[1].at[*outer, :, outputs]]
+
+
+def multiply(x: jax.Array, tile: Sequence[Any]) -> jax.Array:
+    """x [C, D] times a tile that is on chip: [C, n] float32."""
+    if len(tile) == 1:
+        return dot(x, tile[0][...])
+    values, scale = tile
+    return dot(x, values[...].astype(x.dtype), transposed=True) * scale[...]
+
+
+def copy_tile(sources: Sequence[Any], goes: Sequence[Any], slot, copied, act: Callable) -> None:
+    """Does `act` with the copy of each part of a tile to its buffer's slot."""
+    for source, buffer in zip(sources, goes, strict=True):
+        act(pltpu.make_async_copy(source, buffer.at[slot], copied.at[slot]))
+
+
+def share_of_core(total) -> tuple[Any, Any]:
+    """Which tiles, of so many, this core takes: from the first up to the second."""
+    core, cores = pl.program_id(0), pl.num_programs(0)
+    share = (total + cores - 1) // cores
+    begin = jnp.minimum(core * share, total)
+    return begin, jnp.minimum(begin + share, total)
+
+
+def stream(begin, end, copies: Callable, use: Callable) -> None:
+    """Uses tiles in order, while the next ones arrive.
+
+    Args:
+        begin, end: the first tile, and one past the last.
+        copies: `copies(tile, slot, act)` does `act` with each copy that a tile needs.
+        use: `use(tile, slot)`.
+    """
+
+    def start(tile) -> None:
+        pl.when(tile < end)(lambda: copies(tile, tile & (SLOTS - 1), lambda copy: copy.start()))
+
+    for ahead in range(SLOTS - 1):
+        start(begin + ahead)
+
+    @pl.loop(begin, end)
+    def _(tile):
+        start(tile + SLOTS - 1)
+        copies(tile, tile & (SLOTS - 1), lambda copy: copy.wait())
+        use(tile, tile & (SLOTS - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outbox:
+    """Results that are copied to HBM while the next ones are computed."""
+
+    tiles: Any  # [SLOTS, C, n] in VMEM
+    copied: Any
+
+    @staticmethod
+    def types(tokens: int, n: int, dtype) -> list:
+        """Scratch, in the order of the attributes."""
+        return [pltpu.VMEM((SLOTS, tokens, n), dtype), pltpu.SemaphoreType.DMA((SLOTS,))]
+
+    def put(self, number, value: jax.Array, to) -> None:
+        """Sends the result of a number, which counts this core's from 0."""
+        slot = number & (SLOTS - 1)
+        copy = pltpu.make_async_copy(self.tiles.at[slot], to, self.copied.at[slot])
+        pl.when(number >= SLOTS)(copy.wait)  # all copies are of one size
+        self.tiles[slot] = value.astype(self.tiles.dtype)
+        copy.start()
+
+    def close(self, count, to) -> None:
+        """Waits until all of `count` results are there; `to` is where any of them goes."""
+        for slot in range(SLOTS):
+            copy = pltpu.make_async_copy(self.tiles.at[slot], to, self.copied.at[slot])
+            pl.when(slot < count)(copy.wait)
