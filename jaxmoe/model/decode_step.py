@@ -51,6 +51,7 @@ from pallas_kernels.step import (
     why_not_norm,
     write_heads,
 )
+from pallas_kernels.tpu import why_not_tpu
 
 HEAD_DIM = 128
 MOST_COLUMNS = 24  # query heads that share a key head
@@ -106,7 +107,8 @@ def why_not_fused(
         return "it takes meshes on which tokens need not travel to their experts"
     tensor = 1 if mesh is None else meshes.axis_size(mesh, "ffn")
     rows //= row_groups(len(cache.length))
-    return why_not_sizes(config, tensor, rows, jnp.dtype(dtype).name) or why_not_hopper(interpret)
+    reason = why_not_sizes(config, tensor, rows, jnp.dtype(dtype).name)
+    return reason or (why_not_tpu(interpret) and why_not_hopper(interpret))
 
 
 def why_not_sizes(
@@ -218,7 +220,7 @@ def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pages, cach
     """The output projection's sum over devices, float32, and the cache with the new tokens."""
     spec = config.attention_spec(kind)
     D, heads, d = p["q"].shape
-    qkv = matmul_few(x, tuple(p[name].reshape(D, -1) for name in "qkv"), parts=None, **run)
+    qkv = matmul_few(x, tuple(p[name] for name in "qkv"), parts=None, **run)
     norm_eps = config.rms_norm_eps if spec.qk_norm else None
     q, *cache = write_heads(qkv, plan, *cache, heads=heads, norm_eps=norm_eps, **run)
     cache = LayerCache(*cache)

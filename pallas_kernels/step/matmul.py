@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.mosaic import WARPGROUP, Ring, accumulate, hopper_kernel, tile
 from pallas_kernels.platform import target
+from pallas_kernels.quantized import QuantizedMatrix
 from pallas_kernels.step.tpu_matmul import matmul_tpu
 from pallas_kernels.tpu import why_not_tpu
 
@@ -71,7 +72,7 @@ def parts_of_inputs(inputs: int, tiles: int) -> int:
 
 def matmul_few(
     x: Float[Array, "tokens D"],
-    weights: tuple[Float[Array, "D _"], ...],
+    weights: tuple[Float[Array, "D *_"] | QuantizedMatrix, ...],
     *,
     parts: int | None = 1,
     interpret=None,
@@ -80,8 +81,10 @@ def matmul_few(
 
     Args:
         x: up to 64 tokens, bfloat16.
-        weights: matrices of D inputs, each of a multiple of 64 outputs, or of fewer than 64. The
-            outputs of all are a multiple of 32, or fewer: what TMA cuts arrays into.
+        weights: matrices of D inputs and outputs on all further axes, each of a multiple of 64
+            outputs, or of fewer than 64. The outputs of all are a multiple of 32, or fewer: what
+            TMA cuts arrays into. On TPUs each has a multiple of 128, or there is one of fewer; they
+            may be quantized.
         parts: into how many parts the inputs are cut; None for as many as occupy the device. On
             TPUs it is one.
         interpret: parameters of an interpreter, or None.
@@ -89,6 +92,7 @@ def matmul_few(
     if why_not_tpu(interpret) is None:
         return matmul_tpu(x, weights, interpret=interpret)
     T, x = -(-x.shape[0] // UNIT) * UNIT, pad_tokens(x)
+    weights = tuple(w.reshape(w.shape[0], -1) for w in weights)
     tiles = tuple(-(-w.shape[1] // STEP) for w in weights)
     F = sum(w.shape[1] for w in weights)
     parts = parts_of_inputs(x.shape[1], sum(tiles)) if parts is None else parts

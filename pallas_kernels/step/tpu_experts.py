@@ -77,7 +77,7 @@ def gate_up_tpu(
 ) -> Float[Array, "N C F"]:
     """As `experts_gate_up`; what unused entries hold is undefined."""
     x, F, N = pad_axis(x, 0, SUBLANES), shared[0].shape[1], known.busy.shape[0]
-    n, tokens = tile_width(shared[0], F), x.shape[0]
+    n, tokens = tile_width(shared, [F]), x.shape[0]
     n = max(LANES, n // 2) if F % max(LANES, n // 2) == 0 else n  # a step has two tiles
     matrices = [*jax.tree.leaves(routed), *jax.tree.leaves(shared)]
     kernel = pl.pallas_call(
@@ -143,7 +143,7 @@ def down_tpu(
 ) -> Float[Array, "C D"]:
     """As `experts_down`."""
     (N, tokens, F), D = hidden.shape, shared.shape[1]
-    n = tile_width(shared, D)
+    n = tile_width([shared], [D])
     matrices = [*jax.tree.leaves(routed), *jax.tree.leaves(shared)]
     kernel = pl.pallas_call(
         functools.partial(_down, _experts_here(routed), len(jax.tree.leaves(shared))),

@@ -5,6 +5,8 @@ outputs.
 """
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,6 @@ from pallas_kernels.arrays import pad_axis
 from pallas_kernels.step.tpu_stream import (
     IN_HBM,
     SLOTS,
-    Matrix,
     Outbox,
     buffers,
     copy_tile,
@@ -26,17 +27,25 @@ from pallas_kernels.step.tpu_stream import (
     tile_at,
     tile_width,
 )
-from pallas_kernels.tpu import SUBLANES, VMEM_BYTES, num_cores
+from pallas_kernels.tpu import LANES, SUBLANES, VMEM_BYTES, dot, num_cores
 
 
 def matmul_tpu(
-    x: Float[Array, "tokens D"], weights: tuple[Matrix, ...], *, interpret=None
+    x: Float[Array, "tokens D"], weights: tuple[Any, ...], *, interpret=None
 ) -> Float[Array, "1 C F"]:
-    """x @ concatenate(weights, axis=1) in float32; arguments as for `matmul_few`."""
+    """x @ concatenate(weights, axis=1) in float32; arguments as for `matmul_few`.
+
+    XLA multiplies by one matrix of less than 128 outputs, such as a router: it stores that by
+    columns. It stores heads [D, H, d] head by head, unless H is 2, 4 or 8.
+    """
     x = pad_axis(x, 0, SUBLANES)
-    widths = [w.shape[1] for w in weights]
-    n, tokens = tile_width(weights[0], *widths), x.shape[0]
+    widths = [math.prod(w.shape[1:]) for w in weights]
+    if max(widths) < LANES:
+        return dot(x, weights[0])[None]
+    weights = tuple(jnp.swapaxes(w, 0, 1) if len(w.shape) == 3 else w for w in weights)
+    n, tokens = tile_width(weights, widths), x.shape[0]
     tiles = tuple(width // n for width in widths)
+    leaves = jax.tree.leaves(weights)
     kernel = pl.pallas_call(
         functools.partial(_kernel, tiles, len(jax.tree.leaves(weights[0]))),
         out_shape=jax.ShapeDtypeStruct((tokens, sum(widths)), jnp.float32),
@@ -57,7 +66,7 @@ def matmul_tpu(
         interpret=interpret or False,
         name="matmul_few",
     )
-    return kernel(x, *jax.tree.leaves(weights))[None]
+    return kernel(x, *leaves)[None]
 
 
 def _kernel(tiles, leaves_each, x_ref, *refs):
@@ -72,8 +81,12 @@ def _kernel(tiles, leaves_each, x_ref, *refs):
 
             @pl.when((tile >= first) & (tile < first + count))
             def _(matrix=matrix, first=first):
-                outputs = pl.ds((tile - first) * n, n)
-                copy_tile(tile_at(matrix, outputs), ring, slot, copied, act)
+                index = tile - first
+                if len(matrix[0].shape) == 3:
+                    source = tile_at(matrix, pl.ds(0, n), index)
+                else:
+                    source = tile_at(matrix, pl.ds(index * n, n))
+                copy_tile(source, ring, slot, copied, act)
 
             first += count
 

@@ -25,14 +25,19 @@ IN_HBM = pl.BlockSpec(memory_space=pltpu.HBM)
 Matrix = jax.Array | QuantizedMatrix
 
 
-def tile_width(matrix: Matrix, *widths: int) -> int:
-    """n: a multiple of 128 outputs that divides all widths, or one width that is less than 128."""
-    if max(widths) < LANES:
-        return widths[0]
-    outputs = math.prod(matrix.shape[:-2]) * matrix.shape[-1]
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(matrix)) // outputs
+def tile_width(matrices: Sequence[Matrix], widths: Sequence[int]) -> int:
+    """n: a multiple of 128 outputs, of which each matrix has a number of tiles.
+
+    Args:
+        matrices: [..., D, F].
+        widths: outputs that tiles divide.
+    """
+    first = matrices[0]
+    outputs = math.prod(first.shape[:-2]) * first.shape[-1]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first)) // outputs
     most = max(1, TILE_BYTES // size // LANES)
     tiles = (LANES * count for count in range(most, 0, -1))
+    widths = [*widths, *(w.shape[-1] for w in matrices)]
     return next(n for n in tiles if all(width % n == 0 for width in widths))
 
 
