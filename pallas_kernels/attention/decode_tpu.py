@@ -38,7 +38,7 @@ from pallas_kernels.attention.tpu_softmax import (
 )
 from pallas_kernels.choice import Implementation
 from pallas_kernels.quantized import STORED, Quantized
-from pallas_kernels.tpu import LANES, SUBLANES, VMEM_BYTES, why_not_tpu
+from pallas_kernels.tpu import IN_HBM, LANES, SUBLANES, VMEM_BYTES, in_hbm, why_not_tpu
 
 MOST_BYTES = VMEM_BYTES // 3  # of all rows' queries and results, which stay on chip
 
@@ -83,7 +83,6 @@ def _decode(q_BHd, k, v, q_range, k_coords, table, case, config):
     static = Static(case.scale * LOG2E, case.queries, parts, isinstance(k, Quantized))
     out_type = jax.ShapeDtypeStruct((cores, B, H, d), jnp.float32)
     lse_type = jax.ShapeDtypeStruct((cores, B, H, LANES), jnp.float32)
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, static, pages),
         out_shape=(out_type, lse_type),
@@ -92,7 +91,7 @@ def _decode(q_BHd, k, v, q_range, k_coords, table, case, config):
             grid=(cores,),
             in_specs=[
                 pl.BlockSpec(q_BHd.shape, lambda core, *_: (0, 0, 0)),
-                *[in_hbm] * (1 + len(streams)),
+                *[IN_HBM] * (1 + len(streams)),
             ],
             out_specs=[
                 pl.BlockSpec((1, *x.shape[1:]), lambda core, *_: (core, 0, 0, 0))
@@ -105,7 +104,7 @@ def _decode(q_BHd, k, v, q_range, k_coords, table, case, config):
         ),
         interpret=case.interpret or False,
         name="decode_attention",
-    )(*runs, q_BHd, entries.list, *streams)
+    )(*runs, q_BHd, entries.list, *in_hbm(streams))
     if cores == 1:
         return out[0], lse[0, ..., 0]
     return join_cores(out, lse, interpret=case.interpret)

@@ -66,8 +66,8 @@ def experts_gate_up(
     x: Float[Array, "T D"],
     routed: tuple[Float[Array, "E D F"], Float[Array, "E D F"]] | None,
     shared: tuple[Float[Array, "D F"], Float[Array, "D F"]],
-    expert: Int[Array, "T"],
-    router_weight: Float[Array, "T"],
+    expert: Int[Array, "T_or_more"],
+    router_weight: Float[Array, "T_or_more"],
     busy: Int[Array, "N"],
     *,
     interpret=None,
@@ -81,7 +81,7 @@ def experts_gate_up(
         routed: gate and up of the routed experts; None for a dense layer, which is computed as a
             shared expert alone.
         shared: gate and up of the shared expert.
-        expert: the expert of each token, as of `busy_experts`.
+        expert: the expert of each token, as of `busy_experts`; what follows is of no token.
         router_weight: s for each token's routed expert; s is 1 for the shared expert.
         busy: from `busy_experts`.
         interpret: parameters of an interpreter, or None.
@@ -145,7 +145,7 @@ def experts_down(
     hidden: Float[Array, "N C F"],
     routed: Float[Array, "E F D"] | None,
     shared: Float[Array, "F D"],
-    expert: Int[Array, "T"],
+    expert: Int[Array, "T_or_more"],
     busy: Int[Array, "N"],
     *,
     interpret=None,
@@ -156,7 +156,7 @@ def experts_down(
         hidden: from `experts_gate_up`.
         routed: down of the routed experts; None for a dense layer.
         shared: down of the shared expert.
-        expert: the expert of each token, as of `busy_experts`.
+        expert: the expert of each token, as of `busy_experts`; what follows is of no token.
         busy: from `busy_experts`.
         interpret: parameters of an interpreter, or None.
     """
