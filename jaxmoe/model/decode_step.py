@@ -10,6 +10,7 @@ K key/value heads, d head size, E experts.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -102,8 +103,12 @@ def why_not_fused(
     pieces = packing is not None and packing.pieces is not None
     if cache is None or tokens != 1 or pieces:
         return "it is a step of one new token a row with a cache"
-    if any(isinstance(w, QuantizedMatrix) for w in jax.tree.leaves(params, is_leaf=_is_matrix)):
+    weights = jax.tree.leaves(params["layers"], is_leaf=_is_matrix)
+    formats = {w.format for w in weights if _is_matrix(w)}
+    if formats and why_not_tpu(interpret) is not None:
         return "it takes matrices that are not quantized"
+    if "int4" in formats:
+        return "it takes matrices of int8 or fp8, not of int4"
     mesh = meshes.current_mesh()
     if mesh is not None and expert_exchange(mesh, x.shape) != "replicated":
         return "it takes meshes on which tokens need not travel to their experts"
@@ -229,7 +234,9 @@ def _head_plan(rope, temperature, index) -> HeadPlan:
 def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pages, cache):
     """The output projection's sum over devices, float32, and the cache with the new tokens."""
     spec = config.attention_spec(kind)
-    D, heads, d = p["q"].shape
+    d = config.head_dim
+    heads = math.prod(p["q"].shape[1:]) // d
+    o = p["o"] if _is_matrix(p["o"]) else p["o"].reshape(heads * d, -1)
     qkv = matmul_few(x, tuple(p[name] for name in "qkv"), parts=None, **run)
     norm_eps = config.rms_norm_eps if spec.qk_norm else None
     q, *cache = write_heads(qkv, plan, *cache, heads=heads, norm_eps=norm_eps, **run)
@@ -247,7 +254,7 @@ def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pages, cach
     )
     if cache_kind(spec).sharded:
         out = merge_over_devices(out, lse)
-    out = matmul_few(out[:, :, 0], (p["o"].reshape(-1, D),), **run)[0]
+    out = matmul_few(out[:, :, 0], (o,), **run)[0]
     return _sum_over(out, "heads"), cache
 
 

@@ -32,8 +32,9 @@ PREFIX = 70  # tokens: the newest are a chunk behind the first
 
 
 @functools.cache
-def parameters(config):
-    return init_params(config, nnx.Rngs(0).params(), jnp.bfloat16)
+def parameters(config, format=None):
+    params = init_params(config, nnx.Rngs(0).params(), jnp.bfloat16)
+    return params if format is None else quantize_params(config, params, format)
 
 
 def filled(config, rows, kv):
@@ -50,8 +51,8 @@ def filled(config, rows, kv):
     return cache, (new, lengths[:, None], np.ones((rows, 1), np.int32))
 
 
-def step(config, cache, new, **options):
-    params = parameters(config)
+def step(config, cache, new, format=None, **options):
+    params = parameters(config, format)
 
     def run(cache, *new):
         out = forward(config, params, *new, cache, **options)
@@ -60,9 +61,9 @@ def step(config, cache, new, **options):
     return jax.block_until_ready(jax.jit(run)(cache, *new))
 
 
-def fused(config, cache, new, hardware=hopper):
+def fused(config, cache, new, hardware=hopper, format=None):
     with hardware.no_races():
-        return step(config, cache, new, interpret=hardware.INTERPRET)
+        return step(config, cache, new, format, interpret=hardware.INTERPRET)
 
 
 def slots_that_differ(one, other):
@@ -79,20 +80,21 @@ def as_float(x):
 
 
 @pytest.mark.parametrize(
-    ("hardware", "rows", "kv", "changes"),
+    ("hardware", "rows", "kv", "changes", "format"),
     [
-        pytest.param(hopper, 1, "bf16", {"use_qk_norm": False}, marks=pytest.mark.hopper),
-        pytest.param(hopper, 3, "int8", {}, marks=pytest.mark.hopper),
-        (tpu, 1, "int8", {}),
-        (tpu, 3, "bf16", {"use_qk_norm": False}),
+        pytest.param(hopper, 1, "bf16", {"use_qk_norm": False}, None, marks=pytest.mark.hopper),
+        pytest.param(hopper, 3, "int8", {}, None, marks=pytest.mark.hopper),
+        (tpu, 1, "int8", {}, None),
+        (tpu, 3, "bf16", {"use_qk_norm": False}, None),
+        (tpu, 2, "int8", {}, "int8"),
     ],
 )
-def test_logits_and_cache_are_those_of_the_layers(hardware, rows, kv, changes):
+def test_logits_and_cache_are_those_of_the_layers(hardware, rows, kv, changes, format):
     """Catches any part left out: rotation, norm, temperature, score, shared expert, a place."""
     config = dataclasses.replace(SMALL if hardware is hopper else TPU_SMALL, **changes)
     cache, new = filled(config, rows, kv)
-    want, plain = step(config, cache, new, fused=False)
-    got, kernels = fused(config, cache, new, hardware)
+    want, plain = step(config, cache, new, format, fused=False)
+    got, kernels = fused(config, cache, new, hardware, format)
     assert_close(as_float(got), as_float(want), 0.02)
     for mine, theirs, before in zip(
         *(x.layers for x in (kernels.cache, plain.cache, cache)), strict=True
