@@ -187,7 +187,12 @@ def attend_head(
 
 
 def _widen(x: jax.Array, dtype, parts: int) -> list[jax.Array]:
-    """Stored keys or values [t, d / parts] in a floating type, without their scales."""
+    """Stored keys or values [t, d / parts] in a floating type, without their scales.
+
+    Beside bfloat16, fp8 stays as it is: the matrix unit widens it while loading.
+    """
+    if x.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16:
+        return [x]
     if parts == 1:
         return [x.astype(dtype)]
     x = x.astype(jnp.int32)
