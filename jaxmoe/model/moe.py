@@ -82,7 +82,8 @@ def choose_experts(
     """The k largest logits and their sigmoids (no softmax, no renormalization)."""
     if config.num_experts_per_tok == 1:  # top_k would sort all
         expert = jnp.argmax(logits, axis=-1, keepdims=True)
-        chosen = jnp.take_along_axis(logits, expert, axis=-1)
+        is_chosen = jnp.arange(logits.shape[-1]) == expert
+        chosen = jnp.sum(jnp.where(is_chosen, logits, 0), axis=-1, keepdims=True)
     else:
         chosen, expert = lax.top_k(logits, config.num_experts_per_tok)
     weight = jax.nn.sigmoid(chosen.astype(jnp.float32)).astype(logits.dtype)

@@ -10,7 +10,7 @@ multiply scores and probabilities, one number a key, never keys or values. int4 
 of the head size, each a product of its own.
 
 Shape letters: B rows, K key/value heads, P pages of the pool, t keys a page, d head size, R queries
-times heads of a group, rounded up to 8; N pages a block, n blocks of a row, C cores.
+times heads of a group, H of all groups; N pages a block, n blocks of a row, C cores.
 """
 
 import functools
@@ -23,9 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import Coords, KeyRange
-from pallas_kernels.attention.merge import merge_with_lse
 from pallas_kernels.attention.tpu_blocks import At, Blocks
 from pallas_kernels.attention.tpu_plan import DecodeTpuConfig, Runs, config_for, plan
 from pallas_kernels.attention.tpu_softmax import (
@@ -34,6 +32,7 @@ from pallas_kernels.attention.tpu_softmax import (
     Softmax,
     Static,
     attend_head,
+    join_cores,
     of_queries,
     page_mask,
 )
@@ -67,24 +66,23 @@ def _resident_bytes(case) -> int:
 def decode_tpu(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, config: DecodeTpuConfig):
     """Output [B, H, S, d] and log-sum-exp [B, H, S], float32."""
     B, H, S, d = q.shape
-    columns = H // case.kv_heads * S
-    q = q.reshape(B, case.kv_heads, columns, d)
     if table is None:
-        return _of_rows(q, k, v, q_range, k_coords, case, config, (B, H, S, d))
-    padded = pad_axis(q, 2, SUBLANES)
-    out, lse = _decode(padded, k, v, q_range, k_coords, table, case, config)
-    return out[:, :, :columns].reshape(B, H, S, d), lse[:, :, :columns].reshape(B, H, S)
+        out, lse = _of_rows(q, k, v, q_range, k_coords, case, config)
+    else:
+        out, lse = _decode(q.reshape(B, H * S, d), k, v, q_range, k_coords, table, case, config)
+    return out.reshape(B, H, S, d), lse.reshape(B, H, S)
 
 
-def _decode(q_BKRd, k, v, q_range, k_coords, table, case, config):
-    (B, K, R, d), (_, _, page, _) = q_BKRd.shape, k.shape
+def _decode(q_BHd, k, v, q_range, k_coords, table, case, config):
+    """Output [B, H, d] and log-sum-exp [B, H], where H counts heads times queries."""
+    (B, H, d), (_, K, page, _) = q_BHd.shape, k.shape
     pages, cores, slots = config.pages(page, K), config.cores, config.slots
     runs, entries = plan(q_range, k_coords, table, pages, cores)
     streams = [*jax.tree.leaves((k, v)), *k_coords]
     parts = 2 if case.cache == "int4" else 1
     static = Static(case.scale * LOG2E, case.queries, parts, isinstance(k, Quantized))
-    out_type = jax.ShapeDtypeStruct((cores, B, K, R, d), jnp.float32)
-    lse_type = jax.ShapeDtypeStruct((cores, B, K, R, LANES), jnp.float32)
+    out_type = jax.ShapeDtypeStruct((cores, B, H, d), jnp.float32)
+    lse_type = jax.ShapeDtypeStruct((cores, B, H, LANES), jnp.float32)
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, static, pages),
@@ -93,23 +91,24 @@ def _decode(q_BKRd, k, v, q_range, k_coords, table, case, config):
             num_scalar_prefetch=len(runs),
             grid=(cores,),
             in_specs=[
-                pl.BlockSpec(q_BKRd.shape, lambda core, *_: (0, 0, 0, 0)),
+                pl.BlockSpec(q_BHd.shape, lambda core, *_: (0, 0, 0)),
                 *[in_hbm] * (1 + len(streams)),
             ],
             out_specs=[
-                pl.BlockSpec((1, *x.shape[1:]), lambda core, *_: (core, 0, 0, 0, 0))
+                pl.BlockSpec((1, *x.shape[1:]), lambda core, *_: (core, 0, 0, 0))
                 for x in (out_type, lse_type)
             ],
-            scratch_shapes=_scratch(streams, pages, slots, (K, R, d), parts),
+            scratch_shapes=_scratch(streams, pages, slots, (K, H // K, d), parts),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=case.interpret or False,
         name="decode_attention",
-    )(*runs, q_BKRd, entries.list, *streams)
-    each = [(out[core], lse[core, ..., 0]) for core in range(cores)]
-    return merge_with_lse(each) if cores > 1 else each[0]
+    )(*runs, q_BHd, entries.list, *streams)
+    if cores == 1:
+        return out[0], lse[0, ..., 0]
+    return join_cores(out, lse, interpret=case.interpret)
 
 
 def _scratch(streams: Sequence[Any], pages: int, slots: int, sizes, parts: int) -> list:
@@ -128,10 +127,9 @@ def _scratch(streams: Sequence[Any], pages: int, slots: int, sizes, parts: int) 
     ]
 
 
-def _of_rows(q_BKRd, k, v, q_range, k_coords, case, config, shape):
+def _of_rows(q, k, v, q_range, k_coords, case, config):
     """A cache without pages: each key head of a row is a row whose pages follow each other."""
-    B, K, columns, d = q_BKRd.shape
-    keys = k.shape[2]
+    B, K, keys, d = k.shape
     page = next(size for size in (LANES, 64, 32, 16, 8, keys) if keys % size == 0)
     pages = B * K * (keys // page)
 
@@ -143,8 +141,8 @@ def _of_rows(q_BKRd, k, v, q_range, k_coords, case, config, shape):
 
     first, last, segment = map(repeated, q_range)
     position, k_segment = (repeated(x).reshape(pages, page) for x in k_coords)
-    out, lse = _decode(
-        pad_axis(q_BKRd.reshape(B * K, 1, columns, d), 2, SUBLANES),
+    return _decode(
+        q.reshape(B * K, -1, d),
         jax.tree.map(paged, k),
         jax.tree.map(paged, v),
         KeyRange(first, last, segment),
@@ -153,7 +151,6 @@ def _of_rows(q_BKRd, k, v, q_range, k_coords, case, config, shape):
         case,
         config,
     )
-    return out[:, 0, :columns].reshape(shape), lse[:, 0, :columns].reshape(shape[:3])
 
 
 def _kernel(static: Static, pages: int, *refs):
@@ -193,7 +190,7 @@ def _kernel(static: Static, pages: int, *refs):
 
         @pl.when((number == count - 1) | (block + 1 >= runs.stop[row]))
         def _():
-            out_ref[0, row], lse_ref[0, row] = softmax.results()
+            softmax.write(out_ref.at[0, row], lse_ref.at[0, row])
 
         return tuple(map(blocks.after, state))
 
@@ -205,12 +202,13 @@ def _attend(static, runs, blocks: Blocks, number, at: At, begins, q_ref, softmax
     """Adds a block to the softmax of every key head."""
     slot = number & (blocks.slots - 1)
     block = [buffer.at[slot] for buffer in blocks.buffers]
-    rows = q_ref.shape[2]
+    heads, rows = softmax.top.shape[:2]
 
     def add(pages: Sequence[PageMask] | None):
-        for head in range(q_ref.shape[1]):
+        for head in range(heads):
             of_head = Softmax(*(x.at[head] for x in softmax))
-            attend_head(static, q_ref[at[0], head], head, block[:-2], pages, begins, of_head)
+            q = q_ref[at[0], head * rows : (head + 1) * rows]
+            attend_head(static, q, head, block[:-2], pages, begins, of_head)
 
     @pl.when(~blocks.masked(at))
     def _():

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
 
 from pallas_kernels.attention.masks import Coords, KeyRange
+from pallas_kernels.attention.merge import lse_weight
 from pallas_kernels.tpu import SUBLANES, dot
 
 MASKED = -1e30
@@ -48,14 +51,51 @@ class Softmax(NamedTuple):
         self.total[...] = jnp.zeros_like(self.total)
         self.acc[...] = jnp.zeros_like(self.acc)
 
-    def results(self):
-        """Output [K, R, d] and log-sum-exp [K, R, LANES]."""
-        total = self.total[...]
-        seen = total > 0
-        total = jnp.where(seen, total, 1.0)
-        parts = [self.acc[:, i] for i in range(self.acc.shape[1])]
-        lse = jnp.where(seen, (self.top[...] + jnp.log2(total)) / LOG2E, -jnp.inf)
-        return jnp.concatenate(parts, -1) / total[..., :1], lse
+    def write(self, out_ref, lse_ref) -> None:
+        """Writes output [H, d] and log-sum-exp [H, LANES], of all key heads' queries."""
+        heads, rows, _ = self.total.shape
+        for head in range(heads):
+            total, at = self.total[head], slice(head * rows, (head + 1) * rows)
+            seen = total > 0
+            total = jnp.where(seen, total, 1.0)
+            parts = [self.acc[head, i] for i in range(self.acc.shape[1])]
+            out_ref[at] = jnp.concatenate(parts, -1) / total[:, :1]
+            lse_ref[at] = jnp.where(seen, (self.top[head] + jnp.log2(total)) / LOG2E, -jnp.inf)
+
+
+def join_cores(
+    out: Float[Array, "C B H d"], lse: Float[Array, "C B H lanes"], *, interpret=None
+) -> tuple[Float[Array, "B H d"], Float[Array, "B H"]]:
+    """What all cores have of each row; the log-sum-exp is repeated along lanes."""
+    cores, rows, *_ = out.shape
+    together = next(n for n in (16, 8, 4, 2, 1) if rows % n == 0)
+
+    def spec(x, *core):
+        return pl.BlockSpec((*core, together, *x.shape[2:]), lambda i: (*(0,) * len(core), i, 0, 0))
+
+    out, lse = pl.pallas_call(
+        _join,
+        out_shape=[jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (out, lse)],
+        grid=(rows // together,),
+        in_specs=[spec(out, cores), spec(lse, cores)],
+        out_specs=[spec(out), spec(lse)],
+        interpret=interpret or False,
+        name="join_cores",
+    )(out, lse)
+    return out, lse[..., 0]
+
+
+def _join(out_ref, lse_ref, joined_ref, joined_lse_ref) -> None:
+    each = range(out_ref.shape[0])
+    lse = [lse_ref[core] for core in each]
+    top = functools.reduce(jnp.maximum, lse)
+    weights = [lse_weight(x, top) for x in lse]
+    total = functools.reduce(jnp.add, weights)
+    seen = total > 0
+    total = jnp.where(seen, total, 1.0)
+    mixed = (out_ref[core] * weights[core][..., :1] for core in each)
+    joined_ref[...] = functools.reduce(jnp.add, mixed) / total[..., :1]
+    joined_lse_ref[...] = jnp.where(seen, top + jnp.log(total), -jnp.inf)
 
 
 class PageMask(NamedTuple):

@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.arrays import pad_axis
 from pallas_kernels.step.tpu_stream import (
     IN_HBM,
     SLOTS,
@@ -26,6 +25,7 @@ from pallas_kernels.step.tpu_stream import (
     buffers,
     copy_tile,
     multiply,
+    pad_tokens,
     share_of_core,
     stream,
     tile_at,
@@ -76,8 +76,8 @@ def gate_up_tpu(
     interpret=None,
 ) -> Float[Array, "N C F"]:
     """As `experts_gate_up`; what unused entries hold is undefined."""
-    x, F, N = pad_axis(x, 0, SUBLANES), shared[0].shape[1], known.busy.shape[0]
-    n, tokens = tile_width(shared, [F]), x.shape[0]
+    F, N = shared[0].shape[1], known.busy.shape[0]
+    n, tokens = tile_width(shared, [F]), -(-x.shape[0] // SUBLANES) * SUBLANES
     n = max(LANES, n // 2) if F % max(LANES, n // 2) == 0 else n  # a step has two tiles
     matrices = [*jax.tree.leaves(routed), *jax.tree.leaves(shared)]
     kernel = pl.pallas_call(
@@ -95,6 +95,7 @@ def gate_up_tpu(
                 pltpu.SemaphoreType.DMA((SLOTS,)),
                 Outbox.types(tokens, n, x.dtype),
                 _Work.types(N, tokens),
+                pltpu.VMEM((tokens, x.shape[1]), x.dtype),
             ],
         ),
         compiler_params=PARAMS,
@@ -105,8 +106,9 @@ def gate_up_tpu(
 
 
 def _gate_up(experts, leaves_each, expert, router_weight, busy, x_ref, *refs):
-    *matrices, out_ref, ring, copied, outbox, work = refs
+    *matrices, out_ref, ring, copied, outbox, work, padded_ref = refs
     known, outbox = Busy(expert, router_weight, busy), Outbox(*outbox)
+    pad_tokens(x_ref, padded_ref)
     used = _start(known, work, experts)
     n, F = outbox.tiles.shape[-1], out_ref.shape[-1]
     begin, end = share_of_core(used * (F // n))
@@ -121,7 +123,8 @@ def _gate_up(experts, leaves_each, expert, router_weight, busy, x_ref, *refs):
     def use(tile, slot):
         entry, outputs = place(tile)
         tiles = [buffer.at[slot] for buffer in ring]
-        both = multiply(x_ref[...], tiles[:leaves_each]), multiply(x_ref[...], tiles[leaves_each:])
+        x = padded_ref[...]
+        both = multiply(x, tiles[:leaves_each]), multiply(x, tiles[leaves_each:])
         is_shared = entry == known.busy.shape[0] - 1
         weight = jnp.where(is_shared, 1.0, work.router_weight[:, :1])
         gate, up = (y * weight for y in both)

@@ -22,6 +22,7 @@ from pallas_kernels.step.tpu_stream import (
     buffers,
     copy_tile,
     multiply,
+    pad_tokens,
     share_of_core,
     stream,
     tile_at,
@@ -38,12 +39,11 @@ def matmul_tpu(
     XLA multiplies by one matrix of less than 128 outputs, such as a router: it stores that by
     columns. It stores heads [D, H, d] head by head, unless H is 2, 4 or 8.
     """
-    x = pad_axis(x, 0, SUBLANES)
     widths = [math.prod(w.shape[1:]) for w in weights]
     if max(widths) < LANES:
-        return dot(x, weights[0])[None]
+        return dot(pad_axis(x, 0, SUBLANES), weights[0])[None]
     weights = tuple(jnp.swapaxes(w, 0, 1) if len(w.shape) == 3 else w for w in weights)
-    n, tokens = tile_width(weights, widths), x.shape[0]
+    n, tokens = tile_width(weights, widths), -(-x.shape[0] // SUBLANES) * SUBLANES
     tiles = tuple(width // n for width in widths)
     leaves = jax.tree.leaves(weights)
     kernel = pl.pallas_call(
@@ -59,6 +59,7 @@ def matmul_tpu(
             buffers(weights[0], n),
             pltpu.SemaphoreType.DMA((SLOTS,)),
             Outbox.types(tokens, n, jnp.float32),
+            pltpu.VMEM((tokens, x.shape[1]), x.dtype),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
@@ -70,10 +71,11 @@ def matmul_tpu(
 
 
 def _kernel(tiles, leaves_each, x_ref, *refs):
-    *weights, out_ref, ring, copied, outbox = refs
+    *weights, out_ref, ring, copied, outbox, padded_ref = refs
     matrices = [weights[i : i + leaves_each] for i in range(0, len(weights), leaves_each)]
     begin, end = share_of_core(sum(tiles))
     n, outbox = ring[-1].shape[-1], Outbox(*outbox)
+    pad_tokens(x_ref, padded_ref)
 
     def copies(tile, slot, act):
         first = 0
@@ -94,7 +96,7 @@ def _kernel(tiles, leaves_each, x_ref, *refs):
         return out_ref.at[:, pl.ds(tile * n, n)]
 
     def use(tile, slot):
-        value = multiply(x_ref[...], [buffer.at[slot] for buffer in ring])
+        value = multiply(padded_ref[...], [buffer.at[slot] for buffer in ring])
         outbox.put(tile - begin, value, to(tile))
 
     stream(begin, end, copies, use)

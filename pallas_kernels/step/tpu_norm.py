@@ -25,7 +25,7 @@ def add_rms_norm_tpu(
         interpret=interpret or False,
         name="add_rms_norm",
     )
-    normed, *total = kernel(weight[None], *arrays)
+    normed, *total = kernel(weight, *arrays)
     return (total[0] if total else x), normed
 
 

@@ -67,6 +67,12 @@ def multiply(x: jax.Array, tile: Sequence[Any]) -> jax.Array:
     return dot(x, values[...].astype(x.dtype), transposed=True) * scale[...]
 
 
+def pad_tokens(x_ref, padded_ref) -> None:
+    """Copies tokens into rows of a whole number of vectors, with zeros after them."""
+    padded_ref[...] = jnp.zeros_like(padded_ref)
+    padded_ref[: x_ref.shape[0]] = x_ref[...]
+
+
 def copy_tile(sources: Sequence[Any], goes: Sequence[Any], slot, copied, act: Callable) -> None:
     """Does `act` with the copy of each part of a tile to its buffer's slot."""
     for source, buffer in zip(sources, goes, strict=True):
