@@ -34,6 +34,36 @@ def for_terminal(grid: Grid, title: str) -> Table:
     return table
 
 
+def schedule_grids(figures: dict) -> list[Grid]:
+    """The tables of a run of `jaxmoe benchmark schedule`: of its kernels, and of its steps."""
+    of_kernels = bundles_grid if "core" in figures else schedule_grid
+    return [of_kernels(figures), steps_grid(figures)]
+
+
+def bundles_grid(figures: dict) -> Grid:
+    """A table with a row for each path through a TPU kernel's hot loop, and its bound."""
+    rows = []
+    for kernel in figures["kernels"]:
+        for path in kernel.get("paths", []):
+            name = ", ".join(filter(None, (kernel["kernel"], path["name"])))
+            by = f"{kernel['by']}{', one core' if kernel['one_core'] else ''}"
+            cycles = [f"{n:.0f}" if n else "" for n in path["cycles"].values()]
+            rows.append([name, by, kernel["block"], *cycles, *_of_path(path)])
+    columns = "bundles", "products", "memory", "busiest unit", "spills", "bound by"
+    return Grid(("kernel", "by", "block", *columns, "TB/s", "TFLOP/s"), rows)
+
+
+def _of_path(path: dict) -> list[str]:
+    unit, flops = path["busiest"], path["product_rate"]
+    return [
+        f"{unit} {path['units'][unit]:.0f}",
+        str(path["spills"]),
+        path["bound_by"],
+        "" if flops else f"{path['read_rate'] / 1e12:.2f}",
+        f"{flops / 1e12:.0f}" if flops else "",
+    ]
+
+
 def schedule_grid(figures: dict) -> Grid:
     """A table with a row for each hot loop: cycles of an iteration by resource, and its bound."""
     resources = ("issue", "tensor", "mufu", "alu", "memory")

@@ -5,10 +5,11 @@ instruction until it is back there: the longest path on which no barrier is poll
 static: read from the code, not measured.
 """
 
-import collections
 import dataclasses
 import functools
 import re
+
+from pallas_kernels.compile.flow import Flow
 
 _LINE = re.compile(
     r"^\s*(?P<waits>\S+?):(?P<read>\S):(?P<write>\S):(?P<yields>\S):(?P<stall>\d\d)\s+"
@@ -79,7 +80,7 @@ class Code:
 
         Loops that only poll a barrier do not count as loops.
         """
-        bodies = self._bodies()
+        bodies = self._flow.loops
         alone = [header for header, body in bodies.items() if not (set(bodies) - {header}) & body]
         waits = {header for header in alone if self._only_waits(bodies[header])}
         inner = set(bodies) - waits
@@ -87,8 +88,8 @@ class Code:
         return [self._iteration(header, bodies[header], waits) for header in innermost]
 
     @functools.cached_property
-    def _successors(self) -> list[tuple[int, ...]]:
-        return [self._followers(index) for index in range(len(self.instructions))]
+    def _flow(self) -> Flow:
+        return Flow([self._followers(index) for index in range(len(self.instructions))])
 
     def _followers(self, index: int) -> tuple[int, ...]:
         this = self.instructions[index]
@@ -100,78 +101,6 @@ class Code:
             return (*after, *to) if conditional else to
         ends = this.name in _ENDS and not this.predicate
         return () if ends else after
-
-    @functools.cached_property
-    def _order(self) -> list[int]:
-        """Indices of the reachable instructions in reverse postorder of the control flow graph."""
-        order: list[int] = []
-        seen, waiting = {0}, [(0, iter(self._successors[0]))]
-        while waiting:
-            index, followers = waiting[-1]
-            for follower in followers:
-                if follower not in seen:
-                    seen.add(follower)
-                    waiting.append((follower, iter(self._successors[follower])))
-                    break
-            else:
-                order.append(index)
-                waiting.pop()
-        return order[::-1]
-
-    @functools.cached_property
-    def _predecessors(self) -> dict[int, list[int]]:
-        predecessors = collections.defaultdict(list)
-        for index in self._order:
-            for follower in self._successors[index]:
-                predecessors[follower].append(index)
-        return predecessors
-
-    @functools.cached_property
-    def _dominator(self) -> dict[int, int]:
-        """The immediate dominator of each instruction.
-
-        The algorithm is that of Cooper, Harvey and Kennedy, "A simple, fast dominance algorithm".
-        """
-        rank = {index: position for position, index in enumerate(self._order)}
-        dominator = {0: 0}
-
-        def common(a: int, b: int) -> int:
-            while a != b:
-                a, b = (dominator[a], b) if rank[a] > rank[b] else (a, dominator[b])
-            return a
-
-        changed = True
-        while changed:
-            changed = False
-            for index in self._order[1:]:
-                known = [x for x in self._predecessors[index] if x in dominator]
-                nearest = functools.reduce(common, known)
-                changed |= dominator.get(index) != nearest
-                dominator[index] = nearest
-        return dominator
-
-    def _bodies(self) -> dict[int, set[int]]:
-        """The natural loops: for each loop header, the set of instructions of its loop."""
-        bodies: dict[int, set[int]] = {}
-        for index in self._order:
-            for header in self._successors[index]:
-                if self._dominates(header, index):
-                    bodies.setdefault(header, {header}).update(self._leading_to(index, header))
-        return bodies
-
-    def _dominates(self, header: int, index: int) -> bool:
-        while index > 0 and index != header:
-            index = self._dominator[index]
-        return index == header
-
-    def _leading_to(self, last: int, header: int) -> set[int]:
-        body, waiting = {header}, [last]
-        while waiting:
-            index = waiting.pop()
-            if index not in body:
-                body.add(index)
-                waiting += self._predecessors[index]
-        return body
 
     def _only_waits(self, body: set[int]) -> bool:
         polls = any(self.instructions[i].opcode.startswith(_POLLS) for i in body)
@@ -187,10 +116,10 @@ class Code:
         """
         # For each instruction: minus the polls and the instructions left, and the next instruction.
         best: dict[int, tuple[int, int, int | None]] = {}
-        for index in (x for x in reversed(self._order) if x in body):
+        for index in (x for x in reversed(self._flow.order) if x in body):
             paths = [
                 (0, 0, None) if x == header else (*best[x][:2], x)
-                for x in self._successors[index]
+                for x in self._flow.successors[index]
                 if x == header or x in best
             ]
             if paths:

@@ -9,12 +9,14 @@ import pytest
 
 from benchmarks import write_tables
 from jaxmoe.benchmarks import tables
-from jaxmoe.benchmarks.schedule import command
+from jaxmoe.benchmarks.schedule import command, gpu
 from jaxmoe.benchmarks.schedule.cases import OURS, Case, all_cases
 from jaxmoe.benchmarks.schedule.steps import Step, all_steps
+from jaxmoe.benchmarks.schedule.tpu_cases import TpuCase
 from jaxmoe.errors import UserError
 from jaxmoe.plan.targets import parse_target
 from pallas_kernels.attention import flash_attention
+from tests.pallas_kernels.compile.masked_sums import BLOCK, masked_sums
 from tests.scripts import refuses, succeeds
 
 ROOT = Path(__file__).parents[2]
@@ -28,19 +30,25 @@ def test_list_names_the_cases():
     assert stdout.split() == [*names]
 
 
-def test_names_are_one_to_one():
-    names = [case.name for case in (*all_cases(), *all_steps())]
-    assert len(set(names)) == len(names)
+def test_list_names_the_cases_of_a_tpu():
+    stdout, _ = succeeds("benchmark.py", "schedule", "--target", "v6e", "--list")
+    assert "decode-int8-ragged_paged_attention" in stdout and "flash-dq" not in stdout
 
 
-@pytest.mark.parametrize("target", ["v5p", "b200", "h100x8"])
+@pytest.mark.parametrize("target", command.TARGETS)
+def test_names_are_one_to_one(target):
+    names = [case.name for case in command.all_cases(command._target(target))]
+    assert len(set(names)) == len(names) > 10
+
+
+@pytest.mark.parametrize("target", ["v5p-8", "b200", "h100x8"])
 def test_other_targets_are_refused(target):
-    with pytest.raises(UserError, match=f"--target {target} is not served: .* h100 and h200"):
+    with pytest.raises(UserError, match=f"--target {target} is not served: .* h100, .* v6e"):
         command._target(target)
 
 
 def test_mistakes_are_one_line():
-    refuses("benchmark.py", "schedule", "--target", "v5p", words=["--target v5p", "h100"])
+    refuses("benchmark.py", "schedule", "--target", "b200", words=["--target b200", "h100"])
     refuses("benchmark.py", "schedule", "--cases", "nothing", words=["'nothing'", "--list"])
 
 
@@ -48,7 +56,7 @@ def test_a_missing_tool_is_named(monkeypatch):
     def missing():
         raise UserError("nvidia-cuda-nvdisasm is not installed")
 
-    monkeypatch.setattr(command, "require_disassembler", missing)
+    monkeypatch.setattr(gpu, "require_disassembler", missing)
     with pytest.raises(UserError, match="nvdisasm"):
         command.schedule(H100, [], None)
 
@@ -90,6 +98,37 @@ def test_figures_are_written_after_every_case(tmp_path, monkeypatch):
         ["small", OURS],
         ["small, masked", OURS],
     ]
+
+
+def small_tpu(**changes):
+    """The small kernel of tests/pallas_kernels/compile/masked_sums.py."""
+    shapes = ((3,), "int32"), ((8, 128), "bfloat16"), ((64, 128, 128), "bfloat16")
+    shapes = tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    case = TpuCase("small", OURS, masked_sums, shapes, block="128 keys", copied=BLOCK)
+    return dataclasses.replace(case, **changes)
+
+
+@pytest.mark.absent_tpu
+def test_figures_of_tpu_kernels(tmp_path):
+    """A case that fails, here for want of copies, does not end the run."""
+    output = tmp_path / "figures.json"
+    cases = [small_tpu(useful=BLOCK / 2), small_tpu(by="other", copied=2 * BLOCK)]
+    figures = command.schedule(command._target("v5p"), cases, str(output))
+    assert json.loads(output.read_text()) == figures
+    done, failed = figures["kernels"]
+    assert "waits for copies" in failed["error"]
+    assert done["one_core"] and [path["name"] for path in done["paths"]] == ["", "masked"]
+    steady, masked = done["paths"]
+    assert steady["cycles"] == {"bundles": 65, "products": 0, "memory": pytest.approx(20.75, 1e-3)}
+    assert steady["bound_by"] == "bundles" and steady["busiest"] == "SALU"
+    assert masked["bundles"] == ["0x32-0x55", "0x65-0x6c", "0x6d-0x7d", "0x7e-0x83"]
+    rate = BLOCK / 2 / 65 * figures["core"]["clock"] / 1e12
+    assert tables.bundles_grid(figures).rows == [
+        ["small", "jaxmoe, one core", "128 keys", "65", "", "21", "SALU 23", "0", "bundles",
+         f"{rate:.2f}", ""],
+        ["small, masked", "jaxmoe, one core", "128 keys", "67", "", "21", "SALU 23", "0", "bundles",
+         f"{rate * 65 / 67:.2f}", ""],
+    ]  # fmt: skip
 
 
 @pytest.mark.absent_gpu

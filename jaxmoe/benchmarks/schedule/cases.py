@@ -1,4 +1,4 @@
-"""The kernels of `jaxmoe benchmark schedule`: jaxmoe's and JAX's own, at Llama 4's sizes."""
+"""GPU kernels of `jaxmoe benchmark schedule`: jaxmoe's and JAX's own, at Llama 4's sizes."""
 
 import dataclasses
 import functools
@@ -49,20 +49,22 @@ def all_cases() -> list[Case]:
     return [*_attention(), *_decode(), *_experts()]
 
 
-def _shaped(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+def shaped(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    """An array without data."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _coords(rows: int, tokens: int) -> Coords:
+def coords(rows: int, tokens: int) -> Coords:
+    """The coordinates of rows of one sequence each, without data."""
     return jax.eval_shape(lambda: coords_of(rows, tokens))
 
 
 def _attention() -> Iterator[Case]:
     """Attention, forward and each gradient alone, so that a program has one kernel to analyze."""
-    key = _shaped(1, KV_HEADS, CHUNK, HEAD_DIM)
-    ours = _shaped(1, HEADS, CHUNK, HEAD_DIM), key, key, *[_coords(1, CHUNK)] * 2
-    key = _shaped(1, CHUNK, KV_HEADS, HEAD_DIM, dtype=jnp.float16)  # JAX's takes no other
-    theirs = _shaped(1, CHUNK, HEADS, HEAD_DIM, dtype=jnp.float16), key, key
+    key = shaped(1, KV_HEADS, CHUNK, HEAD_DIM)
+    ours = shaped(1, HEADS, CHUNK, HEAD_DIM), key, key, *[coords(1, CHUNK)] * 2
+    key = shaped(1, CHUNK, KV_HEADS, HEAD_DIM, dtype=jnp.float16)  # JAX's takes no other
+    theirs = shaped(1, CHUNK, HEADS, HEAD_DIM, dtype=jnp.float16), key, key
     for kernel, wanted in (("forward", None), ("dq", slice(0, 1)), ("dkv", slice(1, 3))):
         for by, attend, shapes in (
             (OURS, _flash, ours),
@@ -103,11 +105,11 @@ def _gradients(attend: Callable, wanted: slice | None, q, k, v, *coords):
 
 def _decode() -> Iterator[Case]:
     attend = functools.partial(decode_attention, scale=SCALE, implementation="mosaic_gpu")
-    kv = _shaped(ROWS, KV_HEADS, CONTEXT, HEAD_DIM)
+    kv = shaped(ROWS, KV_HEADS, CONTEXT, HEAD_DIM)
     for format in ELEMENT_BYTES:
         stored = kv if format == "bf16" else jax.eval_shape(lambda x, f=format: quantize(x, f), kv)
-        shapes = _shaped(ROWS, HEADS, 1, HEAD_DIM), stored, stored, _coords(ROWS, 1)
-        shapes = *shapes, _coords(ROWS, CONTEXT)
+        shapes = shaped(ROWS, HEADS, 1, HEAD_DIM), stored, stored, coords(ROWS, 1)
+        shapes = *shapes, coords(ROWS, CONTEXT)
         yield Case(f"decode-{format}", OURS, attend, shapes, ELEMENT_BYTES[format])
 
 
@@ -117,7 +119,7 @@ def _experts() -> Iterator[Case]:
         "grouped",
         "ragged_dot_mgpu",
         _ragged_dot,
-        (*_dense(EXPERTS), _shaped(EXPERTS, dtype=jnp.int32)),
+        (*_dense(EXPERTS), shaped(EXPERTS, dtype=jnp.int32)),
     )
     yield Case("grouped", "hopper_matmul_mgpu", _hopper_matmul, _dense())
     yield _grouped("gated", _gated, 128)
@@ -130,10 +132,10 @@ def _experts() -> Iterator[Case]:
 def _grouped(kernel: str, function: Callable, block: int, format: str = "bf16") -> Case:
     """A grouped matmul. Only blocks of 8 rows count memory, since they read each matrix once."""
     blocks = TOKENS // block
-    w = _shaped(EXPERTS, D, F)
+    w = shaped(EXPERTS, D, F)
     if format != "bf16":
         w = jax.eval_shape(lambda w: quantize_matrix(w, format, None), w)
-    shapes = _shaped(blocks * block, D), w, _shaped(blocks, dtype=jnp.int32)
+    shapes = shaped(blocks * block, D), w, shaped(blocks, dtype=jnp.int32)
     return Case(kernel, OURS, function, shapes, ELEMENT_BYTES[format] if block == 8 else None)
 
 
@@ -146,7 +148,7 @@ def _gated(x, w, group):
 
 
 def _dense(*groups: int) -> tuple:
-    return _shaped(TOKENS, D, dtype=jnp.float16), _shaped(*groups, D, F, dtype=jnp.float16)
+    return shaped(TOKENS, D, dtype=jnp.float16), shaped(*groups, D, F, dtype=jnp.float16)
 
 
 def _ragged_dot(x, w, group_sizes):

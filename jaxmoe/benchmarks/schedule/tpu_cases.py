@@ -1,0 +1,233 @@
+"""TPU kernels of `jaxmoe benchmark schedule`: jaxmoe's and JAX's own, at Llama 4's sizes.
+
+A case is a program with one Pallas kernel, and what an iteration of its hot loop copies from memory
+or multiplies, as its block sizes say.
+"""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.benchmarks.attention.cases import CHUNK, HEAD_DIM, HEADS, KV_HEADS, SCALE
+from jaxmoe.benchmarks.schedule.cases import (
+    ELEMENT_BYTES,
+    EXPERTS,
+    OURS,
+    TOKENS,
+    Case,
+    D,
+    F,
+    coords,
+    shaped,
+)
+from pallas_kernels.attention import Coords, decode_attention, flash_attention
+from pallas_kernels.attention.tpu_plan import LONG, MANY_ROWS, SHORT
+from pallas_kernels.experts import grouped_matmul
+from pallas_kernels.quantized import quantize
+from pallas_kernels.tpu import VMEM_BYTES, num_cores
+
+PAGE = 128  # keys a page
+BLOCK = 4096 // PAGE  # pages a block of JAX's kernels for one key head: as many as ours of one row
+SCALE_BYTES = 4  # of a quantized key's, or value's, scale
+DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+GROUPED = 128, D, 512  # rows, inputs and outputs of a tile: those that grouped_matmul chooses
+MEGABLOX = 512, 1024, 1024  # those given to JAX's
+FLASH = 1024  # queries, and keys, of a block of splash attention: those of flash_attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuCase(Case):
+    """A program to compile with one Pallas kernel; `by` is a module of JAX's TPU kernels.
+
+    Attributes:
+        block: the sizes of a block, in words.
+        copied: bytes that an iteration of the hot loop copies from memory.
+        useful: bytes of these that hold what was asked for, if they are not all.
+        flops: operations of an iteration's matrix products; 0 if they do not fill the units.
+        dearest: what the dearest path does, if the hot loop has several with products.
+    """
+
+    block: str
+    copied: float | int
+    useful: float | int | None = None
+    flops: int = 0
+    dearest: str = "masked"
+
+
+class Cache(NamedTuple):
+    """What decoding reads: the keys of rows, and how many heads they and the queries have."""
+
+    name: str
+    rows: int
+    keys: int
+    kv_heads: int = 1
+
+    @property
+    def q(self) -> tuple[int, int, int]:
+        """The shape of one query a row."""
+        return self.rows, HEADS // KV_HEADS * self.kv_heads, HEAD_DIM
+
+    @property
+    def pages(self) -> int:
+        """How many pages the pool has, with one of padding."""
+        return self.rows * self.keys // PAGE + 1
+
+    @property
+    def table(self) -> jax.ShapeDtypeStruct:
+        """The pages of each row."""
+        return shaped(self.rows, self.keys // PAGE, dtype=jnp.int32)
+
+
+CACHES = (
+    Cache("decode", 1, 2**20),
+    Cache("decode-8-heads", 1, 2**20, KV_HEADS),
+    Cache("decode-64-rows", 64, 16384),
+)
+
+
+def all_cases() -> list[TpuCase]:
+    """All cases; kernels that compute the same follow one another."""
+    return [*_decode(), *_experts(), *_attention()]
+
+
+def _decode() -> Iterator[TpuCase]:
+    for cache in CACHES:
+        for format in ELEMENT_BYTES:
+            yield _ours(cache, format)
+            if format in DTYPES:
+                yield _ragged(cache, format)
+            if format in ("bf16", "int8"):
+                yield _paged(cache, format)
+
+
+def _of_cache(cache: Cache, format: str, by: str, function, shapes, keys, **bytes_of_key):
+    """A case of decoding.
+
+    Args:
+        cache, format: what is read.
+        by, function, shapes: as of `TpuCase`.
+        keys: how many keys an iteration copies, each of one head, with their values.
+        **bytes_of_key: `copied`, and perhaps `useful`, of a key or value.
+    """
+    sizes: dict[str, Any] = {name: 2 * keys * each for name, each in bytes_of_key.items()}
+    return TpuCase(f"{cache.name}-{format}", by, function, shapes, block=f"{keys} keys", **sizes)
+
+
+def _ours(cache: Cache, format: str) -> TpuCase:
+    pool: Any = shaped(cache.pages, cache.kv_heads, PAGE, HEAD_DIM)
+    scale = 0 if format == "bf16" else SCALE_BYTES
+    if format != "bf16":
+        pool = jax.eval_shape(functools.partial(quantize, format=format), pool)
+    rows, heads, _ = cache.q
+    shapes = shaped(rows, heads, 1, HEAD_DIM), pool, pool, coords(rows, 1)
+    shapes = *shapes, coords(cache.pages, PAGE), cache.table
+    keys = SHORT if rows >= MANY_ROWS else LONG
+    copied = HEAD_DIM * ELEMENT_BYTES[format] + scale
+    return _of_cache(cache, format, OURS, _decode_attention, shapes, keys, copied=copied)
+
+
+def _decode_attention(q, k, v, q_coords, k_coords, table):
+    return decode_attention(
+        q, k, v, q_coords, k_coords, table=table, scale=SCALE, implementation="mosaic_tpu"
+    )
+
+
+def _ragged(cache: Cache, format: str) -> TpuCase:
+    """JAX's ragged paged attention: keys and values share pages, and one scale if quantized."""
+    pool = shaped(cache.pages, PAGE, 2 * cache.kv_heads, HEAD_DIM, dtype=DTYPES[format])
+    lengths, starts, count = (shaped(n, dtype=jnp.int32) for n in (cache.rows, cache.rows + 1, 1))
+    options = {"pages": BLOCK // cache.kv_heads, "scale": None if format == "bf16" else 1.0}
+    function = functools.partial(_ragged_paged_attention, **options)
+    shapes = shaped(*cache.q), pool, lengths, cache.table, starts, count
+    copied = HEAD_DIM * ELEMENT_BYTES[format]
+    by = "ragged_paged_attention"
+    return _of_cache(cache, format, by, function, shapes, BLOCK * PAGE, copied=copied)
+
+
+def _ragged_paged_attention(q, pool, lengths, table, starts, count, *, pages, scale):
+    from jax.experimental.pallas.ops.tpu import ragged_paged_attention as module
+
+    return module.ragged_paged_attention(
+        q, pool, lengths, table, starts, count, sm_scale=SCALE, k_scale=scale, v_scale=scale,
+        num_kv_pages_per_block=pages, num_queries_per_block=1, vmem_limit_bytes=VMEM_BYTES,
+    )  # fmt: skip
+
+
+def _paged(cache: Cache, format: str) -> TpuCase:
+    """JAX's paged attention, which reads a float32 scale beside every int8 number.
+
+    A call uses one core, or divides an even number of key heads or of rows among two.
+    """
+    from jax.experimental.pallas.ops.tpu.paged_attention import quantization_utils
+
+    pool: Any = shaped(cache.kv_heads, cache.pages, PAGE, HEAD_DIM, dtype=DTYPES[format])
+    useful = copied = HEAD_DIM * ELEMENT_BYTES[format]
+    if format == "int8":
+        scales: Any = shaped(*pool.shape[:3], 1, dtype=jnp.float32)
+        pool = quantization_utils.QuantizedTensor(pool, scales)
+        copied += HEAD_DIM * SCALE_BYTES
+    shapes = shaped(*cache.q), pool, pool, shaped(cache.rows, dtype=jnp.int32), cache.table
+    sizes = {"copied": copied, "useful": useful}
+    return _of_cache(
+        cache, format, "paged_attention", _paged_attention, shapes, BLOCK * PAGE, **sizes
+    )
+
+
+def _paged_attention(q, k, v, lengths, table):
+    from jax.experimental.pallas.ops.tpu import paged_attention as module
+
+    even = {"kv_head": k.shape[0], "batch": len(q)}
+    modes = [mode for mode, count in even.items() if count % 2 == 0 and num_cores() > 1]
+    return module.paged_attention(
+        q * SCALE, k, v, lengths, table, pages_per_compute_block=BLOCK,
+        megacore_mode=next(iter(modes), None),
+    )  # fmt: skip
+
+
+def _experts() -> Iterator[TpuCase]:
+    """Scout's experts, many tokens of each: the steady state is within a group."""
+    rows, w = shaped(TOKENS, D), shaped(EXPERTS, D, F)
+    of_block = shaped(TOKENS // GROUPED[0], dtype=jnp.int32)
+    yield _tiles(OURS, _grouped_matmul, (rows, w, of_block), GROUPED)
+    yield _tiles("megablox", _gmm, (rows, w, shaped(EXPERTS, dtype=jnp.int32)), MEGABLOX)
+
+
+def _tiles(by: str, function, shapes: tuple, tile: tuple[int, int, int]) -> TpuCase:
+    """A grouped matmul by tiles; a tile of the matrix that has all its inputs stays on chip."""
+    m, k, n = tile
+    copied = 2 * m * k + (2 * k * n if k < D else 0)
+    block = f"{m} x {k} x {n}"
+    return TpuCase("grouped", by, function, shapes, block=block, copied=copied, flops=2 * m * k * n)
+
+
+def _grouped_matmul(x, w, group):
+    return grouped_matmul(x, w, group)
+
+
+def _gmm(x, w, sizes):
+    # The package exports a function of the same name, which hides the module.
+    module = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    return module.gmm(x, w, sizes, jnp.bfloat16, MEGABLOX)
+
+
+def _attention() -> Iterator[TpuCase]:
+    """Attention of an attention chunk to itself, for which flash_attention calls JAX's splash."""
+    q, key = shaped(1, HEADS, CHUNK, HEAD_DIM), shaped(1, KV_HEADS, CHUNK, HEAD_DIM)
+    yield TpuCase(
+        "flash-forward",
+        "splash_attention",
+        _flash,
+        (q, key, key, coords(1, CHUNK), coords(1, CHUNK)),
+        block=f"{FLASH} x {FLASH}",
+        copied=2 * 2 * FLASH * HEAD_DIM,
+        flops=2 * 2 * FLASH * FLASH * HEAD_DIM,
+    )
+
+
+def _flash(q, k, v, *coords: Coords):
+    return flash_attention(q, k, v, *coords, scale=SCALE, in_order=True)
