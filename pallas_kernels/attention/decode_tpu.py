@@ -149,7 +149,7 @@ def _kernel(static: Static, runs: Runs, q_ref, list_ref, streams, out_ref, lse_r
     *copies, softmax = memory
     core = pl.program_id(0)
     count, start = runs.count[core], (runs.row[core], runs.block[core])
-    blocks = Blocks(runs.visits, count, q_ref.shape[0], list_ref, streams, *copies)
+    blocks = Blocks(runs.visits, count, list_ref, streams, *copies)
     softmax.clear()
     out_ref[...] = jnp.zeros_like(out_ref)
     lse_ref[...] = jnp.full_like(lse_ref, -jnp.inf)

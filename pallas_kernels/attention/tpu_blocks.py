@@ -54,7 +54,6 @@ class Blocks:
 
     visits: Visits
     count: Any  # of the core's blocks
-    rows: int  # of the table
     list: Any  # of `Entries`, in HBM
     streams: Sequence[Any]  # in HBM: keys, values, their scales, and last the coordinates
     entry: Any  # this and the following are `scratch`
@@ -137,7 +136,7 @@ class Blocks:
     def _entry_copy(self, number, at: At):
         row, _ = self.reads(at[0])
         slot = number & (self.listed - 1)
-        source = self.list.at[row * (self.list.shape[0] // self.rows) + at[1]]
+        source = self.list.at[row, at[1]]
         return pltpu.make_async_copy(source, self.entry.at[slot], self.entry_copied.at[slot])
 
     def _read_entry(self, number, at: At) -> None:

@@ -91,9 +91,9 @@ class Runs(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The list of all blocks [B * n, 1, LANES], and what an element at an index of it says."""
+    """The list of all blocks, and what an element at an index of a block's entry says."""
 
-    list: Int[Array, "Bn 1 lanes"]
+    list: Int[Array, "B blocks 1 lanes"]
     pages: int
 
     @property
@@ -158,11 +158,11 @@ def entries_of(
         holds: which of them may hold tokens.
         owner: the segment that a page's tokens have; None for their own.
     """
-    table, holds = (x.reshape(-1, pages) for x in (table, holds))
+    table, holds = (x.reshape(len(table), -1, pages) for x in (table, holds))
     filled = jnp.max(jnp.where(holds, jnp.arange(1, pages + 1), 0), -1)
-    in_turn = jnp.all(table[:, 1:] == table[:, :-1] + 1, -1)
+    in_turn = jnp.all(table[..., 1:] == table[..., :-1] + 1, -1)
     together = (filled == pages) & in_turn
-    owners = [] if owner is None else [owner.reshape(-1, pages)]
-    numbers = [table, filled[:, None], together[:, None], *owners]
-    entries = jnp.concatenate([x.astype(jnp.int32) for x in numbers], 1)
-    return Entries(pad_axis(entries, 1, LANES)[:, None], pages)
+    owners = [] if owner is None else [owner.reshape(table.shape)]
+    numbers = [table, filled[..., None], together[..., None], *owners]
+    entries = jnp.concatenate([x.astype(jnp.int32) for x in numbers], -1)
+    return Entries(pad_axis(entries, 2, LANES)[:, :, None], pages)
