@@ -307,6 +307,8 @@ def test_an_older_document(text, params, tokens, plain, caplog):
         {"kv": ["int8"]},
         {"kv": "int7"},
         {"kv": "int8"},
+        {"page": 64},
+        {"page": ...},
         {"config": []},
         {"format": "2"},
     ],
