@@ -1,12 +1,15 @@
 """What the TPU kernels share: where they run, and products that keep their operands' precision."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.platform import target
 
 LANES, SUBLANES = 128, 8
+IN_HBM = pl.BlockSpec(memory_space=pltpu.HBM)
 VMEM_BYTES = 48 * 2**20  # of a kernel: every generation since v5p has 64 MiB a core or more
 
 
@@ -36,3 +39,8 @@ def dot(x, y, *, transposed: bool = False):
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def in_hbm(arrays):
+    """Arrays that XLA leaves in HBM, rather than copy them to VMEM before the kernel does."""
+    return jax.tree.map(lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM), arrays)

@@ -198,6 +198,7 @@ def _identity(config: Llama4Config, params: dict, kv: str | None) -> dict[str, A
         "dtype": dtype,
         "weights": _fingerprint(params),
         "kv": {None: dtype, "bf16": "bfloat16"}.get(kv, kv),
+        "page": PAGE,
     }
 
 
@@ -227,6 +228,7 @@ DIFFERENCES = {  # by key of an identity, in the order in which they are told
     "config": "with a model of another config",
     "weights": "with a model of other weights",
     "kv": "into a {theirs} cache, not {ours}",
+    "page": "into pages of another number of tokens",
 }
 
 

@@ -1,4 +1,4 @@
-"""A decoder layer for one new token a row on H100 and H200: few launches, two all-reduces.
+"""A decoder layer for one new token a row on H100, H200 and TPUs: few launches, two all-reduces.
 
 It computes what `transformer.decoder_layer` computes. There, each line is an operation or several,
 and launching them takes longer than reading the weights; here each line is a kernel. A fork that
@@ -10,6 +10,7 @@ K key/value heads, d head size, E experts.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,7 @@ from pallas_kernels.step import (
     matmul_few,
     why_not_few,
     why_not_norm,
+    why_not_widths,
     write_heads,
 )
 from pallas_kernels.tpu import why_not_tpu
@@ -94,21 +96,29 @@ def why_not_fused(
     Args:
         x: the embedded tokens [B, S, D], or a ShapeDtypeStruct.
         packing: as for `transformer.forward`.
-        interpret: `plgpu.InterpretGPUParams()`, where kernels are to run without their hardware.
+        interpret: `plgpu.InterpretGPUParams()` or `pltpu.InterpretParams()`, where kernels are to
+            run without their hardware.
     """
     (rows, tokens, _), dtype = x.shape, x.dtype
     pieces = packing is not None and packing.pieces is not None
     if cache is None or tokens != 1 or pieces:
         return "it is a step of one new token a row with a cache"
-    if any(isinstance(w, QuantizedMatrix) for w in jax.tree.leaves(params, is_leaf=_is_matrix)):
+    weights = jax.tree.leaves(params["layers"], is_leaf=_is_matrix)
+    formats = {w.format for w in weights if _is_matrix(w)}
+    if formats and why_not_tpu(interpret) is not None:
         return "it takes matrices that are not quantized"
+    if "int4" in formats:
+        return "it takes matrices of int8 or fp8, not of int4"
     mesh = meshes.current_mesh()
     if mesh is not None and expert_exchange(mesh, x.shape) != "replicated":
         return "it takes meshes on which tokens need not travel to their experts"
     tensor = 1 if mesh is None else meshes.axis_size(mesh, "ffn")
     rows //= row_groups(len(cache.length))
-    reason = why_not_sizes(config, tensor, rows, jnp.dtype(dtype).name)
-    return reason or (why_not_tpu(interpret) and why_not_hopper(interpret))
+    if reason := why_not_sizes(config, tensor, rows, jnp.dtype(dtype).name):
+        return reason
+    if why_not_tpu(interpret) is None:
+        return why_not_widths(feed_forward_widths(config, tensor))
+    return why_not_hopper(interpret)
 
 
 def why_not_sizes(
@@ -134,8 +144,13 @@ def why_not_sizes(
     experts = config.num_local_experts
     if experts % 8 or (experts > 32 and experts % 64):  # what TMA cuts the router into
         return f"it takes 8, 16, 24, 32 or a multiple of 64 experts, not {experts}"
-    widths = [x // tensor for x in (config.intermediate_size, config.intermediate_size_mlp)]
+    widths = feed_forward_widths(config, tensor)
     return why_not_few(rows, dtype, config.hidden_size, widths) or why_not_norm(config.hidden_size)
+
+
+def feed_forward_widths(config: Llama4Config, tensor: int) -> list[int]:
+    """A device's share of the widths of experts and of dense layers."""
+    return [x // tensor for x in (config.intermediate_size, config.intermediate_size_mlp)]
 
 
 def _is_matrix(x) -> bool:
@@ -219,7 +234,9 @@ def _head_plan(rope, temperature, index) -> HeadPlan:
 def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pages, cache):
     """The output projection's sum over devices, float32, and the cache with the new tokens."""
     spec = config.attention_spec(kind)
-    D, heads, d = p["q"].shape
+    d = config.head_dim
+    heads = math.prod(p["q"].shape[1:]) // d
+    o = p["o"] if _is_matrix(p["o"]) else p["o"].reshape(heads * d, -1)
     qkv = matmul_few(x, tuple(p[name] for name in "qkv"), parts=None, **run)
     norm_eps = config.rms_norm_eps if spec.qk_norm else None
     q, *cache = write_heads(qkv, plan, *cache, heads=heads, norm_eps=norm_eps, **run)
@@ -237,14 +254,17 @@ def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pages, cach
     )
     if cache_kind(spec).sharded:
         out = merge_over_devices(out, lse)
-    out = matmul_few(out.astype(x.dtype).reshape(len(x), -1), (p["o"].reshape(-1, D),), **run)[0]
+    out = matmul_few(out[:, :, 0], (o,), **run)[0]
     return _sum_over(out, "heads"), cache
 
 
 def _moe(config: Llama4Config, run, p, x, real):
     """The experts' output summed over devices, float32; the routing and the tokens served."""
     E, here = config.num_local_experts, p["experts"]["down"].shape[0]
-    logits = jnp.sum(matmul_few(x, (p["router"],), parts=None, **run), axis=0)[: len(x)]
+    logits = jnp.sum(matmul_few(x, (p["router"],), parts=None, **run), axis=0)
+    if why_not_tpu(**run) is not None:  # on TPUs one number takes more operations than a vector
+        logits = logits[: len(x)]
+    real = jnp.pad(real, ((0, len(logits) - len(real)), (0, 0)))
     routing = choose_experts(config, logits.astype(x.dtype)[:, None], real)
     first = lax.axis_index(meshes.RULES["expert"]) * here if here < E else 0
     expert = routing.expert[:, 0, 0] - first
@@ -255,7 +275,8 @@ def _moe(config: Llama4Config, run, p, x, real):
         x, of_routed, of_shared, expert, routing.router_weight[:, 0, 0], busy, **run
     )
     out = experts_down(hidden, routed["down"], shared["down"], expert, busy, **run)
-    reached = ((expert >= 0) & (expert < here)).astype(jnp.int32)[:, None]
+    reached = ((expert >= 0) & (expert < here)).astype(jnp.int32)[: len(x), None]
+    routing = jax.tree.map(lambda leaf: leaf[: len(x)], routing)
     return _sum_over(out, "expert", "ffn"), (routing, _sum_over(reached, "expert"))
 
 

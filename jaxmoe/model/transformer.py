@@ -64,7 +64,8 @@ def forward(
         cache: None for a whole forward pass; otherwise a cache with room for the new tokens.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         fused: run a step of one new token a row by the kernels of `decode_step` where they serve.
-        interpret: `plgpu.InterpretGPUParams()` runs those without their hardware.
+        interpret: `plgpu.InterpretGPUParams()` or `pltpu.InterpretParams()` runs those without
+            their hardware.
         kernels: the implementations to run on; naming any turns `fused` off.
         moe: a mixture of experts of the same arguments as `jaxmoe.model.moe.moe`; default: that
             one. Giving one turns `fused` off.

@@ -175,11 +175,10 @@ def notes(plan: Plan) -> list[str]:
             f"A launch is assumed to take {1e6 * target.launch:.1f} us, a small sum over devices "
             f"{1e6 * target.latency:.0f} us; how many there are is the compiler's count."
         )
+    if target.compiler in ("a100", "l40s", "b200"):
+        lines.append("The kernels for Hopper do not run there, XLA's and JAX's own do.")
     if target.is_tpu or target.compiler in ("a100", "l40s", "b200"):
-        lines.append(
-            "The kernels for Hopper do not run there, XLA's and JAX's own do; temporaries by "
-            "formula are those of Hopper."
-        )
+        lines.append("Temporaries by formula are those of Hopper's kernels.")
     return lines
 
 

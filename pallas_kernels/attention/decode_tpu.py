@@ -14,17 +14,15 @@ times heads of a group, H of all groups; N pages a block, n blocks of a row, C c
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.masks import Coords, KeyRange
-from pallas_kernels.attention.tpu_blocks import At, Blocks
+from pallas_kernels.attention.tpu_blocks import At, Blocks, scratch
 from pallas_kernels.attention.tpu_plan import DecodeTpuConfig, Runs, config_for, plan
 from pallas_kernels.attention.tpu_softmax import (
     LOG2E,
@@ -38,7 +36,7 @@ from pallas_kernels.attention.tpu_softmax import (
 )
 from pallas_kernels.choice import Implementation
 from pallas_kernels.quantized import STORED, Quantized
-from pallas_kernels.tpu import LANES, SUBLANES, VMEM_BYTES, why_not_tpu
+from pallas_kernels.tpu import IN_HBM, LANES, SUBLANES, VMEM_BYTES, in_hbm, why_not_tpu
 
 MOST_BYTES = VMEM_BYTES // 3  # of all rows' queries and results, which stay on chip
 
@@ -83,48 +81,41 @@ def _decode(q_BHd, k, v, q_range, k_coords, table, case, config):
     static = Static(case.scale * LOG2E, case.queries, parts, isinstance(k, Quantized))
     out_type = jax.ShapeDtypeStruct((cores, B, H, d), jnp.float32)
     lse_type = jax.ShapeDtypeStruct((cores, B, H, LANES), jnp.float32)
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, static, pages),
+        functools.partial(_kernel, static),
         out_shape=(out_type, lse_type),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(runs),
+            num_scalar_prefetch=1,
             grid=(cores,),
             in_specs=[
                 pl.BlockSpec(q_BHd.shape, lambda core, *_: (0, 0, 0)),
-                *[in_hbm] * (1 + len(streams)),
+                IN_HBM,
+                [IN_HBM] * len(streams),
             ],
             out_specs=[
                 pl.BlockSpec((1, *x.shape[1:]), lambda core, *_: (core, 0, 0, 0))
                 for x in (out_type, lse_type)
             ],
-            scratch_shapes=_scratch(streams, pages, slots, (K, H // K, d), parts),
+            scratch_shapes=[*scratch(streams, pages, slots), _softmax(K, H // K, d, parts)],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=case.interpret or False,
         name="decode_attention",
-    )(*runs, q_BHd, entries.list, *streams)
+    )(runs, q_BHd, entries.list, in_hbm(streams))
     if cores == 1:
         return out[0], lse[0, ..., 0]
     return join_cores(out, lse, interpret=case.interpret)
 
 
-def _scratch(streams: Sequence[Any], pages: int, slots: int, sizes, parts: int) -> list:
-    """In the order of the last arguments of `_kernel`."""
-    K, R, d = sizes
-    return [
-        pltpu.SMEM((2 * slots, 1, LANES), jnp.int32),
-        pltpu.SemaphoreType.DMA((2 * slots,)),
-        [pltpu.VMEM((slots, pages, *x.shape[1:]), x.dtype) for x in streams],
-        pltpu.SemaphoreType.DMA((slots,)),
-        Softmax(
-            pltpu.VMEM((K, R, LANES), jnp.float32),
-            pltpu.VMEM((K, R, LANES), jnp.float32),
-            pltpu.VMEM((K, parts, R, d // parts), jnp.float32),
-        ),
-    ]
+def _softmax(K: int, R: int, d: int, parts: int) -> Softmax:
+    """The memory of the current row's."""
+    return Softmax(
+        pltpu.VMEM((K, R, LANES), jnp.float32),
+        pltpu.VMEM((K, R, LANES), jnp.float32),
+        pltpu.VMEM((K, parts, R, d // parts), jnp.float32),
+    )
 
 
 def _of_rows(q, k, v, q_range, k_coords, case, config):
@@ -153,55 +144,31 @@ def _of_rows(q, k, v, q_range, k_coords, case, config):
     )
 
 
-def _kernel(static: Static, pages: int, *refs):
-    runs, refs = Runs(*refs[: len(Runs._fields)]), refs[len(Runs._fields) :]
-    q_ref, list_ref, *streams = refs[:-7]
-    out_ref, lse_ref, entry, entry_copied, buffers, copied, softmax = refs[-7:]
-    blocks = Blocks(runs, list_ref, pages, entry, entry_copied, streams, buffers, copied)
+def _kernel(static: Static, runs: Runs, q_ref, list_ref, streams, out_ref, lse_ref, *memory):
+    *copies, softmax = memory
     core = pl.program_id(0)
     count, start = runs.count[core], (runs.row[core], runs.block[core])
+    blocks = Blocks(runs.visits, count, list_ref, streams, *copies)
     softmax.clear()
     out_ref[...] = jnp.zeros_like(out_ref)
     lse_ref[...] = jnp.full_like(lse_ref, -jnp.inf)
 
-    def if_any(act: Callable, number, at: At) -> None:
-        pl.when(number < count)(lambda: act(number, at))
-
-    def read_entry(number, at: At) -> None:
-        blocks.entry_copy(number, at).start()
-
-    def ahead(act: Callable, many: int) -> At:
-        at = start
-        for number in range(many):
-            if_any(act, number, at)
-            at = blocks.after(at)
-        return at
-
-    entries_ahead, blocks_ahead = blocks.listed - 1, blocks.slots - 1
-
-    def step(number, state):
-        next_entry, next_block, at = state
-        if_any(read_entry, number + entries_ahead, next_entry)
-        if_any(blocks.load, number + blocks_ahead, next_block)
-        blocks.wait(number, at)
+    def attend(number, at: At) -> None:
         row, block = at
-        begins = (number == 0) | (block == runs.start[row])
+        begins = (number == 0) | (block == runs.visits.start[row])
         _attend(static, runs, blocks, number, at, begins, q_ref, softmax)
 
-        @pl.when((number == count - 1) | (block + 1 >= runs.stop[row]))
+        @pl.when((number == count - 1) | (block + 1 >= runs.visits.stop[row]))
         def _():
             softmax.write(out_ref.at[0, row], lse_ref.at[0, row])
 
-        return tuple(map(blocks.after, state))
-
-    listed = ahead(read_entry, entries_ahead)
-    lax.fori_loop(0, count, step, (listed, ahead(blocks.load, blocks_ahead), start))
+    blocks.prime(start)
+    blocks.visit(0, start, count, attend)
 
 
 def _attend(static, runs, blocks: Blocks, number, at: At, begins, q_ref, softmax: Softmax):
     """Adds a block to the softmax of every key head."""
-    slot = number & (blocks.slots - 1)
-    block = [buffer.at[slot] for buffer in blocks.buffers]
+    block = blocks.block(number)
     heads, rows = softmax.top.shape[:2]
 
     def add(pages: Sequence[PageMask] | None):

@@ -26,8 +26,16 @@ def extents_of_rows(
     return Extents(*(x.reshape(len(table), -1) for x in extent))
 
 
+def of_owners(by_page: Extents, owner: Int[Array, "B n"]) -> Extents:
+    """The extents of pages [B, n] whose tokens have one segment, 0 for none."""
+    first, last, _, _, whole = by_page
+    real = (first <= last) & (owner != 0)
+    extent = zip((first, last, owner, owner, whole), NOTHING, strict=True)
+    return Extents(*(jnp.where(real, x, nothing) for x, nothing in extent))
+
+
 def rows_of_pages(
-    k, v, coords: Coords, table: Int[Array, "B n"], real: Bool[Array, "n"] | None = None
+    k, v, coords: Coords, table: Int[Array, "B n"], real: Bool[Array, "*B n"] | None = None
 ):
     """Keys and values [B, K, n * t, ...] and their Coords [B, n * t], copied out of a pool.
 
@@ -36,7 +44,7 @@ def rows_of_pages(
     Args:
         k, v: arrays [P, K, t, d] or `Quantized`.
         coords: of the pool, [P, t].
-        real: which columns of the table count: the others are padding.
+        real: which columns or entries of the table count: the others are padding.
     """
 
     def gather(leaf):
@@ -45,7 +53,7 @@ def rows_of_pages(
 
     position, segment = (x[table] for x in coords)
     if real is not None:
-        segment = jnp.where(real[:, None], segment, 0)
+        segment = jnp.where(real[..., None], segment, 0)
     flat = Coords(*(x.reshape(len(table), -1) for x in (position, segment)))
 
     return jax.tree.map(gather, k), without_padding(jax.tree.map(gather, v), flat), flat

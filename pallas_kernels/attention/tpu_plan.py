@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import tuning
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import (
+    BlockRanges,
     Coords,
     KeyRange,
     block_ranges,
@@ -56,6 +57,25 @@ def config_for(case) -> DecodeTpuConfig:
     return DecodeTpuConfig(LONG if long else SHORT, cores=num_cores())
 
 
+class Visits(NamedTuple):
+    """Which blocks each visitor reads, a row or a tile of queries, in numbers in scalar memory.
+
+    They are those from `start` up to `stop`, as in `BlockRanges`. The `following` visitor is the
+    next one that reads any.
+    """
+
+    start: Int[Array, "visitors"]
+    full_start: Int[Array, "visitors"]
+    full_stop: Int[Array, "visitors"]
+    stop: Int[Array, "visitors"]
+    following: Int[Array, "visitors"]
+
+
+def visits_of(ranges: BlockRanges) -> Visits:
+    """What visitors read whose ranges are [visitors]."""
+    return Visits(*ranges, _following(ranges.stop > ranges.start))
+
+
 class Runs(NamedTuple):
     """Where the cores go, in numbers that lie in scalar memory.
 
@@ -63,28 +83,17 @@ class Runs(NamedTuple):
     then those of the following row that has any.
     """
 
-    start: Int[Array, "B"]  # the first block that a row's queries may see
-    stop: Int[Array, "B"]
-    full_start: Int[Array, "B"]  # from here up to full_stop, blocks need no mask
-    full_stop: Int[Array, "B"]
-    following: Int[Array, "B"]
+    visits: Visits  # those of rows
     row: Int[Array, "C"]
     block: Int[Array, "C"]
     count: Int[Array, "C"]
-    first: Int[Array, "B*S"]  # what queries see
-    last: Int[Array, "B*S"]
-    segment: Int[Array, "B*S"]
-
-    @property
-    def q_range(self) -> KeyRange:
-        """What queries see."""
-        return KeyRange(self.first, self.last, self.segment)
+    q_range: KeyRange  # what queries see, [B * S]
 
 
 class Entries(NamedTuple):
-    """The list of all blocks [B * n, 1, LANES], and what an element at an index of it says."""
+    """The list of all blocks, and what an element at an index of a block's entry says."""
 
-    list: Int[Array, "Bn 1 lanes"]
+    list: Int[Array, "B blocks 1 lanes"]
     pages: int
 
     @property
@@ -97,6 +106,11 @@ class Entries(NamedTuple):
         """The index of whether all of them do, and follow each other in the pool."""
         return self.pages + 1
 
+    @property
+    def owner(self) -> int:
+        """The index of the segment of the first page's tokens, if the list says it."""
+        return self.pages + 2
+
 
 def plan(
     q_range: KeyRange, k_coords: Coords, table: Int[Array, "B pages"], pages: int, cores: int
@@ -107,13 +121,10 @@ def plan(
     real = jnp.arange(table.shape[1]) < columns
     by_page = extents_of_rows(extents(k_coords, k_coords.segment.shape[1]), table, real)
     some, every = visible_blocks(q_range, joined_extents(by_page, pages), q_range.first.shape[1])
-    start, full_start, full_stop, stop = (x[:, 0] for x in block_ranges(some, every))
-    row, block, count = _shares(start, stop, cores)
-    runs = Runs(
-        start, stop, full_start, full_stop, _following(stop > start), row, block, count,
-        *(x.reshape(-1) for x in q_range),
-    )  # fmt: skip
-    return runs, _entries(table, by_page.first <= by_page.last, pages)
+    visits = visits_of(BlockRanges(*(x[:, 0] for x in block_ranges(some, every))))
+    shares = _shares(visits.start, visits.stop, cores)
+    runs = Runs(visits, *shares, KeyRange(*(x.reshape(-1) for x in q_range)))
+    return runs, entries_of(table, by_page.first <= by_page.last, pages)
 
 
 def _shares(start, stop, cores: int):
@@ -134,11 +145,24 @@ def _following(visited):
     return jnp.append(lax.cummin(own, reverse=True)[1:], jnp.int32(last))
 
 
-def _entries(table, holds, pages: int) -> Entries:
-    table, holds = (x.reshape(-1, pages) for x in (table, holds))
+def entries_of(
+    table: Int[Array, "B n"],
+    holds: Bool[Array, "B n"],
+    pages: int,
+    owner: Int[Array, "B n"] | None = None,
+) -> Entries:
+    """The list of the blocks of a table.
+
+    Args:
+        table: pages, a multiple of `pages` a row.
+        holds: which of them may hold tokens.
+        owner: the segment that a page's tokens have; None for their own.
+    """
+    table, holds = (x.reshape(len(table), -1, pages) for x in (table, holds))
     filled = jnp.max(jnp.where(holds, jnp.arange(1, pages + 1), 0), -1)
-    in_turn = jnp.all(table[:, 1:] == table[:, :-1] + 1, -1)
+    in_turn = jnp.all(table[..., 1:] == table[..., :-1] + 1, -1)
     together = (filled == pages) & in_turn
-    numbers = [table, filled[:, None], together[:, None]]
-    entries = jnp.concatenate([x.astype(jnp.int32) for x in numbers], 1)
-    return Entries(pad_axis(entries, 1, LANES)[:, None], pages)
+    owners = [] if owner is None else [owner.reshape(table.shape)]
+    numbers = [table, filled[..., None], together[..., None], *owners]
+    entries = jnp.concatenate([x.astype(jnp.int32) for x in numbers], -1)
+    return Entries(pad_axis(entries, 2, LANES)[:, :, None], pages)

@@ -155,7 +155,7 @@ def attend_head(
     q_parts = [q[:, i * width : (i + 1) * width] for i in range(static.parts)]
 
     def scores_of(page: int):
-        keys = _widen(k[page, head], q.dtype, static.parts)
+        keys = widen(k[page, head], q.dtype, static.parts)
         products = (dot(x, y, transposed=True) for x, y in zip(q_parts, keys, strict=True))
         scores = functools.reduce(jnp.add, products)
         scores *= scale if k_scale is None else scale * k_scale[page, head : head + 1]
@@ -170,7 +170,7 @@ def attend_head(
     acc = [jnp.where(begins, 0.0, softmax.acc[i]) * shrink[:, :1] for i in range(static.parts)]
     for page in range(count):
         p = jnp.exp2(scores[page] - top[:, :1])
-        values = _widen(v[page, head], q.dtype, static.parts)
+        values = widen(v[page, head], q.dtype, static.parts)
         if pages is not None:
             p = jnp.where(pages[page].seen, p, 0.0)
             values = [jnp.where(pages[page].real, x, jnp.zeros_like(x)) for x in values]
@@ -186,8 +186,13 @@ def attend_head(
         softmax.acc[i] = x
 
 
-def _widen(x: jax.Array, dtype, parts: int) -> list[jax.Array]:
-    """Stored keys or values [t, d / parts] in a floating type, without their scales."""
+def widen(x: jax.Array, dtype, parts: int) -> list[jax.Array]:
+    """Stored keys or values [t, d / parts] in a floating type, without their scales.
+
+    Beside bfloat16, fp8 stays as it is: the matrix unit widens it while loading.
+    """
+    if x.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16:
+        return [x]
     if parts == 1:
         return [x.astype(dtype)]
     x = x.astype(jnp.int32)

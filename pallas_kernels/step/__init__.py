@@ -1,4 +1,4 @@
-"""Hopper kernels of a decode step, except attention: norms, projections, cache writes, experts.
+"""Kernels of a decode step on Hopper and TPUs, except attention: norms, projections, experts.
 
 A step of few tokens reads every matrix once and computes little, so that its time is that of memory
 and of launching kernels. Each function here is one kernel, for up to 64 tokens.
@@ -6,7 +6,7 @@ and of launching kernels. Each function here is one kernel, for up to 64 tokens.
 
 from pallas_kernels.step.experts import busy_experts, experts_down, experts_gate_up
 from pallas_kernels.step.heads import HeadPlan, write_heads
-from pallas_kernels.step.matmul import MAX_TOKENS, matmul_few, why_not_few
+from pallas_kernels.step.matmul import MAX_TOKENS, matmul_few, why_not_few, why_not_widths
 from pallas_kernels.step.norm import add_rms_norm, why_not_norm
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "matmul_few",
     "why_not_few",
     "why_not_norm",
+    "why_not_widths",
     "write_heads",
 ]

@@ -9,6 +9,7 @@ device, N busy experts with the shared one last; m the 64 rows of a tile, n a ti
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +65,10 @@ def busy_experts(
 
 def experts_gate_up(
     x: Float[Array, "T D"],
-    routed: tuple[Float[Array, "E D F"], Float[Array, "E D F"]] | None,
-    shared: tuple[Float[Array, "D F"], Float[Array, "D F"]],
-    expert: Int[Array, "T"],
-    router_weight: Float[Array, "T"],
+    routed: tuple[Any, Any] | None,
+    shared: tuple[Any, Any],
+    expert: Int[Array, "T_or_more"],
+    router_weight: Float[Array, "T_or_more"],
     busy: Int[Array, "N"],
     *,
     interpret=None,
@@ -78,10 +79,10 @@ def experts_gate_up(
 
     Args:
         x: tokens, bfloat16.
-        routed: gate and up of the routed experts; None for a dense layer, which is computed as a
-            shared expert alone.
-        shared: gate and up of the shared expert.
-        expert: the expert of each token, as of `busy_experts`.
+        routed: gate and up of the routed experts, [E, D, F]; None for a dense layer, which is
+            computed as a shared expert alone. On TPUs they may be `QuantizedMatrix`, here as below.
+        shared: gate and up of the shared expert, [D, F].
+        expert: the expert of each token, as of `busy_experts`; what follows is of no token.
         router_weight: s for each token's routed expert; s is 1 for the shared expert.
         busy: from `busy_experts`.
         interpret: parameters of an interpreter, or None.
@@ -143,9 +144,9 @@ def _gate_up_kernel(x_TD, routed, shared, expert_m, weight_m, busy_N, out_NCF, r
 
 def experts_down(
     hidden: Float[Array, "N C F"],
-    routed: Float[Array, "E F D"] | None,
-    shared: Float[Array, "F D"],
-    expert: Int[Array, "T"],
+    routed: Any,
+    shared: Any,
+    expert: Int[Array, "T_or_more"],
     busy: Int[Array, "N"],
     *,
     interpret=None,
@@ -154,9 +155,9 @@ def experts_down(
 
     Args:
         hidden: from `experts_gate_up`.
-        routed: down of the routed experts; None for a dense layer.
-        shared: down of the shared expert.
-        expert: the expert of each token, as of `busy_experts`.
+        routed: down of the routed experts, [E, F, D]; None for a dense layer.
+        shared: down of the shared expert, [F, D].
+        expert: the expert of each token, as of `busy_experts`; what follows is of no token.
         busy: from `busy_experts`.
         interpret: parameters of an interpreter, or None.
     """

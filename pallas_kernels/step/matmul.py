@@ -9,6 +9,7 @@ D; m the 64 rows, n a tile of 64 outputs, k a step along D.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.mosaic import WARPGROUP, Ring, accumulate, hopper_kernel, tile
 from pallas_kernels.platform import target
-from pallas_kernels.quantized import QuantizedMatrix
 from pallas_kernels.step.tpu_matmul import matmul_tpu
-from pallas_kernels.tpu import why_not_tpu
+from pallas_kernels.tpu import LANES, why_not_tpu
 
 MAX_TOKENS = WARPGROUP
 UNIT = 8  # rows of a tile that TMA copies at once
@@ -50,6 +50,13 @@ def why_not_few(tokens: int, dtype: str, inputs: int, outputs: Sequence[int]) ->
     return None
 
 
+def why_not_widths(outputs: Sequence[int]) -> str | None:
+    """Says why the TPU kernels cannot multiply by matrices of so many outputs; None if they can."""
+    if any(width % LANES for width in outputs):
+        return f"on TPUs it takes widths that are multiples of {LANES}, not {tuple(outputs)}"
+    return None
+
+
 def pad_tokens(x: jax.Array) -> jax.Array:
     """Pads tokens to a multiple of 8, unless there are fewer: TMA reads zeros for those missing."""
     return x if x.shape[0] < UNIT else pad_axis(x, 0, UNIT)
@@ -71,8 +78,8 @@ def parts_of_inputs(inputs: int, tiles: int) -> int:
 
 
 def matmul_few(
-    x: Float[Array, "tokens D"],
-    weights: tuple[Float[Array, "D *_"] | QuantizedMatrix, ...],
+    x: Float[Array, "tokens *inputs"],
+    weights: tuple[Any, ...],
     *,
     parts: int | None = 1,
     interpret=None,
@@ -80,19 +87,19 @@ def matmul_few(
     """x @ concatenate(weights, axis=1) in float32, as partial sums that the caller adds up.
 
     Args:
-        x: up to 64 tokens, bfloat16.
-        weights: matrices of D inputs and outputs on all further axes, each of a multiple of 64
-            outputs, or of fewer than 64. The outputs of all are a multiple of 32, or fewer: what
-            TMA cuts arrays into. On TPUs each has a multiple of 128, or there is one of fewer; they
-            may be quantized.
+        x: up to 64 tokens, with D inputs on one axis, or on two of heads; rounded to bfloat16.
+        weights: matrices [D, *outputs], bfloat16. Each has a multiple of 64 outputs, or fewer than
+            64; all together have a multiple of 32, or fewer: what TMA cuts arrays into. On TPUs
+            each has a multiple of 128, or one alone has fewer, and they may be `QuantizedMatrix`.
         parts: into how many parts the inputs are cut; None for as many as occupy the device. On
             TPUs it is one.
         interpret: parameters of an interpreter, or None.
     """
     if why_not_tpu(interpret) is None:
         return matmul_tpu(x, weights, interpret=interpret)
-    T, x = -(-x.shape[0] // UNIT) * UNIT, pad_tokens(x)
     weights = tuple(w.reshape(w.shape[0], -1) for w in weights)
+    x = pad_tokens(x.reshape(x.shape[0], -1).astype(jnp.bfloat16))
+    T = -(-x.shape[0] // UNIT) * UNIT
     tiles = tuple(-(-w.shape[1] // STEP) for w in weights)
     F = sum(w.shape[1] for w in weights)
     parts = parts_of_inputs(x.shape[1], sum(tiles)) if parts is None else parts

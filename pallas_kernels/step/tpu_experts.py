@@ -18,7 +18,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.step.tpu_stream import (
-    IN_HBM,
     SLOTS,
     Matrix,
     Outbox,
@@ -31,7 +30,7 @@ from pallas_kernels.step.tpu_stream import (
     tile_at,
     tile_width,
 )
-from pallas_kernels.tpu import LANES, SUBLANES, VMEM_BYTES, num_cores
+from pallas_kernels.tpu import IN_HBM, LANES, SUBLANES, VMEM_BYTES, in_hbm, num_cores
 
 PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES)
 
@@ -102,7 +101,7 @@ def gate_up_tpu(
         interpret=interpret or False,
         name="experts_gate_up",
     )  # fmt: skip
-    return kernel(*known, x, *matrices)
+    return kernel(*known, x, *in_hbm(matrices))
 
 
 def _gate_up(experts, leaves_each, expert, router_weight, busy, x_ref, *refs):
@@ -168,7 +167,7 @@ def down_tpu(
         interpret=interpret or False,
         name="experts_down",
     )
-    return kernel(*known, hidden, *matrices)
+    return kernel(*known, hidden, *in_hbm(matrices))
 
 
 def _down(experts, leaves_each, expert, router_weight, busy, hidden_ref, *refs):

@@ -19,8 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantized import LARGEST, Quantized
-from pallas_kernels.step.tpu_stream import IN_HBM
-from pallas_kernels.tpu import VMEM_BYTES
+from pallas_kernels.tpu import IN_HBM, VMEM_BYTES
 
 ROWS = 32  # u: a multiple of the rows of every dtype's tile
 

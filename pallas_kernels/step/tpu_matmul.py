@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.step.tpu_stream import (
-    IN_HBM,
     SLOTS,
     Outbox,
     buffers,
@@ -28,11 +27,11 @@ from pallas_kernels.step.tpu_stream import (
     tile_at,
     tile_width,
 )
-from pallas_kernels.tpu import LANES, SUBLANES, VMEM_BYTES, dot, num_cores
+from pallas_kernels.tpu import IN_HBM, LANES, SUBLANES, VMEM_BYTES, dot, in_hbm, num_cores
 
 
 def matmul_tpu(
-    x: Float[Array, "tokens D"], weights: tuple[Any, ...], *, interpret=None
+    x: Float[Array, "tokens *inputs"], weights: tuple[Any, ...], *, interpret=None
 ) -> Float[Array, "1 C F"]:
     """x @ concatenate(weights, axis=1) in float32; arguments as for `matmul_few`.
 
@@ -41,25 +40,25 @@ def matmul_tpu(
     """
     widths = [math.prod(w.shape[1:]) for w in weights]
     if max(widths) < LANES:
-        return dot(pad_axis(x, 0, SUBLANES), weights[0])[None]
+        return dot(pad_axis(x.reshape(len(x), -1), 0, SUBLANES), weights[0])[None]
     weights = tuple(jnp.swapaxes(w, 0, 1) if len(w.shape) == 3 else w for w in weights)
     n, tokens = tile_width(weights, widths), -(-x.shape[0] // SUBLANES) * SUBLANES
     tiles = tuple(width // n for width in widths)
     leaves = jax.tree.leaves(weights)
     kernel = pl.pallas_call(
-        functools.partial(_kernel, tiles, len(jax.tree.leaves(weights[0]))),
+        functools.partial(_kernel, tiles, len(leaves) // len(weights)),
         out_shape=jax.ShapeDtypeStruct((tokens, sum(widths)), jnp.float32),
         grid=(num_cores(),),
         in_specs=[
-            pl.BlockSpec(x.shape, lambda core: (0, 0)),
-            *[IN_HBM] * len(jax.tree.leaves(weights)),
+            pl.BlockSpec(x.shape, lambda core: (0,) * x.ndim),
+            *[IN_HBM] * len(leaves),
         ],
         out_specs=IN_HBM,
         scratch_shapes=[
             buffers(weights[0], n),
             pltpu.SemaphoreType.DMA((SLOTS,)),
             Outbox.types(tokens, n, jnp.float32),
-            pltpu.VMEM((tokens, x.shape[1]), x.dtype),
+            pltpu.VMEM((tokens, math.prod(x.shape[1:])), jnp.bfloat16),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
@@ -67,7 +66,7 @@ def matmul_tpu(
         interpret=interpret or False,
         name="matmul_few",
     )
-    return kernel(x, *leaves)[None]
+    return kernel(x, *in_hbm(leaves))[None]
 
 
 def _kernel(tiles, leaves_each, x_ref, *refs):

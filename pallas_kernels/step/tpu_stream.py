@@ -21,7 +21,6 @@ from pallas_kernels.tpu import LANES, dot
 
 SLOTS = 4  # tiles in flight; a power of two
 TILE_BYTES = 3 * 2**19  # of a tile, at most: its copy takes a microsecond or two
-IN_HBM = pl.BlockSpec(memory_space=pltpu.HBM)
 Matrix = jax.Array | QuantizedMatrix
 
 
@@ -68,9 +67,12 @@ def multiply(x: jax.Array, tile: Sequence[Any]) -> jax.Array:
 
 
 def pad_tokens(x_ref, padded_ref) -> None:
-    """Copies tokens into rows of a whole number of vectors, with zeros after them."""
+    """Copies tokens [T, D] or [T, H, d] into the first rows of [C, D]; the others are zeros."""
     padded_ref[...] = jnp.zeros_like(padded_ref)
-    padded_ref[: x_ref.shape[0]] = x_ref[...]
+    tokens, *heads, width = x_ref.shape
+    for head in range(*heads or [1]):
+        x = x_ref[:, head] if heads else x_ref[...]
+        padded_ref[:tokens, head * width : (head + 1) * width] = x.astype(padded_ref.dtype)
 
 
 def copy_tile(sources: Sequence[Any], goes: Sequence[Any], slot, copied, act: Callable) -> None:

@@ -21,6 +21,7 @@ from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.generation.saved_document import KEY, document_length, load_document, read_document
 from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.kv_cache import PAGE
 from jaxmoe.model.params import abstract_params, init_params
 from jaxmoe.model.transformer import forward, unembed
 from tests.checkpoint.damage import change_description, change_metadata, exchange, made_old
@@ -98,11 +99,11 @@ def test_prefill_chunks_around_the_edges(params, tokens, plain, chunk):
 def test_interrupted_and_continued_elsewhere(
     params, tokens, plain, tmp_path, first, second, third, kv
 ):
-    """Saves are whole chunks and pages, here 192 tokens; the rest is read again."""
-    told = read_until(params, tokens, tmp_path / "text", 342, first, kv=kv, prefill_chunk=50)
-    assert told == [0, 50, 100, 150, 192, 242, 292, 342]
+    """Saves are whole chunks and pages, here 384 tokens; the rest is read again."""
+    told = read_until(params, tokens, tmp_path / "text", 434, first, kv=kv, prefill_chunk=50)
+    assert told == [*range(0, 351, 50), 384, 434]
     told = read_until(params, tokens, tmp_path / "text", None, second, kv=kv, prefill_chunk=300)
-    assert told == [192, 384, 576, 700]
+    assert told == [384, 684, 700]
     with on(third, params) as placed:
         document = load_document(tmp_path / "text", CONFIG, placed, ASKED)
         ours = logits_after(placed, document, tokens[LENGTH:])
@@ -131,7 +132,7 @@ def arrays_alike(one, other):
 def test_interruptions_leave_no_trace(params, tokens, tmp_path, monkeypatch):
     """With the same chunks everything is computed alike, so every byte is the same."""
     read_until(params, tokens, tmp_path / "once", prefill_chunk=64)
-    for stop in (64, 192, 512):
+    for stop in (64, 400, 512):
         read_until(params, tokens, tmp_path / "often", stop, prefill_chunk=64)
     finish = Writer.finish
 
@@ -145,7 +146,14 @@ def test_interruptions_leave_no_trace(params, tokens, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="no finished checkpoint"):
         load_document(tmp_path / "often", CONFIG, params, ASKED)
-    assert read_until(params, tokens, tmp_path / "often", prefill_chunk=64) == [576, 640, 700]
+    assert read_until(params, tokens, tmp_path / "often", prefill_chunk=64) == [
+        384,
+        448,
+        512,
+        576,
+        640,
+        700,
+    ]
     assert not (tmp_path / "often.partial").exists()
     assert files(tmp_path / "once") == files(tmp_path / "often")
     assert arrays_alike(tmp_path / "once", tmp_path / "often")
@@ -290,7 +298,7 @@ def test_an_older_document(text, params, tokens, plain, caplog):
 @pytest.mark.parametrize(
     "change",
     [
-        {"length": LENGTH + 64},
+        {"length": LENGTH + PAGE},
         {"length": 10**12},
         {"length": 0},
         {"length": "700"},
@@ -299,6 +307,8 @@ def test_an_older_document(text, params, tokens, plain, caplog):
         {"kv": ["int8"]},
         {"kv": "int7"},
         {"kv": "int8"},
+        {"page": 64},
+        {"page": ...},
         {"config": []},
         {"format": "2"},
     ],

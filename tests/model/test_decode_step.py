@@ -15,8 +15,9 @@ from jaxmoe.model.decode_step import why_not_fused
 from jaxmoe.model.kv_cache import init_cache
 from jaxmoe.model.params import init_params, quantize_params
 from jaxmoe.model.transformer import forward, unembed
+from tests.pallas_kernels import hopper, tpu
 from tests.pallas_kernels.attention.cases import assert_close
-from tests.pallas_kernels.hopper import INTERPRET, ON_GPU, no_races
+from tests.pallas_kernels.hopper import INTERPRET, ON_GPU
 
 LAYERS = (LayerKind("local", "moe"), LayerKind("local", "dense"), LayerKind("global", "moe"))
 SMALL = Llama4Config(
@@ -24,12 +25,16 @@ SMALL = Llama4Config(
     num_attention_heads=2, num_key_value_heads=1, head_dim=128, num_local_experts=8,
     layers=LAYERS, attention_chunk_size=64, floor_scale=16, rms_norm_eps=1e-5,
 )  # fmt: skip
+TPU_SMALL = dataclasses.replace(
+    SMALL, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2
+)
 PREFIX = 70  # tokens: the newest are a chunk behind the first
 
 
 @functools.cache
-def parameters(config):
-    return init_params(config, nnx.Rngs(0).params(), jnp.bfloat16)
+def parameters(config, format=None):
+    params = init_params(config, nnx.Rngs(0).params(), jnp.bfloat16)
+    return params if format is None else quantize_params(config, params, format)
 
 
 def filled(config, rows, kv):
@@ -46,8 +51,8 @@ def filled(config, rows, kv):
     return cache, (new, lengths[:, None], np.ones((rows, 1), np.int32))
 
 
-def step(config, cache, new, **options):
-    params = parameters(config)
+def step(config, cache, new, format=None, **options):
+    params = parameters(config, format)
 
     def run(cache, *new):
         out = forward(config, params, *new, cache, **options)
@@ -56,9 +61,9 @@ def step(config, cache, new, **options):
     return jax.block_until_ready(jax.jit(run)(cache, *new))
 
 
-def fused(config, cache, new):
-    with no_races():
-        return step(config, cache, new, interpret=INTERPRET)
+def fused(config, cache, new, hardware=hopper, format=None):
+    with hardware.no_races():
+        return step(config, cache, new, format, interpret=hardware.INTERPRET)
 
 
 def slots_that_differ(one, other):
@@ -74,20 +79,22 @@ def as_float(x):
     return np.asarray(x).astype(np.float32)
 
 
-@pytest.mark.hopper
 @pytest.mark.parametrize(
-    ("rows", "kv", "changes"),
+    ("hardware", "rows", "kv", "changes", "format"),
     [
-        (1, "bf16", {"use_qk_norm": False}),
-        (3, "int8", {}),
+        pytest.param(hopper, 1, "bf16", {"use_qk_norm": False}, None, marks=pytest.mark.hopper),
+        pytest.param(hopper, 3, "int8", {}, None, marks=pytest.mark.hopper),
+        (tpu, 1, "int8", {}, None),
+        (tpu, 3, "bf16", {"use_qk_norm": False}, None),
+        (tpu, 2, "int8", {}, "int8"),
     ],
 )
-def test_logits_and_cache_are_those_of_the_layers(rows, kv, changes):
+def test_logits_and_cache_are_those_of_the_layers(hardware, rows, kv, changes, format):
     """Catches any part left out: rotation, norm, temperature, score, shared expert, a place."""
-    config = dataclasses.replace(SMALL, **changes)
+    config = dataclasses.replace(SMALL if hardware is hopper else TPU_SMALL, **changes)
     cache, new = filled(config, rows, kv)
-    want, plain = step(config, cache, new, fused=False)
-    got, kernels = fused(config, cache, new)
+    want, plain = step(config, cache, new, format, fused=False)
+    got, kernels = fused(config, cache, new, hardware, format)
     assert_close(as_float(got), as_float(want), 0.02)
     for mine, theirs, before in zip(
         *(x.layers for x in (kernels.cache, plain.cache, cache)), strict=True

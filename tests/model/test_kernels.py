@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.model.kernels import Kernels
-from jaxmoe.model.kv_cache import abstract_cache
+from jaxmoe.model.kv_cache import PAGE, abstract_cache
 from jaxmoe.model.transformer import forward
 from tests.conftest import one_device
 
@@ -16,7 +16,7 @@ from tests.conftest import one_device
 def trace(model, kernels, cached):
     """The shapes of a step of one token; nothing is compiled."""
     shape = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    cache = abstract_cache(model.config, 1, 64, "float32", one_device()) if cached else None
+    cache = abstract_cache(model.config, 1, PAGE, "float32", one_device()) if cached else None
     run = functools.partial(forward, model.config, kernels=kernels)
     return jax.eval_shape(run, model.params, shape, shape, shape, cache)
 

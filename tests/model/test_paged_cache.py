@@ -12,9 +12,10 @@ from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.kv_cache import full, init_cache, restart_rows
+from jaxmoe.model.kv_cache import PAGE, init_cache, restart_rows
 from jaxmoe.model.params import abstract_params, init_params
 from jaxmoe.model.transformer import forward
+from pallas_kernels.attention import paged
 
 # Chunks of 96 are no multiple of a page; heads of 128 are what int4 takes.
 CONFIG = dataclasses.replace(
@@ -66,7 +67,7 @@ def test_prefill_chunks_around_the_edges(params, batch, plain, chunk, prefill):
 
 def test_pieces_of_a_log(monkeypatch, params, batch, plain):
     """As a long log is read: more pieces than one, the last one partly filled."""
-    monkeypatch.setattr(full, "PIECE", 128)
+    monkeypatch.setattr(paged, "COPIED_ROWS", 128)
     jax.clear_caches()
     ours = token_logits(CONFIG, params, *batch, prefill_chunk=100)
     jax.clear_caches()
@@ -100,7 +101,7 @@ def test_recycled_pages_show_nothing_of_their_past(params, kv):
     length = jnp.arange(150)[None] < jnp.array([150, 20])[:, None]
     position = jnp.broadcast_to(jnp.arange(150), length.shape)
     first, second = jax.random.randint(jax.random.key(1), (2, *length.shape), 0, 64)
-    new = init_cache(CONFIG, 2, 192, kv, tokens=192 + 64)
+    new = init_cache(CONFIG, 2, 2 * PAGE, kv, tokens=3 * PAGE)
     used = run(new, first, position, length.astype(jnp.int32)).cache
     used = restart_rows(used, jnp.array([True, True]))
     swapped = (second, position, length[::-1].astype(jnp.int32))  # the other row is the long one

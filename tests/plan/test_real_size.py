@@ -10,7 +10,7 @@ import pytest
 
 from jaxmoe.config import PRESETS, layer_kinds
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.kv_cache import round_capacity
+from jaxmoe.model.kv_cache import PAGE, round_capacity
 from jaxmoe.model.params import num_params
 from jaxmoe.plan.layout import device_bytes, layout_table
 from jaxmoe.plan.steps import abstract_arguments, lower_step
@@ -43,10 +43,10 @@ def decode_bytes(config, rows: int, capacity: int) -> int:
     routers = sum(kind.feed_forward == "moe" for kind in config.layers) * config.num_local_experts
     replicated = embed * (2 * layers + 1 + routers)  # norms and routers
     weights = replicated + (num_params(config) - replicated) // 8
-    log, ring = (1 + rows * tokens // 64 for tokens in (capacity, 8192))  # with null page
-    keys_and_values = 2 * config.head_dim * 64 * (12 * log + 36 * ring)  # one head of 8
-    coordinates_and_owners = (2 * 64 + 1) * (log + ring)
-    tables_and_lengths = rows * (capacity + 8192) // 64 + 2 * rows  # and where pages begin
+    log, ring = (1 + rows * tokens // PAGE for tokens in (capacity, 8192))  # with null page
+    keys_and_values = 2 * config.head_dim * PAGE * (12 * log + 36 * ring)  # one head of 8
+    coordinates_and_owners = (2 * PAGE + 1) * (log + ring)
+    tables_and_lengths = rows * (capacity + 8192) // PAGE + 2 * rows  # and where pages begin
     new_tokens = 3 * rows
     integers = coordinates_and_owners + tables_and_lengths + new_tokens
     return 2 * (weights + keys_and_values) + 4 * integers

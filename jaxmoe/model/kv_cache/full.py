@@ -5,7 +5,6 @@ device on, so that any prefix of a long row and any set of short ones lie evenly
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,14 +15,12 @@ from jaxtyping import Array, Float
 from jaxmoe import mesh as meshes
 from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, PoolSize, Room
-from jaxmoe.model.kv_cache.layer import LayerCache, attend_pages, attend_pieces, attend_single
+from jaxmoe.model.kv_cache.layer import LayerCache, attend_pieces, attend_single
 from jaxmoe.model.kv_cache.layout import PAGE
 from jaxmoe.model.packing import PackedRows, merge_single
 from jaxmoe.model.sequence import NewTokens, gather, merge_over_devices
-from pallas_kernels.arrays import pad_axis
-from pallas_kernels.attention import Coords, decode_attention, merge_with_lse
+from pallas_kernels.attention import Coords, decode_attention, paged_attention
 
-PIECE = 2**16  # keys, of all rows together, that a step of many tokens attends to at once
 FEW_QUERIES = 4  # up to so many a row, the cache is read at memory speed rather than in tiles
 
 
@@ -92,7 +89,7 @@ class FullCache(CacheKind):
                 q, *cache, *where, table=table, return_lse=True, **options._asdict()
             )
         else:
-            out, lse = _attend_in_pieces(options, q, cache, *where, table)
+            out, lse = paged_attention(q, *cache, *where, table, **options._asdict())
         return merge_over_devices(out, lse, axes).astype(q.dtype), cache
 
 
@@ -103,22 +100,3 @@ def _attend_packed(
     single = attend_single(options, q, cache, coords, page_coords, rows, step.table[0])
     pieces = attend_pieces(options, q, cache, rows.pieces(coords), page_coords, step.pieces)
     return [merge_single(rows, one, many, 2) for one, many in zip(single, pieces, strict=True)]
-
-
-def _attend_in_pieces(options, q, cache, coords, page_coords, table):
-    """`attend_pages`, some columns of the table at a time: memory does not grow with the cache."""
-    columns = min(max(1, PIECE // (PAGE * len(table))), table.shape[1])
-    table = pad_axis(table, 1, columns)
-    used = jnp.max(jnp.where(table != 0, jnp.arange(table.shape[1]) + 1, 0))
-    attend = functools.partial(attend_pages, options, q, cache, coords, page_coords)
-
-    def piece(i):
-        some = lax.dynamic_slice_in_dim(table, i * columns, columns, 1)
-        return attend(some)
-
-    def add(i, state):
-        return merge_with_lse([state, piece(i)])
-
-    if table.shape[1] == columns:
-        return piece(0)
-    return lax.fori_loop(1, -(-used // columns), add, piece(0))

@@ -13,14 +13,8 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.errors import UserError
 from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.packing import PackedRows
-from pallas_kernels.attention import (
-    Coords,
-    decode_attention,
-    flash_attention,
-    paged_attention,
-    rows_of_pages,
-)
-from pallas_kernels.quantized import LARGEST, Quantized, dequantize, quantize
+from pallas_kernels.attention import Coords, decode_attention, paged_attention
+from pallas_kernels.quantized import LARGEST, Quantized, quantize
 
 KV_FORMATS = ("bf16", *LARGEST)  # of keys and values, by name
 FLOATS = ("bf16", "bfloat16", "float32", "float16")
@@ -89,21 +83,6 @@ def write(keys, new: Float[Array, "B K S d"], index: Int[Array, "B S"]):
         return leaf.at[index // page, :, index % page].set(x, mode="drop")
 
     return jax.tree.map(put, keys, stored)
-
-
-def attend_pages(
-    options: AttentionOptions,
-    q: Float[Array, "B H S d"],
-    cache: LayerCache,
-    q_coords: Coords,
-    page_coords: Coords,
-    table: Int[Array, "B n"],
-) -> tuple[Float[Array, "B H S d"], Float[Array, "B H S"]]:
-    """Attention to all keys in the pages of a table, and its log-sum-exp."""
-    *keys, k_coords = rows_of_pages(cache.k, cache.v, page_coords, table)
-    k, v = (dequantize(x, q.dtype) if isinstance(x, Quantized) else x.astype(q.dtype) for x in keys)
-    out, lse = flash_attention(q, k, v, q_coords, k_coords, return_lse=True, **options._asdict())
-    return out, lse
 
 
 def attend_single(

@@ -15,11 +15,18 @@ from jaxtyping import Array, Float
 from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.kv_cache.full import FullCache
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, PoolSize, Room
-from jaxmoe.model.kv_cache.layer import LayerCache, attend_pages, attend_pieces, attend_single
+from jaxmoe.model.kv_cache.layer import LayerCache, attend_pieces, attend_single
 from jaxmoe.model.kv_cache.layout import PAGE
 from jaxmoe.model.packing import PackedRows, merge_single
 from jaxmoe.model.sequence import NewTokens, gather
-from pallas_kernels.attention import Coords, Mask, decode_attention, flash_attention, merge
+from pallas_kernels.attention import (
+    Coords,
+    Mask,
+    decode_attention,
+    flash_attention,
+    merge,
+    paged_attention,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +107,7 @@ class RingCache(CacheKind):
         if k.shape[2] == 1:
             where = (tokens.own, step.pool.coords)
             return decode_attention(q, *new_cache, *where, table=table, **shared), new_cache
-        past = attend_pages(options, q, cache, tokens.own, step.before, table)
+        past = paged_attention(q, *cache, tokens.own, step.before, table, **shared)
         present = flash_attention(
             q, k, v, tokens.own, tokens.all, in_order=not axes, return_lse=True, **shared
         )
