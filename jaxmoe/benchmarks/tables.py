@@ -36,8 +36,15 @@ def for_terminal(grid: Grid, title: str) -> Table:
 
 def schedule_grids(figures: dict) -> list[Grid]:
     """The tables of a run of `jaxmoe benchmark schedule`: of its kernels, and of its steps."""
-    of_kernels = bundles_grid if "core" in figures else schedule_grid
-    return [of_kernels(figures), steps_grid(figures)]
+    if "core" in figures:
+        return [bundles_grid(figures), tpu_steps_grid(figures), operations_grid(figures)]
+    return [schedule_grid(figures), steps_grid(figures)]
+
+
+def schedule_errors(figures: dict) -> list[str]:
+    """A line for each kernel or step of which there are no figures."""
+    each = [*figures["kernels"], *figures["steps"]]
+    return [f"{x['name']}: {x['error']}" for x in each if "error" in x]
 
 
 def bundles_grid(figures: dict) -> Grid:
@@ -101,6 +108,42 @@ def steps_grid(figures: dict) -> Grid:
         for step in figures["steps"]
     ]
     return Grid(("decoding", "operations a layer", *kinds, "by kind of layer"), rows)
+
+
+def tpu_steps_grid(figures: dict) -> Grid:
+    """A table with a row for each TPU step: what a further layer adds, and the plan's bound."""
+    kinds = {"custom-call": "kernels", "fusion": "fusions", "copy": "copies", "slice": "slices"}
+    kinds |= {"all-reduce": "all-reduces", "while": "loops"}
+    rows = []
+    for step in (x for x in figures["steps"] if "error" not in x):
+        counts, seconds = step["a_layer"], step["seconds"]
+        others = sum(count for kind, count in counts.items() if kind not in kinds)
+        numbers = [sum(counts.values()), *(counts.get(kind, 0) for kind in kinds), others]
+        amounts = [f"{1e6 * seconds[x]:.1f}" for x in ("operations", "between", "plan")]
+        ratio = (seconds["operations"] + seconds["between"]) / seconds["plan"]
+        numbers = [f"{x:g}" for x in (*numbers, step["pool_copies"])]
+        rows.append([_tpu_step(step), *numbers, *amounts, f"{ratio:.2f}"])
+    names = "operations a layer", *kinds.values(), "scalars and others", "copies of page pools"
+    return Grid(("decoding", *names, "us", "us between", "us of the plan", "of the plan"), rows)
+
+
+def operations_grid(figures: dict) -> Grid:
+    """A table with a row for each of the most expensive operations of the TPU steps."""
+    rows = [
+        [
+            _tpu_step(step), each["operation"], each["source"], f"{each['a_layer']:g}",
+            f"{each['bundles']:,.0f}{'+' if each['loops'] else ''}", f"{each['nbytes'] / 1e6:.2f}",
+            f"{1e6 * each['seconds']:.2f}",
+        ]
+        for step in figures["steps"]
+        for each in step.get("most_expensive", [])
+    ]  # fmt: skip
+    names = "operation", "source", "a layer", "bundles", "MB", "us"
+    return Grid(("decoding", *names), rows)
+
+
+def _tpu_step(step: dict) -> str:
+    return f"{step['model']}, {step['slice']}, {step['context'] // 10**6}M"
 
 
 def ceilings_text(figures: dict) -> str:

@@ -59,8 +59,8 @@ class Operation:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
-    """One line of HLO text."""
+class Instruction:
+    """One line of HLO text, which has an instruction of this name and kind."""
 
     name: str
     kind: str
@@ -83,6 +83,7 @@ class _Instruction:
 
     @property
     def frame(self) -> str | None:
+        """The stack frame that it comes from, as a key of the text's tables."""
         frame = _FRAME.search(self.line)
         return frame[1] if frame else None
 
@@ -93,7 +94,7 @@ def entry_operations(compiled: jax.stages.Compiled | str) -> list[Operation]:
     Operations in the body of a loop or branch are listed in that operation's `inside` only.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
-    program = _Program(text)
+    program = Program(text)
     return program.operations(program.entry)
 
 
@@ -124,11 +125,11 @@ def marginal_operations(
     return {kind: count / layers for kind, count in sorted(twice.items()) if count}
 
 
-class _Program:
+class Program:
     """A parsed HLO text: its computations, and its tables of source locations."""
 
     def __init__(self, text: str):
-        self.computations: dict[str, list[_Instruction]] = {}
+        self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         self._tables: dict[str, dict[str, str]] = collections.defaultdict(dict)
         table = name = ""
@@ -138,7 +139,7 @@ class _Program:
                 self.computations[name] = []
                 self.entry = name if header["entry"] else self.entry
             elif fields := _INSTRUCTION.match(line):
-                self.computations[name].append(_Instruction(fields["name"], fields["kind"], line))
+                self.computations[name].append(Instruction(fields["name"], fields["kind"], line))
             elif row := _TABLE_ROW.match(line):
                 self._tables[table][row[1]] = row[2] or row[3]
             elif line.isalpha():
@@ -157,7 +158,7 @@ class _Program:
         return result
 
     def _operation(
-        self, instruction: _Instruction, users: dict[str, list[_Instruction]]
+        self, instruction: Instruction, users: dict[str, list[Instruction]]
     ) -> Operation:
         inside: list[Operation] = []
         if instruction.kind in ("while", "conditional"):
@@ -173,9 +174,7 @@ class _Program:
             tuple(inside),
         )
 
-    def _origin(
-        self, instruction: _Instruction, users: dict[str, list[_Instruction]]
-    ) -> _Instruction:
+    def _origin(self, instruction: Instruction, users: dict[str, list[Instruction]]) -> Instruction:
         """The instruction whose metadata says where the given one comes from.
 
         It is the instruction itself, unless the compiler gave it no metadata: then it is a part of
@@ -191,7 +190,7 @@ class _Program:
                 waiting += self._fused(this) or users[this.name]
         return instruction
 
-    def _fused(self, fusion: _Instruction) -> list[_Instruction]:
+    def _fused(self, fusion: Instruction) -> list[Instruction]:
         """The parts of a fusion that have metadata, last first; empty for other instructions."""
         called = fusion.called if fusion.kind == "fusion" else []
         parts = [part for name in called for part in reversed(self.computations[name])]
@@ -212,7 +211,7 @@ class _Program:
         return collections.defaultdict(str, ((name, value) for name, value in pairs))
 
 
-def _users(instructions: list[_Instruction]) -> dict[str, list[_Instruction]]:
+def _users(instructions: list[Instruction]) -> dict[str, list[Instruction]]:
     """For each instruction's name, the instructions that use its result."""
     users = collections.defaultdict(list)
     for instruction in instructions:

@@ -98,12 +98,12 @@ def _weights_read(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
     for stored in stored_params(work.config, work.format):
         if stored.name == "embed" and not work.config.tie_word_embeddings:
             continue
-        part = _busy_experts(work, mesh, share) if stored.is_expert else 1
+        part = busy_experts(work, mesh, share) if stored.is_expert else 1
         total += stored.nbytes(at_use) * part
     return total
 
 
-def _busy_experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
+def busy_experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
     """The fraction of its experts that the busiest device reads, if tokens choose uniformly."""
     E, k = work.config.num_local_experts, work.config.num_experts_per_tok
     distinct = E * (1 - (1 - k / E) ** share.group)

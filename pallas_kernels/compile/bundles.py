@@ -43,9 +43,9 @@ class Work:
         uses: how many instructions each unit is busy with, as the compiler counts. It counts a
             matrix unit as busy in bundles behind the one that starts a product.
         products: how many instructions multiply matrices.
-        copies: how many copies from memory are started.
-        started: bytes of these copies, so far as their sizes are constant.
-        waited: bytes of copies of any direction that are waited for, likewise.
+        copies: bytes of each copy from memory that is started, if its predicate allows it; 0 if the
+            size is in a register.
+        waited: bytes of copies of any direction that are waited for, so far as they are constant.
         calls: names of the HLO instructions that are called and have bundles of their own.
         loops: how many loops are counted once because it is not known how often they run.
     """
@@ -53,11 +53,15 @@ class Work:
     bundles: int = 0
     uses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     products: int = 0
-    copies: int = 0
-    started: int = 0
+    copies: tuple[int, ...] = ()
     waited: int = 0
     calls: tuple[str, ...] = ()
     loops: int = 0
+
+    @property
+    def started(self) -> int:
+        """Bytes of all copies from memory that are started."""
+        return sum(self.copies)
 
     def __add__(self, other: "Work") -> "Work":
         pairs = zip(_values(self), _values(other), strict=True)
@@ -70,7 +74,6 @@ class Work:
             collections.Counter({unit: count * uses for unit, uses in self.uses.items()}),
             self.products * count,
             self.copies * count,
-            self.started * count,
             self.waited * count,
             self.calls * count,
             self.loops,
@@ -96,15 +99,14 @@ class _Bundle:
 
     @property
     def work(self) -> Work:
-        started, waited = _STARTED.findall(self.text), _WAITED.findall(self.text)
-        calls = tuple(_CALLED.findall(self.text))
-        products = len(_PRODUCT.findall(self.text))
-        return Work(1, self.uses, products, len(started), _bytes(started), _bytes(waited), calls)
+        copies, waits = (map(_bytes, pattern.findall(self.text)) for pattern in (_STARTED, _WAITED))
+        products, calls = len(_PRODUCT.findall(self.text)), _CALLED.findall(self.text)
+        return Work(1, self.uses, products, tuple(copies), sum(waits), tuple(calls))
 
 
-def _bytes(sizes: list[str]) -> int:
-    """Bytes of copies; those whose size is in a register do not count."""
-    return GRANULE * sum(int(size) for size in sizes if size.isdecimal())
+def _bytes(size: str) -> int:
+    """Bytes of a copy; 0 if its size is in a register."""
+    return GRANULE * int(size) if size.isdecimal() else 0
 
 
 def parse_code(bundles: str, utilization: str) -> "Code":

@@ -24,6 +24,11 @@ FIGURES = json.loads((ROOT / "benchmarks" / "schedule-h100.json").read_text())
 H100 = parse_target("h100x1")
 
 
+def cases_of(name):
+    target = command._target(name)
+    return command.suite_of(target).all_cases(target)
+
+
 def test_list_names_the_cases():
     stdout, _ = succeeds("benchmark.py", "schedule", "--list", "--cases", "*-d[qk]*")
     names = "flash-dq", "flash-dq-attention_mgpu", "flash-dkv", "flash-dkv-attention_mgpu"
@@ -37,7 +42,7 @@ def test_list_names_the_cases_of_a_tpu():
 
 @pytest.mark.parametrize("target", command.TARGETS)
 def test_names_are_one_to_one(target):
-    names = [case.name for case in command.all_cases(command._target(target))]
+    names = [case.name for case in cases_of(target)]
     assert len(set(names)) == len(names) > 10
 
 

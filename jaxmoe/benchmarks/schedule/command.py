@@ -10,7 +10,8 @@ from rich.table import Table
 
 from jaxmoe.benchmarks import tables
 from jaxmoe.benchmarks.gpu import matching
-from jaxmoe.benchmarks.schedule import cases, gpu, steps, tpu, tpu_cases
+from jaxmoe.benchmarks.schedule import gpu, tpu
+from jaxmoe.benchmarks.schedule.cases import Case
 from jaxmoe.benchmarks.timing import git_commit, today, versions, write_json
 from jaxmoe.errors import UserError
 from jaxmoe.plan.targets import Target, parse_target
@@ -38,7 +39,7 @@ def run_schedule(args: argparse.Namespace) -> None:
     """Compiles the cases, prints the figures, and writes them after every case."""
     jax.config.update("jax_platforms", "cpu")
     target = _target(args.target)
-    chosen = matching(all_cases(target), args.cases)
+    chosen = matching(suite_of(target).all_cases(target), args.cases)
     if args.list:
         print("\n".join(case.name for case in chosen))
         return
@@ -48,9 +49,7 @@ def run_schedule(args: argparse.Namespace) -> None:
     for grid in tables.schedule_grids(figures):
         if grid.rows:
             console.print(_table(grid))
-    console.print(
-        *(f"{x['name']}: {x['error']}" for x in figures["kernels"] if "error" in x), sep="\n"
-    )
+    console.print(*tables.schedule_errors(figures), sep="\n")
 
 
 def _target(name: str) -> Target:
@@ -62,11 +61,9 @@ def _target(name: str) -> Target:
     return parse_target(TARGETS[name])
 
 
-def all_cases(target: Target) -> list:
-    """The kernels and the steps that are analyzed for a target."""
-    if target.is_tpu:
-        return tpu_cases.all_cases()
-    return [*cases.all_cases(), *steps.all_steps()]
+def suite_of(target: Target) -> ModuleType:
+    """The module that has the cases of a target, and compiles and analyzes them."""
+    return tpu if target.is_tpu else gpu
 
 
 def schedule(target: Target, chosen: list, output: str | None) -> dict[str, Any]:
@@ -77,14 +74,12 @@ def schedule(target: Target, chosen: list, output: str | None) -> dict[str, Any]
         chosen: cases and steps.
         output: the file that is rewritten after every case, or None.
     """
-    suite = tpu if target.is_tpu else gpu
+    suite = suite_of(target)
     figures = _header(target, suite) | {"kernels": [], "steps": []}
     with task_progress("Compiling", len(chosen), "cases") as advance:
         for case in chosen:
-            if isinstance(case, steps.Step):
-                figures["steps"].append(case.figures(target))
-            else:
-                figures["kernels"].append(suite.kernel_figures(target, case))
+            section = "kernels" if isinstance(case, Case) else "steps"
+            figures[section].append(suite.figures(target, case))
             write_json(output, figures)
             advance(1)
     return figures

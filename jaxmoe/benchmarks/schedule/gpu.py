@@ -1,16 +1,23 @@
-"""Analyzes the machine code of kernels that are compiled for an absent NVIDIA GPU."""
+"""Analyzes the machine code of kernels and steps that are compiled for absent NVIDIA GPUs."""
 
 import dataclasses
 import functools
 from typing import Any
 
+from jaxmoe.benchmarks.schedule import cases, steps
 from jaxmoe.benchmarks.schedule.cases import Case
+from jaxmoe.benchmarks.schedule.steps import Step
 from jaxmoe.benchmarks.timing import one_line, package_version
 from jaxmoe.plan.targets import Target, absent_devices
 from pallas_kernels import ptxas
 from pallas_kernels.compile.absent import compiler_options, lower_for
 from pallas_kernels.compile.assembler import KernelReport, assembler_reports, require_disassembler
 from pallas_kernels.compile.schedule import HotLoop, Processor, hot_loops
+
+
+def all_cases(target: Target) -> list[Case | Step]:
+    """The kernels and the steps that are analyzed, the same for all GPUs."""
+    return [*cases.all_cases(), *steps.all_steps()]
 
 
 def header(target: Target) -> dict[str, Any]:
@@ -23,8 +30,10 @@ def header(target: Target) -> dict[str, Any]:
     return {"versions": tools, "processor": dataclasses.asdict(_device(target)[1])}
 
 
-def kernel_figures(target: Target, case: Case) -> dict[str, Any]:
-    """Compiles a case; returns the figures of its kernel, or why there are none."""
+def figures(target: Target, case: Case | Step) -> dict[str, Any]:
+    """Compiles a case; returns the figures of the step or of its kernel, or why there are none."""
+    if isinstance(case, Step):
+        return case.figures(target)
     device, processor = _device(target)
     facts = {"name": case.name, "kernel": case.kernel, "by": case.by}
     try:

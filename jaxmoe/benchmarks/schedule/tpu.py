@@ -1,13 +1,14 @@
-"""Analyzes the bundles of kernels that are compiled for an absent TPU."""
+"""Analyzes the bundles of kernels and steps that are compiled for an absent TPU."""
 
 import dataclasses
-import functools
 import re
 from typing import Any
 
 import jax
 
+from jaxmoe.benchmarks.schedule import tpu_cases, tpu_steps
 from jaxmoe.benchmarks.schedule.tpu_cases import TpuCase
+from jaxmoe.benchmarks.schedule.tpu_steps import TpuStep, core_of
 from jaxmoe.benchmarks.timing import one_line, package_version
 from jaxmoe.plan.targets import Target, absent_devices
 from pallas_kernels.compile.absent import lower_for
@@ -17,22 +18,25 @@ from pallas_kernels.compile.tpu_schedule import Core, HotPath, hot_paths
 _KERNEL = re.compile(r'^ +(?:ROOT )?%(\S+) = .* custom_call_target="tpu_custom_call"', re.M)
 
 
+def all_cases(target: Target) -> list[TpuCase | TpuStep]:
+    """The kernels and the steps that are analyzed for a generation of TPUs."""
+    kind, _, _ = str(target.compiler).partition(":")
+    return [*tpu_cases.all_cases(), *tpu_steps.all_steps(kind)]
+
+
 def header(target: Target) -> dict[str, Any]:
     """What the figures of a run say of its tools and its cores."""
     versions = {"libtpu": package_version("libtpu")}
     return {"versions": versions, "core": dataclasses.asdict(core_of(target))}
 
 
-@functools.cache
-def core_of(target: Target) -> Core:
-    """The cores of a TPU, by the figures that the plan has of it."""
-    kind, _, _ = str(target.compiler).partition(":")
-    cores = absent_devices(target)[0].num_cores
-    return Core.of(kind, cores, target.flops, target.bandwidth)
-
-
-def kernel_figures(target: Target, case: TpuCase) -> dict[str, Any]:
-    """Compiles a case; returns the figures of its kernel, or why there are none."""
+def figures(target: Target, case: TpuCase | TpuStep) -> dict[str, Any]:
+    """Compiles a case; returns the figures of its kernel or of the step, or why there are none."""
+    if isinstance(case, TpuStep):
+        try:
+            return case.figures()
+        except Exception as error:  # a failure is recorded, and the other cases go on
+            return {"name": case.name, "error": one_line(error)}
     facts = {"name": case.name, "kernel": case.kernel, "by": case.by, "block": case.block}
     try:
         text, codes = dumped(_compiled, target, case)
@@ -66,7 +70,7 @@ def _path(path: HotPath, core: Core, case: TpuCase) -> dict[str, Any]:
         "units": {unit: round(count, 1) for unit, count in path.units.items()},
         "busiest": max(path.units, key=path.units.__getitem__),
         "spills": path.spills,
-        "copies": {"count": work.copies, "started": work.started, "waited": work.waited},
+        "copies": {"count": len(work.copies), "started": work.started, "waited": work.waited},
         "loops_counted_once": work.loops,
         "read_rate": path.per_second(core, useful),
         "product_rate": path.per_second(core, case.flops),
