@@ -1,5 +1,7 @@
 """What the TPU kernels share: where they run, and products that keep their operands' precision."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,6 +34,17 @@ def num_cores() -> int:
     """How many cores of the current TPU share a grid axis that is parallel: two on v5p."""
     device = target()
     return (device.num_cores or 1) if device.platform == "tpu" else 1
+
+
+def mxu_fp8() -> str | None:
+    """The fp8 type whose matrices the current device's MXU widens; None for TPUs before v5.
+
+    Devices that interpret kernels take any.
+    """
+    generation = re.match(r"TPU v?(\d+)", target().device_kind)
+    if generation is None or int(generation[1]) > 6:
+        return "float8_e4m3fn"
+    return "float8_e4m3b11fnuz" if int(generation[1]) > 4 else None
 
 
 def dot(x, y, *, transposed: bool = False):

@@ -1,4 +1,4 @@
-"""A linear layer whose matrix has 8 or 4 bits, which on Hopper is never widened in memory.
+"""A linear layer whose matrix has 8 or 4 bits, which on Hopper and TPUs is never widened in memory.
 
 Letters of subscripts: B rows, S tokens, D embed, H query heads, K key/value heads, d head size,
 F feed-forward width.

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.platform import target
 
 LEAST_OF_KERNELS = 8  # the smallest block of kernels: wgmma's columns, and rows of a TPU's tile
+FEW_OF_TPUS = 64  # rows that take a TPU's MXU about as long as loading a matrix
 
 
 class GroupMetadata(NamedTuple):
@@ -38,15 +39,23 @@ def block_rows(num_items: int, num_groups: int, largest: int = 128) -> int:
 
     On Hopper it is twice an average group, or all items of one group, up to `largest`: kernels read
     a group's matrix for each of its blocks, which takes longer than multiplying rows that no item
-    takes, and routers make groups of unequal sizes. Elsewhere it is half an average group, so that
-    few rows are multiplied in vain.
+    takes, and routers make groups of unequal sizes. On TPUs that holds up to 64 rows, since kernels
+    load a group's matrix into the MXU for each of its blocks; from there on it is an average group,
+    rounded down. Elsewhere it is half an average group, so that few rows are multiplied in vain.
     """
     device = target()
+    average = max(1, num_items // num_groups)
     if device.is_hopper:
         return rows_of_whole_groups(num_items, num_groups, largest)
-    least = LEAST_OF_KERNELS if device.platform == "tpu" else 1
-    half = max(1, num_items // (2 * num_groups))
-    return min(largest, max(least, 1 << (half.bit_length() - 1)))
+    if device.platform == "tpu":
+        whole = rows_of_whole_groups(num_items, num_groups, min(largest, FEW_OF_TPUS))
+        return max(whole, min(largest, _power_of_two(average)))
+    return min(largest, _power_of_two(max(1, average // 2)))
+
+
+def _power_of_two(size: int) -> int:
+    """The largest power of two that is at most `size`."""
+    return 1 << (size.bit_length() - 1)
 
 
 def rows_of_whole_groups(num_items: int, num_groups: int, largest: int = 128) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import Implementation, choose, resolve_config
-from pallas_kernels.experts import grouped_megablox, grouped_mosaic, grouped_xla
+from pallas_kernels.experts import grouped_megablox, grouped_mosaic, grouped_tpu, grouped_xla
 from pallas_kernels.experts.checks import check_groups
 from pallas_kernels.experts.group_metadata import block_rows
 from pallas_kernels.experts.mosaic_kernels import BLOCK
@@ -59,6 +59,13 @@ IMPLEMENTATIONS = (
         lambda case: grouped_mosaic.GroupedMosaicConfig(),
     ),
     Implementation(
+        "mosaic_tpu",
+        grouped_tpu.why_not,
+        grouped_tpu,
+        grouped_tpu.GroupedTpuConfig,
+        grouped_tpu.config_for,
+    ),
+    Implementation(
         "megablox",
         grouped_megablox.why_not,
         grouped_megablox,
@@ -102,11 +109,11 @@ def grouped_matmul(
         w: a matrix for each group, of x's dtype or quantized.
         group_of_block: ascending; E for a block without rows, which costs nothing and whose result
             is undefined. Values are trusted, unless JAXMOE_DEBUG_CHECKS=1.
-        implementation: "mosaic_gpu", "megablox" or "xla"; None for the fastest that serves the
-            call, which `grouped_implementation` names.
+        implementation: "mosaic_gpu", "mosaic_tpu", "megablox" or "xla"; None for the fastest that
+            serves the call, which `grouped_implementation` names.
         config: sizes, of that implementation's config type.
         interpret: runs a kernel without its hardware: `plgpu.InterpretGPUParams()` for
-            "mosaic_gpu", True for "megablox".
+            "mosaic_gpu", `pltpu.InterpretParams()` for "mosaic_tpu", True for "megablox".
 
     Raises:
         ValueError: if the arguments do not fit together, or the named implementation does not

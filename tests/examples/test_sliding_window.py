@@ -87,7 +87,7 @@ def test_a_row_keeps_one_window(small):
     """Also of a long row: local layers' pages do not grow with the capacity."""
     cache = init_cache(with_sliding_window(small.config, WINDOW), 2, 4096)
     tokens = [layer.k.shape[0] * layer.k.shape[2] for layer in cache.layers]
-    held = {"local": 3 * WINDOW, "global": 64 + 2 * 4096}  # two rows and the null page
+    held = {"local": 3 * WINDOW, "global": PAGE + 2 * 4096}  # two rows and the null page
     assert tokens == [held[kind.attention] for kind in small.config.layers]
     assert {kind.attention for kind in small.config.layers} == set(held)
 

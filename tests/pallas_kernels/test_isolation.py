@@ -10,11 +10,12 @@ from pallas_kernels.experts import dispatch, plan_exchange, send, send_back
 from pallas_kernels.quantized import LARGEST, QuantizedMatrix, quantize, quantize_matrix
 from tests.isolation import assert_isolated, is_spoiled, marked, put
 from tests.pallas_kernels.experts import test_moves as moves
-from tests.pallas_kernels.experts.cases import draw, named, planned
+from tests.pallas_kernels.experts.cases import draw, named, on_tpus, planned
 from tests.pallas_kernels.experts.test_quantized_matrices import quantized
 from tests.pallas_kernels.experts.ways import (
     MEGABLOX,
     MOSAIC_GPU,
+    MOSAIC_TPU,
     XLA,
     differentiated,
     gated,
@@ -36,11 +37,13 @@ DIFFERENTIATED = over(
     runs(XLA, "float32", [UNEVEN]),
     runs(XLA, "bfloat16", [STREAMED, TILED]),
     runs(MOSAIC_GPU, "bfloat16", [STREAMED, TILED]),
+    runs(MOSAIC_TPU, "bfloat16", on_tpus([STREAMED])),
     runs(MEGABLOX, "float32", [STREAMED, TILED]),
 )
 FORWARD = over(
     runs(XLA, "bfloat16", [STREAMED, TILED]),
     runs(MOSAIC_GPU, "bfloat16", [STREAMED, TILED, named("blocks of 64")]),
+    runs(MOSAIC_TPU, "bfloat16", on_tpus([STREAMED, named("blocks of 64")])),
 )
 
 

@@ -107,7 +107,7 @@ MISTAKES = {
     ),
     "unknown implementation": (
         {"implementation": "splash"},
-        "implementation 'splash' is unknown; there are mosaic_gpu, xla",
+        "implementation 'splash' is unknown; there are mosaic_gpu, mosaic_tpu, xla",
     ),
     "implementation without its hardware": (
         {"implementation": "mosaic_gpu"},

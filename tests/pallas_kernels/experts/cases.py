@@ -88,6 +88,11 @@ FORWARD_CASES = [
 ALL_CASES = CASES + KERNEL_CASES + FORWARD_CASES
 
 
+def on_tpus(cases):
+    """The cases with widths that are multiples of 128 lanes, as TPU kernels take them."""
+    return [dataclasses.replace(case, D=max(case.D, 256), F=max(case.F, 128)) for case in cases]
+
+
 def named(name):
     (case,) = [case for case in ALL_CASES if case.name == name]
     return case

@@ -37,6 +37,7 @@ def stored(format, width):
 
 CALL = call()
 MOSAIC = {"implementation": "mosaic_gpu", "interpret": "stands for plgpu.InterpretGPUParams()"}
+TPU = {"implementation": "mosaic_tpu", "interpret": True}
 MEGABLOX = {"implementation": "megablox", "interpret": True}
 MISTAKES = {
     "width": (
@@ -52,7 +53,7 @@ MISTAKES = {
     "no blocks": (call(rows=0, blocks=0), "0 rows must be a positive multiple of the 0 blocks"),
     "unknown implementation": (
         {"implementation": "cublas"},
-        "implementation 'cublas' is unknown; there are mosaic_gpu, megablox, xla",
+        "implementation 'cublas' is unknown; there are mosaic_gpu, mosaic_tpu, megablox, xla",
     ),
     "implementation without its hardware": (
         {"implementation": "mosaic_gpu"},
@@ -85,6 +86,35 @@ MISTAKES = {
     "width for quantized matrices": (
         MOSAIC | {"w": stored("int8", 64)},
         "with blocks of 8 rows it takes widths that are multiples of 128 and 64, not 64 and 128",
+    ),
+    "type for TPUs": (
+        TPU | call(dtype=jnp.float16),
+        "'mosaic_tpu' does not serve this call: it takes bfloat16 or float32, not float16",
+    ),
+    "type for quantized matrices on TPUs": (
+        TPU | call(dtype=jnp.float32) | {"w": stored("int8", 64)},
+        "it multiplies quantized matrices by bfloat16, not float32",
+    ),
+    "block for TPUs": (
+        TPU | call(rows=24, width=128),
+        "it takes blocks that are multiples of 8 rows, not 12",
+    ),
+    "width for TPUs": (TPU, "it takes widths that are multiples of 128, not 64 and 128"),
+    "rows too wide for TPUs": (
+        TPU | call(width=2**16),
+        "blocks of 8 rows of 65536 inputs exceed its VMEM",
+    ),
+    "scales for TPUs": (
+        TPU | {"w": stored("int8", 64)},
+        "of int8 it takes one scale for a multiple of 128 inputs, not 64",
+    ),
+    "scales of int4 for TPUs": (
+        TPU | {"w": stored("int4", 64)},
+        "of int4 it takes one scale for 128 inputs, not 64",
+    ),
+    "mosaic_tpu without its hardware": (
+        TPU | call(width=128) | {"interpret": None},
+        "'mosaic_tpu' does not serve this call: it needs a TPU, and this is cpu",
     ),
     "quantized matrices for megablox": (
         MEGABLOX | {"w": stored("fp8", 64)},
@@ -181,6 +211,7 @@ def test_the_call_without_a_mistake():
     """The call that every case changes by one mistake is itself correct."""
     assert grouped_implementation(**CALL) == "xla"
     assert grouped_implementation(**CALL, **MOSAIC) == "mosaic_gpu"
+    assert grouped_implementation(**call(width=128), **TPU) == "mosaic_tpu"
     assert grouped_implementation(**CALL, interpret=True) == "megablox"
     scale = {"row_scale": array(16)}
     for out in (

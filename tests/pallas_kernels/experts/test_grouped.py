@@ -17,11 +17,13 @@ from tests.pallas_kernels.experts.cases import (
     judge,
     judge_gated,
     named,
+    on_tpus,
     planned,
 )
 from tests.pallas_kernels.experts.ways import (
     MEGABLOX,
     MOSAIC_GPU,
+    MOSAIC_TPU,
     XLA,
     gated,
     gated_results,
@@ -34,10 +36,13 @@ from tests.pallas_kernels.experts.ways import (
 STREAMED = named("blocks of 8, whole blocks, some without a group")
 TILED = named("blocks of 128, first group empty, some without a group")
 FEW = [named("uneven"), named("some without a group"), STREAMED]
+TPU_FEW = on_tpus([STREAMED, TILED])
 DIFFERENTIATED = over(
     runs(XLA, "float32", ALL_CASES),
     runs(XLA, "bfloat16", FEW),
     runs(MOSAIC_GPU, "bfloat16", KERNEL_CASES),
+    runs(MOSAIC_TPU, "float32", TPU_FEW[:1]),
+    runs(MOSAIC_TPU, "bfloat16", on_tpus(KERNEL_CASES)),
     runs(MEGABLOX, "float32", [named("uneven"), *KERNEL_CASES]),
     runs(MEGABLOX, "bfloat16", [TILED]),
 )
@@ -45,6 +50,7 @@ GATED_DIFFERENTIATED = over(
     runs(XLA, "float32", [*CASES, STREAMED, TILED]),
     runs(XLA, "bfloat16", FEW),
     runs(MOSAIC_GPU, "bfloat16", [STREAMED, TILED]),
+    runs(MOSAIC_TPU, "bfloat16", TPU_FEW),
     runs(MEGABLOX, "float32", [STREAMED, TILED]),
 )
 
@@ -65,7 +71,12 @@ def test_gated_products_and_gradients(way, dtype, case):
     check(gated_results(way, dtype, case), judge_gated(case, draw(case, dtype)), dtype)
 
 
-@over(runs(XLA, "float32", FEW), runs(MOSAIC_GPU, "bfloat16", KERNEL_CASES + FORWARD_CASES))
+@over(
+    runs(XLA, "float32", FEW),
+    runs(MOSAIC_GPU, "bfloat16", KERNEL_CASES + FORWARD_CASES),
+    runs(MOSAIC_TPU, "bfloat16", on_tpus(KERNEL_CASES + FORWARD_CASES)),
+    runs(MOSAIC_TPU, "float32", TPU_FEW[:1]),
+)
 def test_gated_products_that_are_not_differentiated(way, dtype, case):
     """Without gradients, both products are computed by one kernel."""
     arrays = draw(case, dtype)
@@ -74,7 +85,11 @@ def test_gated_products_that_are_not_differentiated(way, dtype, case):
     assert_close(got, judge_gated(case, arrays).out, TOLERANCE[dtype])
 
 
-@over(runs(XLA, "float32", FEW), runs(MOSAIC_GPU, "bfloat16", [STREAMED, TILED]))
+@over(
+    runs(XLA, "float32", FEW),
+    runs(MOSAIC_GPU, "bfloat16", [STREAMED, TILED]),
+    runs(MOSAIC_TPU, "bfloat16", TPU_FEW[:1]),
+)
 def test_gated_products_without_a_scale(way, dtype, case):
     arrays = draw(case, dtype)._replace(scale=None)
     got = way.call(gated, planned(case), *arrays[:4])
@@ -82,7 +97,11 @@ def test_gated_products_without_a_scale(way, dtype, case):
     assert_close(got, judge_gated(case, ones).out, TOLERANCE[dtype])
 
 
-@over(runs(XLA, "bfloat16", [STREAMED, TILED]), runs(MEGABLOX, "bfloat16", [STREAMED, TILED]))
+@over(
+    runs(XLA, "bfloat16", [STREAMED, TILED]),
+    runs(MOSAIC_TPU, "bfloat16", TPU_FEW),
+    runs(MEGABLOX, "bfloat16", [STREAMED, TILED]),
+)
 def test_blocks_without_a_group_are_skipped(way, dtype, case):
     """Results of empty blocks stay zero, or NaN in an interpreter; computed they would be D.
 

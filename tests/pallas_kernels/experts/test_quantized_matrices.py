@@ -19,9 +19,18 @@ from tests.pallas_kernels.experts.cases import (
     judge,
     judge_gated,
     named,
+    on_tpus,
     planned,
 )
-from tests.pallas_kernels.experts.ways import MOSAIC_GPU, XLA, gated, multiplied, over, runs
+from tests.pallas_kernels.experts.ways import (
+    MOSAIC_GPU,
+    MOSAIC_TPU,
+    XLA,
+    gated,
+    multiplied,
+    over,
+    runs,
+)
 
 # Format and group_size: all inputs share a scale, or every 128 do.
 STORED = {"int8": None, "fp8": None, "int4": 128, "int8-128": 128, "fp8-128": 128}
@@ -29,10 +38,13 @@ LONG = [dataclasses.replace(KERNEL_CASES[i], D=512) for i in (1, 6)]
 every_format = pytest.mark.parametrize("stored", STORED)
 SMALL = [dataclasses.replace(named(name), D=6) for name in ("uneven", "some without a group")]
 FEW = [named(case.name) for case in (KERNEL_CASES[1], KERNEL_CASES[3], KERNEL_CASES[6])]
+# Rows of few, and of more than `FEW_ROWS`; an odd number of groups of int4.
+TPU_FEW = [*on_tpus([*FEW[1:], FORWARD_CASES[1]]), dataclasses.replace(FEW[0], D=128, F=128)]
 every_case = over(
     runs(XLA, "float32", SMALL),
     runs(XLA, "bfloat16", FEW),
     runs(MOSAIC_GPU, "bfloat16", KERNEL_CASES[:6:2] + KERNEL_CASES[6:] + FORWARD_CASES),
+    runs(MOSAIC_TPU, "bfloat16", TPU_FEW),
 )
 
 
@@ -63,7 +75,11 @@ def test_products(way, dtype, case, stored):
 
 
 @pytest.mark.parametrize("format, width", [("fp8", 256), ("int8", 128), ("int4", 128)])
-@over(runs(XLA, "bfloat16", LONG), runs(MOSAIC_GPU, "bfloat16", LONG))
+@over(
+    runs(XLA, "bfloat16", LONG),
+    runs(MOSAIC_GPU, "bfloat16", LONG),
+    runs(MOSAIC_TPU, "bfloat16", on_tpus(LONG)),
+)
 def test_more_steps_than_slots(way, dtype, case, format, width):
     """Several steps may share a scale, as in Meta's fp8 `down`, with a scale per rank's inputs."""
     arrays = draw(case, dtype)
@@ -78,11 +94,35 @@ def test_more_steps_than_slots(way, dtype, case, format, width):
 @over(
     runs(XLA, "bfloat16", FEW[:1]),
     runs(MOSAIC_GPU, "bfloat16", [KERNEL_CASES[1], KERNEL_CASES[6], FORWARD_CASES[2]]),
+    runs(MOSAIC_TPU, "bfloat16", TPU_FEW[:1]),
 )
 def test_gated_products(way, dtype, case, stored):
     arrays, gate, up = prepared(stored, case, dtype)
     got = way.call(gated, planned(case), arrays.x, arrays.scale, gate, up)
     assert_close(got, judge_gated(case, arrays).out, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("format", ["fp8", "int4"])
+@pytest.mark.parametrize("fp8", ["float8_e4m3fn", "float8_e4m3b11fnuz"])
+@pytest.mark.parametrize("block", [8, 32])
+def test_every_byte_on_tpus(block, fp8, format):
+    """Products with rows of the identity are the values, whatever fp8 type the MXU takes.
+
+    Catches -0 taken for NaN, NaN taken for a number, and halves of bytes in the wrong order.
+    """
+    config = dataclasses.replace(MOSAIC_TPU.config, fp8=fp8)
+    way = dataclasses.replace(MOSAIC_TPU, config=config)
+    bytes_of_row = jnp.roll(jnp.arange(256, dtype=jnp.uint8), 7)
+    qvalue = jnp.tile(bytes_of_row, (128, 1)).view(
+        jnp.int8 if format == "int4" else jnp.float8_e4m3fn
+    )
+    if format == "fp8":  # NaN in all rows of one output
+        qvalue = jnp.where(jnp.isnan(qvalue) & (jnp.arange(128) > 0)[:, None], 1, qvalue)
+    inputs = 512 if format == "int4" else 256
+    w = QuantizedMatrix(qvalue[None], jnp.ones((1, inputs // 128, 128)), format)
+    case = dataclasses.replace(FEW[0], group=(0,) * inputs, E=1, block=block, D=inputs, F=128)
+    got = way.call(multiplied, planned(case), jnp.eye(inputs, dtype=jnp.bfloat16), w)
+    np.testing.assert_array_equal(got.astype(np.float32), np.eye(inputs) @ dequantize_matrix(w)[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -94,7 +134,11 @@ def gradients(options, plan, x, scale, gate, up, d_out):
 
 
 @pytest.mark.parametrize("stored", ["int8", "int4"])
-@over(runs(XLA, "bfloat16", FEW[:1]), runs(MOSAIC_GPU, "bfloat16", [KERNEL_CASES[1]]))
+@over(
+    runs(XLA, "bfloat16", FEW[:1]),
+    runs(MOSAIC_GPU, "bfloat16", [KERNEL_CASES[1]]),
+    runs(MOSAIC_TPU, "bfloat16", TPU_FEW[:1]),
+)
 def test_gradients_reach_the_rows(way, dtype, case, stored):
     arrays, gate, up = prepared(stored, case, dtype)
     want = judge_gated(case, arrays)

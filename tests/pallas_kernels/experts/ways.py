@@ -16,10 +16,13 @@ from pallas_kernels.experts import combine, dispatch, gated_matmul, grouped_matm
 from pallas_kernels.experts.grouped import IMPLEMENTATIONS, GroupedCase
 from pallas_kernels.experts.grouped_megablox import GroupedMegabloxConfig
 from pallas_kernels.experts.grouped_mosaic import GroupedMosaicConfig
+from pallas_kernels.experts.grouped_tpu import GroupedTpuConfig
 from pallas_kernels.experts.mosaic_kernels import StreamConfig, TileConfig
 from pallas_kernels.experts.mosaic_quantized import QuantizedConfig
 from tests.pallas_kernels.experts.cases import GatedResults, Results, draw, planned
 from tests.pallas_kernels.hopper import INTERPRET, no_races
+from tests.pallas_kernels.tpu import INTERPRET as TPU_INTERPRET
+from tests.pallas_kernels.tpu import no_races as no_tpu_races
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,12 @@ MOSAIC_GPU = Way(
     ),
     INTERPRET,
     no_races,
+)
+MOSAIC_TPU = Way(
+    NAMED["mosaic_tpu"],
+    GroupedTpuConfig(tile_bytes=2**16, columns=128, inputs=256),
+    TPU_INTERPRET,
+    no_tpu_races,
 )
 MEGABLOX = Way(
     NAMED["megablox"],
