@@ -13,6 +13,7 @@ t keys a page, d head size, n pages of a row; q queries a tile, N pages and T = 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +32,11 @@ from pallas_kernels.attention.tpu_flash import (
     joined,
     widen_block,
 )
-from pallas_kernels.attention.tpu_softmax import LOG2E
+from pallas_kernels.attention.tpu_softmax import LOG2E, multiplied_as_stored
 from pallas_kernels.attention.tpu_tiles import MOST_ROWS, PagedTpuConfig, Tiles, config_for, plan
 from pallas_kernels.choice import Implementation
 from pallas_kernels.quantized import STORED, Quantized
-from pallas_kernels.tpu import LANES, VMEM_BYTES, why_not_tpu
+from pallas_kernels.tpu import IN_HBM, LANES, VMEM_BYTES, in_hbm, why_not_tpu
 
 LARGEST_HEAD = 256
 
@@ -81,7 +82,7 @@ def paged_tpu(q, k, v, q_range: KeyRange, k_coords: Coords, pages, owner, case, 
     )
     streams = [*jax.tree.leaves((k, v)), *k_coords]
     call = _call(static, q_BKGSd, streams, sizes, config.slots, case)
-    out, lse = call(tiles, jnp.stack(q_range, 1), q_BKGSd, entries.list, streams)
+    out, lse = call(tiles, jnp.stack(q_range, 1), q_BKGSd, entries.list, in_hbm(streams))
     return out.reshape(B, H, -1, d)[:, :, :S], lse.reshape(B, H, -1)[:, :, :S]
 
 
@@ -97,7 +98,6 @@ def _call(static: Static, q_BKGSd, streams, sizes, slots: int, case):
         row, _, _, queries = tile_at(*at)
         return row, 0, queries
 
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     tile_spec = pl.BlockSpec((1, 1, G, block_q, d), lambda *at: (*tile_at(*at), 0))
     queries_spec = pl.BlockSpec((1, len(KeyRange._fields), block_q), queries_at)
     running = pltpu.VMEM((G, block_q, LANES), jnp.float32)
@@ -110,7 +110,7 @@ def _call(static: Static, q_BKGSd, streams, sizes, slots: int, case):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(cores, -(-B * K * (S // block_q) // cores)),
-            in_specs=[queries_spec, tile_spec, in_hbm, [in_hbm] * len(streams)],
+            in_specs=[queries_spec, tile_spec, IN_HBM, [IN_HBM] * len(streams)],
             out_specs=(tile_spec, pl.BlockSpec((1, 1, G, block_q), tile_at)),
             scratch_shapes=[
                 (running, running),
@@ -175,17 +175,18 @@ def _key_block(static: Static, blocks: Blocks, number, head, wide, queries) -> K
     """
     *stored, position, segment = blocks.block(number)
     k, v = stored[:: len(stored) // 2]
-    if queries is None and static.format is None:
-        return KeyBlock(k, v)
-    spoiled = widen_block(static, k, v, wide, masked=queries is not None)
-    block = KeyBlock(wide.at[0], wide.at[1])
+    block, masked = KeyBlock(k, v), queries is not None
+    spoiled: Any = None  # known where a mask asks for it
+    if masked or not multiplied_as_stored(k.dtype, wide.dtype):
+        spoiled = widen_block(static, k, v, wide, masked=masked)
+        block = KeyBlock(wide.at[0], wide.at[1])
     if static.format:
 
         def row(scale):
             return joined(scale[page, pl.ds(head, 1)] for page in range(blocks.pages))
 
         block = block._replace(k_scale=row(stored[1]), v_scale=row(stored[3]))
-    if queries is None:
+    if not masked:
         return block
     return block.masked(queries, _coords(static, blocks, number, position, segment), spoiled)
 

@@ -4,7 +4,7 @@ Shape letters are those of `paged_tpu`.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,13 +47,13 @@ class Softmax(NamedTuple):
         self.total[...] = jnp.zeros_like(self.total)
         self.acc[...] = jnp.zeros_like(self.acc)
 
-    def add(self, heads, scores: jax.Array, v_scale: jax.Array | None, values: jax.Array) -> None:
+    def add(self, heads, scores: jax.Array, weigh: Callable, values: jax.Array) -> None:
         """Adds a block of keys.
 
         Args:
             heads: the slice of heads whose scores these are.
             scores: [heads * q, T], for powers of two.
-            v_scale: [1, T], multiplies the probabilities after they are summed.
+            weigh: makes the weights of values from their probabilities.
             values: [T, d].
         """
         old, total, acc = (x[heads].reshape(len(scores), -1) for x in self)
@@ -62,8 +62,7 @@ class Softmax(NamedTuple):
         # By vectors of LANES keys: to repeat the maximum for all of them would take other units.
         parts = [jnp.exp2(x - top) for x in _vectors(scores)]
         total = total * shrink + functools.reduce(jnp.add, parts)
-        p = joined(parts) if v_scale is None else joined(parts) * v_scale
-        acc = acc * shrink[:, :1] + dot(p.astype(values.dtype), values)
+        acc = acc * shrink[:, :1] + dot(weigh(joined(parts)), values)
         for mine, new in zip(self, (top, total, acc), strict=True):
             mine[heads] = new.reshape(mine[heads].shape)
 
@@ -107,7 +106,7 @@ class KeyBlock(NamedTuple):
     """A block's keys and values as they are multiplied.
 
     Attributes:
-        k, v: references to [T, d] or [N, t, d], of the queries' type.
+        k, v: references to [T, d] or [N, t, d].
         k_scale, v_scale: [1, T]; None for a cache that has none.
         mask: None where every query sees every key.
     """
@@ -141,6 +140,9 @@ def attend_block(static: Static, q_ref, block: KeyBlock, softmax: Softmax) -> No
     """Adds a block to the softmax of all heads [G, q, d], some at a time."""
     group, _, d = q_ref.shape
 
+    def weigh(p: jax.Array) -> jax.Array:
+        return (p if block.v_scale is None else p * block.v_scale).astype(q_ref.dtype)
+
     @pl.loop(0, group // static.heads)
     def _(i):
         heads = pl.ds(i * static.heads, static.heads)
@@ -148,7 +150,7 @@ def attend_block(static: Static, q_ref, block: KeyBlock, softmax: Softmax) -> No
         scores = dot(q_ref[heads].reshape(-1, d), keys, transposed=True)
         scores *= static.scale if block.k_scale is None else static.scale * block.k_scale
         scores = scores if block.mask is None else block.mask.apply(scores)
-        softmax.add(heads, scores, block.v_scale, values)
+        softmax.add(heads, scores, weigh, values)
 
 
 def widen_block(static: Static, k, v, wide, *, masked: bool) -> jax.Array:
@@ -164,12 +166,13 @@ def widen_block(static: Static, k, v, wide, *, masked: bool) -> jax.Array:
         jnp.concatenate(widen(x[...].reshape(-1, x.shape[-1]), wide.dtype, parts), -1)
         for x in (k, v)
     )
-    wide[0] = keys
+    wide[0] = keys.astype(wide.dtype)
     if not masked or static.format in ("int8", "int4"):
-        wide[1] = values
+        wide[1] = values.astype(wide.dtype)
         return jnp.zeros((1, len(values)), bool)
-    finite = jnp.abs(values.astype(jnp.float32)) < jnp.inf
-    wide[1] = jnp.where(finite, values, jnp.zeros_like(values))
+    values = values.astype(jnp.float32)
+    finite = jnp.abs(values) < jnp.inf
+    wide[1] = jnp.where(finite, values, 0.0).astype(wide.dtype)
     bad = jnp.where(finite, 0.0, 1.0).astype(wide.dtype)
     ones = jnp.ones((2 * SUBLANES, bad.shape[1]), wide.dtype)
     return dot(ones, bad, transposed=True)[:1] > 0  # a product, since it gives a row of sums

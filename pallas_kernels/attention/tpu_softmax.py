@@ -186,12 +186,14 @@ def attend_head(
         softmax.acc[i] = x
 
 
-def widen(x: jax.Array, dtype, parts: int) -> list[jax.Array]:
-    """Stored keys or values [t, d / parts] in a floating type, without their scales.
+def multiplied_as_stored(stored, dtype) -> bool:
+    """Whether products of queries of a type take keys as stored: the matrix unit widens fp8."""
+    return stored == dtype or (stored == jnp.float8_e4m3fn and dtype == jnp.bfloat16)
 
-    Beside bfloat16, fp8 stays as it is: the matrix unit widens it while loading.
-    """
-    if x.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16:
+
+def widen(x: jax.Array, dtype, parts: int) -> list[jax.Array]:
+    """Stored keys or values [t, d / parts] as products take them, without their scales."""
+    if multiplied_as_stored(x.dtype, dtype):
         return [x]
     if parts == 1:
         return [x.astype(dtype)]
