@@ -1,6 +1,6 @@
 """TPU kernels of `jaxmoe benchmark schedule`: jaxmoe's and JAX's own, at Llama 4's sizes.
 
-A case is a program with one Pallas kernel, and what an iteration of its hot loop copies from memory
+A case is a program with a Pallas kernel, and what an iteration of its hot loop copies from memory
 or multiplies, as its block sizes say.
 """
 
@@ -42,7 +42,9 @@ FLASH = 1024  # queries, and keys, of a block of splash attention: those of flas
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuCase(Case):
-    """A program to compile with one Pallas kernel; `by` is a module of JAX's TPU kernels.
+    """A program whose Pallas kernel with the most products is analyzed.
+
+    `by` is jaxmoe, or a module of `jax.experimental.pallas.ops.tpu`.
 
     Attributes:
         block: the sizes of a block, in words.
@@ -181,7 +183,7 @@ def _paged(cache: Cache, format: str) -> TpuCase:
 def _paged_attention(q, k, v, lengths, table):
     from jax.experimental.pallas.ops.tpu import paged_attention as module
 
-    even = {"kv_head": k.shape[0], "batch": len(q)}
+    even = {"kv_head": jax.tree.leaves(k)[0].shape[0], "batch": q.shape[0]}
     modes = [mode for mode, count in even.items() if count % 2 == 0 and num_cores() > 1]
     return module.paged_attention(
         q * SCALE, k, v, lengths, table, pages_per_compute_block=BLOCK,
