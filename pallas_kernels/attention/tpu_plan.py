@@ -25,7 +25,7 @@ from pallas_kernels.attention.pages import extents_of_rows
 from pallas_kernels.tpu import LANES, num_cores
 
 MOST_PAGES = LANES - 2  # of a block: with two more numbers they fill an entry of the list
-LONG, SHORT = 4096, 512  # keys a block, of one long row and of many rows
+LONG, MIDDLE, SHORT = 4096, 1024, 512  # keys a block
 MANY_ROWS = 8
 
 
@@ -49,12 +49,16 @@ class DecodeTpuConfig:
 
 
 def config_for(case) -> DecodeTpuConfig:
-    """The config tuned for the device, or else large blocks for few rows of many keys."""
+    """The config tuned for the device, or else one that is large for few rows of many keys.
+
+    A block costs some 150 bundles besides its keys. But the last block of a row is computed whole,
+    however few of its keys there are.
+    """
     few = case.rows < MANY_ROWS
     if tuned := tuning.lookup("decode", cache=case.cache, head_dim=case.head_dim, few_rows=few):
         return DecodeTpuConfig(**tuned, cores=num_cores())
-    long = few and case.keys >= 4 * LONG
-    return DecodeTpuConfig(LONG if long else SHORT, cores=num_cores())
+    size = LONG if few else MIDDLE
+    return DecodeTpuConfig(size if case.keys >= 4 * size else SHORT, cores=num_cores())
 
 
 class Visits(NamedTuple):

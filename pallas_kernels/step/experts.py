@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.mosaic import (
@@ -37,7 +37,7 @@ GATED_SLOTS = 6  # pipeline depth in steps, where a step has a tile of both gate
 
 
 def busy_experts(
-    expert: Int[Array, "T"], num_experts: int, shared: Int[Array, ""] | bool = True
+    expert: Int[Array, "T"], num_experts: int, shared: Bool[Array, ""] | bool = True
 ) -> Int[Array, "N"]:
     """Lists the experts of this device that some token chose; N is min(T, num_experts) + 1.
 

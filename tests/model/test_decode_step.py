@@ -12,8 +12,8 @@ from flax import nnx
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.decode_step import why_not_fused
-from jaxmoe.model.kv_cache import init_cache
-from jaxmoe.model.params import init_params, quantize_params
+from jaxmoe.model.kv_cache import init_cache, round_capacity
+from jaxmoe.model.params import abstract_params, init_params, quantize_params
 from jaxmoe.model.transformer import forward, unembed
 from tests.pallas_kernels import hopper, tpu
 from tests.pallas_kernels.attention.cases import assert_close
@@ -26,8 +26,9 @@ SMALL = Llama4Config(
     layers=LAYERS, attention_chunk_size=64, floor_scale=16, rms_norm_eps=1e-5,
 )  # fmt: skip
 TPU_SMALL = dataclasses.replace(
-    SMALL, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2
-)
+    SMALL, intermediate_size=256, intermediate_size_mlp=256, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
 PREFIX = 70  # tokens: the newest are a chunk behind the first
 
 
@@ -37,22 +38,23 @@ def parameters(config, format=None):
     return params if format is None else quantize_params(config, params, format)
 
 
-def filled(config, rows, kv):
+def filled(config, rows, kv, params=None):
     """A cache after a prefix of each row's own length, and the next token with its coordinates."""
     rng = np.random.default_rng(rows)
     tokens = rng.integers(0, config.vocab_size, (rows, PREFIX), np.int32)
     lengths = PREFIX - 3 * np.arange(rows, dtype=np.int32)
     positions = np.broadcast_to(np.arange(PREFIX, dtype=np.int32), tokens.shape)
     segments = (positions < lengths[:, None]).astype(np.int32)
-    cache = init_cache(config, rows, 128, kv)
+    cache = init_cache(config, rows, round_capacity(128), kv)
     run = jax.jit(functools.partial(forward, config))
-    cache = run(parameters(config), tokens, positions, segments, cache).cache
+    params = parameters(config) if params is None else params
+    cache = run(params, tokens, positions, segments, cache).cache
     new = (tokens[:, :1] + 1) % config.vocab_size  # not the first, which rotates alike
     return cache, (new, lengths[:, None], np.ones((rows, 1), np.int32))
 
 
-def step(config, cache, new, format=None, **options):
-    params = parameters(config, format)
+def step(config, cache, new, format=None, params=None, **options):
+    params = parameters(config, format) if params is None else params
 
     def run(cache, *new):
         out = forward(config, params, *new, cache, **options)
@@ -61,9 +63,9 @@ def step(config, cache, new, format=None, **options):
     return jax.block_until_ready(jax.jit(run)(cache, *new))
 
 
-def fused(config, cache, new, hardware=hopper, format=None):
+def fused(config, cache, new, hardware=hopper, format=None, params=None):
     with hardware.no_races():
-        return step(config, cache, new, format, interpret=hardware.INTERPRET)
+        return step(config, cache, new, format, params, interpret=hardware.INTERPRET)
 
 
 def slots_that_differ(one, other):
@@ -171,3 +173,19 @@ def test_tokens_that_travel_to_their_experts_are_not_served():
     mesh = MeshConfig.parse("expert=2").make(jax.devices()[:2])
     assert "need not travel" in why_not(rows=2, mesh=mesh)
     assert why_not(rows=1, mesh=mesh) is None
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows"), [("tensor=2,sequence=2", 2), ("expert=2,tensor=2", 1), ("data=2", 2)]
+)
+def test_tpu_kernels_on_a_mesh(mesh, rows):
+    """Heads, keys, experts and rows on devices of their own: the layers' numbers without a mesh."""
+    cache, new = filled(TPU_SMALL, rows, "int8")
+    want, _ = step(TPU_SMALL, cache, new, fused=False)
+    mesh = MeshConfig.parse(mesh).make(jax.devices()[: 4 if "," in mesh else 2])
+    with jax.set_mesh(mesh):
+        places = jax.tree.map(lambda x: x.sharding, abstract_params(TPU_SMALL, mesh, jnp.bfloat16))
+        params = jax.device_put(parameters(TPU_SMALL), places)
+        cache, new = filled(TPU_SMALL, rows, "int8", params)
+        got, _ = fused(TPU_SMALL, cache, new, tpu, params=params)
+    assert_close(as_float(got), as_float(want), 0.02)
