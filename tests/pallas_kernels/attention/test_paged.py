@@ -1,87 +1,122 @@
-"""Attention of several sequences' queries, side by side, to a pool of pages, against float64."""
+"""Attention of several sequences' queries to a pool of pages, by every way, against float64."""
 
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import ChunkedMask, Coords, Mask, paged, paged_attention
-from pallas_kernels.quantized import dequantize, quantize
+from pallas_kernels.attention import ChunkedMask, Mask, paged, paged_attention
+from pallas_kernels.attention.tpu_tiles import PagedTpuConfig
+from tests.isolation import assert_isolated
+from tests.pallas_kernels.attention.paged_cases import NEW, PAGE, SIZE, Problem
+from tests.pallas_kernels.attention.test_roundings import FEW, changed
 from tests.pallas_kernels.hopper import INTERPRET, no_races
+from tests.pallas_kernels.tpu import INTERPRET as TPU_INTERPRET
+from tests.pallas_kernels.tpu import no_races as no_tpu_races
 
-PAGE, PAGES, HEADS, KEY_HEADS, SIZE = 64, 24, 4, 2, 64
-HELD, NEW = [5, 130, 0, 64, 200], [40, 1, 77, 3, 9]  # tokens of each sequence before, and new ones
-QUERIES, LISTED = 192, 30  # places for queries and in the list of pages; the rest is padding
-
-
-class Problem:
-    """Sequences whose pages lie in any order in a pool; NaN where it has no token."""
-
-    def __init__(self, seed):
-        rng = np.random.default_rng(seed)
-        self.q = rng.normal(size=(1, HEADS, QUERIES, SIZE))
-        self.k, self.v = rng.normal(size=(2, PAGES, KEY_HEADS, PAGE, SIZE))
-        self.position, self.segment = np.zeros((2, PAGES, PAGE), np.int32)
-        self.q_coords = np.zeros((2, 1, QUERIES), np.int32)
-        self.pages, self.owners = np.zeros((2, 1, LISTED), np.int32)
-        free, queries, listed = rng.permutation(np.arange(1, PAGES)).tolist(), 0, 0
-        for number, (held, new) in enumerate(zip(HELD, NEW, strict=True), start=1):
-            place = np.arange(held + new)
-            taken = np.array([free.pop() for _ in range(-(-len(place) // PAGE))])
-            at = taken[place // PAGE], place % PAGE
-            self.position[at], self.segment[at] = place, 1
-            self.pages[0, listed : listed + len(taken)] = taken
-            self.owners[0, listed : listed + len(taken)] = number
-            self.q_coords[0, 0, queries : queries + new] = place[held:]
-            self.q_coords[1, 0, queries : queries + new] = number
-            queries, listed = queries + new, listed + len(taken)
-        empty = (self.segment == 0)[:, None, :, None]
-        self.v, self.k = (np.where(empty, np.nan, x) for x in (self.v, self.k))
-
-    def where(self):
-        q_coords, k_coords = Coords(*self.q_coords), Coords(self.position, self.segment)
-        arrays = (*q_coords, *k_coords, self.pages, self.owners)
-        a, b, c, d, pages, owners = (jnp.asarray(x, jnp.int32) for x in arrays)
-        return Coords(a, b), Coords(c, d), pages, owners
-
-    def expected(self, k, v, mask):
-        """Output and log-sum-exp, one query after the other."""
-        out, lse = np.zeros(self.q.shape), np.full(self.q.shape[:3], -np.inf)
-        for i in np.flatnonzero(self.q_coords[1, 0]):
-            position, owner = self.q_coords[:, 0, i]
-            pages = self.pages[0][self.owners[0] == owner]
-            seen = (self.position[pages] >= np.asarray(mask.first(position))) & (
-                self.position[pages] <= position
-            )
-            seen &= self.segment[pages] != 0
-            for head in range(HEADS):
-                key_head = head // (HEADS // KEY_HEADS)
-                keys, values = (x[pages][:, key_head][seen] for x in (k, v))
-                scores = keys @ self.q[0, head, i] * SIZE**-0.5
-                top = scores.max()
-                weights = np.exp(scores - top)
-                out[0, head, i] = weights @ values / weights.sum()
-                lse[0, head, i] = top + np.log(weights.sum())
-        return out, lse
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+MASKS = {"causal": Mask(), "chunks": ChunkedMask(chunk=48)}
 
 
-@pytest.fixture(params=[Mask(), ChunkedMask(chunk=48)], ids=["causal", "chunks"])
-def mask(request):
-    return request.param
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """An implementation, a type of queries and a format of the cache."""
+
+    implementation: str
+    dtype: str = "float32"
+    format: str | None = None
+    config: Any = None
+    interpret: Any = None
+    checked: Callable = contextlib.nullcontext
+
+    def __str__(self):
+        return "-".join(filter(None, (self.implementation, self.dtype, self.format)))
+
+    def call(self, mask, *arguments):
+        options = {
+            "scale": SIZE**-0.5, "mask": mask, "implementation": self.implementation,
+            "config": self.config, "interpret": self.interpret,
+        }  # fmt: skip
+        with self.checked():
+            return jax.block_until_ready(attend(tuple(options.items()), *arguments))
 
 
-def check(found, expected, tolerance):
-    for ours, theirs in zip(found, expected, strict=True):
+@functools.partial(jax.jit, static_argnums=0)
+def attend(options, *arguments):
+    return paged_attention(*arguments, **dict(options))
+
+
+XLA = Way("xla")
+MOSAIC_GPU = Way("mosaic_gpu", "bfloat16", interpret=INTERPRET, checked=no_races)
+MOSAIC_TPU = Way(
+    "mosaic_tpu",
+    "bfloat16",
+    config=PagedTpuConfig(block_q=32, block_k=128, slots=2, cores=2),
+    interpret=TPU_INTERPRET,
+    checked=no_tpu_races,
+)
+
+
+def of_format(way, format):
+    return dataclasses.replace(way, format=format)
+
+
+WAYS = [XLA, *(of_format(XLA, x) for x in ("int8", "fp8", "int4")), MOSAIC_GPU]
+TPU_WAYS = [MOSAIC_TPU, of_format(MOSAIC_TPU, "int8")]
+MORE_TPU_WAYS = [
+    dataclasses.replace(MOSAIC_TPU, dtype="float32"),
+    of_format(MOSAIC_TPU, "fp8"),
+    of_format(MOSAIC_TPU, "int4"),
+]
+
+
+@functools.cache
+def results(way, mask):
+    """The arrays of a problem, and what comes of them."""
+    problem = Problem(0)
+    arrays = problem.arrays(way.dtype, way.format)
+    return problem, arrays, way.call(MASKS[mask], *arrays, *problem.where())
+
+
+def check(found, expected, dtype):
+    for ours, theirs, tolerance in zip(found, expected, (TOLERANCE[dtype], 1e-5), strict=True):
         np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, atol=tolerance)
 
 
-@pytest.mark.parametrize("copied", [False, True], ids=["in place", "copied"])
-def test_float32(mask, copied, monkeypatch):
-    problem = Problem(0)
-    if copied:  # what kernels that take rows run on, in three parts
-        monkeypatch.setattr(paged, "_in_place", _copied)
-    arrays = (jnp.asarray(x, jnp.float32) for x in (problem.q, problem.k, problem.v))
-    found = paged_attention(*arrays, *problem.where(), scale=SIZE**-0.5, mask=mask)
-    check(found, problem.expected(problem.k, problem.v, mask), 1e-5)
+@pytest.mark.parametrize(
+    ("way", "mask"),
+    [(way, mask) for way in WAYS + TPU_WAYS for mask in MASKS]
+    + [(way, "causal") for way in MORE_TPU_WAYS],
+    ids=str,
+)
+def test_sequences_side_by_side(way, mask):
+    """Whatever the types, the log-sum-exp is exact, and shows each key too many or too few."""
+    problem, arrays, found = results(way, mask)
+    check(found, problem.expected(*arrays, MASKS[mask]), way.dtype)
+
+
+def test_roundings_do_not_depend_on_blocks():
+    """Catches maxima that are no whole powers of two: those differ by blocks."""
+    _, arrays, (out, _) = results(MOSAIC_TPU, "causal")
+    way = dataclasses.replace(MOSAIC_TPU, config=PagedTpuConfig(block_q=64, block_k=256))
+    other, _ = way.call(Mask(), *arrays, *Problem(0).where())
+    assert changed(out, other) < FEW
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_copied(mask, monkeypatch):
+    """What kernels that take rows run on, in three parts."""
+    monkeypatch.setattr(paged, "_in_place", _copied)
+    problem, rule = Problem(0), MASKS[mask]
+    arrays = problem.arrays("float32")
+    found = paged_attention(*arrays, *problem.where(), scale=SIZE**-0.5, mask=rule)
+    check(found, problem.expected(*arrays, rule), "float32")
 
 
 def _copied(scale, mask, *arguments):
@@ -89,28 +124,42 @@ def _copied(scale, mask, *arguments):
     return paged._copied(options, 5, *arguments)
 
 
-@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
-def test_quantized(mask, format):
-    problem = Problem(1)
-    stored = [
-        quantize(jnp.nan_to_num(jnp.asarray(x, jnp.float32)), format)
-        for x in (problem.k, problem.v)
-    ]
-    wide = [np.asarray(dequantize(x, jnp.float32), np.float64) for x in stored]
-    q = jnp.asarray(problem.q, jnp.float32)
-    found = paged_attention(q, *stored, *problem.where(), scale=SIZE**-0.5, mask=mask)
-    check(found, problem.expected(*wide, mask), 1e-5)
+# All heads' queries of a row are one product; one core computes its last tile again.
+IN_ROWS = PagedTpuConfig(block_q=256, block_k=128, slots=2, cores=3)
 
 
-def test_mosaic_gpu(mask):
-    """The Hopper kernel, for which pages are copied into rows of keys."""
-    problem = Problem(2)
-    problem.q, problem.k, problem.v = (
-        np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
-        for x in (problem.q, problem.k, problem.v)
-    )
-    arrays = (jnp.asarray(x, jnp.bfloat16) for x in (problem.q, problem.k, problem.v))
-    options = {"implementation": "mosaic_gpu", "interpret": INTERPRET}
-    with no_races():
-        found = paged_attention(*arrays, *problem.where(), scale=SIZE**-0.5, mask=mask, **options)
-        check(found, problem.expected(problem.k, problem.v, mask), 2e-2)
+@pytest.mark.parametrize(
+    "way", [XLA, *(dataclasses.replace(way, config=IN_ROWS) for way in TPU_WAYS)], ids=str
+)
+def test_rows(way, monkeypatch):
+    """A sequence a row, and for "xla" two pages of each copied at a time."""
+    monkeypatch.setattr(paged, "COPIED_ROWS", 2 * PAGE * len(NEW))
+    problem, mask = Problem(0), Mask()
+    q, k, v = problem.arrays(way.dtype, way.format)
+    expected = problem.expected(q, k, v, mask)
+    found = way.call(mask, problem.rows(q), k, v, *problem.where_in_rows())
+    filled = np.arange(max(NEW)) < np.array(NEW)[:, None]
+    for row, (of_row, new) in enumerate(zip(filled, NEW, strict=True)):
+        out, lse = (np.asarray(x[row]) for x in found)
+        assert not out[:, ~of_row].any() and (lse[:, ~of_row] == -np.inf).all()
+        own = problem.of(row + 1)
+        check((out[:, :new], lse[:, :new]), (x[0][:, own] for x in expected), way.dtype)
+
+
+@pytest.mark.parametrize("way", [XLA, *TPU_WAYS], ids=str)
+def test_nan_stays_in_its_sequence(way):
+    """One key of NaN, one infinite value; of integers, in their scales."""
+    problem, (q, *cache), clean = results(way, "causal")
+
+    def spoil(x, number, value):
+        page, at = problem.pages_of(number)[0], 3
+        return jax.tree.map(
+            lambda leaf: leaf if leaf.dtype == jnp.int8 else leaf.at[page, :, at].set(value), x
+        )
+
+    k, v = spoil(cache[0], 2, np.nan), spoil(cache[1], 5, np.inf)
+    found = way.call(Mask(), q, k, v, *problem.where())
+    hit = problem.of(2) | problem.of(5)
+    for ours, theirs in zip(found, clean, strict=True):
+        assert_isolated(*(np.moveaxis(np.asarray(x), 2, 0) for x in (ours, theirs)), hit)
+    assert not np.isfinite(np.asarray(found[0])[:, :, hit]).any()

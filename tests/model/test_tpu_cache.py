@@ -1,0 +1,91 @@
+"""The model with the TPU kernel that reads the pages for many tokens, in the interpreter."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxmoe.config import SCOUT, layer_kinds
+from jaxmoe.model.kv_cache import full, init_cache, layer, ring
+from jaxmoe.model.packing import Packing
+from jaxmoe.model.params import init_params
+from jaxmoe.model.transformer import forward
+from pallas_kernels.attention import paged_attention
+from pallas_kernels.attention.tpu_tiles import PagedTpuConfig
+
+# The second step's local layer sees the ring, and some of its tokens are of another chunk.
+CONFIG = dataclasses.replace(
+    SCOUT,
+    hidden_size=32,
+    intermediate_size=32,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=64,
+    vocab_size=64,
+    num_local_experts=1,  # no token changes its expert for a rounding
+    attention_chunk_size=128,
+    max_position_embeddings=2048,
+    layers=layer_kinds(2, nope_interval=2),
+)
+ROWS, STEP = 2, 100
+LENGTHS = [(100, 60), (70, 80)]  # new tokens of each row, in each step
+
+
+def in_rows(tokens, starts, lengths):
+    """Tokens, positions and segments, a line a row."""
+    index = np.broadcast_to(np.arange(STEP), (ROWS, STEP))
+    segments = (index < np.array(lengths)[:, None]).astype(np.int32)
+    place = np.minimum(index + np.array(starts)[:, None], tokens.shape[1] - 1)
+    return (np.take_along_axis(tokens, place, 1), place, segments), None
+
+
+def packed(tokens, starts, lengths):
+    """The same side by side on one line."""
+    (*new, segments), _ = in_rows(tokens, starts, lengths)
+    row = np.repeat(np.arange(ROWS), lengths)
+
+    def line(x):
+        joined = np.concatenate([x[i, :length] for i, length in enumerate(lengths)])
+        return np.pad(joined, (0, ROWS * STEP - len(joined)))[None].astype(np.int32)
+
+    numbered = line(segments * np.arange(1, ROWS + 1)[:, None])
+    row = np.pad(row, (0, ROWS * STEP - len(row)))[None].astype(np.int32)
+    packing = Packing(row, np.zeros(row.shape, bool), np.arange(ROWS, dtype=np.int32)[None])
+    return (*map(line, new), numbered), packing
+
+
+def hidden_states(params, lay):
+    """Those of all real tokens, in two steps through a cache."""
+    run = jax.jit(functools.partial(forward, CONFIG))
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (ROWS, 256), np.int32)
+    cache, starts, found = init_cache(CONFIG, ROWS, 256, jnp.float32), np.zeros(ROWS, int), []
+    for lengths in LENGTHS:
+        inputs, packing = lay(tokens, starts, lengths)
+        out = run(params, *inputs, cache, packing=packing)
+        found.append(np.asarray(out.hidden)[inputs[2] != 0])
+        cache, starts = out.cache, starts + lengths
+    return np.concatenate(found)
+
+
+def through_the_kernel(calls, *arguments, **options):
+    calls.append(len(arguments))
+    options |= {"implementation": "mosaic_tpu", "interpret": pltpu.InterpretParams()}
+    return paged_attention(*arguments, config=PagedTpuConfig(block_q=64, block_k=128), **options)
+
+
+@pytest.mark.parametrize("lay", [in_rows, packed])
+def test_steps_of_many_tokens(lay, monkeypatch):
+    params, calls = init_params(CONFIG, jax.random.key(1)), []
+    plain = hidden_states(params, lay)
+    for module in (full, layer, ring):
+        attend = functools.partial(through_the_kernel, calls)
+        monkeypatch.setattr(module, "paged_attention", attend)
+    jax.clear_caches()  # of layers that were traced
+    ours = hidden_states(params, lay)
+    jax.clear_caches()
+    assert len(calls) == len(CONFIG.layers)
+    assert abs(ours - plain).max() < 1e-5 * abs(plain).max()
