@@ -26,6 +26,8 @@ def filled(text: str) -> str:
         "moe": _moe,
         "quantized": _quantized,
         "schedule": _schedule,
+        "schedule-v5p": lambda: _bundles("v5p"),
+        "schedule-v6e": lambda: _bundles("v6e"),
         "step": _step,
     }
     for name, table in writers.items():
@@ -63,6 +65,10 @@ def _quantized() -> str:
 
 def _schedule() -> str:
     return schedule_markdown(json.loads((ROOT / "benchmarks" / "schedule-h100.json").read_text()))
+
+
+def _bundles(tpu: str) -> str:
+    return bundles_markdown(json.loads((ROOT / "benchmarks" / f"schedule-{tpu}.json").read_text()))
 
 
 def _step() -> str:
@@ -297,6 +303,21 @@ Static: {figures["static"]}. {figures["target"].upper()}:
 {processor["cores"]} multiprocessors at {processor["clock"] / 1e9:.2f} GHz and \
 {processor["bandwidth"] / 1e12:.2f} TB/s. jax {versions["jax"]}, ptxas {versions["ptxas"]},
 {figures["date"]}. `scripts/tables.py` makes these tables from `benchmarks/schedule-h100.json`."""
+
+
+def bundles_markdown(figures: dict) -> str:
+    """The figures of `jaxmoe benchmark schedule` for TPUs as Markdown."""
+    versions, core, target = _versions(figures), figures["core"], figures["target"]
+    cores = f"{core['cores']} core{'s' if core['cores'] > 1 else ''}"
+    text = f"""\
+Static: {figures["static"]}. {target}: {cores} at {core["clock"] / 1e9:.2f} GHz, each with \
+{core["product_flops"]:,} operations of products a cycle, and {core["bandwidth"] / 1e12:.2f} TB/s. \
+jax {versions["jax"]}, libtpu {versions["libtpu"]}, {figures["date"]}. `scripts/tables.py` makes \
+these tables from `benchmarks/schedule-{target}.json`."""
+    grids = "\n\n".join(map(_markdown, tables.schedule_grids(figures)))
+    errors = "\n".join(f"- {line}" for line in tables.schedule_errors(figures))
+    wrapped = textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+    return f"{grids}\n\nWithout figures:\n\n{errors}\n\n{wrapped}"
 
 
 def _markdown(grid: tables.Grid) -> str:

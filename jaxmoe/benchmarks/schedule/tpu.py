@@ -12,6 +12,8 @@ from jaxmoe.benchmarks.schedule.tpu_steps import TpuStep, core_of
 from jaxmoe.benchmarks.timing import one_line, package_version
 from jaxmoe.plan.targets import Target, absent_devices
 from pallas_kernels.compile.absent import lower_for
+from pallas_kernels.compile.bundles import Code
+from pallas_kernels.compile.paths import whole
 from pallas_kernels.compile.tpu_dump import dumped
 from pallas_kernels.compile.tpu_schedule import Core, HotPath, hot_paths
 
@@ -40,7 +42,7 @@ def figures(target: Target, case: TpuCase | TpuStep) -> dict[str, Any]:
     facts = {"name": case.name, "kernel": case.kernel, "by": case.by, "block": case.block}
     try:
         text, codes = dumped(_compiled, target, case)
-        code = codes[kernel_names(text)[-1]]
+        code = max((codes[name] for name in _KERNEL.findall(text)), key=_products)
         paths = hot_paths(code, case.copied, case.flops)
     except Exception as error:  # a failure is recorded, and the other cases go on
         return facts | {"error": one_line(error)}
@@ -55,9 +57,8 @@ def _compiled(target: Target, case: TpuCase) -> str:
     return lower_for(device, case.function, *case.shapes).compile().as_text() or ""
 
 
-def kernel_names(text: str) -> list[str]:
-    """The HLO instructions that are Pallas kernels, in the order of the text."""
-    return _KERNEL.findall(text)
+def _products(code: Code) -> int:
+    return whole(code).total.products
 
 
 def _path(path: HotPath, core: Core, case: TpuCase) -> dict[str, Any]:

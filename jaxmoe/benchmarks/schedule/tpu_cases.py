@@ -1,6 +1,6 @@
 """TPU kernels of `jaxmoe benchmark schedule`: jaxmoe's and JAX's own, at Llama 4's sizes.
 
-A case is a program with one Pallas kernel, and what an iteration of its hot loop copies from memory
+A case is a program with a Pallas kernel, and what an iteration of its hot loop copies from memory
 or multiplies, as its block sizes say.
 """
 
@@ -25,8 +25,16 @@ from jaxmoe.benchmarks.schedule.cases import (
     coords,
     shaped,
 )
-from pallas_kernels.attention import Coords, decode_attention, flash_attention
-from pallas_kernels.attention.tpu_plan import LONG, MANY_ROWS, SHORT
+from pallas_kernels.attention import (
+    Coords,
+    decode_attention,
+    flash_attention,
+    paged_attention,
+    tpu_plan,
+    tpu_tiles,
+)
+from pallas_kernels.attention.decode import DecodeCase
+from pallas_kernels.attention.paged import PagedCase
 from pallas_kernels.experts import grouped_matmul
 from pallas_kernels.quantized import quantize
 from pallas_kernels.tpu import VMEM_BYTES, num_cores
@@ -42,7 +50,9 @@ FLASH = 1024  # queries, and keys, of a block of splash attention: those of flas
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuCase(Case):
-    """A program to compile with one Pallas kernel; `by` is a module of JAX's TPU kernels.
+    """A program whose Pallas kernel with the most products is analyzed.
+
+    `by` is jaxmoe, or a module of `jax.experimental.pallas.ops.tpu`.
 
     Attributes:
         block: the sizes of a block, in words.
@@ -60,17 +70,18 @@ class TpuCase(Case):
 
 
 class Cache(NamedTuple):
-    """What decoding reads: the keys of rows, and how many heads they and the queries have."""
+    """What queries read: the keys of rows, and how many heads they and the queries have."""
 
     name: str
     rows: int
     keys: int
     kv_heads: int = 1
+    queries: int = 1
 
     @property
-    def q(self) -> tuple[int, int, int]:
-        """The shape of one query a row."""
-        return self.rows, HEADS // KV_HEADS * self.kv_heads, HEAD_DIM
+    def heads(self) -> int:
+        """How many heads the queries have."""
+        return HEADS // KV_HEADS * self.kv_heads
 
     @property
     def pages(self) -> int:
@@ -83,82 +94,124 @@ class Cache(NamedTuple):
         return shaped(self.rows, self.keys // PAGE, dtype=jnp.int32)
 
 
-CACHES = (
+DECODING = (
     Cache("decode", 1, 2**20),
     Cache("decode-8-heads", 1, 2**20, KV_HEADS),
     Cache("decode-64-rows", 64, 16384),
 )
+PREFILL = Cache("prefill", 1, 2**20, queries=8192)
 
 
 def all_cases() -> list[TpuCase]:
     """All cases; kernels that compute the same follow one another."""
-    return [*_decode(), *_experts(), *_attention()]
+    return [*_decoding(), *_prefilling(), *_experts(), *_attention()]
 
 
-def _decode() -> Iterator[TpuCase]:
-    for cache in CACHES:
+def _decoding() -> Iterator[TpuCase]:
+    for cache in DECODING:
         for format in ELEMENT_BYTES:
-            yield _ours(cache, format)
+            yield _decode_case(cache, format)
             if format in DTYPES:
-                yield _ragged(cache, format)
+                yield _ragged_case(cache, format, keys=BLOCK * PAGE)
             if format in ("bf16", "int8"):
-                yield _paged(cache, format)
+                yield _paged_case(cache, format)
 
 
-def _of_cache(cache: Cache, format: str, by: str, function, shapes, keys, **bytes_of_key):
-    """A case of decoding.
+def _prefilling() -> Iterator[TpuCase]:
+    """A chunk of queries to a long cache: the steady state is within a tile of queries."""
+    for format in ELEMENT_BYTES:
+        yield _prefill_case(PREFILL, format)
+        if format in DTYPES:
+            yield _ragged_case(PREFILL, format, keys=BLOCK * PAGE // 2, queries=256)
+
+
+def _of_cache(cache: Cache, format: str, by: str, function, shapes, keys, **sizes):
+    """A case of queries to a cache.
 
     Args:
         cache, format: what is read.
         by, function, shapes: as of `TpuCase`.
         keys: how many keys an iteration copies, each of one head, with their values.
-        **bytes_of_key: `copied`, and perhaps `useful`, of a key or value.
+        **sizes: `copied`, and perhaps `useful`, bytes of a key; perhaps `queries` of an iteration.
     """
-    sizes: dict[str, Any] = {name: 2 * keys * each for name, each in bytes_of_key.items()}
-    return TpuCase(f"{cache.name}-{format}", by, function, shapes, block=f"{keys} keys", **sizes)
+    queries = sizes.pop("queries", 0)
+    sizes = {name: 2 * keys * each for name, each in sizes.items()}
+    if queries:
+        sizes["flops"] = 2 * 2 * queries * (cache.heads // cache.kv_heads) * keys * HEAD_DIM
+    block = f"{queries} queries, {keys} keys" if queries else f"{keys} keys"
+    return TpuCase(f"{cache.name}-{format}", by, function, shapes, block=block, **sizes)
 
 
-def _ours(cache: Cache, format: str) -> TpuCase:
+def _ours(cache: Cache, format: str) -> tuple[Any, float, tuple]:
+    """A pool of pages of our own, bytes of a key in it, and what DecodeCase and PagedCase share."""
     pool: Any = shaped(cache.pages, cache.kv_heads, PAGE, HEAD_DIM)
     scale = 0 if format == "bf16" else SCALE_BYTES
     if format != "bf16":
         pool = jax.eval_shape(functools.partial(quantize, format=format), pool)
-    rows, heads, _ = cache.q
-    shapes = shaped(rows, heads, 1, HEAD_DIM), pool, pool, coords(rows, 1)
-    shapes = *shapes, coords(cache.pages, PAGE), cache.table
-    keys = SHORT if rows >= MANY_ROWS else LONG
-    copied = HEAD_DIM * ELEMENT_BYTES[format] + scale
-    return _of_cache(cache, format, OURS, _decode_attention, shapes, keys, copied=copied)
+    stored = "bfloat16" if format == "bf16" else format
+    facts = cache.rows, cache.heads, cache.kv_heads, cache.queries, cache.keys, HEAD_DIM
+    facts = *facts, "bfloat16", stored, PAGE, SCALE
+    return pool, HEAD_DIM * ELEMENT_BYTES[format] + scale, facts
 
 
-def _decode_attention(q, k, v, q_coords, k_coords, table):
+def _shapes(cache: Cache, pool) -> tuple:
+    """The arguments of our kernels, but for the segments."""
+    q = shaped(cache.rows, cache.heads, cache.queries, HEAD_DIM)
+    of_queries, of_keys = coords(cache.rows, cache.queries), coords(cache.pages, PAGE)
+    return q, pool, pool, of_queries, of_keys, cache.table
+
+
+def _decode_case(cache: Cache, format: str) -> TpuCase:
+    pool, copied, facts = _ours(cache, format)
+    keys = tpu_plan.config_for(DecodeCase(*facts)).block_k
+    return _of_cache(cache, format, OURS, _decode, _shapes(cache, pool), keys, copied=copied)
+
+
+def _decode(q, k, v, q_coords, k_coords, table):
     return decode_attention(
         q, k, v, q_coords, k_coords, table=table, scale=SCALE, implementation="mosaic_tpu"
     )
 
 
-def _ragged(cache: Cache, format: str) -> TpuCase:
+def _prefill_case(cache: Cache, format: str) -> TpuCase:
+    pool, copied, facts = _ours(cache, format)
+    config = tpu_tiles.config_for(PagedCase(*facts))
+    sizes = {"copied": copied, "queries": config.queries(cache.queries)}
+    shapes = _shapes(cache, pool)
+    return _of_cache(cache, format, OURS, _prefill, shapes, config.block_k, **sizes)
+
+
+def _prefill(q, k, v, q_coords, k_coords, table):
+    return paged_attention(
+        q, k, v, q_coords, k_coords, table, scale=SCALE, implementation="mosaic_tpu"
+    )
+
+
+def _ragged_case(cache: Cache, format: str, *, keys: int, queries: int = 1) -> TpuCase:
     """JAX's ragged paged attention: keys and values share pages, and one scale if quantized."""
     pool = shaped(cache.pages, PAGE, 2 * cache.kv_heads, HEAD_DIM, dtype=DTYPES[format])
     lengths, starts, count = (shaped(n, dtype=jnp.int32) for n in (cache.rows, cache.rows + 1, 1))
-    options = {"pages": BLOCK // cache.kv_heads, "scale": None if format == "bf16" else 1.0}
-    function = functools.partial(_ragged_paged_attention, **options)
-    shapes = shaped(*cache.q), pool, lengths, cache.table, starts, count
-    copied = HEAD_DIM * ELEMENT_BYTES[format]
-    by = "ragged_paged_attention"
-    return _of_cache(cache, format, by, function, shapes, BLOCK * PAGE, copied=copied)
+    sizes = {"num_kv_pages_per_block": keys // PAGE // cache.kv_heads}
+    sizes["num_queries_per_block"] = queries
+    scale = None if format == "bf16" else 1.0
+    function = functools.partial(_ragged, scale=scale, sizes=sizes)
+    q = shaped(cache.rows * cache.queries, cache.heads, HEAD_DIM)
+    shapes = q, pool, lengths, cache.table, starts, count
+    by, copied = "ragged_paged_attention", HEAD_DIM * ELEMENT_BYTES[format]
+    tile = {"queries": queries} if cache.queries > 1 else {}
+    return _of_cache(cache, format, by, function, shapes, keys, copied=copied, **tile)
 
 
-def _ragged_paged_attention(q, pool, lengths, table, starts, count, *, pages, scale):
+def _ragged(q, pool, lengths, table, starts, count, *, scale, sizes):
     from jax.experimental.pallas.ops.tpu import ragged_paged_attention as module
 
     return module.ragged_paged_attention(
         q, pool, lengths, table, starts, count, sm_scale=SCALE, k_scale=scale, v_scale=scale,
-        num_kv_pages_per_block=pages, num_queries_per_block=1, vmem_limit_bytes=VMEM_BYTES,
+        vmem_limit_bytes=VMEM_BYTES, **sizes,
     )  # fmt: skip
 
 
-def _paged(cache: Cache, format: str) -> TpuCase:
+def _paged_case(cache: Cache, format: str) -> TpuCase:
     """JAX's paged attention, which reads a float32 scale beside every int8 number.
 
     A call uses one core, or divides an even number of key heads or of rows among two.
@@ -171,17 +224,21 @@ def _paged(cache: Cache, format: str) -> TpuCase:
         scales: Any = shaped(*pool.shape[:3], 1, dtype=jnp.float32)
         pool = quantization_utils.QuantizedTensor(pool, scales)
         copied += HEAD_DIM * SCALE_BYTES
-    shapes = shaped(*cache.q), pool, pool, shaped(cache.rows, dtype=jnp.int32), cache.table
-    sizes = {"copied": copied, "useful": useful}
-    return _of_cache(
-        cache, format, "paged_attention", _paged_attention, shapes, BLOCK * PAGE, **sizes
+    shapes = (
+        shaped(cache.rows, cache.heads, HEAD_DIM),
+        pool,
+        pool,
+        shaped(cache.rows, dtype=jnp.int32),
+        cache.table,
     )
+    sizes = {"copied": copied, "useful": useful}
+    return _of_cache(cache, format, "paged_attention", _paged, shapes, BLOCK * PAGE, **sizes)
 
 
-def _paged_attention(q, k, v, lengths, table):
+def _paged(q, k, v, lengths, table):
     from jax.experimental.pallas.ops.tpu import paged_attention as module
 
-    even = {"kv_head": k.shape[0], "batch": len(q)}
+    even = {"kv_head": jax.tree.leaves(k)[0].shape[0], "batch": q.shape[0]}
     modes = [mode for mode, count in even.items() if count % 2 == 0 and num_cores() > 1]
     return module.paged_attention(
         q * SCALE, k, v, lengths, table, pages_per_compute_block=BLOCK,
@@ -202,7 +259,8 @@ def _tiles(by: str, function, shapes: tuple, tile: tuple[int, int, int]) -> TpuC
     m, k, n = tile
     copied = 2 * m * k + (2 * k * n if k < D else 0)
     block = f"{m} x {k} x {n}"
-    return TpuCase("grouped", by, function, shapes, block=block, copied=copied, flops=2 * m * k * n)
+    sizes: dict[str, Any] = {"copied": copied, "flops": 2 * m * k * n}
+    return TpuCase("grouped", by, function, shapes, block=block, dearest="end of a sum", **sizes)
 
 
 def _grouped_matmul(x, w, group):
