@@ -11,7 +11,7 @@ from examples.forks.sliding_window import with_sliding_window
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import to_hf
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.kv_cache import init_cache, round_capacity
+from jaxmoe.model.kv_cache import PAGE, init_cache, round_capacity
 from jaxmoe.model.transformer import forward, positions_of, unembed
 from tests import reference
 
