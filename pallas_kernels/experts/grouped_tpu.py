@@ -10,6 +10,7 @@ scales of an output.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ def _rows_spec(rows: jax.Array, resident: bool) -> pl.BlockSpec:
     return pl.BlockSpec((1, *rows.shape[1:]), lambda tile, block, group: (block, 0, 0))
 
 
-def _weight_specs(w, n: int, outputs_first: bool):
+def _weight_specs(w, n: int, outputs_first: bool) -> Any:
     """A tile of the group's matrix, or of its values and scales."""
     if isinstance(w, QuantizedMatrix):
         values, scale = _weight_specs(w.qvalue, n, True), _weight_specs(w.scale, n, False)
