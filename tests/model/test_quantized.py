@@ -1,6 +1,7 @@
 """A model of quantized matrices computes what these stand for, on any mesh."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jaxmoe.config import SCOUT, layer_kinds
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
+from jaxmoe.model.layers import linear
 from jaxmoe.model.params import (
     abstract_params,
     init_params,
@@ -19,7 +21,8 @@ from jaxmoe.model.params import (
     quantize_params,
 )
 from jaxmoe.model.transformer import forward, positions_of, unembed
-from pallas_kernels.quantized import LARGEST, QuantizedMatrix, dequantize_matrix
+from pallas_kernels.compile.absent import absent_tpus
+from pallas_kernels.quantized import LARGEST, QuantizedMatrix, dequantize_matrix, quantize_matrix
 
 # Widths that int4, which packs 128 inputs, can be cut at.
 CONFIG = dataclasses.replace(
@@ -104,3 +107,17 @@ def test_a_mesh_that_would_cut_packed_inputs():
     config = dataclasses.replace(CONFIG, num_attention_heads=8, num_key_value_heads=8)
     with pytest.raises(UserError, match=r"tensor=8 does not divide the 4 of 'ffn' in layers\.0"):
         abstract_params(config, mesh, jnp.float32, "int4")
+
+
+@pytest.mark.absent_tpu
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+@every_format
+def test_tpus_read_dense_matrices_as_stored(untyped, topology, format):
+    """Catches matrices that are widened in memory, of which a copy would be a temporary."""
+    w = jax.ShapeDtypeStruct((SCOUT.hidden_size, SCOUT.intermediate_size_mlp), jnp.bfloat16)
+    w = jax.eval_shape(lambda w: quantize_matrix(w, format), w)
+    x = jax.ShapeDtypeStruct((3, 1, SCOUT.hidden_size), jnp.bfloat16)
+    with jax.set_mesh(MeshConfig().make(absent_tpus(topology)[:1])):
+        compiled = jax.jit(functools.partial(linear, "BSD,DF->BSF")).lower(x, w).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20

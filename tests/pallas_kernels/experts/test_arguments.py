@@ -14,6 +14,7 @@ from pallas_kernels.experts import (
     grouped_xla,
 )
 from pallas_kernels.quantized import quantize_matrix
+from tests.pallas_kernels.hopper import INTERPRET
 
 ARRAYS = ("x", "w", "gate", "up", "group_of_block", "row_scale")
 
@@ -36,7 +37,7 @@ def stored(format, width):
 
 
 CALL = call()
-MOSAIC = {"implementation": "mosaic_gpu", "interpret": "stands for plgpu.InterpretGPUParams()"}
+MOSAIC = {"implementation": "mosaic_gpu", "interpret": INTERPRET}
 TPU = {"implementation": "mosaic_tpu", "interpret": True}
 MEGABLOX = {"implementation": "megablox", "interpret": True}
 MISTAKES = {

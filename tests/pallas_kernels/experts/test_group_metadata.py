@@ -95,6 +95,17 @@ def test_block_on_hopper_is_twice_an_average_group_or_all_items(monkeypatch, ite
     assert block_rows(items, groups) == rows
 
 
+@pytest.mark.parametrize(
+    ("items", "groups", "rows"),
+    [(1, 16, 8), (65, 16, 16), (512, 16, 64), (1024, 16, 64), (2047, 16, 64), (2048, 16, 128),
+     (10**6, 16, 128), (1, 1, 8), (64, 1, 64), (127, 1, 64), (128, 1, 128)],
+)  # fmt: skip
+def test_block_on_tpus_is_a_whole_group_of_few_or_an_average_one(monkeypatch, items, groups, rows):
+    tpu = dataclasses.make_dataclass("Target", ["is_hopper", "platform"])(False, "tpu")
+    monkeypatch.setattr("pallas_kernels.experts.group_metadata.target", lambda: tpu)
+    assert block_rows(items, groups) == rows
+
+
 @pytest.mark.parametrize("items", [64, 200, 512, 1024])
 def test_few_groups_have_a_second_block_on_hopper(items):
     """Each block reads its group's matrix: with blocks of half a group, 2.5 for each of them."""
