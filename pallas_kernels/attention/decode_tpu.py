@@ -48,10 +48,10 @@ def why_not(case) -> str | None:
     if _resident_bytes(case) > MOST_BYTES:
         return f"{case.rows} rows of {case.queries} queries and {case.heads} heads exceed its VMEM"
     stored = case.head_dim // (2 if case.cache == "int4" else 1)
-    if not case.interpret and (stored % LANES or (case.page or LANES) % LANES):
+    if not case.interpret and (stored % LANES or case.page not in (None, LANES)):
         return (
-            f"it takes pages of a multiple of {LANES} keys, each of a multiple of {LANES} stored "
-            f"numbers, not {case.page} of {stored}: XLA would transpose the pool at every call"
+            f"it takes pages of {LANES} keys, each of a multiple of {LANES} stored numbers, not "
+            f"{case.page} of {stored}: XLA would lay out the pool anew at every call"
         )
     return why_not_tpu(case.interpret)
 

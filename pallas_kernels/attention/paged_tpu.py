@@ -55,7 +55,7 @@ def why_not(case) -> str | None:
     if not case.interpret and (stored % LANES or case.page != LANES):
         return (
             f"it takes pages of {LANES} keys, each of a multiple of {LANES} stored numbers, not "
-            f"{case.page} of {stored}: XLA would transpose the pool at every call"
+            f"{case.page} of {stored}: XLA would lay out the pool anew at every call"
         )
     return why_not_tpu(case.interpret)
 

@@ -70,3 +70,16 @@ def test_int4_would_be_copied():
         assert chosen() == "xla"
         with pytest.raises(ValueError, match="multiple of 128 stored numbers, not 128 of 64"):
             chosen(implementation="mosaic_tpu")
+
+
+def test_longer_pages_are_refused():
+    """The compiler takes no copy of a single page's coordinates there."""
+    (device, *_), (q, k, _, q_coords, _, table) = (
+        absent_tpus(TPUS[0]),
+        arguments(1, 1, 1, 64, "bf16"),
+    )
+    pages = shaped(k.shape[0], 1, 2 * PAGE, SIZE, dtype=k.dtype)
+    coords = Coords(*[shaped(k.shape[0], 2 * PAGE)] * 2)
+    with jax.sharding.use_abstract_mesh(mesh_of(device).abstract_mesh):
+        chosen = decode_implementation(q, pages, pages, q_coords, coords, table=table, scale=1.0)
+    assert chosen == "xla"

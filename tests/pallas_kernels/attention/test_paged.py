@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import ChunkedMask, Mask, paged, paged_attention
+from pallas_kernels.attention import ChunkedMask, Coords, Mask, paged, paged_attention
 from pallas_kernels.attention.tpu_tiles import PagedTpuConfig
+from pallas_kernels.quantized import quantize
 from tests.isolation import assert_isolated
 from tests.pallas_kernels.attention.paged_cases import NEW, PAGE, SIZE, Problem
 from tests.pallas_kernels.attention.test_roundings import FEW, changed
@@ -163,3 +164,37 @@ def test_nan_stays_in_its_sequence(way):
     for ours, theirs in zip(found, clean, strict=True):
         assert_isolated(*(np.moveaxis(np.asarray(x), 2, 0) for x in (ours, theirs)), hit)
     assert not np.isfinite(np.asarray(found[0])[:, :, hit]).any()
+
+
+REFUSED = {
+    "float16 queries": ({"dtype": "float16"}, "it takes bfloat16 or float32, not float16"),
+    "another type of keys": ({"format": "float32"}, "and not a cache of float32"),
+    "a large head": ({"size": 512}, "head sizes up to 256"),
+    "heads that share keys": ({"heads": 128}, "128 query heads of 128 numbers for each key head"),
+    "short pages": ({"page": 64}, "pages of 128 keys, .* not 64 of 128"),
+    "int4": ({"format": "int4"}, "pages of 128 keys, .* not 128 of 64"),
+    "no TPU": ({}, "it needs a TPU, and this is cpu"),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED)
+def test_the_kernel_says_what_it_refuses(changes, reason):
+    """As an error where it is named, and not where the fastest is wanted."""
+    given = {"dtype": "bfloat16", "format": "bfloat16", "size": 128, "heads": 2, "page": 128}
+    dtype, format, size, heads, page = (given | changes).values()
+    keys = jax.ShapeDtypeStruct((3, 1, page, size), dtype if format == "int4" else format)
+    if format == "int4":
+        keys = jax.eval_shape(functools.partial(quantize, format=format), keys)
+    q = jax.ShapeDtypeStruct((1, heads, 300, size), dtype)
+    coords, pool, table = (
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 300), (3, page), (1, 2))
+    )
+    arguments = q, keys, keys, Coords(coords, coords), Coords(pool, pool), table
+
+    def attend(name, *arguments):
+        return paged_attention(*arguments, scale=1.0, implementation=name)
+
+    with pytest.raises(ValueError, match=f"'mosaic_tpu' does not serve this call: .*{reason}"):
+        jax.eval_shape(functools.partial(attend, "mosaic_tpu"), *arguments)
+    out, _ = jax.eval_shape(functools.partial(attend, None), *arguments)
+    assert (out.shape, out.dtype) == (q.shape, jnp.float32)
