@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.experts import combine, dispatch, move_implementation, moves, moves_mosaic
 from tests.pallas_kernels.experts.cases import CASES, named, planned
@@ -159,7 +160,7 @@ def array(*shape, dtype=jnp.bfloat16):
 
 CASE = named("uneven")  # 50 items
 CALL = {"x": array(50, 128), "shared": array(50, 128)}
-KERNEL = {"implementation": "mosaic_gpu", "interpret": "stands for plgpu.InterpretGPUParams()"}
+KERNEL = {"implementation": "mosaic_gpu", "interpret": plgpu.InterpretGPUParams()}
 MISTAKES = {
     "unknown implementation": (
         {"implementation": "triton"},
