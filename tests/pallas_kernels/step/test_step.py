@@ -82,7 +82,7 @@ def test_widths_lower_for_hopper(widths):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_token_reaches_no_other_in_products(interpreted, bad):
-    x, w = draw(0, 3, 128), draw(1, 128, 64)
+    x, w = draw(0, 3, 128), draw(1, 128, 128)
     run = functools.partial(interpreted, lambda x, w, **run: matmul_few(x, (w,), **run)[0])
     np.testing.assert_array_equal(run(bad_first_row(x, bad), w)[1:3], run(x, w)[1:3])
 
