@@ -25,7 +25,6 @@ from pallas_kernels.tpu import LANES, SUBLANES, VMEM_BYTES, mxu_fp8, num_cores, 
 
 DTYPES = ("bfloat16", "float32")
 MIB = 2**20
-RESIDENT_BYTES = 8 * MIB  # up to so many of all rows stay on chip; of more, a block at a time
 TILES_OF_CORE = 4  # which each core of a device has at least, since it waits for the first one
 LEAST_TILE_BYTES = MIB // 2  # unless tiles are smaller, whose products begin and end too often
 MXU = 256  # columns of an MXU since v6
@@ -39,12 +38,15 @@ class GroupedTpuConfig:
         tile_bytes: bytes of the tiles that are multiplied at a time, of all matrices together.
         columns: outputs that are multiplied at a time.
         inputs: inputs that are multiplied at a time.
+        resident_bytes: bytes of all rows; up to so many they stay on chip, and of more rows a block
+            is copied for each tile.
         fp8: name of the fp8 type that the MXU takes.
     """
 
     tile_bytes: int = 2 * MIB
     columns: int = 512
     inputs: int = 5120
+    resident_bytes: int = 8 * MIB
     fp8: str = "float8_e4m3fn"
 
 
@@ -90,11 +92,9 @@ def _why_not_quantized(case) -> str | None:
 
 def _least_bytes(case) -> int:
     """Bytes of two blocks of rows, and of two tiles of each matrix of a gated product."""
-    rows, values = (
-        jnp.dtype(case.dtype).itemsize,
-        1 if case.format else jnp.dtype(case.dtype).itemsize,
-    )
-    return 2 * case.width_in * (case.block * rows + 2 * LANES * values)
+    width = max(case.width_in, case.width_out)  # transposed, outputs are inputs
+    itemsize = jnp.dtype(case.dtype).itemsize
+    return 2 * width * (case.block * itemsize + 2 * LANES * (1 if case.format else itemsize))
 
 
 def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
@@ -107,7 +107,7 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
     n, columns = _tile(weights, F, case.config)
     static = Static(outputs_first, columns, _step(D, case), jnp.dtype(case.config.fp8))
     x = x.reshape(N, R // N, D)
-    resident = x.size * x.dtype.itemsize <= RESIDENT_BYTES
+    resident = x.size * x.dtype.itemsize <= case.config.resident_bytes
     if row_scale is not None:
         row_scale = jnp.broadcast_to(row_scale.reshape(N, -1, 1), (*x.shape[:2], LANES))
     out = pl.pallas_call(
@@ -143,7 +143,7 @@ def _weight_specs(w, n: int, outputs_first: bool) -> Any:
     """A tile of the group's matrix, or of its values and scales."""
     if isinstance(w, QuantizedMatrix):
         values, scale = _weight_specs(w.qvalue, n, True), _weight_specs(w.scale, n, False)
-        return QuantizedMatrix(values, scale, w.format)
+        return QuantizedMatrix(values, scale, w.format)  # pyrefly: ignore  # specs for arrays
     if outputs_first:
         shape = (None, n, w.shape[2])
         return pl.BlockSpec(shape, lambda tile, block, group: (group[block], tile, 0))

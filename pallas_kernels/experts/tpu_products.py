@@ -67,8 +67,9 @@ def multiply(static: Static, x, w: Any | QuantizedMatrix, first: int) -> jax.Arr
 
 def _factor(static: Static, format: str | None) -> float:
     """What a value is, over the fp8 number that stands for it."""
-    smallest = {"int4": 1.0, "fp8": _smallest(STORED["fp8"])}
-    return smallest[format] / _smallest(static.fp8) if format in smallest else 1.0
+    if format not in ("int4", "fp8"):
+        return 1.0
+    return (1.0 if format == "int4" else _smallest(STORED["fp8"])) / _smallest(static.fp8)
 
 
 def _smallest(dtype) -> float:

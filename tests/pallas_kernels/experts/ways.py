@@ -62,7 +62,7 @@ MOSAIC_GPU = Way(
 )
 MOSAIC_TPU = Way(
     NAMED["mosaic_tpu"],
-    GroupedTpuConfig(tile_bytes=2**16, columns=128, inputs=256),
+    GroupedTpuConfig(tile_bytes=2**16, columns=128, inputs=256, resident_bytes=2**15),
     TPU_INTERPRET,
     no_tpu_races,
 )
