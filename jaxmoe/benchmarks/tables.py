@@ -42,9 +42,12 @@ def schedule_grids(figures: dict) -> list[Grid]:
 
 
 def schedule_errors(figures: dict) -> list[str]:
-    """A line for each kernel or step of which there are no figures."""
-    each = [*figures["kernels"], *figures["steps"]]
-    return [f"{x['name']}: {x['error']}" for x in each if "error" in x]
+    """A line for each reason why kernels or steps have no figures."""
+    names: dict[str, list[str]] = {}
+    for each in (*figures["kernels"], *figures["steps"]):
+        if "error" in each:
+            names.setdefault(each["error"], []).append(each["name"])
+    return [f"{', '.join(of_error)}: {error}" for error, of_error in names.items()]
 
 
 def bundles_grid(figures: dict) -> Grid:

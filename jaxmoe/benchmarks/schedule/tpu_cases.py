@@ -36,15 +36,20 @@ from pallas_kernels.attention import (
 from pallas_kernels.attention.decode import DecodeCase
 from pallas_kernels.attention.paged import PagedCase
 from pallas_kernels.experts import grouped_matmul
-from pallas_kernels.quantized import quantize
-from pallas_kernels.tpu import VMEM_BYTES, num_cores
+from pallas_kernels.experts.grouped_tpu import GroupedTpuConfig
+from pallas_kernels.quantized import quantize, quantize_matrix
+from pallas_kernels.tpu import VMEM_BYTES, mxu_fp8, num_cores
 
 PAGE = 128  # keys a page
 BLOCK = 4096 // PAGE  # pages a block of JAX's kernels for one key head: as many as ours of one row
 SCALE_BYTES = 4  # of a quantized key's, or value's, scale
 DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
-GROUPED = 128, D, 512  # rows, inputs and outputs of a tile: those that grouped_matmul chooses
-MEGABLOX = 512, 1024, 1024  # those given to JAX's
+# Outputs of a tile by rows of a block and format: those that grouped_matmul chooses for two cores.
+OUTPUTS = {
+    128: {"bf16": 512, "int8": 1024, "fp8": 1024, "int4": 1024},
+    8: {"bf16": 128, "int8": 256, "fp8": 256, "int4": 512},
+}
+MEGABLOX = 512, 1024, 1024  # rows, inputs and outputs of a tile of JAX's
 FLASH = 1024  # queries, and keys, of a block of splash attention: those of flash_attention
 
 
@@ -247,24 +252,51 @@ def _paged(q, k, v, lengths, table):
 
 
 def _experts() -> Iterator[TpuCase]:
-    """Scout's experts, many tokens of each: the steady state is within a group."""
-    rows, w = shaped(TOKENS, D), shaped(EXPERTS, D, F)
-    of_block = shaped(TOKENS // GROUPED[0], dtype=jnp.int32)
-    yield _tiles(OURS, _grouped_matmul, (rows, w, of_block), GROUPED)
-    yield _tiles("megablox", _gmm, (rows, w, shaped(EXPERTS, dtype=jnp.int32)), MEGABLOX)
+    for format in ELEMENT_BYTES:
+        yield _grouped_case(128, format)
+        if format == "bf16":
+            yield _megablox_case()
+    for format in ELEMENT_BYTES:
+        yield _grouped_case(8, format)
 
 
-def _tiles(by: str, function, shapes: tuple, tile: tuple[int, int, int]) -> TpuCase:
-    """A grouped matmul by tiles; a tile of the matrix that has all its inputs stays on chip."""
-    m, k, n = tile
-    copied = 2 * m * k + (2 * k * n if k < D else 0)
-    block = f"{m} x {k} x {n}"
-    sizes: dict[str, Any] = {"copied": copied, "flops": 2 * m * k * n}
-    return TpuCase("grouped", by, function, shapes, block=block, dearest="end of a sum", **sizes)
+def _grouped_case(m: int, format: str) -> TpuCase:
+    """Scout's experts by blocks of m rows.
+
+    With many rows of each expert, the steady state is within a group, whose tile stays on chip.
+    With 8, each block reads a tile, and all rows are on chip.
+    """
+    n, w = OUTPUTS[m][format], shaped(EXPERTS, D, F)
+    if format != "bf16":
+        w = jax.eval_shape(functools.partial(quantize_matrix, format=format, group_size=None), w)
+    values, *scales = (x.size * x.dtype.itemsize // EXPERTS // F for x in jax.tree.leaves(w))
+    sizes: dict[str, Any] = {"copied": n * (values + sum(scales))}
+    if m > 8:
+        sizes = {"copied": 2 * m * D, "flops": 2 * m * D * n}
+    blocks = EXPERTS if m == 8 else TOKENS // m
+    shapes = shaped(blocks * m, D), w, shaped(blocks, dtype=jnp.int32)
+    function = functools.partial(_grouped, tile_bytes=n * values)
+    name, block = f"grouped-{m}-{format}", f"{m} x {D} x {n}"
+    return TpuCase(name, OURS, function, shapes, block=block, **sizes)
 
 
-def _grouped_matmul(x, w, group):
-    return grouped_matmul(x, w, group)
+def _grouped(x, w, group, *, tile_bytes: int):
+    config = GroupedTpuConfig(tile_bytes, fp8=mxu_fp8() or GroupedTpuConfig.fp8)
+    return grouped_matmul(x, w, group, implementation="mosaic_tpu", config=config)
+
+
+def _megablox_case() -> TpuCase:
+    m, k, n = MEGABLOX
+    return TpuCase(
+        "grouped-128-bf16",
+        "megablox",
+        _gmm,
+        (shaped(TOKENS, D), shaped(EXPERTS, D, F), shaped(EXPERTS, dtype=jnp.int32)),
+        block=f"{m} x {k} x {n}",
+        copied=2 * (m * k + k * n),
+        flops=2 * m * k * n,
+        dearest="end of a sum",
+    )
 
 
 def _gmm(x, w, sizes):
