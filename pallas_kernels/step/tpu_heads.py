@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantized import LARGEST, Quantized
-from pallas_kernels.tpu import IN_HBM, VMEM_BYTES
+from pallas_kernels.tpu import IN_HBM, VMEM_BYTES, in_hbm
 
 ROWS = 32  # u: a multiple of the rows of every dtype's tile
 
@@ -65,7 +65,7 @@ def write_heads_tpu(
         interpret=interpret or False,
         name="write_heads",
     )  # fmt: skip
-    q, *caches = kernel(*scalars, qkv, *angles, *caches)
+    q, *caches = kernel(*scalars, qkv, *angles, *in_hbm(caches))
     structure = jax.tree.structure((k, v))
     return (q, *jax.tree.unflatten(structure, caches))
 
