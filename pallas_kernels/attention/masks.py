@@ -177,7 +177,7 @@ def extents(k: Coords, block: int) -> Extents:
 
 
 def joined_extents(k: Extents, count: int) -> Extents:
-    """Those of blocks of `count` blocks, which divides their number."""
+    """The extents of groups of `count` blocks, which divides the number of blocks."""
     first, last, low, high, whole = (x.reshape(len(x), -1, count) for x in k)
     return Extents(first.min(-1), last.max(-1), low.min(-1), high.max(-1), whole.all(-1))
 

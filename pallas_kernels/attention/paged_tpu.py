@@ -192,7 +192,7 @@ def _key_block(static: Static, blocks: Blocks, number, head, wide, queries) -> K
 
 
 def _coords(static: Static, blocks: Blocks, number, position, segment) -> Coords:
-    """Those of a block's keys, [1, T]; segment 0 for keys of pages that were not copied."""
+    """Coordinates of a block's keys, [1, T]; segment 0 for keys of pages that were not copied."""
     filled = blocks.of_entry(number, blocks.entries.filled)
 
     def segment_of(page: int):

@@ -107,7 +107,7 @@ class Loop:
         return best[self.header]
 
     def cheapest(self, needs: Needs) -> Path:
-        """Of the paths that do most of what is needed the one with the fewest bundles."""
+        """The path with the fewest bundles among those that do most of what is needed."""
         paths: dict[int, list[Path]] = {}
         for node in reversed(self._order):
             behind = [path for x in self._followers[node] for path in paths.get(x, ())]

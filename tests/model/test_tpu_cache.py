@@ -44,7 +44,7 @@ def in_rows(tokens, starts, lengths):
 
 
 def packed(tokens, starts, lengths):
-    """The same side by side on one line."""
+    """Tokens of all rows side by side on one line."""
     (*new, segments), _ = in_rows(tokens, starts, lengths)
     row = np.repeat(np.arange(ROWS), lengths)
 
@@ -59,7 +59,7 @@ def packed(tokens, starts, lengths):
 
 
 def hidden_states(params, lay):
-    """Those of all real tokens, in two steps through a cache."""
+    """Hidden values of all real tokens, in two steps through a cache."""
     run = jax.jit(functools.partial(forward, CONFIG))
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (ROWS, 256), np.int32)
     cache, starts, found = init_cache(CONFIG, ROWS, 256, jnp.float32), np.zeros(ROWS, int), []

@@ -118,7 +118,7 @@ class Program:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of all operations together, and between them.
+        """The times of all operations together, and between them.
 
         Between them the program itself starts operations and computes with scalars: of its bundles
         each counts once.
