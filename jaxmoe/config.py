@@ -1,4 +1,4 @@
-"""`Llama4Config`: every number of a Llama 4 text model, and each layer's kind as data.
+"""`Llama4Config`: every number of a Llama 4 model, and each layer's kind as data.
 
 Field names are those of the Hugging Face `config.json`; `jaxmoe.hf_config` reads and writes it.
 """
@@ -59,10 +59,18 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The sizes of Llama 4's vision tower, which is stored but not run. Lengths are in pixels."""
+    """The sizes of Llama 4's vision tower, which sees one tile of an image at a time.
+
+    Attributes:
+        image_size, patch_size: sides of a tile and of a patch, in pixels.
+        pixel_shuffle_ratio: patches along a side that become one vector, inverted.
+        projector_input_dim, projector_output_dim: widths of the adapter's two matrices.
+        vision_output_dim: inputs of the projector to the text model's width.
+    """
 
     hidden_size: int = 1408
     num_hidden_layers: int = 34
+    num_attention_heads: int = 16
     intermediate_size: int = 5632
     num_channels: int = 3
     image_size: int = 336
@@ -71,11 +79,50 @@ class VisionConfig:
     projector_input_dim: int = 4096
     projector_output_dim: int = 4096
     vision_output_dim: int = 4096
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        merged = self.patches_merged
+        checks = {
+            "image_size": (self.image_size, self.patch_size * merged),
+            "hidden_size": (self.hidden_size, 4 * self.num_attention_heads),
+        }
+        for name, (size, unit) in checks.items():
+            if size % unit:
+                raise UserError(f"the vision tower's {name}={size} is not a multiple of {unit}.")
+        widths = {
+            "projector_output_dim": (self.projector_output_dim, self.projector_input_dim),
+            "vision_output_dim": (self.vision_output_dim, self.projector_output_dim),
+            "intermediate_size": (self.intermediate_size, self.hidden_size * merged**2),
+        }
+        for name, (size, expected) in widths.items():
+            if size != expected:
+                raise UserError(f"the vision tower's {name}={size} is not {expected}.")
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of an attention head's query, key or value."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def patches_a_side(self) -> int:
+        """Patches along a side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches_merged(self) -> int:
+        """Patches along a side of the square that becomes one token."""
+        return round(1 / self.pixel_shuffle_ratio)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Tokens that stand for a tile in the text model's sequence."""
+        return (self.patches_a_side // self.patches_merged) ** 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama4Config:
-    """A Llama 4 text decoder. Sizes are counts of elements; positions and lengths are in tokens.
+    """A Llama 4 model. Sizes are counts of elements; positions and lengths are in tokens.
 
     Attributes:
         layers: the kind of each decoder layer, first to last.
@@ -85,6 +132,8 @@ class Llama4Config:
         rope_scaling: None for unscaled frequencies (Maverick).
         floor_scale, attn_scale: of `1 + attn_scale * ln(floor((p+1) / floor_scale) + 1)`, the
             temperature of global layers.
+        image_token_id: the token at each place of an image's feature.
+        vision: the sizes of the vision tower; None for a model of text.
     """
 
     vocab_size: int
@@ -110,6 +159,8 @@ class Llama4Config:
     bos_token_id: int = 200000
     eos_token_ids: tuple[int, ...] = (200001, 200007, 200008)
     pad_token_id: int = 200018
+    image_token_id: int = 200092
+    vision: VisionConfig | None = None
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:

@@ -20,7 +20,15 @@ from jaxmoe.config import (
     layer_kinds,
 )
 from jaxmoe.errors import UserError
-from jaxmoe.hf_keys import KNOWN, ROPE_FACTORS, SIZES, TEXT_KEYS, Keys
+from jaxmoe.hf_keys import (
+    IMAGE_TOKEN_KEYS,
+    KNOWN,
+    ROPE_FACTORS,
+    SIZES,
+    TEXT_KEYS,
+    VISION_FIXED,
+    Keys,
+)
 from jaxmoe.parsing import read_json
 
 ATTENTION_NAMES: dict[str, Attention] = {"chunked_attention": "local", "full_attention": "global"}
@@ -51,7 +59,9 @@ def read_object(folder: str | Path, name: str) -> dict[str, Any]:
     return mapping
 
 
-def from_hf(mapping: Mapping[str, Any], source: str, ignore_unknown: bool = False) -> Llama4Config:
+def from_hf(
+    mapping: Mapping[str, Any], source: str, ignore_unknown: bool = False, text_only: bool = False
+) -> Llama4Config:
     """Reads a `config.json`, text-only or with the text model nested in `text_config`.
 
     Accepts the keys of transformers 4.x (`rope_scaling`, `torch_dtype`) and 5.x (`rope_parameters`,
@@ -62,6 +72,7 @@ def from_hf(mapping: Mapping[str, Any], source: str, ignore_unknown: bool = Fals
         mapping: the parsed JSON.
         source: what error messages call it, usually the file's path.
         ignore_unknown: ignores unknown keys instead of refusing them.
+        text_only: ignores `vision_config`.
 
     Raises:
         UserError: for an unknown or missing key, a value out of range, or keys that contradict each
@@ -81,10 +92,26 @@ def from_hf(mapping: Mapping[str, Any], source: str, ignore_unknown: bool = Fals
         _refuse_unknown(source, unknown)
     text.check_fixed()
     config = _text_config(text)
-    if text is outer or outer.mapping.get("eos_token_id") is None:
+    if text is outer:
+        return config
+    if not text_only:
+        config = with_vision(config, mapping, source)
+    if outer.mapping.get("eos_token_id") is None:
         return config
     ids = (*config.eos_token_ids, *_eos_ids(outer))
     return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(ids)))
+
+
+def with_vision(config: Llama4Config, outer: Mapping[str, Any], source: str) -> Llama4Config:
+    """The configuration of a text model with the vision tower that the JSON around it describes.
+
+    Raises:
+        UserError: if a size is missing, not a number, or does not fit the others.
+    """
+    keys = Keys(outer, source)
+    named = [key for key in IMAGE_TOKEN_KEYS if key in keys]
+    token = keys.integer(named[0], minimum=0) if named else config.image_token_id
+    return dataclasses.replace(config, vision=_vision(outer, source), image_token_id=token)
 
 
 def _refuse_unknown(source: str, unknown: list[str]) -> NoReturn:
@@ -109,18 +136,41 @@ def stated_dtype(mapping: Mapping[str, Any]) -> Any:
     return None
 
 
-def vision_from_hf(mapping: Mapping[str, Any], source: str) -> VisionConfig | None:
-    """The sizes of the vision tower in a `config.json`; None if it describes no tower.
-
-    Raises:
-        UserError: if a size is missing or not a number.
-    """
-    if not isinstance(mapping.get("vision_config"), Mapping):
+def _vision(outer: Mapping[str, Any], source: str) -> VisionConfig | None:
+    """The sizes of the vision tower; None if no tower is described."""
+    if not isinstance(outer.get("vision_config"), Mapping):
         return None
-    keys = Keys(mapping["vision_config"], f"{source}, vision_config")
-    fields = {field.name for field in dataclasses.fields(VisionConfig)} - {"pixel_shuffle_ratio"}
-    sizes = {name: keys.integer(name) for name in fields}
-    return VisionConfig(**sizes, pixel_shuffle_ratio=keys.number("pixel_shuffle_ratio"))
+    keys = Keys(outer["vision_config"], f"{source}, vision_config")
+    keys.check_fixed(VISION_FIXED)
+    sizes: dict[str, Any] = {key: keys.integer(key) for key in _vision_sizes()}
+    sizes["pixel_shuffle_ratio"] = keys.number("pixel_shuffle_ratio")
+    sizes["rope_theta"] = _rope(keys).get("rope_theta", VisionConfig.rope_theta)
+    try:
+        return VisionConfig(**sizes)
+    except UserError as error:
+        raise UserError(f"{keys.source}: {error}") from None
+
+
+def _vision_sizes() -> list[str]:
+    """The names of the vision tower's sizes that are integers."""
+    return [field.name for field in dataclasses.fields(VisionConfig) if field.type is int]
+
+
+def outer_to_hf(config: Llama4Config) -> dict[str, Any] | None:
+    """What stands around a text model's `config.json`; None without a vision tower."""
+    if config.vision is None:
+        return None
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": NESTED_MODEL,
+        "image_token_index": config.image_token_id,
+        "vision_config": {
+            "model_type": "llama4_vision_model",
+            **dataclasses.asdict(config.vision),
+            "hidden_act": "gelu",
+            "multi_modal_projector_bias": False,
+        },
+    }
 
 
 def nest(text: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,15 @@ FIXED = {
     "per_layer_config": (None,),
 }
 
+# The same for the vision tower.
+VISION_FIXED = {
+    "hidden_act": ("gelu",),
+    "vision_feature_select_strategy": ("default",),
+    "multi_modal_projector_bias": (False,),
+}
+
+IMAGE_TOKEN_KEYS = ("image_token_id", "image_token_index")  # both are in use; the first is newer
+
 # Keys without effect on the text model's forward pass: those for training and the vision tower, and
 # those that transformers writes into every config (its bookkeeping and generation defaults).
 IGNORED = frozenset(
@@ -110,13 +119,13 @@ class Keys:
         """The unknown keys whose value is not null."""
         return [key for key in self.mapping if key in self and key not in KNOWN]
 
-    def check_fixed(self) -> None:
-        """Checks the `FIXED` keys.
+    def check_fixed(self, fixed: Mapping[str, tuple[Any, ...]] = FIXED) -> None:
+        """Checks keys that have only some values, by default those in `FIXED`.
 
         Raises:
             UserError: if one has another value.
         """
-        for key, allowed in FIXED.items():
+        for key, allowed in fixed.items():
             if key in self and not any(_is(self.mapping[key], value) for value in allowed):
                 self.refuse(key, " or ".join(json.dumps(value) for value in allowed))
 

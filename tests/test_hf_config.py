@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxmoe.config import MAVERICK, SCOUT, RopeScaling, layer_kinds
+from jaxmoe.config import MAVERICK, SCOUT, RopeScaling, VisionConfig, layer_kinds
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import SIZES, from_hf, read_config, to_hf
 from tests import tiny
@@ -67,7 +67,35 @@ def test_ids_that_end_an_answer_may_stand_around_the_text_config(outer):
 
 def test_nested_text_config():
     outer, _ = tiny.nested(SCOUT_HF, {})
-    assert read(outer) == SCOUT
+    assert read(outer) == dataclasses.replace(SCOUT, image_token_id=127)
+    assert from_hf(outer, "config.json", text_only=True) == SCOUT
+    outer["vision_config"] = tiny.PUBLISHED_VISION
+    assert read(outer) == dataclasses.replace(SCOUT, image_token_id=127, vision=VisionConfig())
+    assert from_hf(outer, "config.json", text_only=True) == SCOUT
+
+
+@pytest.mark.parametrize("key", ["image_token_id", "image_token_index"])
+def test_the_image_token_is_read_by_both_names(key):
+    outer, _ = tiny.nested(SCOUT_HF, {})
+    outer = {k: v for k, v in outer.items() if not k.startswith("image_token")} | {key: 77}
+    assert read(outer).image_token_id == 77
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_size", None, "vision_config lacks hidden_size|vision_config gives hidden_size"),
+        ("hidden_size", 1400, "hidden_size=1400 is not a multiple of 64"),
+        ("image_size", 340, "image_size=340 is not a multiple of 28"),
+        ("projector_output_dim", 4000, "projector_output_dim=4000 is not 4096"),
+        ("hidden_act", "quick_gelu", 'gives hidden_act the value "quick_gelu"'),
+    ],
+)
+def test_impossible_vision_towers_are_refused(key, value, message):
+    outer, _ = tiny.nested(SCOUT_HF, {})
+    outer["vision_config"] = {**tiny.PUBLISHED_VISION, key: value}
+    with pytest.raises(UserError, match=message):
+        read(outer)
 
 
 def test_no_rope_scaling_keys_mean_no_scaling():
@@ -206,7 +234,7 @@ def test_unknown_keys_are_named_at_once_and_may_be_ignored():
     message = str(caught.value)
     assert all(f"'{name}_window'" in message for name in ("alpha", "beta", "delta"))
     assert "gamma" not in message and "--ignore-unknown-config" in message
-    assert from_hf(config, "config.json", ignore_unknown=True) == SCOUT
+    assert from_hf(config, "config.json", ignore_unknown=True, text_only=True) == SCOUT
     many = {f"key{n}": "x" * 1000 for n in range(100)} | {"k" * 10_000: 1}
     with pytest.raises(UserError, match="and 91 more") as caught:
         read({**SCOUT_HF, **many})

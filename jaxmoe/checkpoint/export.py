@@ -81,8 +81,8 @@ def _tensors(checkpoint: Checkpoint, weights: str | None) -> list[TensorToWrite]
     formats = {} if widens else checkpoint.formats
     if not widens:
         _check_formats(checkpoint)
-    arrays = checkpoint.open_arrays(vision=True)
-    shapes = array_shapes(checkpoint.config, formats, checkpoint.specs(vision=True))
+    arrays = checkpoint.open_arrays()
+    shapes = array_shapes(checkpoint.config, formats)
     # Blocks of gate and up alternate, and without the cache each would decode its whole matrix.
     matrix = functools.lru_cache(maxsize=2)(functools.partial(_matrix, checkpoint, arrays))
     tensors = []
@@ -185,7 +185,7 @@ def _config(checkpoint: Checkpoint, dtype: str, weights: str | None) -> dict[str
 
 def _plain_modules(checkpoint: Checkpoint) -> list[str]:
     """The names of the Linear modules that are not quantized."""
-    shapes = array_shapes(checkpoint.config, checkpoint.formats, checkpoint.specs(vision=True))
+    shapes = array_shapes(checkpoint.config, checkpoint.formats)
     return [
         _full_name(checkpoint, name).removesuffix(".weight")
         for group in expand(_rows(checkpoint.formats), shapes)

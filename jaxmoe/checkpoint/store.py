@@ -3,8 +3,7 @@
 A checkpoint is one folder: an Orbax v1 checkpoint of the parameter tree, one Zarr array per
 parameter, with the configuration in its custom metadata and the tokenizer's files beside it.
 `orbax.checkpoint.v1.load` reads it without this project. A quantized matrix is two arrays, `qvalue`
-and `scale`. The vision tower is a tree of its own beside the text model's. A manifest lists the
-checksums of it all (see `jaxmoe.checkpoint.zarr.manifest`).
+and `scale`. A manifest lists the checksums of it all (see `jaxmoe.checkpoint.zarr.manifest`).
 
 `zarr.writer` fills the arrays. TensorStore reads them, and not Orbax: it holds one device's share
 at a time where Orbax holds many, and its errors name what is damaged.
@@ -34,16 +33,14 @@ from jaxmoe.errors import UserError
 from jaxmoe.files.atomic import writable
 from jaxmoe.files.workspace import prepared, workspace_of
 from jaxmoe.generation_config import with_stop_ids
-from jaxmoe.hf_config import from_hf, stated_dtype, to_hf, vision_from_hf
+from jaxmoe.hf_config import from_hf, outer_to_hf, stated_dtype, to_hf, with_vision
 from jaxmoe.model.params import (
-    ParamSpec,
     named_params,
     named_specs,
     unflatten_params,
     unpadded,
     with_shardings,
 )
-from jaxmoe.model.vision_params import vision_specs
 from pallas_kernels.quantized import QuantizedMatrix
 
 KEY = "jaxmoe"  # names the metadata among Orbax's custom metadata
@@ -160,7 +157,7 @@ class Checkpoint:
 
     Attributes:
         finished: the checkpoint's folder and metadata.
-        config: of the text model.
+        config: of the model.
         formats: the formats of the quantized parameters, by name.
         outer: the `config.json` around the text model's; None without a vision tower.
         stated: the dtype that the configuration states.
@@ -177,24 +174,17 @@ class Checkpoint:
         """The checkpoint's folder."""
         return self.finished.path
 
-    def specs(self, vision: bool = False) -> dict[str, ParamSpec]:
-        """The declarations of the parameters by name; `vision` adds those of a vision tower."""
-        tower = vision_from_hf(self.outer, str(self.path)) if vision and self.outer else None
-        seen = vision_specs(self.config, tower) if tower is not None else {}
-        return named_specs(self.config) | seen
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the stored arrays by name."""
+        return array_shapes(self.config, self.formats)
 
-    def shapes(self, vision: bool = False) -> dict[str, tuple[int, ...]]:
-        """The shapes of the stored arrays by name; `vision` as in `specs`."""
-        return array_shapes(self.config, self.formats, self.specs(vision))
-
-    def open_arrays(self, vision: bool = False) -> dict[str, StoredArray]:
-        """Opens every array, by dotted name, to be read in slices; `vision` as in `specs`.
+    def open_arrays(self) -> dict[str, StoredArray]:
+        """Opens every array, by dotted name, to be read in slices.
 
         Raises:
             UserError: if an array is missing or contradicts the metadata.
         """
-        shapes = self.shapes(vision)
-        return {name: self.open_array(name, shape) for name, shape in shapes.items()}
+        return {name: self.open_array(name, shape) for name, shape in self.shapes().items()}
 
     def open_array(self, name: str, shape: tuple[int, ...]) -> StoredArray:
         """Opens the array of a dotted name and this shape.
@@ -224,8 +214,11 @@ def main_dtypes(path: str | Path) -> tuple[str, ...]:
     return first, *sorted(nbytes.keys() - {first})
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, text_only: bool = False) -> Checkpoint:
     """Reads a checkpoint's metadata, and no arrays.
+
+    Args:
+        text_only: as if there were no vision tower.
 
     Raises:
         UserError: if `path` is no finished checkpoint, of a newer format, or damaged.
@@ -238,7 +231,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} holds {arrays} arrays, too few for {layers} layers; convert it again."
         )
     config = from_hf(described, source=str(path))
-    outer = finished.field("outer", dict) if "outer" in finished.metadata else None
+    has_outer = "outer" in finished.metadata and not text_only
+    outer = finished.field("outer", dict) if has_outer else None
+    if outer is not None:
+        config = with_vision(config, outer, str(path))
     return Checkpoint(finished, config, _formats(finished, config), outer, stated_dtype(described))
 
 
@@ -283,11 +279,13 @@ def load(
     mesh: jax.sharding.Mesh,
     dtype: Any = None,
     progress: Progress = no_progress,
+    *,
+    text_only: bool = False,
 ) -> tuple[Llama4Config, dict]:
     """Loads a checkpoint straight into the sharding that `mesh` gives each parameter.
 
     Each host reads the shares of its own devices, one share after the other: host memory holds one
-    device's share of one parameter beyond the parameters themselves. A vision tower is not read.
+    device's share of one parameter beyond the parameters themselves.
 
     Args:
         path: a checkpoint folder.
@@ -295,6 +293,7 @@ def load(
         dtype: what to cast to while reading; None keeps the dtype of each array. Matrices that are
             stored in 8 or 4 bits stay so, with scales in float32.
         progress: called after every array with the bytes done and the bytes in all.
+        text_only: leaves a vision tower out.
 
     Returns:
         The configuration, with the stop tokens of `generation_config.json` added to its own, and
@@ -304,7 +303,7 @@ def load(
         UserError: if the checkpoint is unfinished or damaged, or the mesh does not divide a
             parameter.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, text_only)
     arrays = checkpoint.open_arrays()
     leaves, structure = jax.tree.flatten(_placed(checkpoint, arrays, mesh, dtype))
     total = sum(array.nbytes for array in arrays.values())
@@ -387,11 +386,13 @@ def model_metadata(
     """The metadata of a model's checkpoint: its configuration, its formats, and this version.
 
     Args:
-        config: of the text model.
+        config: of the model.
         dtype: the one that the model as a whole counts as.
         formats: the formats of the quantized parameters, by name.
-        outer: the `config.json` around the text model's, with a vision tower.
+        outer: the `config.json` around the text model's, with a vision tower; default: one made of
+            `config`.
     """
+    outer = outer_to_hf(config) if outer is None else outer
     version = importlib.metadata.version("jaxmoe")
     metadata = {"format": FORMAT, "version": version, "config": to_hf(config, dtype)}
     metadata["formats"] = {name: list(value) for name, value in (formats or {}).items()}

@@ -37,6 +37,18 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array,
     return meshes.per_device(body, in_specs, out_spec)(table, tokens)
 
 
+def with_features(
+    config: Llama4Config,
+    x: Float[Array, "B S D"],
+    tokens: Int[Array, "B S"],
+    features: Float[Array, "N D"],
+) -> Float[Array, "B S D"]:
+    """The embeddings x of tokens, with `features[i]` where a token is `vocab_size + i`."""
+    index = tokens - config.vocab_size
+    given = features[jnp.clip(index, 0, len(features) - 1)].astype(x.dtype)
+    return jnp.where((index >= 0)[..., None], given, x)
+
+
 def unembed(
     config: Llama4Config, params: dict, hidden: Float[Array, "*batch D"]
 ) -> Float[Array, "*batch vocab"]:

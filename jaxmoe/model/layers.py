@@ -48,6 +48,14 @@ def rms_norm(
     return (rms_normalize(x, eps) * weight).astype(x.dtype)
 
 
+def layer_norm(x: Float[Array, "... D"], p: dict, eps: float) -> Float[Array, "... D"]:
+    """LayerNorm (arXiv 1607.06450), in float32, rounded once after the weight and the bias."""
+    x32 = x.astype(jnp.float32)
+    centered = x32 - jnp.mean(x32, -1, keepdims=True)
+    normalized = centered * jax.lax.rsqrt(jnp.mean(centered**2, -1, keepdims=True) + eps)
+    return (normalized * p["weight"] + p["bias"]).astype(x.dtype)
+
+
 def swiglu(p: dict, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """The SwiGLU feed-forward layer down(silu(gate(x)) * up(x))."""
     hidden = jax.nn.silu(linear("BSD,DF->BSF", x, p["gate"]))

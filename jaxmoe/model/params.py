@@ -6,7 +6,6 @@ Dimension names: V vocabulary, D embed, H query heads, K key/value heads, d head
 F feed-forward width.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,59 +15,10 @@ import jax.numpy as jnp
 
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import PADDED, check_divides, padded_shape, param_spec, sharding
+from jaxmoe.model.param_spec import ParamSpec, SpecTree, is_spec
 from jaxmoe.model.quantized import matrix_axes
+from jaxmoe.model.vision_params import vision_specs
 from pallas_kernels.quantized import QuantizedMatrix, quantize_matrix
-
-
-@dataclasses.dataclass(frozen=True)
-class ParamSpec:
-    """One parameter: its shape, the logical axis of each dimension, and what is done with it.
-
-    Attributes:
-        inputs: the dimensions that a matmul sums over; () for a table of vectors, None for the
-            weights of a norm, which start as ones.
-        quantizable: whether it may be stored as a `QuantizedMatrix`.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    inputs: tuple[int, ...] | None
-    quantizable: bool = False
-
-    @property
-    def fan_in(self) -> int | None:
-        """How many inputs are summed: entries start as normals of deviation `fan_in ** -0.5`."""
-        return None if self.inputs is None else math.prod(self.shape[i] for i in self.inputs)
-
-    @property
-    def matrix_shape(self) -> tuple[int, ...]:
-        """The shape as matrices [..., in, out]; dimensions that are summed are merged."""
-        first, last = self._summed
-        inputs, outputs = self.shape[first:last], self.shape[last:]
-        return (*self.shape[:first], math.prod(inputs), math.prod(outputs))
-
-    @property
-    def matrix_axes(self) -> tuple[str | None, ...]:
-        """The logical axes of `matrix_shape`."""
-        first, last = self._summed
-        return (*self.axes[:first], self.axes[first], self.axes[last])
-
-    @property
-    def _summed(self) -> tuple[int, int]:
-        """The first dimension that is summed, and the one after the last."""
-        if not self.inputs:
-            raise ValueError(f"a parameter {self.shape} that sums nothing is no matrix.")
-        return self.inputs[0], self.inputs[-1] + 1
-
-    def init(self, key: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """Initial values: normals of deviation `fan_in ** -0.5`, or ones for a norm."""
-        if self.fan_in is None:
-            return jnp.ones(self.shape, dtype)
-        return (jax.random.normal(key, self.shape) * self.fan_in**-0.5).astype(dtype)
-
-
-# A tree of dicts and lists whose leaves are ParamSpecs; parameters have the same structure.
-SpecTree = dict
 
 
 def attention_specs(config: Llama4Config) -> SpecTree:
@@ -121,21 +71,18 @@ def layer_specs(config: Llama4Config, kind: LayerKind) -> SpecTree:
 
 
 def param_specs(config: Llama4Config) -> SpecTree:
-    """The parameters of the text model; `layers` is a list, first layer first."""
+    """The parameters of the model; `layers` is a list, first layer first."""
     D, V = config.hidden_size, config.vocab_size
-    specs = {
+    specs: SpecTree = {
         "embed": ParamSpec((V, D), ("vocab", "embed"), ()),
         "layers": [layer_specs(config, kind) for kind in config.layers],
         "norm": ParamSpec((D,), (None,), None),
     }
     if not config.tie_word_embeddings:
         specs["lm_head"] = ParamSpec((D, V), ("embed", "vocab"), (0,))
+    if config.vision is not None:
+        specs["vision"] = vision_specs(config.vision, D)
     return specs
-
-
-def is_spec(x) -> bool:
-    """Whether `x` is a ParamSpec, for `is_leaf` of tree functions."""
-    return isinstance(x, ParamSpec)
 
 
 def map_specs(function: Callable, specs: SpecTree | ParamSpec, *rest):
@@ -166,7 +113,7 @@ def unflatten_params(config: Llama4Config, stored: list) -> SpecTree:
 
 
 def num_params(config: Llama4Config) -> int:
-    """How many numbers the parameters of the text model are."""
+    """How many numbers the parameters are."""
     return sum(math.prod(spec.shape) for spec in named_specs(config).values())
 
 
@@ -193,7 +140,10 @@ def map_arrays(function: Callable, specs: SpecTree | ParamSpec, params):
 
 
 def quantize_params(config: Llama4Config, params: dict, format: str) -> dict:
-    """The parameters with matrices in 8 or 4 bits; routers, norms and embeddings as they are."""
+    """The parameters with matrices in 8 or 4 bits.
+
+    Routers, norms, embeddings and the vision tower stay as they are.
+    """
 
     def stored(spec: ParamSpec, w):
         if not spec.quantizable or isinstance(w, QuantizedMatrix):

@@ -57,6 +57,7 @@ def step(
     restart: Int[Array, "rows"] | Bool[Array, "rows"] | None = None,
     packing: Packing | None = None,
     previous: Int[Array, "G R"] | None = None,
+    features: Float[Array, "N D"] | None = None,
     forward: Callable = transformer.forward,
 ) -> tuple[Any, Cache | None]:
     """Runs the decoder on new tokens, in one compiled program with what is read out of it.
@@ -74,6 +75,7 @@ def step(
         packing: as for `forward`.
         previous: the last token that the first rows of each group of the cache's rows have
             written; the one that `PREVIOUS` stands for among the new tokens.
+        features: as for `forward`.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
 
     Returns:
@@ -84,7 +86,9 @@ def step(
     tokens, positions, segment_ids = inputs
     if positions is None:
         positions = transformer.positions_of(segment_ids)
-    options = {}
+    options: dict[str, Any] = {}
+    if features is not None:
+        options["features"] = features
     if packing is not None:
         options["packing"] = packing
         if previous is not None:

@@ -1,4 +1,4 @@
-"""The Llama 4 text decoder, top to bottom.
+"""The Llama 4 decoder, top to bottom.
 
     hidden, cache, router_stats = forward(config, params, tokens, positions, segment_ids, cache)
     logits = unembed(config, params, hidden)
@@ -20,7 +20,7 @@ from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import constrain, constrain_param
 from jaxmoe.model.attention import Step, attention, start_step
 from jaxmoe.model.decode_step import Residual, decode_layer, final_norm, why_not_fused
-from jaxmoe.model.embedding import embed, unembed
+from jaxmoe.model.embedding import embed, unembed, with_features
 from jaxmoe.model.kernels import FASTEST, Kernels
 from jaxmoe.model.kv_cache import Cache, LayerCache
 from jaxmoe.model.layers import rms_norm, swiglu
@@ -53,6 +53,7 @@ def forward(
     kernels: Kernels = FASTEST,
     moe: Callable | None = None,
     packing: Packing | None = None,
+    features: Float[Array, "N D"] | None = None,
 ) -> Output:
     """Runs the decoder on new tokens, after those that `cache` holds.
 
@@ -70,10 +71,15 @@ def forward(
         moe: a mixture of experts of the same arguments as `jaxmoe.model.moe.moe`; default: that
             one. Giving one turns `fused` off.
         packing: which rows of the cache the tokens belong to, where its rows are not theirs.
+        features: of images, as `vision.tile_features` makes them; `features[i]` stands in place of
+            the embedding of the token `vocab_size + i`.
     """
     steps, cache = start_step(config, Coords(positions, segment_ids), cache, packing)
     entries = cache.layers if cache is not None else [None] * len(config.layers)
-    x = constrain(embed(params["embed"], tokens), "batch", "length", None)
+    x = embed(params["embed"], tokens)
+    if features is not None:
+        x = with_features(config, x, tokens, features)
+    x = constrain(x, "batch", "length", None)
     parts = {"kernels": kernels, "moe": llama4_moe if moe is None else moe}
     run_layer: Callable = functools.partial(_jit_layer, **parts)
     if remat:

@@ -1,54 +1,61 @@
-"""The parameters of the vision tower, declared once; so far they are only stored.
+"""The parameters of the vision tower, its adapter and the projector, declared once.
 
-Dimension names: D tower width, F feed-forward width, T text width.
+Dimension names: D tower width, F feed-forward width.
 """
 
-from jaxmoe.config import Llama4Config, VisionConfig
-from jaxmoe.model.params import ParamSpec
+from jaxmoe.config import VisionConfig
+from jaxmoe.model.param_spec import ParamSpec, SpecTree
 
 
-def vision_specs(config: Llama4Config, vision: VisionConfig) -> dict[str, ParamSpec]:
-    """By dotted name, such as `vision.layers.3.attention.q.weight`."""
-    D, patch = vision.hidden_size, vision.patch_size
-    patches = (vision.image_size // patch) ** 2
-    shuffled = round(D / vision.pixel_shuffle_ratio**2)  # patches side by side, as channels
+def vision_specs(vision: VisionConfig, text_width: int) -> SpecTree:
+    """The parameters that make tokens' features [..., text_width] of a tile's pixels."""
+    D = vision.hidden_size
+    pixels = vision.num_channels * vision.patch_size**2
+    patches = vision.patches_a_side**2
+    merged = D * vision.patches_merged**2
     inner, outer = vision.projector_input_dim, vision.projector_output_dim
-    specs = {
-        "class_embedding": _vector(D),
+    return {
+        "class_embedding": ParamSpec((D,), (None,), ()),
         "position_embedding": ParamSpec((patches + 1, D), (None, None), ()),
-        "patch_embedding": _matrix(vision.num_channels * patch**2, D),
-        **_norm("norm_before", D),
+        "patch_embedding": ParamSpec((pixels, D), (None, "embed"), (0,)),
+        "norm_before": _norm(D),
+        "layers": [vision_layer_specs(vision) for _ in range(vision.num_hidden_layers)],
+        "norm_after": _norm(D),
+        "adapter": {
+            "up": ParamSpec((merged, inner), ("embed", "ffn"), (0,)),
+            "down": ParamSpec((inner, outer), ("ffn", "embed"), (0,)),
+        },
+        "projector": ParamSpec((outer, text_width), (None, "embed"), (0,)),
     }
-    for n in range(vision.num_hidden_layers):
-        layer = _layer(D, vision.intermediate_size)
-        specs |= {f"layers.{n}.{name}": spec for name, spec in layer.items()}
-    specs |= {
-        **_norm("norm_after", D),
-        "adapter.up": _matrix(shuffled, inner),
-        "adapter.down": _matrix(inner, outer),
-        "projector": _matrix(vision.vision_output_dim, config.hidden_size),
+
+
+def vision_layer_specs(vision: VisionConfig) -> SpecTree:
+    """The parameters of one block of the tower."""
+    D, F = vision.hidden_size, vision.intermediate_size
+    return {
+        "attention_norm": _norm(D),
+        "attention": {
+            **{name: _linear(D, D, "embed", "heads") for name in "qkv"},
+            "o": _linear(D, D, "heads", "embed"),
+        },
+        "feed_forward_norm": _norm(D),
+        "feed_forward": {
+            "up": _linear(D, F, "embed", "ffn"),
+            "down": _linear(F, D, "ffn", "embed"),
+        },
     }
-    return {f"vision.{name}": spec for name, spec in specs.items()}
 
 
-def _layer(D: int, F: int) -> dict[str, ParamSpec]:
-    specs = _norm("attention_norm", D) | _norm("feed_forward_norm", D)
-    for name in "qkvo":
-        specs |= _linear(f"attention.{name}", D, D)
-    return specs | _linear("feed_forward.up", D, F) | _linear("feed_forward.down", F, D)
+def _linear(inputs: int, outputs: int, of_inputs: str, of_outputs: str) -> SpecTree:
+    bias = None if of_outputs == "embed" else of_outputs
+    return {
+        "weight": ParamSpec((inputs, outputs), (of_inputs, of_outputs), (0,)),
+        "bias": ParamSpec((outputs,), (bias,), None, start=0.0),
+    }
 
 
-def _linear(name: str, inputs: int, outputs: int) -> dict[str, ParamSpec]:
-    return {f"{name}.weight": _matrix(inputs, outputs), f"{name}.bias": _vector(outputs)}
-
-
-def _norm(name: str, size: int) -> dict[str, ParamSpec]:
-    return {f"{name}.weight": _vector(size), f"{name}.bias": _vector(size)}
-
-
-def _matrix(inputs: int, outputs: int) -> ParamSpec:
-    return ParamSpec((inputs, outputs), (None, None), (0,))
-
-
-def _vector(size: int) -> ParamSpec:
-    return ParamSpec((size,), (None,), None)
+def _norm(size: int) -> SpecTree:
+    return {
+        "weight": ParamSpec((size,), (None,), None),
+        "bias": ParamSpec((size,), (None,), None, start=0.0),
+    }

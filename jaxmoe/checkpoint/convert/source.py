@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,9 +28,8 @@ from jaxmoe.checkpoint.mapping.tensors import (
 )
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.hf_config import from_hf, read_object, stated_dtype, vision_from_hf
+from jaxmoe.hf_config import from_hf, read_object, stated_dtype
 from jaxmoe.model.params import ParamSpec, named_specs, num_params
-from jaxmoe.model.vision_params import vision_specs
 
 CACHED = 2**16  # elements that two passes find in the processor's cache
 MODELOPT = "hf_quant_config.json"  # ModelOpt's, beside a config.json that does not mention it
@@ -47,9 +47,8 @@ class Source:
     """A published checkpoint whose tensors are all there and have the right shapes.
 
     Attributes:
-        config: of the text model.
+        config: of the model; without vision if no tower is read.
         outer: the `config.json` around the text model's; None if no vision tower is read.
-        specs: the declarations of the parameters that are read, by name.
         formats: the formats of the quantized ones, by name.
         groups: which parameters lie in which tensors.
         files: the files with the tensors.
@@ -61,7 +60,6 @@ class Source:
 
     config: Llama4Config
     outer: dict[str, Any] | None
-    specs: dict[str, ParamSpec]
     formats: dict[str, Format]
     groups: list[Group]
     files: TensorFiles
@@ -69,6 +67,11 @@ class Source:
     left_out: list[str]
     notes: tuple[str, ...] = ()
     stated: Any = None
+
+    @functools.cached_property
+    def specs(self) -> dict[str, ParamSpec]:
+        """The declarations of the parameters, by name."""
+        return named_specs(self.config)
 
     @property
     def main_dtype(self) -> str:
@@ -158,8 +161,8 @@ def _open_hf(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
     notes = _adapter_notes(folder)
     mapping = read_object(folder, "config.json")
     origin = str(folder / "config.json")
-    config = from_hf(mapping, origin, ignore_unknown)
     files = SafetensorsFolder(folder)
+    config = _config(mapping, origin, ignore_unknown, files, text_only)
     _check_sizes(config, files, origin)
     stored_names = {name.removeprefix(names.TEXT_PREFIX): name for name in files.tensors}
     if _is_untied(config, stored_names, files):
@@ -173,14 +176,11 @@ def _open_hf(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
     kinds = _stated_kinds(mapping, folder, origin)
     formats, packing = find_formats(config, rows, stored_names, files, kinds)
     check_stated({kind.name for kind in kinds}, formats, origin)
-    vision = None if text_only else _vision_specs(config, mapping, origin, files)
-    specs = named_specs(config) | (vision or {})
-    groups = expand(rows + names.VISION, array_shapes(config, formats, specs), packing=packing)
-    matched, left_out = match(config, groups, files, str(folder), vision is not None)
+    groups = expand(rows + names.VISION, array_shapes(config, formats), packing=packing)
+    matched, left_out = match(config, groups, files, str(folder))
     return Source(
         config,
-        _outer_config(mapping) if vision is not None else None,
-        specs,
+        _outer_config(config, mapping),
         formats,
         groups,
         files,
@@ -273,27 +273,35 @@ def _is_unfused(tensors: Iterable[str]) -> bool:
     return any(".experts.0." in name for name in tensors)
 
 
-def _outer_config(mapping: Mapping[str, Any]) -> dict[str, Any]:
+def _outer_config(config: Llama4Config, mapping: Mapping[str, Any]) -> dict[str, Any] | None:
     """A multimodal config.json without the parts on the text model and on quantization."""
+    if config.vision is None:
+        return None
     skipped = ("text_config", compressed_tensors.KEY)
     return {key: value for key, value in mapping.items() if key not in skipped}
 
 
-def _vision_specs(config, mapping, origin: str, files: TensorFiles) -> dict[str, ParamSpec] | None:
-    """The declarations of the vision tower's parameters, by name; None if there is no tower.
+def _config(
+    mapping: Mapping[str, Any],
+    origin: str,
+    ignore_unknown: bool,
+    files: TensorFiles,
+    text_only: bool,
+) -> Llama4Config:
+    """The configuration of what is read of some files; without vision if they hold no tower.
 
     Raises:
-        UserError: if the files hold a tower that the configuration does not describe.
+        UserError: as `from_hf`, or if the files hold a tower that the configuration does not
+            describe.
     """
-    if not any(names.is_vision(name) for name in files.tensors):
-        return None
-    vision = vision_from_hf(mapping, origin)
-    if vision is None:
+    has_tower = not text_only and any(map(names.is_vision, files.tensors))
+    config = from_hf(mapping, origin, ignore_unknown, text_only=not has_tower)
+    if has_tower and config.vision is None:
         raise UserError(
             f"{origin} does not describe the vision tower that is there; correct it, or use "
             "--text-only."
         )
-    return vision_specs(config, vision)
+    return config
 
 
 def _open_meta(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
@@ -302,20 +310,18 @@ def _open_meta(folder: Path, text_only: bool, ignore_unknown: bool) -> Source:
     else:
         origin = str(folder / "params.json")
         mapping = params_json.to_hf_mapping(read_object(folder, "params.json"), origin)
-    config = from_hf(mapping, origin, ignore_unknown)
     files = PthFolder(folder)
+    config = _config(mapping, origin, ignore_unknown, files, text_only)
     _check_sizes(config, files, origin)
     formats = _meta_formats(config, files)
-    vision = None if text_only else _vision_specs(config, mapping, origin, files)
-    specs = named_specs(config) | (vision or {})
     rows = names.META_TEXT + names.META_VISION
     try:
-        groups = expand(rows, array_shapes(config, formats, specs), ranks=files.ranks)
+        groups = expand(rows, array_shapes(config, formats), ranks=files.ranks)
     except ValueError as error:
         raise UserError(f"{folder} contradicts {origin}: {error}; download both again.") from None
-    matched, left_out = match(config, groups, files, str(folder), vision is not None)
-    outer = _outer_config(mapping) if vision is not None else None
-    return Source(config, outer, specs, formats, groups, files, matched, left_out)
+    matched, left_out = match(config, groups, files, str(folder))
+    outer = _outer_config(config, mapping)
+    return Source(config, outer, formats, groups, files, matched, left_out)
 
 
 def _meta_formats(config: Llama4Config, files: PthFolder) -> dict[str, Format]:

@@ -19,16 +19,14 @@ def match(
     groups: Iterable[Group],
     files: TensorFiles,
     source: str,
-    keeps_vision: bool,
 ) -> tuple[dict[str, str], list[str]]:
     """Finds every tensor of some groups in files, where names may begin with `language_model.`.
 
     Args:
-        config: of the text model.
+        config: of the model; without vision, tensors of a tower are left out.
         groups: of all parameters that are to be read.
         files: the files.
         source: what error messages call the checkpoint.
-        keeps_vision: whether the groups include those of the vision tower.
 
     Returns:
         The name in the files of every tensor of the groups, and the names of the files' other
@@ -40,6 +38,7 @@ def match(
     """
     groups = list(groups)
     wanted = _wanted_shapes(groups)
+    drops_vision = config.vision is None
     stored_names: dict[str, str] = {}
     left_out = []
     for name in files.tensors:
@@ -50,7 +49,7 @@ def match(
             )
         if plain in wanted:
             stored_names[plain] = name
-        elif is_unused(name) or (is_vision(name) and not keeps_vision) or _is_tied(config, plain):
+        elif is_unused(name) or (is_vision(name) and drops_vision) or _is_tied(config, plain):
             left_out.append(name)
         else:
             _refuse_unknown(name, wanted, source)

@@ -33,21 +33,18 @@ class Format(NamedTuple):
     group_size: int
 
 
-def array_shapes(
-    config: Llama4Config, formats: Mapping[str, Format], specs: Mapping | None = None
-) -> dict[str, Shape]:
+def array_shapes(config: Llama4Config, formats: Mapping[str, Format]) -> dict[str, Shape]:
     """The shape of every array of a checkpoint, by dotted name, in a fixed order.
 
     A quantized parameter is two arrays: `NAME.qvalue` [..., outputs, inputs] and `NAME.scale`
     [..., groups, outputs]. Two int4 inputs share a byte.
 
     Args:
-        config: of the text model.
+        config: of the model.
         formats: the formats of the quantized parameters, by name.
-        specs: the declarations of the parameters, by name; default: those of the text model.
     """
     shapes: dict[str, Shape] = {}
-    for name, spec in (specs or named_specs(config)).items():
+    for name, spec in named_specs(config).items():
         if name not in formats:
             shapes[name] = spec.shape
             continue
