@@ -10,7 +10,7 @@ import jax
 
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.zarr.manifest import digest_of
-from jaxmoe.cli import devices, sampling_flags
+from jaxmoe.cli import devices, image_flags, sampling_flags
 from jaxmoe.cli.sampling_flags import sampling_by
 from jaxmoe.errors import UserError
 from jaxmoe.generation import jobs
@@ -23,7 +23,6 @@ from jaxmoe.generation.saved_document import document_length, load_document
 from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.model.kv_cache import KV_FORMATS
 from jaxmoe.progress import byte_progress, task_progress
-from jaxmoe.text import render
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,6 +48,7 @@ def parse_args() -> argparse.Namespace:
         "--n", type=int, default=1, metavar="N", help="answers to each prompt; lines may change it"
     )
     sampling_flags.add_flags(parser)
+    image_flags.add_flags(parser)
     parser.add_argument(
         "--rows",
         type=int,
@@ -97,7 +97,8 @@ def main() -> None:
     after = document_length(args.document) if args.document else 0
 
     checker = Checker(model, tokenizer, sampling, after, args.cache_tokens)
-    lines = _requests(args, tokenizer, checker, sampling)
+    images = image_flags.settings_by(args, model)
+    lines = _requests(args, tokenizer, checker, images)
     stop_ids = stop_ids_of(model, tokenizer)
     settings = [vars(sampling), stop_ids, args.kv, args.dtype, tokenizer and tokenizer.digest]
     with _answers(args, settings, lines) as answers:
@@ -133,7 +134,7 @@ def main() -> None:
         print(f"{failed} of {len(left)} requests ended with an error.", file=sys.stderr)
 
 
-def _requests(args, tokenizer, checker, sampling) -> list[Request | jobs.Refusal]:
+def _requests(args, tokenizer, checker, images) -> list[Request | jobs.Refusal]:
     if args.prompts is not None:
         return jobs.read_requests(
             args.prompts,
@@ -141,18 +142,16 @@ def _requests(args, tokenizer, checker, sampling) -> list[Request | jobs.Refusal
             args.max_new_tokens,
             checker.check,
             args.parse_special,
-            sampling,
+            checker.default,
             args.n,
+            images,
         )
     if tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer; use --prompts with tokens.")
-    if args.chat:
-        tokens = render([{"role": "user", "content": args.prompt}], tokenizer)
-    else:
-        tokens = tokenizer.encode(args.prompt, bos=True, parse_special=args.parse_special)
-    check_samples(args.n, sampling)
-    request = checker.check(Request("0", tuple(tokens), args.max_new_tokens))
-    return [*expand(request, args.n)]
+    tokens, pictures = image_flags.prompt_by(args, tokenizer, images)
+    check_samples(args.n, checker.default)
+    request = Request("0", tuple(tokens), args.max_new_tokens, pictures=pictures)
+    return [*expand(checker.check(request), args.n)]
 
 
 def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers | None]:

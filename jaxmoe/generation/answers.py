@@ -30,9 +30,16 @@ def job_digest(settings: Any, requests: Iterable[Request | Refusal]) -> str:
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=vars).encode())
     for request in requests:
-        parts = request.record if isinstance(request, Refusal) else vars(request)
+        parts = request.record if isinstance(request, Refusal) else _parts(request)
         digest.update(json.dumps(parts, default=vars).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _parts(request: Request) -> dict[str, Any]:
+    """What JSON can hold of a request; of its pictures, what they look like."""
+    rest = {key: value for key, value in vars(request).items() if key != "pictures"}
+    looks = [picture.digest.hex() for picture in request.pictures]
+    return rest | {"pictures": looks} if looks else rest
 
 
 def encode(record: Line) -> bytes:

@@ -11,8 +11,16 @@ from jaxmoe.generation.completion import CompletionToken, not_finite
 from jaxmoe.generation.request import ERROR, Request, Token, expand
 from jaxmoe.generation.request_keys import KEYS, Settings, read_settings
 from jaxmoe.generation.sampling import Sampling
+from jaxmoe.images import ImageSettings, PictureReader
 from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_text
-from jaxmoe.text import Tokenizer, render
+from jaxmoe.text import (
+    Prompt,
+    Tokenizer,
+    render_chat,
+    split_places,
+    text_prompt,
+    token_prompt,
+)
 
 KINDS = ("prompt", "messages", "tokens")
 
@@ -38,11 +46,13 @@ def read_requests(
     parse_special: bool = False,
     default: Sampling | None = None,
     n: int = 1,
+    images: ImageSettings | None = None,
 ) -> list[Request | Refusal]:
     """Requests of a file whose lines are `{"id": ..., "prompt" | "messages" | "tokens": ...}`.
 
-    `tools` may stand beside `messages`, and settings of the answer beside each (`read_settings`). A
-    line with `n` above 1 is as many requests. A bad line refuses itself and none of the others.
+    `tools` may stand beside `messages`, and beside each a list `images` and settings of the answer
+    (`read_settings`). A line with `n` above 1 is as many requests. A bad line refuses itself and
+    none of the others.
 
     Args:
         path: `-` is the standard input.
@@ -52,13 +62,19 @@ def read_requests(
         default: the settings that a line changes; default: `Sampling()`. A line without any becomes
             a request with `sampling` None.
         n: answers that a line asks for if it does not say.
+        images: how pictures become tokens; None if the model has no vision tower. Relative paths
+            begin at the file's folder.
 
     Raises:
         UserError: if the file cannot be read, or has no line that is a request; it then names the
             first and why.
     """
     lines = _read(path).split("\n")  # JSON may hold other breaks
-    reader = _Reader(tokenizer, max_new_tokens, check, parse_special, default or Sampling(), n)
+    pictures = None
+    if images is not None:
+        pictures = PictureReader(images, Path() if str(path) == "-" else Path(path).parent)
+    default = default or Sampling()
+    reader = _Reader(tokenizer, max_new_tokens, check, parse_special, default, n, pictures)
     read: list[Request | Refusal] = []
     count = 0
     for number, line in enumerate(lines, start=1):
@@ -93,6 +109,7 @@ class _Reader:
     parse_special: bool
     default: Sampling
     n: int
+    pictures: PictureReader | None
     seen: dict[str, int] = dataclasses.field(default_factory=dict)  # id -> number of its line
 
     def read(self, line: str, where: str, number: int) -> Sequence[Request | Refusal]:
@@ -119,21 +136,31 @@ class _Reader:
                 raise UserError(f"{where} has the id {id_!r} of line {first}; ids must differ.")
 
     def _request(self, record: dict[str, Any], settings: Settings, where: str) -> Request:
-        tokens = self._tokens(record, where)
+        tokens, pictures = _at(where, self._prompt, record)
         most = settings.max_new_tokens or self.max_new_tokens
         if settings.sampling is not None and settings.sampling.stop and self.tokenizer is None:
             raise UserError(f"{where} has stop strings, but the checkpoint has no tokenizer.")
-        return Request(record["id"], tuple(tokens), most, settings.sampling)
+        return Request(record["id"], tuple(tokens), most, settings.sampling, pictures)
 
-    def _tokens(self, record: dict[str, Any], where: str) -> list[int]:
+    def _prompt(self, record: dict[str, Any]) -> Prompt:
+        images = record.get("images")
         if "tokens" in record:
             tokens = record["tokens"]
             if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-                raise UserError(f'{where}: "tokens" must be a list of integers.')
-            return tokens
+                raise UserError('"tokens" must be a list of integers.')
+            return token_prompt(tokens, self.tokenizer, self.pictures, images or ())
         if self.tokenizer is None:
-            raise UserError(f"{where} has text, but the checkpoint has no tokenizer; use tokens.")
-        return _text_tokens(record, self.tokenizer, self.parse_special, where)
+            raise UserError("there is text, but the checkpoint has no tokenizer; use tokens.")
+        if "messages" in record:
+            tools = record.get("tools")
+            return render_chat(
+                record["messages"], self.tokenizer, self.pictures, tools, images=images
+            )
+        text = record["prompt"]
+        if not isinstance(text, str):
+            raise UserError('"prompt" must be a string.')
+        texts = [text] if images is None else split_places(text)
+        return text_prompt(texts, self.tokenizer, self.pictures, images or (), self.parse_special)
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
@@ -146,7 +173,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
 def _check_keys(record: dict[str, Any], where: str) -> None:
     if sum(kind in record for kind in KINDS) != 1:
         raise UserError(f"{where} must hold exactly one of {', '.join(KINDS)}.")
-    known = {"id", *KINDS, *KEYS, *(("tools",) if "messages" in record else ())}
+    known = {"id", *KINDS, *KEYS, "images", *(("tools",) if "messages" in record else ())}
     unknown = set(record) - known
     if unknown:
         raise UserError(f"{where} has the unknown key {min(unknown)!r}.")
@@ -156,19 +183,6 @@ def _is_id(value: Any) -> bool:
     if isinstance(value, str):  # not half of a surrogate pair, which no file can hold
         return value.encode(errors="replace").decode() == value
     return type(value) is int
-
-
-def _text_tokens(
-    record: dict[str, Any], tokenizer: Tokenizer, parse_special: bool, where: str
-) -> list[int]:
-    def tokens(record: dict[str, Any]) -> list[int]:
-        if "messages" in record:
-            return render(record["messages"], tokenizer, record.get("tools"))
-        if not isinstance(record["prompt"], str):
-            raise UserError('"prompt" must be a string.')
-        return tokenizer.encode(record["prompt"], bos=True, parse_special=parse_special)
-
-    return _at(where, tokens, record)
 
 
 def _at(where: str, function: Callable[[Any], Any], value: Any) -> Any:

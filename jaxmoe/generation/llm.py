@@ -23,8 +23,8 @@ from jaxmoe.generation.prompts import (
     Wanted,
     as_conversations,
     as_prompts,
-    conversation_tokens,
-    prompt_tokens,
+    read_conversation,
+    read_prompt,
     read_prompts,
 )
 from jaxmoe.generation.request import Request, stop_ids_of
@@ -42,9 +42,10 @@ from jaxmoe.generation.sampling import Sampling, sampling_of
 from jaxmoe.generation.saved_document import document_length, load_document
 from jaxmoe.generation.turns import Turns
 from jaxmoe.generation_config import FILE, read_generation_config
+from jaxmoe.images import ImageSettings, PictureReader, read_image_settings
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model import transformer
-from jaxmoe.text import Tokenizer
+from jaxmoe.text import Prompt, Tokenizer
 
 MAX_NEW_TOKENS = 256
 
@@ -65,12 +66,15 @@ class LLM:
         config, params: as `jaxmoe.load` returns them.
         sampling: where a call gives none: the checkpoint's `generation_config.json`, else
             `Sampling()`. `dataclasses.replace(llm.sampling, seed=1)` changes one setting of it.
+        images: how pictures become tiles and tokens, which may be replaced; None if the model has
+            no vision tower.
         mesh: the devices; None if the parameters are on one device without a mesh.
     """
 
     config: Llama4Config
     params: dict
     sampling: Sampling
+    images: ImageSettings | None
     mesh: jax.sharding.Mesh | None
 
     def __init__(
@@ -110,6 +114,8 @@ class LLM:
         config, params = store.load(checkpoint, placed, dtype, progress, text_only=text_only)
         engine = {"kv": kv, "cache_tokens": cache_tokens, "step_tokens": step_tokens}
         self._set(config, params, tokenizer, sampling, rows=rows, forward=forward, **engine)
+        if config.vision is not None:
+            self.images = read_image_settings(checkpoint, config.vision)
 
     @classmethod
     def from_parts(
@@ -142,6 +148,7 @@ class LLM:
             raise UserError(f"rows {engine['rows']} is below 1.")
         self.config, self.params, self._tokenizer = config, params, tokenizer
         self.sampling, self.mesh, self._engine = sampling, mesh_of(params), engine
+        self.images = ImageSettings.of(config.vision) if config.vision is not None else None
         self._stop_ids = stop_ids_of(config, tokenizer)
         self._turns, self._background = Turns(), Background()
 
@@ -170,8 +177,10 @@ class LLM:
         """The answers to prompts.
 
         Args:
-            prompts: a text, a list of tokens, or a list of these. A text gets the begin-of-text
-                token in front, tokens stay as they are.
+            prompts: a text, a list of tokens, `{"prompt": either, "images": [...]}`, or a list of
+                these. A text gets the begin-of-text token in front, tokens stay as they are. With
+                images, `<image>` marks the place of each; they may be all that
+                `jaxmoe.images.open_picture` takes.
             sampling: a `Sampling` for all prompts, or a list of one for each.
             max_new_tokens: the length of an answer, at most.
             n: answers to each prompt; those to the i-th are results i * n to i * n + n - 1.
@@ -198,7 +207,8 @@ class LLM:
 
         Args:
             conversations: the messages of one, each `{"role": ..., "content": ...}`, or a list of
-                several such lists.
+                several such lists. Pictures are items of the content, see
+                `jaxmoe.text.render_chat`.
             tools: functions that the model may call, as JSON objects.
             sampling, max_new_tokens, n, document: as for `generate`.
 
@@ -247,9 +257,9 @@ class LLM:
         Prompts are checked at once, and answered as the pieces are consumed. Arguments and errors
         are those of `generate`.
         """
-        tokens_of = functools.partial(prompt_tokens, tokenizer=self._tokenizer)
+        prompt_of = functools.partial(read_prompt, tokenizer=self._tokenizer, reader=self._reader())
         wanted = Wanted(sampling, max_new_tokens, n)
-        return self._stream(as_prompts(prompts), tokens_of, wanted, document)
+        return self._stream(as_prompts(prompts), prompt_of, wanted, document)
 
     def chat_stream(
         self,
@@ -262,9 +272,11 @@ class LLM:
         document: str | Path | None = None,
     ) -> Iterator[Piece]:
         """The assistant's next turns in pieces; arguments are as for `chat`."""
-        tokens_of = functools.partial(conversation_tokens, tokenizer=self._tokenizer, tools=tools)
+        prompt_of = functools.partial(
+            read_conversation, tokenizer=self._tokenizer, tools=tools, reader=self._reader()
+        )
         wanted = Wanted(sampling, max_new_tokens, n)
-        return self._stream(as_conversations(conversations), tokens_of, wanted, document)
+        return self._stream(as_conversations(conversations), prompt_of, wanted, document)
 
     async def agenerate(self, prompts: Any, sampling: Any = None, **options: Any) -> list[Result]:
         """`generate` without blocking the event loop; a cancelled call stops with its step."""
@@ -293,7 +305,7 @@ class LLM:
     def _stream(
         self,
         prompts: list[Any],
-        tokens_of: Callable[[Any], list[int]],
+        prompt_of: Callable[[Any], Prompt],
         wanted: Wanted,
         document: str | Path | None,
     ) -> Iterator[Piece]:
@@ -301,8 +313,12 @@ class LLM:
         cache_tokens = self._engine["cache_tokens"]
         checker = Checker(self.config, self._tokenizer, self.sampling, after, cache_tokens)
         return self._answer(
-            read_prompts(prompts, tokens_of, wanted, self.sampling, checker.check), document
+            read_prompts(prompts, prompt_of, wanted, self.sampling, checker.check), document
         )
+
+    def _reader(self) -> PictureReader | None:
+        """What opens the pictures of a call; None if the model has no vision tower."""
+        return PictureReader(self.images) if self.images is not None else None
 
     def _answer(
         self, lines: list[Request | Refusal], document: str | Path | None

@@ -13,7 +13,15 @@ from jaxmoe.generation.request import Request, expand
 from jaxmoe.generation.request_keys import MOST_SAMPLES, check_count, check_samples
 from jaxmoe.generation.results import check_some
 from jaxmoe.generation.sampling import Sampling
-from jaxmoe.text import Tokenizer, render
+from jaxmoe.images import PictureReader
+from jaxmoe.text import (
+    Prompt,
+    Tokenizer,
+    render_chat,
+    split_places,
+    text_prompt,
+    token_prompt,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Wanted:
 
 def read_prompts(
     prompts: list[Any],
-    tokens_of: Callable[[Any], list[int]],
+    prompt_of: Callable[[Any], Prompt],
     wanted: Wanted,
     default: Sampling,
     check: Callable[[Request], Request],
@@ -35,7 +43,7 @@ def read_prompts(
     """The requests for all answers, `wanted.n` to each prompt; a bad prompt refuses itself only.
 
     Args:
-        tokens_of: makes tokens of a prompt, or raises a UserError.
+        prompt_of: makes tokens of a prompt, or raises a UserError.
         default: the settings where none are given.
         check: makes of each request the one that runs, or raises a UserError.
 
@@ -52,7 +60,9 @@ def read_prompts(
         answers: list[Request] = expand(request, wanted.n)
         try:
             check_samples(wanted.n, sampling)
-            whole = check(dataclasses.replace(request, tokens=tuple(tokens_of(prompt))))
+            tokens, pictures = prompt_of(prompt)
+            read = dataclasses.replace(request, tokens=tuple(tokens), pictures=pictures)
+            whole = check(read)
             lines += [dataclasses.replace(whole, id=answer.id) for answer in answers]
         except UserError as error:
             lines += [Refusal(answer.id, str(error)) for answer in answers]
@@ -78,9 +88,9 @@ def _samplings(given: Any, count: int, default: Sampling) -> list[Sampling]:
 
 
 def as_prompts(given: Any) -> list[Any]:
-    """One prompt, as text or as tokens, or several, as a list."""
+    """One prompt, as text, as tokens or as a mapping with pictures, or several, as a list."""
     given = _without_arrays(given)
-    is_one = isinstance(given, str) or (_is_tokens(given) and len(given) > 0)
+    is_one = isinstance(given, str | Mapping) or (_is_tokens(given) and len(given) > 0)
     return [given] if is_one else _list(given, "prompts, or one prompt")
 
 
@@ -91,23 +101,44 @@ def as_conversations(given: Any) -> list[Any]:
     return [conversations] if is_one else conversations
 
 
-def prompt_tokens(prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
-    """The tokens of a prompt; text begins with the begin-of-text token, tokens stay as they are.
+def read_prompt(
+    prompt: Any, tokenizer: Tokenizer | None, reader: PictureReader | None = None
+) -> Prompt:
+    """A prompt of text or of tokens, or `{"prompt": either, "images": [...]}`.
+
+    Text begins with the begin-of-text token, tokens stay as they are. With `images` each `<image>`
+    or `<|image|>` is a place for one of them.
+
+    Args:
+        prompt: the prompt.
+        tokenizer: of the model; None if it has none.
+        reader: opens pictures; None if the model has no vision tower.
 
     Raises:
-        UserError: if it is neither, or text without a tokenizer.
+        UserError: if it is none of these, or text without a tokenizer, or a picture cannot be used.
     """
+    images: Any = None
+    if isinstance(prompt, Mapping):
+        if not {"prompt"} <= set(prompt) <= {"prompt", "images"}:
+            raise UserError(f"prompt {prompt!r:.80} has other keys than prompt and images.")
+        prompt, images = prompt["prompt"], prompt.get("images")
     prompt = _without_arrays(prompt)
     if isinstance(prompt, str):
-        return _needed(tokenizer).encode(prompt, bos=True)
+        texts = [prompt] if images is None else split_places(prompt)
+        return text_prompt(texts, _needed(tokenizer), reader, images or ())
     if not _is_tokens(prompt):
         raise UserError(f"prompt {prompt!r:.80} is neither text nor a list of tokens.")
-    return [int(token) for token in prompt]
+    return token_prompt([int(token) for token in prompt], tokenizer, reader, images or ())
 
 
-def conversation_tokens(messages: Any, tokenizer: Tokenizer | None, tools: Any) -> list[int]:
-    """The tokens of a conversation up to the assistant's next turn."""
-    return render(messages, _needed(tokenizer), tools)
+def read_conversation(
+    messages: Any,
+    tokenizer: Tokenizer | None,
+    tools: Any,
+    reader: PictureReader | None = None,
+) -> Prompt:
+    """A conversation up to the assistant's next turn."""
+    return render_chat(messages, _needed(tokenizer), reader, tools)
 
 
 def _needed(tokenizer: Tokenizer | None) -> Tokenizer:

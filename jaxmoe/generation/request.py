@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.sampling import Sampling
+from jaxmoe.images import Picture
 from jaxmoe.text import Tokenizer
 
 ERROR = "error"  # the reason why a request ended whose logits were not finite
@@ -16,13 +17,16 @@ class Request:
     """A prompt as tokens, and how many more are wanted, at most.
 
     Attributes:
+        tokens: of the prompt, with those of every picture at its place.
         sampling: how they are chosen; None is the run's default.
+        pictures: in the order of the tokens.
     """
 
     id: object
     tokens: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling | None = None
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def length(self) -> int:
@@ -83,7 +87,7 @@ def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Reque
 
     Raises:
         UserError: if it has no tokens, no room, or tokens that are not in the vocabulary, or its
-            `min_tokens` are more than it asks for.
+            `min_tokens` are more than it asks for, or its tokens are not those of its pictures.
     """
     room = config.max_position_embeddings - after - len(request.tokens)
     if not request.tokens:
@@ -94,7 +98,7 @@ def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Reque
         raise UserError(
             f"request {request.id!r} has a prompt of {after + len(request.tokens)} tokens, which "
             f"leaves no room in the model's context of {config.max_position_embeddings}; "
-            "shorten it."
+            f"shorten it{_or_pictures(request)}."
         )
     for token in (min(request.tokens), max(request.tokens)):
         if not 0 <= token < config.vocab_size:
@@ -102,9 +106,36 @@ def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Reque
                 f"request {request.id!r} holds token {token}; the vocabulary is 0 to "
                 f"{config.vocab_size - 1}."
             )
+    _check_pictures(config, request)
     if request.sampling is not None:
         _check_sampling(config, request, request.sampling)
     return dataclasses.replace(request, max_new_tokens=min(room, request.max_new_tokens))
+
+
+def _or_pictures(request: Request) -> str:
+    """What else than the text can be shortened."""
+    if not request.pictures:
+        return ""
+    count = sum(picture.num_features for picture in request.pictures)
+    names = ", ".join(picture.name for picture in request.pictures)
+    return f", or make the pictures smaller, which take {count} of them: {names:.200}"
+
+
+def _check_pictures(config: Llama4Config, request: Request) -> None:
+    if request.pictures and config.vision is None:
+        raise UserError(
+            f"request {request.id!r} has the picture {request.pictures[0].name}, and the "
+            "checkpoint has no vision tower to see it."
+        )
+    found = request.tokens.count(config.image_token_id) if config.vision is not None else 0
+    wanted = sum(picture.num_features for picture in request.pictures)
+    if found != wanted:
+        names = ", ".join(picture.name for picture in request.pictures) or "none"
+        raise UserError(
+            f"request {request.id!r} has {found} tokens {config.image_token_id} for the parts of "
+            f"pictures, and its pictures ({names:.200}) have {wanted}; give the pictures and the "
+            "tokens of each."
+        )
 
 
 def _check_sampling(config: Llama4Config, request: Request, sampling: Sampling) -> None:

@@ -1,6 +1,16 @@
-"""The tokenizer, and the rendering of chats into token ids."""
+"""The tokenizer, and the rendering of chats and of prompts with pictures into token ids."""
 
-from jaxmoe.text.chat import render
+from jaxmoe.text.chat import render, render_chat
+from jaxmoe.text.pictures import Prompt, split_places, text_prompt, token_prompt
 from jaxmoe.text.tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["StreamDecoder", "Tokenizer", "render"]
+__all__ = [
+    "Prompt",
+    "StreamDecoder",
+    "Tokenizer",
+    "render",
+    "render_chat",
+    "split_places",
+    "text_prompt",
+    "token_prompt",
+]

@@ -11,7 +11,17 @@ import json
 from dataclasses import dataclass, replace
 
 from jaxmoe.errors import UserError
-from jaxmoe.text.messages import Json, check_messages, check_tools, joined
+from jaxmoe.images import PictureReader
+from jaxmoe.text.messages import (
+    PICTURE,
+    Json,
+    check_messages,
+    check_tools,
+    encode_marked,
+    joined,
+    unused_characters,
+)
+from jaxmoe.text.pictures import Prompt, expanded, take_pictures
 from jaxmoe.text.template_chat import render_by_template
 from jaxmoe.text.tokenizer import BEGIN_OF_TEXT, Tokenizer
 
@@ -43,7 +53,10 @@ _TOOLS_IN_USER = (
 
 @dataclass(frozen=True)
 class _Turn:
-    """A message: its role's name in the format, its text, and its tool calls as JSON text."""
+    """A message: its role's name in the format, its text, and its tool calls as JSON text.
+
+    A character that is nowhere else stands for each picture in its text.
+    """
 
     role: str
     text: str
@@ -56,7 +69,7 @@ def render(
     tools: Json = None,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """The token ids of a conversation, beginning with the begin-of-text token.
+    """The token ids of a conversation without pictures, beginning with the begin-of-text token.
 
     If the tokenizer has chat templates, they render it (`render_by_template`).
 
@@ -75,18 +88,57 @@ def render(
         UserError: if the tokenizer has neither templates nor the special tokens, or a message is
             not as described above.
     """
+    return render_chat(messages, tokenizer, None, tools, add_generation_prompt).tokens
+
+
+def render_chat(
+    messages: Json,
+    tokenizer: Tokenizer,
+    reader: PictureReader | None,
+    tools: Json = None,
+    add_generation_prompt: bool = True,
+    images: Json = None,
+) -> Prompt:
+    """A conversation that may have pictures, as `render` without any.
+
+    A picture is an item of a list that is a message's content: `{"type": "image_url", "image_url":
+    {"url": ...}}`, `{"type": "image"}` with `image`, `path`, `url`, `base64` or `data`, or
+    `{"type": "input_image", "image_url": ...}`. Or a message has a list `images`, and `<image>` or
+    `<|image|>` in its text for each. A tool's result may be a list of texts and pictures; it is
+    written as one JSON text. Elsewhere, names of special tokens are plain text.
+
+    Args:
+        messages, tokenizer, tools, add_generation_prompt: as for `render`.
+        reader: opens the pictures; None if the model has no vision tower.
+        images: a list of pictures whose places the texts of all messages mark.
+
+    Raises:
+        UserError: as `render`, or if a picture cannot be used, or there are not as many places as
+            pictures.
+    """
+    messages, pictures = take_pictures(messages, reader, images)
     if tokenizer.templates:
-        return render_by_template(messages, tokenizer, tools, add_generation_prompt)
+        ids = render_by_template(messages, tokenizer, tools, add_generation_prompt)
+    else:
+        ids = _built_in(messages, tokenizer, tools, add_generation_prompt, bool(pictures))
+    return expanded(ids, pictures, tokenizer)
+
+
+def _built_in(
+    messages: Json, tokenizer: Tokenizer, tools: Json, add_generation_prompt: bool, pictures: bool
+) -> list[int]:
+    """The token ids of a conversation in Llama 4's format, with `<|image|>` for each picture."""
     _check_chat_format(tokenizer)
     check_messages(messages)
-    turns = [_turn(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    mark = next(unused_characters(messages)) if pictures else None
+    turns = [_turn(message, f"messages[{index}]", mark) for index, message in enumerate(messages)]
     if turns[0].role == "system":
         turns[0] = replace(turns[0], text=turns[0].text.strip())
     if tools:
         turns = _with_tools(turns, tools)
     ids = [tokenizer.bos_id]
     for turn in turns:
-        ids += _turn_ids(turn, tokenizer)
+        ids += _turn_ids(turn, mark, tokenizer)
     if add_generation_prompt:
         ids += _header_ids("assistant", tokenizer) + tokenizer.encode("\n\n")
     return ids
@@ -102,19 +154,19 @@ def _check_chat_format(tokenizer: Tokenizer) -> None:
         )
 
 
-def _turn_ids(turn: _Turn, tokenizer: Tokenizer) -> list[int]:
+def _turn_ids(turn: _Turn, picture: str | None, tokenizer: Tokenizer) -> list[int]:
     ids = _header_ids(turn.role, tokenizer)
     if turn.calls:
         ids += [
             *tokenizer.encode("\n\n"),
             tokenizer.special(_PYTHON_START),
-            *tokenizer.encode(turn.text),
+            *encode_marked(turn.text, picture, tokenizer),
             tokenizer.special(_PYTHON_END),
             *tokenizer.encode(turn.calls),
         ]
     else:
         # Encoded as one text, since a newline at its start merges with those of the header.
-        ids += tokenizer.encode("\n\n" + turn.text)
+        ids += encode_marked("\n\n" + turn.text, picture, tokenizer)
     return [*ids, tokenizer.special(_END_OF_TURN)]
 
 
@@ -140,11 +192,16 @@ def _with_tools(turns: list[_Turn], tools: Json) -> list[_Turn]:
     return [*(replace(turn, text=_TOOLS_IN_SYSTEM + turn.text) for turn in system), user, *rest[1:]]
 
 
-def _turn(message: Json, where: str) -> _Turn:
-    """A message as a turn; `where` names it in error messages.
+def _turn(message: Json, where: str, picture: str | None) -> _Turn:
+    """A message as a turn.
+
+    Args:
+        message: as `render_chat` describes it, with its pictures taken out.
+        where: its name in error messages.
+        picture: a character that stands for a picture in the turn's text.
 
     Raises:
-        UserError: if it is not as `render` describes it.
+        UserError: if it is not so.
     """
     if not isinstance(message, dict) or str(message.get("role")) not in _ROLES:
         raise UserError(f"{where} has no known role; give it one of {', '.join(_ROLES)}")
@@ -156,18 +213,22 @@ def _turn(message: Json, where: str) -> _Turn:
         content = ""
     if content is None:
         raise UserError(f"{where} has no content; give it a text")
-    text = _json(content) if role == "ipython" else _text(content, where)
+    has_pictures = isinstance(content, list) and PICTURE in content
+    if role == "ipython" and not has_pictures:
+        return _Turn(role, _json(content), calls)
+    text = _text(content, where, picture)
+    text = _json(text) if role == "ipython" else text
     return _Turn(role, text, calls)
 
 
-def _text(content: Json, where: str) -> str:
+def _text(content: Json, where: str, picture: str | None) -> str:
     """The text of a message's content."""
-    text = joined(content)
+    text = joined(content, picture)
     if isinstance(text, str):
         return text
     raise UserError(
         f'{where} has content that is neither a string nor a list of {{"type": "text", '
-        '"text": ...}; write it as one of these'
+        '"text": ...} and pictures; write it as one of these'
     )
 
 

@@ -1,19 +1,24 @@
-"""Checks of messages that all chat formats share."""
+"""What all chat formats share: checks of messages, and the text of their content."""
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 from jaxmoe.errors import UserError
+from jaxmoe.images.tokens import IMAGE
+from jaxmoe.text.tokenizer import Tokenizer
 
 type Json = Any  # a value from a JSON file
 
+PICTURE = {"type": "image"}  # the content item of a picture once it is taken out of a message
+
+_PRIVATE = range(0xE000, 0xF900)  # Unicode's private-use code points
+
 
 def check_messages(messages: Json) -> None:
-    """Raises a UserError unless `messages` is a list of at least one, and none has an image."""
+    """Raises a UserError unless `messages` is a list of at least one."""
     if not isinstance(messages, list) or not messages:
         raise UserError("messages is not a list of at least one message; write it as one")
-    for index, message in enumerate(messages):
-        if isinstance(message, dict):
-            _refuse_images(message.get("content"), f"messages[{index}]")
 
 
 def check_tools(tools: Json) -> None:
@@ -24,22 +29,45 @@ def check_tools(tools: Json) -> None:
 
 def is_text_items(content: Json) -> bool:
     """Whether content is a list of `{"type": "text", "text": ...}`."""
-    return isinstance(content, list) and all(map(_is_text_item, content))
+    return isinstance(content, list) and all(_text_of(item) is not None for item in content)
 
 
-def joined(content: Json) -> Json:
-    """The text of a list of text items; any other content unchanged."""
-    return "".join(item["text"] for item in content) if is_text_items(content) else content
+def joined(content: Json, picture: str | None = None) -> Json:
+    """The text of a list of text items; any other content unchanged.
+
+    Args:
+        content: of a message.
+        picture: what stands in the text for a picture; None if a list with one is unchanged, too.
+    """
+    if not isinstance(content, list):
+        return content
+    texts = [picture if item == PICTURE else _text_of(item) for item in content]
+    known = [text for text in texts if text is not None]
+    return "".join(known) if len(known) == len(texts) else content
 
 
-def _is_text_item(item: Json) -> bool:
+def unused_characters(value: Json) -> Iterator[str]:
+    """Private-use characters of Unicode that no text in a JSON value has.
+
+    Raises:
+        UserError: if more of them are asked for than there are.
+    """
+    used = set(json.dumps(value, ensure_ascii=False))
+    yield from (chr(code) for code in _PRIVATE if chr(code) not in used)
+    raise UserError("the messages have all private-use characters of Unicode; remove some")
+
+
+def encode_marked(text: str, picture: str | None, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text, with `<|image|>` for each character `picture` in it."""
+    first, *others = text.split(picture) if picture else [text]
+    ids = tokenizer.encode(first)
+    for other in others:
+        ids += [tokenizer.special(IMAGE), *tokenizer.encode(other)]
+    return ids
+
+
+def _text_of(item: Json) -> str | None:
     match item:
-        case {"type": "text", "text": str()}:
-            return True
-    return False
-
-
-def _refuse_images(content: Json, where: str) -> None:
-    items = content if isinstance(content, list) else [content]
-    if any(isinstance(item, dict) and "image" in str(item.get("type")) for item in items):
-        raise UserError(f"{where} holds an image; images are not supported yet, so send only text")
+        case {"type": "text", "text": str(text)}:
+            return text
+    return None

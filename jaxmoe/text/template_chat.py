@@ -6,23 +6,34 @@ them, and restored once the text is split at the special tokens.
 """
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from jaxmoe.errors import UserError
+from jaxmoe.images.tokens import IMAGE
 from jaxmoe.parsing import parse_json
-from jaxmoe.text.messages import Json, check_messages, check_tools, is_text_items, joined
+from jaxmoe.text.messages import (
+    PICTURE,
+    Json,
+    check_messages,
+    check_tools,
+    encode_marked,
+    is_text_items,
+    joined,
+    unused_characters,
+)
 from jaxmoe.text.template import ChatTemplate, TooMuch
 from jaxmoe.text.tokenizer import BEGIN_OF_TEXT, Tokenizer
-
-_PRIVATE = range(0xE000, 0xF900)  # Unicode's private-use code points
 
 
 def render_by_template(
     messages: Json, tokenizer: Tokenizer, tools: Json = None, add_generation_prompt: bool = True
 ) -> list[int]:
     """The token ids of a conversation, as one of the tokenizer's templates writes it.
+
+    A content item `PICTURE` becomes the token `<|image|>`.
 
     With tools, that is the template called `tool_use` if there is one. The template gets the
     messages with three changes: keys whose value is null are left out, the role developer becomes
@@ -36,7 +47,7 @@ def render_by_template(
         add_generation_prompt: whether to open the assistant's turn at the end.
 
     Raises:
-        UserError: if the template is broken or refuses the messages, or they hold images.
+        UserError: if the template is broken or refuses the messages.
     """
     check_messages(messages)
     tools = tools or None
@@ -50,6 +61,7 @@ def render_by_template(
     text = _render(
         template,
         escaper.escape(messages),
+        escaper.picture,
         tools=escaper.escape(tools),
         documents=None,
         add_generation_prompt=add_generation_prompt,
@@ -57,7 +69,10 @@ def render_by_template(
     )
     ids: list[int] = []
     for part in tokenizer.split(text):
-        ids += [part] if isinstance(part, int) else tokenizer.encode(escaper.unescape(part))
+        if isinstance(part, str):
+            ids += encode_marked(escaper.unescape(part), escaper.picture, tokenizer)
+        else:
+            ids.append(part)
     return ids
 
 
@@ -98,18 +113,22 @@ def _call(call: Json, where: str) -> Json:
     return call
 
 
-def _render(template: ChatTemplate, messages: list[dict], **variables: Json) -> str:
-    """The text that the template writes of the messages.
+def _render(template: ChatTemplate, messages: list[dict], picture: str, **variables: Json) -> str:
+    """The text that the template writes of the messages, with `picture` or `<|image|>` for each.
 
     Some templates read content only as one text, others only as a list of items, and most of these
     write nothing when they get the other. So the messages are rendered with their content as it is,
-    as text and as items, until the output contains the last user message.
+    as text and as items, until the output contains the last user message and all pictures.
 
     Raises:
         UserError: if every attempt fails.
     """
     failure = None
-    forms = [[_with_content(message, form) for message in messages] for form in (joined, _as_items)]
+    as_text = functools.partial(joined, picture=picture)
+    forms = [
+        [_with_content(message, form) for message in messages] for form in (as_text, _as_items)
+    ]
+    pictures = sum(_count_pictures(message.get("content")) for message in messages)
     for given in (messages, *(form for form in forms if form != messages)):
         try:
             text = template.render(messages=given, **variables)
@@ -118,11 +137,21 @@ def _render(template: ChatTemplate, messages: list[dict], **variables: Json) -> 
         except UserError as error:
             failure = failure or error
         else:
-            if not _misread(text, given):
+            places = pictures and sum(map(text.count, (IMAGE, picture, _in_json(picture))))
+            if places == pictures and not _misread(text, given):
                 return text
     if failure:
         raise failure
+    if pictures:
+        raise UserError(
+            f"{template.where} does not write {IMAGE} once for each of the {pictures} pictures in "
+            "these messages; correct it"
+        )
     return template.render(messages=messages, **variables)
+
+
+def _count_pictures(content: Json) -> int:
+    return content.count(PICTURE) if isinstance(content, list) else 0
 
 
 def _with_content(message: dict[str, Json], form) -> dict[str, Json]:
@@ -150,12 +179,15 @@ class _Escaper:
     The first character of every name of a special token, or of a beginning of one that text after
     it could complete, is replaced by a private-use character that the values do not have. Lengths
     stay as they are.
+
+    Attributes:
+        picture: another private-use character, which stands for a picture in a text.
     """
 
     def __init__(self, specials: Iterable[str], values: Json) -> None:
         names = [name for name in specials if name]
-        used = set(json.dumps(values, ensure_ascii=False))
-        free = (chr(code) for code in _PRIVATE if chr(code) not in used)
+        free = unused_characters(values)
+        self.picture = next(free)
         self._mark = dict(zip(sorted({name[0] for name in names}), free, strict=False))
         self._begin = re.compile("|".join(sorted(set(_beginnings(names)))) or r"(?!)")
 
@@ -172,10 +204,15 @@ class _Escaper:
 
     def unescape(self, text: str) -> str:
         """The original of an escaped text."""
+        text = text.replace(_in_json(self.picture), self.picture)
         for char, mark in self._mark.items():
-            escaped = json.dumps(mark)[1:-1]  # what a template's tojson may make of it
-            text = text.replace(mark, char).replace(escaped, char)
+            text = text.replace(mark, char).replace(_in_json(mark), char)
         return text
+
+
+def _in_json(char: str) -> str:
+    """What a template's `tojson` may make of a character."""
+    return json.dumps(char)[1:-1]
 
 
 def _beginnings(names: list[str]) -> Iterator[str]:

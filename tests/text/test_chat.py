@@ -174,9 +174,15 @@ def test_tool_results_are_json_in_an_ipython_turn(small, role, result, text):
         (user(["x"]), "neither a string nor a list"),
         (user([{"type": "text", "text": None}]), "neither a string nor a list"),
         (user([{"type": "audio", "text": "x"}]), "neither a string nor a list"),
-        (user([{"type": "image"}]), "images are not supported yet"),
-        (user([{"type": "text", "text": "x"}, {"type": "image_url"}]), "images are not supported"),
-        ({"role": "tool", "content": [{"type": "image"}]}, "images are not supported yet"),
+        (user([{"type": "image"}]), "is a picture, and there is no vision"),
+        (
+            user([{"type": "text", "text": "x"}, {"type": "image_url"}]),
+            r"content\[1\] is a picture",
+        ),
+        (
+            {"role": "tool", "content": [{"type": "image"}]},
+            "is a picture, and there is no vision",
+        ),
         ({"role": "user", "content": "x", "tool_calls": [CALL]}, "only an assistant"),
         ({"role": "assistant", "tool_calls": CALL}, "not a list"),
         ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "tool call that is not"),
@@ -187,7 +193,7 @@ def test_tool_results_are_json_in_an_ipython_turn(small, role, result, text):
     ],
 )
 def test_bad_message_is_named_by_its_index(small, bad, complaint):
-    with pytest.raises(UserError, match=rf"messages\[1\] .*{complaint}"):
+    with pytest.raises(UserError, match=rf"messages\[1\].*{complaint}"):
         render([user("hi"), bad], small)
 
 

@@ -260,7 +260,7 @@ resource.setrlimit = refusing"""
         (["hi"], r"messages\[0\] is no object with a role"),
         ([{"role": 3}], r"messages\[0\] is no object with a role"),
         ([user("a\ud800")], "half of a surrogate pair"),
-        ([user("a"), user([{"type": "image"}])], r"messages\[1\] holds an image"),
+        ([user("a"), user([{"type": "image"}])], r"messages\[1\]\.content\[0\] is a picture"),
     ],
 )
 def test_messages_that_no_template_reads(written, messages, complaint):
