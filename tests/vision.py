@@ -5,7 +5,6 @@ environment.
 """
 
 import dataclasses
-import hashlib
 import json
 from typing import NamedTuple
 
@@ -76,25 +75,6 @@ def prompt(parts, seed, each):
     return tokens, images
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """What the library asks of a picture: here the pixels of an `Image`."""
-
-    image: Image
-    side: int = SIDE
-
-    @property
-    def digest(self):
-        return hashlib.sha256(self.tiles().tobytes()).digest()
-
-    @property
-    def num_tiles(self):
-        return num_tiles(self.image)
-
-    def tiles(self):
-        return tiles(self.image, self.side)
-
-
 def multimodal(text, vision=VISION, seed=0):
     """config.json and random weights of a text model's config with a vision tower."""
     outer, tensors = tiny.nested(text, tiny.random_tensors(text, seed))
@@ -150,13 +130,10 @@ class Golden:
         return tensors
 
     def prompts(self):
-        """By name the tokens and the pictures of each prompt."""
+        """By name the tokens and the images of each prompt."""
         each = tokens_per_tile(self.config["vision_config"])
-        found = {}
-        for seed, (name, parts) in enumerate(PROMPTS.items()):
-            tokens, images = prompt(parts, seed, each)
-            found[name] = tokens, [Picture(image) for image in images]
-        return found
+        named = enumerate(PROMPTS.items())
+        return {name: prompt(parts, seed, each) for seed, (name, parts) in named}
 
 
 def read_golden(name):

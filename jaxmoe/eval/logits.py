@@ -15,7 +15,8 @@ from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.document import PREFILL_CHUNK, check_length, new_document, read
-from jaxmoe.generation.features import FeatureTable, References, Tiled
+from jaxmoe.generation.features import FeatureTable, References
+from jaxmoe.images.picture import Picture
 from jaxmoe.model.kv_cache import init_cache, round_capacity
 from jaxmoe.model.steps import Inputs, hidden_states, prefill, step, without_features
 from jaxmoe.model.transformer import forward, positions_of, unembed
@@ -45,7 +46,7 @@ def token_logits(
     prefill_chunk: int | None = None,
     positions: np.ndarray | None = None,
     kv: str | None = None,
-    pictures: Sequence[Sequence[Tiled]] = (),
+    pictures: Sequence[Sequence[Picture]] = (),
     out: np.ndarray | None = None,
     report: Callable[[int], None] = lambda count: None,
     forward: Callable = forward,

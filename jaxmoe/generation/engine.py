@@ -233,8 +233,8 @@ class Engine:
             return None
         inputs, features = batch.inputs, None
         if self._references is not None:
-            tokens, features = self._references.place(inputs.tokens)
-            inputs = inputs._replace(tokens=tokens)
+            tokens, features = self._references.place(np.asarray(inputs.tokens))
+            inputs = inputs._replace(tokens=jnp.asarray(tokens))
         (chosen_from, hidden), cache = step(
             self._config,
             self._params,

@@ -13,7 +13,7 @@ was read longest ago first.
 import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config, VisionConfig
 from jaxmoe.errors import UserError
 from jaxmoe.generation.choices import on_all_devices
+from jaxmoe.images.picture import Picture
 from jaxmoe.model import vision
 
 TILES = 128  # of a table; of Scout they take 188 MB in bfloat16
@@ -31,25 +32,6 @@ BATCHES = (16, 4, 1)  # tiles that are computed at once: few sizes, since each i
 DECODED = 2  # pictures whose pixels are kept
 
 Encode = Callable[[Llama4Config, dict, jax.Array], jax.Array]
-
-
-@runtime_checkable
-class Tiled(Protocol):
-    """What is asked of a picture, as `jaxmoe.images.picture.Picture` answers it."""
-
-    @property
-    def digest(self) -> bytes:
-        """Tells pictures that look different apart."""
-        ...
-
-    @property
-    def num_tiles(self) -> int:
-        """How many tiles it has, the global one included."""
-        ...
-
-    def tiles(self) -> np.ndarray:
-        """The pixels of all tiles, uint8 [num_tiles, side, side, channels]."""
-        ...
 
 
 class Tile(NamedTuple):
@@ -99,7 +81,7 @@ class FeatureTable:
         """Features of a tile."""
         return self._vision.tokens_per_tile
 
-    def slots(self, tiles: Sequence[tuple[Tiled, int]]) -> list[int]:
+    def slots(self, tiles: Sequence[tuple[Picture, int]]) -> list[int]:
         """The places of tiles in the table, which are computed if they are not there.
 
         Args:
@@ -114,7 +96,7 @@ class FeatureTable:
             self._compute(self._with_next(missing, len(wanted)))
         return [self._slots[Tile(picture.digest, i)] for picture, i in tiles]
 
-    def _with_next(self, missing: list[tuple[Tiled, int]], wanted: int):
+    def _with_next(self, missing: list[tuple[Picture, int]], wanted: int):
         """Tiles that are missing, and those of their last picture that come next, to fill a batch.
 
         Args:
@@ -125,7 +107,7 @@ class FeatureTable:
         coming = [(_, i) for _, i in coming if Tile(picture.digest, i) not in self._slots]
         return missing + coming[: min(self._size - wanted, -len(missing) % BATCHES[0])]
 
-    def _compute(self, tiles: list[tuple[Tiled, int]]) -> None:
+    def _compute(self, tiles: list[tuple[Picture, int]]) -> None:
         for part in _batches(tiles):
             pixels = np.stack([self._pixels(picture)[i] for picture, i in part])
             slots = np.array([self._place() for _ in part], np.int32)
@@ -159,10 +141,12 @@ class References:
 
     def __init__(self, config: Llama4Config, table: FeatureTable):
         self._config, self._table = config, table
-        self._tiles: list[tuple[Tiled, int]] = []
+        self._tiles: list[tuple[Picture, int]] = []
         self._first: dict[bytes, int] = {}  # a picture's first tile, by its digest
 
-    def of(self, what: str, tokens: Sequence[int] | np.ndarray, pictures: Sequence[Tiled]) -> np.ndarray:
+    def of(
+        self, what: str, tokens: Sequence[int] | np.ndarray, pictures: Sequence[Picture]
+    ) -> np.ndarray:
         """The tokens with references to the pictures' features, in order.
 
         Args:
@@ -184,7 +168,7 @@ class References:
             found[places] = self._config.vocab_size + np.concatenate(numbers)
         return found
 
-    def _numbers(self, picture: Tiled) -> np.ndarray:
+    def _numbers(self, picture: Picture) -> np.ndarray:
         """The numbers of a picture's features."""
         if picture.digest not in self._first:
             self._first[picture.digest] = len(self._tiles)

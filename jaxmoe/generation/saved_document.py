@@ -39,7 +39,8 @@ from jaxmoe.generation.document import (
     new_document,
     read,
 )
-from jaxmoe.generation.features import FeatureTable, References, Tiled
+from jaxmoe.generation.features import FeatureTable, References
+from jaxmoe.images.picture import Picture
 from jaxmoe.mesh import current_mesh
 from jaxmoe.model.kv_cache import (
     PAGE,
@@ -85,7 +86,7 @@ def read_document(
     kv: str | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     interval: int = INTERVAL,
-    pictures: Sequence[Tiled] = (),
+    pictures: Sequence[Picture] = (),
 ) -> Iterator[int]:
     """Reads a text on the current mesh and saves what `load_document` needs to go on from it.
 
@@ -214,7 +215,7 @@ def _identity(config: Llama4Config, params: dict, kv: str | None) -> dict[str, A
     }
 
 
-def _text(tokens, pictures: Sequence[Tiled], params: dict) -> dict[str, Any]:
+def _text(tokens, pictures: Sequence[Picture], params: dict) -> dict[str, Any]:
     digest = hashlib.sha256(np.asarray(tokens, "<i4").tobytes())
     if len(pictures):
         digest.update(_fingerprint(params.get("vision", {})).encode())

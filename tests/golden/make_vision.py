@@ -25,8 +25,8 @@ def compute(name):
         model = hf_vision.load(tiny.write_checkpoint(folder, config, tensors))
     golden = vision.Golden(config, tiny.checksum(tensors), *3 * (np.zeros(0),))
     logits, greedy = [], []
-    for tokens, pictures in golden.prompts().values():
-        tiles = [picture.tiles() for picture in pictures]
+    for tokens, images in golden.prompts().values():
+        tiles = [vision.tiles(image) for image in images]
         found = hf_vision.logits(model, tokens, tiles)
         written, gap = hf_vision.greedy(model, tokens, tiles, NEW)
         if gap < 1e-3:

@@ -14,6 +14,8 @@ from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.engine import Engine, Request, generate
 from jaxmoe.generation.features import FeatureTable
 from jaxmoe.generation.sampling import Sampling
+from jaxmoe.images.picture import Picture, digest_of
+from jaxmoe.images.settings import ImageSettings
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.vision import tile_features
 from tests import tiny, vision
@@ -43,6 +45,28 @@ def loaded(checkpoints, like, mesh=None):
     return golden, mesh, *store.load(folder, mesh)
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn(Picture):
+    """A picture of drawn pixels, which no file has."""
+
+    image: vision.Image = vision.ONE
+
+    def tiles(self):
+        return vision.tiles(self.image)
+
+
+def drawn(image):
+    settings = ImageSettings(tile_size=vision.SIDE, tokens_per_tile=9)
+    digest = digest_of((image.rows, image.columns), vision.tiles(image))
+    return Drawn(str(image), (image.rows, image.columns), digest, b"", settings, image)
+
+
+def prompts_of(golden):
+    """By name the tokens and the pictures of each prompt."""
+    found = golden.prompts()
+    return {name: (tokens, list(map(drawn, images))) for name, (tokens, images) in found.items()}
+
+
 def assert_kept(golden, name, logits):
     expected = golden.logits[list(vision.PROMPTS).index(name)]
     assert abs(logits[-len(expected) :] - expected).max() < TOLERANCE
@@ -66,7 +90,7 @@ def test_pixels_may_be_floats(checkpoints):
 @pytest.mark.parametrize("like", LIKE)
 def test_full_forward(checkpoints, like, name):
     golden, mesh, config, params = loaded(checkpoints, like)
-    tokens, pictures = golden.prompts()[name]
+    tokens, pictures = prompts_of(golden)[name]
     with jax.set_mesh(mesh):
         logits = token_logits(config, params, np.array([tokens]), pictures=[pictures])
     assert_kept(golden, name, logits[0])
@@ -75,7 +99,7 @@ def test_full_forward(checkpoints, like, name):
 @pytest.mark.parametrize("name", ["two by two", "images in several turns"])
 def test_chunks_that_cut_images_and_decode(checkpoints, name):
     golden, mesh, config, params = loaded(checkpoints, "scout")
-    tokens, pictures = golden.prompts()[name]
+    tokens, pictures = prompts_of(golden)[name]
     options = {"prefill_chunk": 7, "decode_from": len(tokens) - 12, "pictures": [pictures]}
     with jax.set_mesh(mesh):
         logits = token_logits(config, params, np.array([tokens]), **options)
@@ -84,7 +108,7 @@ def test_chunks_that_cut_images_and_decode(checkpoints, name):
 
 def test_rows_padded_on_the_left_and_packed(checkpoints):
     golden, mesh, config, params = loaded(checkpoints, "scout")
-    prompts = golden.prompts()
+    prompts = prompts_of(golden)
     names = ["one tile", "two by two", "several images"]
     packed = [prompts[name] for name in names]
     row = np.concatenate([tokens for tokens, _ in packed])
@@ -105,7 +129,7 @@ def requests_of(golden, names=tuple(vision.PROMPTS)):
     new = golden.greedy.shape[1]
     return [
         Request(name, tuple(tokens), new, pictures=tuple(pictures))
-        for name, (tokens, pictures) in golden.prompts().items()
+        for name, (tokens, pictures) in prompts_of(golden).items()
         if name in names
     ]
 
@@ -176,7 +200,7 @@ def test_prompts_with_the_same_image_share_a_prefix_and_others_do_not(checkpoint
     def request(id_, image, seed):
         tokens, images = vision.prompt([4, image, 6], 5, each)
         tokens[-3:] = [seed, seed + 1, seed + 2]
-        return Request(id_, tuple(tokens), 4, pictures=tuple(map(vision.Picture, images)))
+        return Request(id_, tuple(tokens), 4, pictures=tuple(map(drawn, images)))
 
     requests = [request("a", image, 1), request("b", image, 11), request("c", other, 1)]
     with jax.set_mesh(mesh):
@@ -193,7 +217,7 @@ def test_prompts_with_the_same_image_share_a_prefix_and_others_do_not(checkpoint
 @pytest.mark.parametrize("kv", ["int8", "int4", "fp8"])
 def test_quantized_caches(checkpoints, kv):
     golden, mesh, config, params = loaded(checkpoints, "scout")
-    tokens, pictures = golden.prompts()["two by two"]
+    tokens, pictures = prompts_of(golden)["two by two"]
     options = {"prefill_chunk": 16, "kv": kv}
     plain = np.where(np.array(tokens) == vision.PATCH, 1, tokens)
     with jax.set_mesh(mesh):
