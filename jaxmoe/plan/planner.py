@@ -11,6 +11,7 @@ from jaxmoe.plan.launches import launch_seconds
 from jaxmoe.plan.memory import largest_context
 from jaxmoe.plan.search import Candidate
 from jaxmoe.plan.targets import Target
+from jaxmoe.plan.vision import check_tiles, image_tokens
 from jaxmoe.plan.work import Work, check_mesh
 
 GIB = 2**30
@@ -82,8 +83,10 @@ def make_plan(model: str, work: Work, target: Target, mesh: MeshConfig | None) -
         mesh: the mesh; None for the best one.
 
     Raises:
-        UserError: if the mesh does not match the target's devices or does not divide the model.
+        UserError: if the mesh does not match the target's devices or does not divide the model, or
+            the tiles are more tokens than the context.
     """
+    check_tiles(work)
     if mesh is None:
         chosen, reason = search.best(work, target)
     else:
@@ -170,6 +173,11 @@ def notes(plan: Plan) -> list[str]:
         f"{reserve / GIB:.1f} GiB a device are kept {target.reserve_reason}.",
         "Times are bounds at published rates, with everything overlapped; nothing was measured.",
     ]
+    if plan.work.tiles:
+        lines.append(
+            f"{plan.work.tiles} tile(s) of images take {image_tokens(plan.work)} tokens of the "
+            "context, besides their separators."
+        )
     if plan.launches:
         lines.append(
             f"A launch is assumed to take {1e6 * target.launch:.1f} us, a small sum over devices "
@@ -193,6 +201,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "context": work.context,
         "batch": work.rows,
         "tokens_a_step": plan.tokens,
+        "tiles": work.tiles,
         "weights": work.weights,
         "kv": work.kv,
         "target": {**dataclasses.asdict(target), "limit": target.limit},

@@ -34,6 +34,7 @@ def memory_table(plan: Plan) -> Table:
         "weights": (memory.weights, compiled and compiled.weights),
         "cache": (memory.cache, compiled and compiled.cache),
         "optimizer": (memory.optimizer, 0),
+        "features": (memory.features, compiled and memory.features),
         "temporaries": (memory.temporaries, compiled and _rest(compiled)),
         "peak": (memory.peak, compiled and compiled.peak),
         "limit": (target.limit, compiled and target.limit),
@@ -43,7 +44,7 @@ def memory_table(plan: Plan) -> Table:
         table.add_column("compiler", justify="right")
         table.add_column("difference", justify="right")
     for name, (formula, by_compiler) in rows.items():
-        if not formula and name in ("optimizer", "cache"):
+        if not formula and name in ("optimizer", "cache", "features"):
             continue
         cells = [f"{formula / GIB:.2f}"]
         if compiled:

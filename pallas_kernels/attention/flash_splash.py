@@ -1,7 +1,7 @@
 """Flash attention on TPUs, of tokens to themselves: the splash kernel that JAX ships.
 
-The kernel is causal by slot and separates segments. That is the whole rule for tokens in order,
-once every run of one segment and chunk is a segment of its own.
+The kernel is causal by slot, or sees all slots, and separates segments. That is the whole rule for
+tokens in order, once every run of one segment and chunk is a segment of its own.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ def why_not(case) -> str | None:
         return f"it takes {' or '.join(PRECISION)}, not {case.dtype}"
     if case.head_dim > LARGEST_HEAD:
         return f"it takes head sizes up to {LARGEST_HEAD}, not {case.head_dim}"
-    if not case.mask.causal or not case.mask.block_diagonal:
-        return "it is causal only, and takes no windows"
+    if not case.mask.block_diagonal:
+        return "it takes no windows"
     if not case.in_order:
         return "it takes in_order calls only"
     device = target()
@@ -124,20 +124,23 @@ def _even_block(length: int, largest: int) -> int:
 
 def _segments(case, q_range: KeyRange, extra: int) -> splash.SegmentIds | None:
     """An id for each run of tokens of one segment and chunk; None where all are of one."""
-    if case.plain and case.mask.span is None:
+    apart = extra and not case.mask.causal  # padding at the end, which earlier slots would see
+    if case.plain and case.mask.span is None and not apart:
         return None
     parts = [q_range.segment]
     if case.mask.span is not None:
         parts.append(q_range.first)
     starts = [jnp.diff(part, axis=1, prepend=part[:, :1]) != 0 for part in parts]
     ids = jnp.cumsum(functools.reduce(operator.or_, starts), axis=1, dtype=jnp.int32)
-    ids = jnp.pad(ids, ((0, 0), (0, extra)))
+    ids = jnp.pad(ids, ((0, 0), (0, extra)), constant_values=-1)
     return splash.SegmentIds(ids, ids)
 
 
 def _kernel(case, length: int, block_q: int, block_k: int):
     """The library's kernel for one row."""
-    mask = _Slots(length, case.mask, aligned=case.plain)
+    mask = splash.FullMask((length, length))
+    if case.mask.causal:
+        mask = _Slots(length, case.mask, aligned=case.plain)
     sizes = splash.BlockSizes(
         block_q=block_q, block_kv=block_k, block_q_dq=block_q, block_kv_dq=block_k,
         block_q_dkv=block_q, block_kv_dkv=block_k,
