@@ -15,8 +15,10 @@ from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.document import PREFILL_CHUNK, check_length, new_document, read
+from jaxmoe.generation.features import FeatureTable, References
+from jaxmoe.images.picture import Picture
 from jaxmoe.model.kv_cache import init_cache, round_capacity
-from jaxmoe.model.steps import Inputs, hidden_states, prefill, step
+from jaxmoe.model.steps import Inputs, hidden_states, prefill, step, without_features
 from jaxmoe.model.transformer import forward, positions_of, unembed
 
 UNEMBED_TOKENS = 1024  # tokens of all rows whose logits are on the device at once
@@ -44,6 +46,7 @@ def token_logits(
     prefill_chunk: int | None = None,
     positions: np.ndarray | None = None,
     kv: str | None = None,
+    pictures: Sequence[Sequence[Picture]] = (),
     out: np.ndarray | None = None,
     report: Callable[[int], None] = lambda count: None,
     forward: Callable = forward,
@@ -56,13 +59,14 @@ def token_logits(
         prefill_chunk: prefill through the cache in chunks of this many tokens.
         positions: default: from 0 in each segment.
         kv: how the cache stores keys and values; default: as the parameters.
+        pictures: of each row, those whose features its image tokens stand for; default: none.
         out: where to write, for results larger than memory.
         report: called with the number of tokens a row that each call has done.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
 
     Raises:
-        UserError: for tokens outside the vocabulary, positions outside the context, or segments
-            that are not contiguous.
+        UserError: for tokens outside the vocabulary, positions outside the context, segments that
+            are not contiguous, or pictures that are not those of the tokens.
     """
     wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
     if wrong.size:
@@ -77,6 +81,12 @@ def token_logits(
             f"position {positions.max()} is past the model's context of "
             f"{config.max_position_embeddings} tokens; shorten the tokens."
         )
+    place = without_features
+    if pictures:
+        references = References(config, FeatureTable(config, params))
+        rows = enumerate(zip(tokens, pictures, strict=True))
+        tokens = np.stack([references.of(f"row {i}", *row) for i, row in rows])
+        place = references.place
     out = np.zeros((batch, length, config.vocab_size), np.float32) if out is None else out
     cached = decode_from is not None or prefill_chunk is not None
     dtype = kv or params["embed"].dtype
@@ -95,6 +105,7 @@ def token_logits(
             positions=positions,
             segment_ids=segment_ids,
             readout=hidden_states,
+            place=place,
             forward=forward,
         ):
             part = slice(done, fed.done)

@@ -17,7 +17,7 @@ from jaxmoe.model.kv_cache import (
     slot_shards,
     truncate_rows,
 )
-from jaxmoe.model.steps import prefill
+from jaxmoe.model.steps import Place, prefill, without_features
 
 PREFILL_CHUNK = 2048  # tokens that one step takes, at most
 
@@ -82,6 +82,7 @@ def read(
     *,
     prefill_chunk: int = PREFILL_CHUNK,
     boundary: int | None = None,
+    place: Place = without_features,
 ) -> Iterator[Document]:
     """Feeds the rest of a text to the model; memory is that of the cache and of one chunk.
 
@@ -90,12 +91,13 @@ def read(
         tokens: the whole text.
         prefill_chunk: tokens that one step takes, at most.
         boundary: a chunk ends at every multiple of this.
+        place: as for `jaxmoe.model.steps.prefill`, where the text has images.
 
     Yields:
         The document after each chunk.
     """
     row = np.asarray(tokens, np.int32)[None]
     size = {"chunk": prefill_chunk, "start": document.length, "boundary": boundary}
-    for done, _, cache in prefill(config, params, row, document.cache, **size):
+    for done, _, cache in prefill(config, params, row, document.cache, place=place, **size):
         assert cache is not None
         yield Document(cache, done)

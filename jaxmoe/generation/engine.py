@@ -27,6 +27,7 @@ from jaxmoe.generation.choices import (
 from jaxmoe.generation.completion import Completion, CompletionToken
 from jaxmoe.generation.counts import new_counts, start_counts
 from jaxmoe.generation.document import Document
+from jaxmoe.generation.features import FeatureTable, References, without_references
 from jaxmoe.generation.grammar import GrammarCompiler
 from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, layout_of, new_cache, widen
 from jaxmoe.generation.prefixes import Prefix, find_prefixes
@@ -61,6 +62,7 @@ def generate(
     cache_tokens: int | None = None,
     document: Document | None = None,
     tokenizer: Tokenizer | None = None,
+    images: FeatureTable | None = None,
     forward: Callable = transformer.forward,
 ) -> Iterator[CompletionToken]:
     """Runs requests on the current mesh; yields tokens as they come, requests interleaved.
@@ -80,6 +82,7 @@ def generate(
         document: a text that each request comes after; its cache is used and used up, and `kv` and
             `cache_tokens` are the document's.
         tokenizer: makes text of the answers; needed for stop strings and grammars.
+        images: features of images that were computed before; default: an empty table.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
 
     Raises:
@@ -105,6 +108,7 @@ def generate(
         cache_tokens=cache_tokens,
         document=document,
         tokenizer=tokenizer,
+        images=images,
         forward=forward,
     ).run()
 
@@ -154,6 +158,7 @@ class Engine:
         cache_tokens: int | None = None,
         document: Document | None = None,
         tokenizer: Tokenizer | None = None,
+        images: FeatureTable | None = None,
         forward: Callable = transformer.forward,
     ):
         """Takes one or more requests that fit the context and have their sampling.
@@ -163,6 +168,10 @@ class Engine:
         self._config, self._params = config, params
         self._stop_ids = tuple(config.eos_token_ids if stop_ids is None else stop_ids)
         self._tokenizer, self._forward = tokenizer, forward
+        self._references: References | None = None
+        if any(request.pictures for request in requests):
+            self._references = References(config, images or FeatureTable(config, params))
+            requests = [self._with_references(request) for request in requests]
         own = {id(request.sampling): request for request in requests}.values()  # hashes are slow
         self._samplings = {_sampling(request) for request in own}
         self._choices = Choices(self._samplings, config.vocab_size, self._stop_ids)
@@ -195,6 +204,12 @@ class Engine:
         self._state = State(jnp.zeros((layout.groups, layout.rows), jnp.int32), counts)
         self.slots = self.tokens = self.steps = 0
 
+    def _with_references(self, request: Request) -> Request:
+        assert self._references is not None
+        what = f"request {request.id!r}"
+        tokens = self._references.of(what, request.tokens, request.pictures)
+        return dataclasses.replace(request, tokens=tuple(tokens.tolist()))
+
     def run(self) -> Iterator[CompletionToken]:
         """Yields tokens until no request is left.
 
@@ -216,16 +231,21 @@ class Engine:
             self.cache = fork_row(self._config, self.cache, *fork)
         if batch is None:
             return None
+        inputs, features = batch.inputs, None
+        if self._references is not None:
+            tokens, features = self._references.place(np.asarray(inputs.tokens))
+            inputs = inputs._replace(tokens=jnp.asarray(tokens))
         (chosen_from, hidden), cache = step(
             self._config,
             self._params,
-            batch.inputs,
+            inputs,
             self.cache,
             readout=hidden_at,
             arguments=(batch.slots,),
             restart=batch.restart,
             packing=batch.packing,
             previous=self._state.previous,
+            features=features,
             forward=self._forward,
         )
         assert cache is not None
@@ -254,7 +274,7 @@ class Engine:
         assert self._state.counts is not None
         width = 1 << (len(row.tokens) - 1).bit_length()  # few widths to compile
         prompt = np.full(max(width, 64), NO_TOKEN, np.int32)
-        prompt[: len(row.tokens)] = row.tokens
+        prompt[: len(row.tokens)] = without_references(self._config, row.tokens)
         number = np.int32(group * self._state.previous.shape[1] + i)
         counts = _start_counts(self._state.counts, number, prompt)
         self._state = self._state._replace(counts=counts)
@@ -266,6 +286,7 @@ class Engine:
             if row.request is None or _sampling(row.request).prompt_logprobs is None:
                 continue
             following = row.tokens[first + 1 : first + 1 + count]
+            following = without_references(self._config, following)
             targets[start : start + len(following)] = following
             scored.append(Scored(self._completion_of(row), start, len(following)))
         if not scored:

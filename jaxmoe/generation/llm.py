@@ -16,6 +16,7 @@ from jaxmoe.generation.checking import Checker
 from jaxmoe.generation.completion import CompletionToken
 from jaxmoe.generation.document import Document
 from jaxmoe.generation.engine import STEP_TOKENS, generate
+from jaxmoe.generation.features import FeatureTable
 from jaxmoe.generation.jobs import Refusal
 from jaxmoe.generation.placement import default_mesh, make_mesh, mesh_of, on_mesh
 from jaxmoe.generation.prompts import (
@@ -86,6 +87,7 @@ class LLM:
         kv: str | None = None,
         cache_tokens: int | None = None,
         step_tokens: int = STEP_TOKENS,
+        text_only: bool = False,
         forward: Callable = transformer.forward,
         progress: store.Progress = store.no_progress,
     ):
@@ -97,6 +99,7 @@ class LLM:
                 parameter on one of them only, as far as the model's sizes allow (`default_mesh`).
             dtype: to compute in; default: as stored.
             rows, kv, cache_tokens, step_tokens, forward: as for `jaxmoe.generate`.
+            text_only: leaves a vision tower out.
             progress: called after every array with the bytes done and the bytes in all.
 
         Raises:
@@ -108,7 +111,7 @@ class LLM:
         for name in read_generation_config(checkpoint).unsupported:
             warnings.warn(f"{FILE} has {name}, which is not supported", stacklevel=2)
         placed = default_mesh(checkpoint, dtype) if mesh is None else make_mesh(mesh)
-        config, params = store.load(checkpoint, placed, dtype, progress)
+        config, params = store.load(checkpoint, placed, dtype, progress, text_only=text_only)
         engine = {"kv": kv, "cache_tokens": cache_tokens, "step_tokens": step_tokens}
         self._set(config, params, tokenizer, sampling, rows=rows, forward=forward, **engine)
         if config.vision is not None:
@@ -356,8 +359,14 @@ class LLM:
             stop_ids=self._stop_ids,
             tokenizer=self._tokenizer,
             document=read,
+            images=self._images if any(request.pictures for request in requests) else None,
             **self._engine,
         )
+
+    @functools.cached_property
+    def _images(self) -> FeatureTable:
+        """Features that calls share, so that an image is computed once in a conversation."""
+        return FeatureTable(self.config, self.params)
 
     def _load_document(self, requests: list[Request], folder: str | Path) -> Document:
         room = max(request.length for request in requests)

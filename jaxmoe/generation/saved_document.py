@@ -39,6 +39,8 @@ from jaxmoe.generation.document import (
     new_document,
     read,
 )
+from jaxmoe.generation.features import FeatureTable, References
+from jaxmoe.images.picture import Picture
 from jaxmoe.mesh import current_mesh
 from jaxmoe.model.kv_cache import (
     PAGE,
@@ -50,6 +52,7 @@ from jaxmoe.model.kv_cache import (
     pool_spec,
     slot_shards,
 )
+from jaxmoe.model.steps import without_features
 from pallas_kernels.attention import Coords
 
 KEY = "jaxmoe-document"  # of the custom metadata
@@ -83,6 +86,7 @@ def read_document(
     kv: str | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     interval: int = INTERVAL,
+    pictures: Sequence[Picture] = (),
 ) -> Iterator[int]:
     """Reads a text on the current mesh and saves what `load_document` needs to go on from it.
 
@@ -95,6 +99,7 @@ def read_document(
         kv: how keys and values are stored: "bf16", "int8", "fp8" or "int4"; default: as parameters.
         prefill_chunk: tokens that one step takes, at most.
         interval: tokens between two saves; rounded up to whole chunks and pages.
+        pictures: those whose features the image tokens of the text stand for, in order.
 
     Yields:
         The number of tokens read, after each chunk; of a run that goes on, first what was saved.
@@ -105,7 +110,7 @@ def read_document(
     """
     check_length(config, len(tokens))
     interval = _whole_chunks(config, interval)
-    identity = _identity(config, params, kv) | _text(tokens)
+    identity = _identity(config, params, kv) | _text(tokens, pictures, params)
     if is_finished(output) and open_finished(Path(output), KEY, REMEDY).metadata == identity:
         yield len(tokens)
         return
@@ -126,7 +131,12 @@ def read_document(
                 arrays = _create(config, document, len(tokens), interval, writer)
             yield saved
             chunks = {"prefill_chunk": prefill_chunk, "boundary": interval}
-            steps = read(config, params, document, tokens, **chunks)
+            place = without_features
+            if len(pictures):
+                references = References(config, FeatureTable(config, params))
+                tokens = references.of("the text", tokens, pictures)
+                place = references.place
+            steps = read(config, params, document, tokens, place=place, **chunks)
             for document in steps:
                 if document.length % interval == 0:
                     _save_pages(config, document, saved, interval, arrays, writer)
@@ -193,7 +203,10 @@ def _whole_chunks(config: Llama4Config, interval: int) -> int:
 
 
 def _identity(config: Llama4Config, params: dict, kv: str | None) -> dict[str, Any]:
+    """What the keys and values of a text depend on beside it; a vision tower is no part of it."""
     dtype = params["embed"].dtype.name
+    config = dataclasses.replace(config, vision=None)
+    params = {name: value for name, value in params.items() if name != "vision"}
     return json.loads(json.dumps(store.model_metadata(config, dtype))) | {
         "dtype": dtype,
         "weights": _fingerprint(params),
@@ -202,9 +215,13 @@ def _identity(config: Llama4Config, params: dict, kv: str | None) -> dict[str, A
     }
 
 
-def _text(tokens) -> dict[str, Any]:
-    digest = hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
-    return {"length": len(tokens), "text": digest}
+def _text(tokens, pictures: Sequence[Picture], params: dict) -> dict[str, Any]:
+    digest = hashlib.sha256(np.asarray(tokens, "<i4").tobytes())
+    if len(pictures):
+        digest.update(_fingerprint(params.get("vision", {})).encode())
+    for picture in pictures:
+        digest.update(picture.digest)
+    return {"length": len(tokens), "text": digest.hexdigest()}
 
 
 def _fingerprint(params: dict) -> str:

@@ -104,7 +104,7 @@ def rope_angles(
 
 
 def rotate(
-    x: Float[Array, "B S H d"], cos: Float[Array, "B S half"], sin: Float[Array, "B S half"]
+    x: Float[Array, "B S H d"], cos: Float[Array, "#B S half"], sin: Float[Array, "#B S half"]
 ) -> Float[Array, "B S H d"]:
     """Rotates the pairs (0, 1), (2, 3), ... of each head, in float32."""
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)

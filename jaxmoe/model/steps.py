@@ -25,6 +25,7 @@ from jaxmoe.model.packing import Packing
 from jaxmoe.model.transformer import unembed
 
 Readout = Callable[..., Any]
+Place = Callable[[np.ndarray], tuple[np.ndarray, Any]]  # tokens to those of a step, and features
 PREVIOUS = -1  # in place of a token: the one that its row of the cache has written last
 
 
@@ -121,6 +122,11 @@ def last_logits(
     return unembed(config, params, hidden[:, -1])
 
 
+def without_features(tokens: np.ndarray) -> tuple[np.ndarray, None]:
+    """The tokens of a step without images."""
+    return tokens, None
+
+
 class Prefilled(NamedTuple):
     """What is there after a chunk of a prefill.
 
@@ -148,6 +154,7 @@ def prefill(
     positions: Integer[np.ndarray, "B S"] | None = None,
     segment_ids: Integer[np.ndarray, "B S"] | None = None,
     readout: Readout = no_output,
+    place: Place = without_features,
     forward: Callable = transformer.forward,
 ) -> Iterator[Prefilled]:
     """Feeds tokens through the cache, a chunk at a time; compiles one shape of step.
@@ -160,6 +167,8 @@ def prefill(
         positions: default: each token's index in its row.
         segment_ids: default: one segment.
         readout: what to keep of each step.
+        place: makes of the tokens of a chunk those of the step, and the features that they name;
+            of a whole row with images, since not all their features have to be there at once.
         forward: as for `step`.
 
     Yields:
@@ -171,8 +180,12 @@ def prefill(
         end = min(start + width, stop)
         if boundary is not None:
             end = min(end, (start // boundary + 1) * boundary)
-        inputs = _cut(tokens, positions, segment_ids, start, end, width)
-        output, cache = step(config, params, inputs, cache, readout=readout, forward=forward)
+        new, *where = _cut(tokens, positions, segment_ids, start, end, width)
+        new, features = place(new)
+        inputs = Inputs(*map(jnp.asarray, (new, *where)))
+        output, cache = step(
+            config, params, inputs, cache, readout=readout, features=features, forward=forward
+        )
         start = end
         yield Prefilled(end, output, cache)
 
@@ -182,8 +195,8 @@ def chunk_width(chunk: int, longest: int) -> int:
     return min(chunk, 1 << (max(longest, 1) - 1).bit_length())
 
 
-def _cut(tokens, positions, segment_ids, start: int, end: int, width: int) -> Inputs:
-    """The tokens from `start` up to `end` of each row, padded to `width`."""
+def _cut(tokens, positions, segment_ids, start: int, end: int, width: int) -> tuple:
+    """`Inputs` in NumPy of the tokens from `start` up to `end` of each row, padded to `width`."""
     index = np.broadcast_to(np.arange(start, start + width, dtype=np.int32), (len(tokens), width))
 
     def cut(x, default):
@@ -193,5 +206,4 @@ def _cut(tokens, positions, segment_ids, start: int, end: int, width: int) -> In
         return np.pad(part, ((0, 0), (0, width - part.shape[1])))
 
     one_segment = (index < end).astype(np.int32)
-    parts = (cut(tokens, None), cut(positions, index), cut(segment_ids, one_segment))
-    return Inputs(*map(jnp.asarray, parts))
+    return cut(tokens, None), cut(positions, index), cut(segment_ids, one_segment)

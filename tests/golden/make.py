@@ -13,7 +13,8 @@ import tempfile
 
 import numpy as np
 
-from tests import tiny
+from tests import tiny, vision
+from tests.golden import make_vision
 from tests.oracle import hf_logits
 from tests.oracle.draw import ROUNDING, router_gap
 
@@ -148,9 +149,12 @@ def continued(model, case, tokens):
 
 
 def main():
-    for name in sys.argv[1:] or CASES:
+    for name in sys.argv[1:] or [*CASES, *make_vision.LIKE]:
         try:
-            tiny.write_golden(name, compute(CASES[name]))
+            if name in make_vision.LIKE:
+                vision.write_golden(name, make_vision.compute(name))
+            else:
+                tiny.write_golden(name, compute(CASES[name]))
         except (KeyError, ValueError) as error:
             sys.exit(f"error: {name}: {error}")
         print(f"{name}: {(tiny.GOLDEN / f'{name}.npz').stat().st_size / 1024:.0f} KiB")

@@ -1,0 +1,255 @@
+"""Features of images on the devices: which tiles' are there, and which token reads which.
+
+In the tokens of a prompt the place of an image's feature has the image token. Inside the engine it
+has a reference: `vocab_size + i`, where i counts the features of all images of a call, so that
+prompts with the same images share prefixes and prompts with others do not. In a step it is
+`vocab_size + s`, where s is a row of the table of features that the step is given.
+
+The table holds a fixed number of tiles. A tile is computed when a step first reads one of its
+tokens, together with those that come after it, and gives way when others need room, the one that
+was read longest ago first.
+"""
+
+import collections
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer, UInt8
+
+from jaxmoe.compilation import KEEP_ROUNDINGS
+from jaxmoe.config import Llama4Config, VisionConfig
+from jaxmoe.errors import UserError
+from jaxmoe.generation.choices import on_all_devices
+from jaxmoe.images.picture import Picture
+from jaxmoe.model import vision
+
+TILES = 128  # of a table; of Scout they take 188 MB in bfloat16
+BATCHES = (16, 4, 1)  # tiles that are computed at once: few sizes, since each is compiled
+DECODED = 2  # pictures whose pixels are kept
+
+Encode = Callable[[Llama4Config, dict, jax.Array], jax.Array]
+
+
+class Tile(NamedTuple):
+    """One tile of a picture, which is the same tile in every picture with the same digest."""
+
+    digest: bytes
+    index: int
+
+
+class FeatureTable:
+    """The features of the tiles that were read last.
+
+    Attributes:
+        table: [tiles * tokens of a tile, D], on every device.
+        computed: how many tiles have been computed.
+    """
+
+    def __init__(
+        self,
+        config: Llama4Config,
+        params: dict,
+        *,
+        tiles: int = TILES,
+        encode: Encode = vision.tile_features,
+    ):
+        """An empty table on the current mesh.
+
+        Args:
+            tiles: how many it holds; a step that reads more of them makes it larger.
+            encode: `jaxmoe.model.vision.tile_features`, or a fork's function of the same arguments.
+
+        Raises:
+            UserError: if the model has no vision tower.
+        """
+        self._vision = vision_of(config)
+        self._config, self._params, self._encode = config, params, encode
+        self._slots: collections.OrderedDict[Tile, int] = collections.OrderedDict()
+        self._pixels = functools.lru_cache(DECODED)(lambda picture: picture.tiles())
+        self._free: list[int] = []
+        self._size = 0
+        self.table: Float[Array, "N D"] | None = None
+        self.computed = 0
+        self._grow(tiles)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Features of a tile."""
+        return self._vision.tokens_per_tile
+
+    def slots(self, tiles: Sequence[tuple[Picture, int]]) -> list[int]:
+        """The places of tiles in the table, which are computed if they are not there.
+
+        Args:
+            tiles: pictures, and which of their tiles.
+        """
+        wanted = {Tile(picture.digest, i): (picture, i) for picture, i in tiles}
+        self._grow(len(wanted))
+        for tile in wanted.keys() & self._slots.keys():
+            self._slots.move_to_end(tile)
+        missing = [place for tile, place in wanted.items() if tile not in self._slots]
+        if missing:
+            self._compute(self._with_next(missing, len(wanted)))
+        return [self._slots[Tile(picture.digest, i)] for picture, i in tiles]
+
+    def _with_next(self, missing: list[tuple[Picture, int]], wanted: int):
+        """Tiles that are missing, and those of their last picture that come next, to fill a batch.
+
+        Args:
+            wanted: tiles that a step reads, none of which may give way.
+        """
+        picture, last = missing[-1]
+        coming = [(picture, i) for i in range(last + 1, picture.num_tiles)]
+        coming = [(_, i) for _, i in coming if Tile(picture.digest, i) not in self._slots]
+        return missing + coming[: min(self._size - wanted, -len(missing) % BATCHES[0])]
+
+    def _compute(self, tiles: list[tuple[Picture, int]]) -> None:
+        for part in _batches(tiles):
+            pixels = np.stack([self._pixels(picture)[i] for picture, i in part])
+            slots = np.array([self._place() for _ in part], np.int32)
+            self.table = _write(
+                self._config, self._encode, self._params["vision"], pixels, self.table, slots
+            )
+            self._slots |= {
+                Tile(p.digest, i): int(n) for (p, i), n in zip(part, slots, strict=True)
+            }
+            self.computed += len(part)
+
+    def _place(self) -> int:
+        """A free place, or that of the tile that was read longest ago."""
+        return self._free.pop() if self._free else self._slots.popitem(last=False)[1]
+
+    def _grow(self, tiles: int) -> None:
+        """Makes room for so many tiles; those that are there stay."""
+        if tiles <= self._size:
+            return
+        tiles = max(tiles, 2 * self._size)
+        width, dtype = self._config.hidden_size, self._params["embed"].dtype
+        rows = (tiles - self._size) * self.tokens_per_tile
+        more = _zeros((rows, width), dtype)
+        self.table = more if self.table is None else _joined(self.table, more)
+        self._free = [*range(tiles - 1, self._size - 1, -1), *self._free]
+        self._size = tiles
+
+
+class References:
+    """The tokens of a call's prompts, with a reference at each place of an image's feature."""
+
+    def __init__(self, config: Llama4Config, table: FeatureTable):
+        self._config, self._table = config, table
+        self._tiles: list[tuple[Picture, int]] = []
+        self._first: dict[bytes, int] = {}  # a picture's first tile, by its digest
+
+    def of(
+        self, what: str, tokens: Sequence[int] | np.ndarray, pictures: Sequence[Picture]
+    ) -> np.ndarray:
+        """The tokens with references to the pictures' features, in order.
+
+        Args:
+            what: whose tokens, for an error message.
+
+        Raises:
+            UserError: if the tokens have more or fewer places than the pictures have features.
+        """
+        found = np.array(tokens, np.int32)
+        places = np.flatnonzero(found == self._config.image_token_id)
+        numbers = [self._numbers(picture) for picture in pictures]
+        count = sum(map(len, numbers))
+        if len(places) != count:
+            raise UserError(
+                f"{what} has {len(places)} image tokens for {len(pictures)} images of {count} "
+                "features; make its tokens of its images by a chat, or by the images' layout."
+            )
+        if numbers:
+            found[places] = self._config.vocab_size + np.concatenate(numbers)
+        return found
+
+    def _numbers(self, picture: Picture) -> np.ndarray:
+        """The numbers of a picture's features."""
+        if picture.digest not in self._first:
+            self._first[picture.digest] = len(self._tiles)
+            self._tiles += [(picture, i) for i in range(picture.num_tiles)]
+        each = self._table.tokens_per_tile
+        return self._first[picture.digest] * each + np.arange(picture.num_tiles * each)
+
+    def place(
+        self, tokens: Integer[np.ndarray, "*shape"]
+    ) -> tuple[Integer[np.ndarray, "*shape"], Float[Array, "N D"] | None]:
+        """The tokens of a step, whose references are rows of the table, and the table.
+
+        The table is None where no token is a reference.
+        """
+        vocabulary, each = self._config.vocab_size, self._table.tokens_per_tile
+        is_reference = tokens >= vocabulary
+        if not is_reference.any():
+            return tokens, None
+        tile, feature = np.divmod(tokens[is_reference] - vocabulary, each)
+        numbers, inverse = np.unique(tile, return_inverse=True)
+        slots = np.array(self._table.slots([self._tiles[n] for n in numbers]), np.int32)
+        tokens = tokens.copy()
+        tokens[is_reference] = vocabulary + slots[inverse] * each + feature
+        return tokens, self._table.table
+
+
+def without_references(config: Llama4Config, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Tokens of the vocabulary: the image token in place of references."""
+    found = np.asarray(tokens)
+    return np.where(found >= config.vocab_size, config.image_token_id, found)
+
+
+def vision_of(config: Llama4Config) -> VisionConfig:
+    """The sizes of the model's vision tower.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if config.vision is None:
+        raise UserError(
+            "the model has no vision tower; use a multimodal checkpoint, converted without "
+            "--text-only."
+        )
+    return config.vision
+
+
+def _batches(tiles: list) -> Iterator[list]:
+    """The tiles in as few batches as need no padding."""
+    start = 0
+    while start < len(tiles):
+        size = next(size for size in BATCHES if size <= len(tiles) - start)
+        yield tiles[start : start + size]
+        start += size
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "encode"),
+    donate_argnames="table",
+    compiler_options=KEEP_ROUNDINGS,
+)
+def _write(
+    config: Llama4Config,
+    encode: Encode,
+    params: dict,
+    pixels: UInt8[Array, "n side side channels"],
+    table: Float[Array, "N D"],
+    slots: Int[Array, "n"],
+) -> Float[Array, "N D"]:
+    """The table with the features of tiles in their places."""
+    features = encode(config, params, pixels).astype(table.dtype)
+    places = table.reshape(-1, *features.shape[1:])
+    written = places.at[slots].set(features)
+    return on_all_devices(written.reshape(table.shape))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zeros(shape: tuple[int, ...], dtype) -> jax.Array:
+    return on_all_devices(jnp.zeros(shape, dtype))
+
+
+@jax.jit
+def _joined(table: jax.Array, more: jax.Array) -> jax.Array:
+    return on_all_devices(jnp.concatenate([table, more]))
