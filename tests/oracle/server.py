@@ -2,8 +2,8 @@
 
 Runs in the oracle's environment. A request names `checkpoint`, `output` (npz to write), and either
 `tokens` (npz), `decode_from` and `greedy` for logits, or `moe_layer` (its index) and `input` (npy)
-for one layer's output; or `tokenizer` (a folder), `chats` (JSON) and `output` (JSON) for ids. The
-answer is `{}` or `{"error": ...}`.
+for one layer's output; or `tokenizer` (a folder), `chats` (JSON) and `output` (JSON) for ids; or
+`grids`, `each` and `output` (JSON) for images in a text. The answer is `{}` or `{"error": ...}`.
 """
 
 import json
@@ -21,6 +21,8 @@ import hf_moe
 def answer(request):
     if "chats" in request:
         hf_chat.write_ids(request["tokenizer"], request["chats"], request["output"])
+    elif "grids" in request:
+        hf_chat.write_layouts(request["grids"], request["each"], request["output"])
     elif "moe_layer" in request:
         answer_layer(request)
     else:
