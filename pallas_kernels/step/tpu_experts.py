@@ -8,7 +8,6 @@ this device, N busy experts with the shared one last; n a tile of outputs.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.experts.tpu_products import multiply, static_for
 from pallas_kernels.step.tpu_stream import (
     SLOTS,
     Matrix,
     Outbox,
     buffers,
     copy_tile,
-    multiply,
+    in_slot,
+    is_matrix,
     pad_tokens,
     share_of_core,
     stream,
@@ -78,19 +79,20 @@ def gate_up_tpu(
     F, N = shared[0].shape[1], known.busy.shape[0]
     n, tokens = tile_width(shared, [F]), -(-x.shape[0] // SUBLANES) * SUBLANES
     n = max(LANES, n // 2) if F % max(LANES, n // 2) == 0 else n  # a step has two tiles
-    matrices = [*jax.tree.leaves(routed), *jax.tree.leaves(shared)]
+    matrices = routed, shared
     kernel = pl.pallas_call(
-        functools.partial(_gate_up, _experts_here(routed), len(jax.tree.leaves(shared[0]))),
+        functools.partial(_gate_up, static_for(shared[0], n), _experts_here(routed)),
         out_shape=jax.ShapeDtypeStruct((N, tokens, F), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(known),
             grid=(num_cores(),),
             in_specs=[
-                pl.BlockSpec(x.shape, lambda core, *_: (0, 0)), *[IN_HBM] * len(matrices)
+                pl.BlockSpec(x.shape, lambda core, *_: (0, 0)),
+                jax.tree.map(lambda _: IN_HBM, matrices),
             ],
             out_specs=IN_HBM,
             scratch_shapes=[
-                buffers(shared[0], n) + buffers(shared[1], n),
+                tuple(buffers(w, n) for w in shared),
                 pltpu.SemaphoreType.DMA((SLOTS,)),
                 Outbox.types(tokens, n, x.dtype),
                 _Work.types(N, tokens),
@@ -101,11 +103,11 @@ def gate_up_tpu(
         interpret=interpret or False,
         name="experts_gate_up",
     )  # fmt: skip
-    return kernel(*known, x, *in_hbm(matrices))
+    return kernel(*known, x, in_hbm(matrices))
 
 
-def _gate_up(experts, leaves_each, expert, router_weight, busy, x_ref, *refs):
-    *matrices, out_ref, ring, copied, outbox, work, padded_ref = refs
+def _gate_up(static, experts, expert, router_weight, busy, x_ref, matrices, out_ref, *scratch):
+    ring, copied, outbox, work, padded_ref = scratch
     known, outbox = Busy(expert, router_weight, busy), Outbox(*outbox)
     pad_tokens(x_ref, padded_ref)
     used = _start(known, work, experts)
@@ -117,13 +119,11 @@ def _gate_up(experts, leaves_each, expert, router_weight, busy, x_ref, *refs):
 
     def copies(tile, slot, act):
         entry, outputs = place(tile)
-        _copy_expert(matrices, leaves_each, known, entry, outputs, ring, slot, copied, act)
+        _copy_expert(matrices, known, entry, outputs, ring, slot, copied, act)
 
     def use(tile, slot):
         entry, outputs = place(tile)
-        tiles = [buffer.at[slot] for buffer in ring]
-        x = padded_ref[...]
-        both = multiply(x, tiles[:leaves_each]), multiply(x, tiles[leaves_each:])
+        both = [multiply(static, padded_ref, in_slot(w, slot), 0) for w in ring]
         is_shared = entry == known.busy.shape[0] - 1
         weight = jnp.where(is_shared, 1.0, work.router_weight[:, :1])
         gate, up = (y * weight for y in both)
@@ -146,17 +146,18 @@ def down_tpu(
     """As `experts_down`."""
     (N, tokens, F), D = hidden.shape, shared.shape[1]
     n = tile_width([shared], [D])
-    matrices = [*jax.tree.leaves(routed), *jax.tree.leaves(shared)]
+    matrices = routed, shared
     kernel = pl.pallas_call(
-        functools.partial(_down, _experts_here(routed), len(jax.tree.leaves(shared))),
+        functools.partial(_down, static_for(shared, n), _experts_here(routed)),
         out_shape=jax.ShapeDtypeStruct((tokens, D), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(known),
             grid=(num_cores(),),
-            in_specs=[IN_HBM] * (1 + len(matrices)),
+            in_specs=[IN_HBM, jax.tree.map(lambda _: IN_HBM, matrices)],
             out_specs=IN_HBM,
             scratch_shapes=[
-                [*buffers(shared, n), pltpu.VMEM((SLOTS, tokens, F), hidden.dtype)],
+                buffers(shared, n),
+                pltpu.VMEM((SLOTS, tokens, F), hidden.dtype),
                 pltpu.SemaphoreType.DMA((SLOTS,)),
                 Outbox.types(tokens, n, jnp.float32),
                 _Work.types(N, tokens),
@@ -167,11 +168,11 @@ def down_tpu(
         interpret=interpret or False,
         name="experts_down",
     )
-    return kernel(*known, hidden, *in_hbm(matrices))
+    return kernel(*known, hidden, in_hbm(matrices))
 
 
-def _down(experts, leaves_each, expert, router_weight, busy, hidden_ref, *refs):
-    *matrices, out_ref, ring, copied, outbox, work, sum_ref = refs
+def _down(static, experts, expert, router_weight, busy, hidden_ref, matrices, out_ref, *scratch):
+    ring, rows, copied, outbox, work, sum_ref = scratch
     known, outbox = Busy(expert, router_weight, busy), Outbox(*outbox)
     used = _start(known, work, experts)
     n = sum_ref.shape[1]
@@ -179,12 +180,12 @@ def _down(experts, leaves_each, expert, router_weight, busy, hidden_ref, *refs):
 
     def copies(step, slot, act):
         entry, outputs = work.entries[step % used], pl.ds(step // used * n, n)
-        copy_tile([hidden_ref.at[entry]], ring[-1:], slot, copied, act)
-        _copy_expert(matrices, leaves_each, known, entry, outputs, ring[:-1], slot, copied, act)
+        copy_tile(hidden_ref.at[entry], rows, slot, copied, act)
+        _copy_expert(matrices, known, entry, outputs, ring, slot, copied, act)
 
     def use(step, slot):
         tile, entry = step // used, work.entries[step % used]
-        part = multiply(ring[-1][slot], [buffer.at[slot] for buffer in ring[:-1]])
+        part = multiply(static, rows.at[slot], in_slot(ring, slot), 0)
         part = jnp.where(_chose(known, work, entry, experts), part, 0.0)
         total = jnp.where(step % used == 0, 0.0, sum_ref[...]) + part
         sum_ref[...] = total
@@ -239,19 +240,15 @@ def _chose(known: Busy, work: _Work, entry, experts: int) -> jax.Array:
     return (mine <= most) & (mine >= least)
 
 
-def _copy_expert(
-    matrices: Sequence[Any], leaves_each: int, known: Busy, entry, outputs, ring, slot, copied, act
-) -> None:
+def _copy_expert(matrices, known: Busy, entry, outputs, ring, slot, copied, act) -> None:
     """Does `act` with the copies of a tile of an entry's matrices; the last entry is shared."""
-    count = len(ring)
-    routed, shared = matrices[:-count], matrices[-count:]
+    routed, shared = matrices
     is_shared = entry == known.busy.shape[0] - 1
 
-    def copy(refs, *outer):
-        each = range(0, count, leaves_each)
-        tiles = [part for i in each for part in tile_at(refs[i : i + leaves_each], outputs, *outer)]
+    def copy(kind, *outer):
+        tiles = jax.tree.map(lambda w: tile_at(w, outputs, *outer), kind, is_leaf=is_matrix)
         copy_tile(tiles, ring, slot, copied, act)
 
     pl.when(is_shared)(lambda: copy(shared))
-    if routed:
+    if routed is not None:
         pl.when(~is_shared)(lambda: copy(routed, known.busy[entry]))

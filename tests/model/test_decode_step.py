@@ -91,7 +91,7 @@ def as_float(x):
         pytest.param(hopper, 3, "int8", {}, None, marks=pytest.mark.hopper),
         (tpu, 1, "int8", {}, None),
         (tpu, 3, "bf16", {"use_qk_norm": False}, None),
-        (tpu, 2, "int8", {}, "int8"),
+        (tpu, 2, "int8", {}, "int4"),
     ],
 )
 def test_logits_and_cache_are_those_of_the_layers(hardware, rows, kv, changes, format):
