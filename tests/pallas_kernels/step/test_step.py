@@ -190,6 +190,7 @@ def gated(x, weights, router_weight=1.0):
         (4, [3, 4, 3], True),  # one token has no expert here
         (4, [2, 1, -1, 0, 0, 2, 0, 2, 3], True),  # more tokens than experts
         (4, [1, 1], False),  # another device has the shared expert
+        (4, [5, -1], False),  # and all others
         (0, [0, 0, 0], True),  # a dense layer
     ],
 )
