@@ -9,6 +9,7 @@ from jaxmoe.model.params import num_params
 from jaxmoe.plan import search
 from jaxmoe.plan.launches import launch_seconds
 from jaxmoe.plan.memory import largest_context
+from jaxmoe.plan.scheduled import schedule_factor
 from jaxmoe.plan.search import Candidate
 from jaxmoe.plan.targets import Target
 from jaxmoe.plan.vision import check_tiles, image_tokens
@@ -66,6 +67,12 @@ class Plan:
     def estimate(self) -> float:
         """Estimated seconds of a step: the bound plus the launches, which overlap with nothing."""
         return self.chosen.bounds.seconds + self.launches
+
+    @property
+    def scheduled(self) -> float | None:
+        """Seconds of a step on TPUs by the compiler's schedule, communication apart, or None."""
+        factor = schedule_factor(self.work, self.chosen.mesh, self.target)
+        return factor and factor * self.chosen.bounds.memory
 
     @property
     def tokens(self) -> int:
@@ -183,6 +190,11 @@ def notes(plan: Plan) -> list[str]:
             f"A launch is assumed to take {1e6 * target.launch:.1f} us, a small sum over devices "
             f"{1e6 * target.latency:.0f} us; how many there are is the compiler's count."
         )
+    if plan.scheduled:
+        lines.append(
+            "The schedule is the compiler's, of Scout with one row and this format of the cache, and "
+            "not a measurement: it counts no stalls and no communication."
+        )
     if target.compiler in ("a100", "l40s", "b200"):
         lines.append("The kernels for Hopper do not run there, XLA's and JAX's own do.")
     if target.is_tpu or target.compiler in ("a100", "l40s", "b200"):
@@ -226,6 +238,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "token": bounds.seconds / plan.tokens,
             "launches": plan.launches,
             "estimate": plan.estimate,
+            "scheduled": plan.scheduled,
         },
         "notes": notes(plan),
     }

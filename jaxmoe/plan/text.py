@@ -71,6 +71,8 @@ def speed_table(plan: Plan) -> Table:
     for name, (amount, seconds) in rows.items():
         binds = " (binds)" if name == bounds.binds else ""
         table.add_row(name + binds, amount, f"{1e3 * seconds:.3g}")
+    if plan.scheduled:
+        table.add_row("memory, by the compiler's schedule", "", f"{1e3 * plan.scheduled:.3g}")
     if plan.launches:
         table.add_row("launches, beside any of them", "", f"{1e3 * plan.launches:.3g}")
         table.add_row("estimate", "", f"{1e3 * plan.estimate:.3g}")

@@ -18,12 +18,11 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from pallas_kernels.attention import flash_xla
 from pallas_kernels.attention.masks import Coords, KeyRange, Mask
 from pallas_kernels.choice import Implementation
-from pallas_kernels.platform import target
+from pallas_kernels.tpu import LANES, why_not_tpu
 
 # Of the kernel's products; by default a TPU would round float32 operands to bfloat16.
 PRECISION = {"bfloat16": "default", "float32": "highest"}
 LARGEST_HEAD = 256  # what fits on chip
-LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +57,7 @@ def why_not(case) -> str | None:
         return "it takes no windows"
     if not case.in_order:
         return "it takes in_order calls only"
-    device = target()
-    if case.interpret is True or device.platform == "tpu":
-        return None
-    return f"it needs a TPU, and this is {device}"
+    return why_not_tpu(case.interpret)
 
 
 def flash_splash(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashSplashConfig):
@@ -149,7 +145,7 @@ def _kernel(case, length: int, block_q: int, block_k: int):
         splash.MultiHeadMask([mask] * case.heads),
         block_sizes=sizes,
         save_residuals=case.return_lse,
-        interpret=case.interpret is True,
+        interpret=bool(case.interpret),
     )
 
 

@@ -18,10 +18,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantized import INT4_GROUP_SIZE, STORED, QuantizedMatrix
-from pallas_kernels.tpu import LANES, dot
+from pallas_kernels.tpu import LANES, dot, mxu_fp8
 
 PAIR = 2 * INT4_GROUP_SIZE  # inputs of two int4 groups, which fill the lanes of a register
 FEW_ROWS = 16  # while the MXU loads a matrix it could multiply twice as many rows
+INPUTS = 5120  # that are multiplied at a time, at most
+
+
+def why_not_quantized(
+    format: str, group_size: int, inputs: int, groups: int, interpret: Any = None
+) -> str | None:
+    """Says why the products do not take a quantized matrix; None if they do.
+
+    Args:
+        format: of the values.
+        group_size: how many inputs of an output share a scale.
+        inputs: D.
+        groups: how many matrices are stored as one array.
+        interpret: parameters of an interpreter, or None.
+    """
+    if format != "int8" and mxu_fp8() is None:
+        return f"of {format} it needs a TPU v5 or later"
+    if format == "int4" and group_size != INT4_GROUP_SIZE:
+        return f"of int4 it takes one scale for {INT4_GROUP_SIZE} inputs, not {group_size}"
+    if format == "int4" and inputs % PAIR and groups > 1 and not interpret:
+        return (
+            f"of int4 it takes multiples of {PAIR} inputs, not {inputs}: XLA would "
+            "transpose the matrices of all groups at every call"
+        )
+    if group_size % LANES:
+        return f"of {format} it takes one scale for a multiple of {LANES} inputs, not {group_size}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +68,32 @@ class Static:
     columns: int
     step: int
     fp8: Any
+
+
+def static_for(
+    matrix: Any, columns: int, *, transposed: bool = False, inputs: int = INPUTS, fp8: Any = None
+) -> Static:
+    """The `Static` of a matrix, or of several of one kind.
+
+    Args:
+        matrix: [..., D, n] or a `QuantizedMatrix`.
+        columns: c.
+        transposed: whether an array is [..., n, D].
+        inputs: how many are multiplied at a time, at most.
+        fp8: the name of the fp8 type; None for that of the current device.
+    """
+    format, D = getattr(matrix, "format", None), matrix.shape[-1 if transposed else -2]
+    if format == "int4":
+        step = largest_divisor(max(PAIR, D // PAIR * PAIR), inputs, PAIR)
+    else:
+        step = largest_divisor(D if format is None else matrix.group_size, inputs, LANES)
+    fp8 = jnp.dtype(fp8 or mxu_fp8() or STORED["fp8"])
+    return Static(format is not None or transposed, columns, step, fp8)
+
+
+def largest_divisor(size: int, most: int, unit: int) -> int:
+    """The largest multiple of `unit` that divides `size` and is at most `most`."""
+    return next(n for n in range(most // unit * unit, 0, -unit) if size % n == 0)
 
 
 def multiply(static: Static, x, w: Any | QuantizedMatrix, first: int) -> jax.Array:

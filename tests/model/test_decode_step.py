@@ -12,6 +12,7 @@ from flax import nnx
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.decode_step import why_not_fused
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.kv_cache import init_cache, round_capacity
 from jaxmoe.model.params import abstract_params, init_params, quantize_params
 from jaxmoe.model.transformer import forward, unembed
@@ -29,6 +30,7 @@ TPU_SMALL = dataclasses.replace(
     SMALL, intermediate_size=256, intermediate_size_mlp=256, num_attention_heads=4,
     num_key_value_heads=2,
 )  # fmt: skip
+INTERPRETED = Kernels(interpret=INTERPRET)
 PREFIX = 70  # tokens: the newest are a chunk behind the first
 
 
@@ -64,8 +66,9 @@ def step(config, cache, new, format=None, params=None, **options):
 
 
 def fused(config, cache, new, hardware=hopper, format=None, params=None):
+    kernels = Kernels(interpret=hardware.INTERPRET)
     with hardware.no_races():
-        return step(config, cache, new, format, params, interpret=hardware.INTERPRET)
+        return step(config, cache, new, format, params, kernels=kernels)
 
 
 def slots_that_differ(one, other):
@@ -88,7 +91,7 @@ def as_float(x):
         pytest.param(hopper, 3, "int8", {}, None, marks=pytest.mark.hopper),
         (tpu, 1, "int8", {}, None),
         (tpu, 3, "bf16", {"use_qk_norm": False}, None),
-        (tpu, 2, "int8", {}, "int8"),
+        (tpu, 2, "int8", {}, "int4"),
     ],
 )
 def test_logits_and_cache_are_those_of_the_layers(hardware, rows, kv, changes, format):
@@ -129,7 +132,7 @@ def test_padding_writes_nothing_and_rows_stay_apart():
     cache, _ = filled(SMALL, 3, "int8")
     logits = []
     for embed in (parameters(SMALL)["embed"], params["embed"]):
-        run = functools.partial(forward, SMALL, params | {"embed": embed}, interpret=INTERPRET)
+        run = functools.partial(forward, SMALL, params | {"embed": embed}, kernels=INTERPRETED)
         out = jax.jit(lambda cache, *new, run=run: run(*new, cache))(
             cache, tokens, positions, segments
         )

@@ -41,7 +41,7 @@ def temporaries(topology, function, *arguments):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("format", [None, "int8", "fp8"])
+@pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_products(topology, tokens, devices, format):
     """No matrix is widened or transposed in memory."""
@@ -53,7 +53,7 @@ def test_products(topology, tokens, devices, format):
     assert temporaries(topology, lambda x, w: matmul_few(x, (w,)), x, o) < 2**23
 
 
-@pytest.mark.parametrize("format", [None, "int8"])
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize(("experts", "devices"), [(16, 8), (128, 8), (16, 1)])
 def test_experts(topology, tokens, experts, devices, format):
     F, N = 8192 // devices, min(tokens, experts) + 1
