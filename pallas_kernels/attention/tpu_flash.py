@@ -41,7 +41,7 @@ class Static(NamedTuple):
     paired: bool
 
     def row(self, rows: Iterable[jax.Array]) -> jax.Array:
-        """Numbers of pages' keys [1, t] as one row [1, T], in the order in which they are multiplied."""
+        """Numbers of pages' keys [1, t] as one row [1, T], in the order of the products."""
         return joined(in_order_of_places(x) if self.paired else x for x in rows)
 
 

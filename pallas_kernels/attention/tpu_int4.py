@@ -10,7 +10,7 @@ of both, or the second.
 Shape letters are those of `decode_tpu`; w numbers of a key in a half.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -58,24 +58,29 @@ def own_numbers(sums: Float[Array, "two_R two_w"], rows: int) -> list[Float[Arra
 def by_place(x: jax.Array) -> jax.Array:
     """Numbers of keys [N, ..., t] by place in a pair, in the order of lines: [2, N / 2, ..., t]."""
     half, (*outer, tokens) = x.shape[0] // PAIR, x.shape[1:]
-    pages = [each.reshape(-1, tokens) for each in (x[:half], x[half:])]
-    lane = lax.broadcasted_iota(jnp.int32, pages[0].shape, 1)
-    first_page, pair = lane < tokens // PAIR, lane % (tokens // PAIR)
-
-    def of(place: int):
-        index = PAIR * pair + place
-        one, other = (jnp.take_along_axis(x, index, 1, mode="promise_in_bounds") for x in pages)
-        return jnp.where(first_page, one, other).reshape(half, *outer, tokens)
-
-    return jnp.stack([of(place) for place in range(PAIR)])
+    pages, pairs = (each.reshape(-1, tokens) for each in (x[:half], x[half:])), tokens // PAIR
+    one, other = (
+        [_taken(page, lambda i, place=place: PAIR * (i % pairs) + place) for place in range(PAIR)]
+        for page in pages
+    )
+    of_one = lax.broadcasted_iota(jnp.int32, one[0].shape, 1) < pairs
+    lines = jnp.stack([jnp.where(of_one, *each) for each in zip(one, other, strict=True)])
+    return lines.reshape(PAIR, half, *outer, tokens)
 
 
 def in_order_of_places(x: jax.Array) -> jax.Array:
     """Numbers [1, t] of a page's keys: those of the first keys of pairs, then the others."""
-    x = jnp.broadcast_to(x, (SUBLANES, x.shape[1]))  # a lone row cannot be permuted
-    lane, tokens = lax.broadcasted_iota(jnp.int32, x.shape, 1), x.shape[1]
-    index = PAIR * (lane % (tokens // PAIR)) + lane // (tokens // PAIR)
-    return jnp.take_along_axis(x, index, 1, mode="promise_in_bounds")[:1]
+    pairs = x.shape[1] // PAIR
+    return _taken(x, lambda i: PAIR * (i % pairs) + i // pairs)
+
+
+def _taken(x: jax.Array, source: Callable) -> jax.Array:
+    """x [r, t] with each number i of a row from its place `source(i)`."""
+    rows, tokens = x.shape
+    if rows == 1:  # the compiler permutes no lone row
+        x = jnp.broadcast_to(x, (SUBLANES, tokens))
+    index = source(lax.broadcasted_iota(jnp.int32, x.shape, 1))
+    return jnp.take_along_axis(x, index, 1, mode="promise_in_bounds")[:rows]
 
 
 def keys_in_order_of_places(x: Int[Array, "N pairs bytes"], dtype) -> Float[Array, "keys d"]:
