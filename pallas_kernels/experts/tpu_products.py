@@ -1,8 +1,8 @@
 """Products of a block of rows with a tile of a matrix on TPUs: plain, int8, fp8 or int4.
 
-The MXU widens fp8 while it loads a matrix; int8 is widened before. int4 needs no conversion: fp8
-numbers whose bits are 0 to 15 are these multiples of the smallest one. So half a byte, increased by
-8, is an fp8 number, and 8 times the sum of a row's inputs is subtracted from its product.
+The MXU widens fp8 while it loads a matrix; int8 is widened before. int4 needs no conversion: half a
+byte, increased by 8, is an fp8 number (`low_halves`), and 8 times the sum of a row's inputs is
+subtracted from its product.
 
 Shape letters: b rows of a block, D inputs, n outputs of a tile, G scales of an output, c outputs
 that are multiplied at a time.
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantized import INT4_GROUP_SIZE, STORED, QuantizedMatrix
-from pallas_kernels.tpu import LANES, dot, mxu_fp8
+from pallas_kernels.tpu import LANES, dot, increase, low_halves, mxu_fp8, smallest
 
 PAIR = 2 * INT4_GROUP_SIZE  # inputs of two int4 groups, which fill the lanes of a register
 FEW_ROWS = 16  # while the MXU loads a matrix it could multiply twice as many rows
@@ -122,12 +122,7 @@ def _factor(static: Static, format: str | None) -> float:
     """What a value is, over the fp8 number that stands for it."""
     if format not in ("int4", "fp8"):
         return 1.0
-    return (1.0 if format == "int4" else _smallest(STORED["fp8"])) / _smallest(static.fp8)
-
-
-def _smallest(dtype) -> float:
-    """The smallest positive number, whose bits are 1."""
-    return float(jnp.finfo(dtype).smallest_subnormal)
+    return (1.0 if format == "int4" else smallest(STORED["fp8"])) / smallest(static.fp8)
 
 
 def _add_plain(static: Static, x, w, columns, index, total):
@@ -179,7 +174,7 @@ def _add_last_group(static: Static, x, w: QuantizedMatrix, columns, total):
 
 def _of_group(rows, packed, fp8) -> jax.Array:
     """The product with a group, whose values are the low halves of bytes, in their order."""
-    return dot(rows, _low_halves(packed, fp8), transposed=True) - _increase(rows, fp8)
+    return dot(rows, low_halves(packed, fp8), transposed=True) - increase(rows, fp8)
 
 
 def _pair(rows, packed, fp8) -> list[jax.Array]:
@@ -205,19 +200,9 @@ def _pair_of_few(rows, packed, fp8) -> list[jax.Array]:
     low = [jnp.where(first, x, 0), jnp.where(first, 0, _swap_halves(y))]
     high = [jnp.where(first, _swap_halves(x), 0), jnp.where(first, 0, y)]
     low, high = (jnp.concatenate(z).astype(rows[0].dtype) for z in (low, high))
-    product = dot(low, _low_halves(packed, fp8), transposed=True)
-    product += dot(high, _low_halves(packed >> 4, fp8), transposed=True)
-    return jnp.split(product - jnp.concatenate([_increase(z, fp8) for z in rows]), 2)
-
-
-def _low_halves(packed, fp8) -> jax.Array:
-    """The low half of each byte, increased by 8, as a multiple of the smallest fp8 number."""
-    return pltpu.bitcast((packed & 0x0F0F0F0F) ^ 0x08080808, fp8)
-
-
-def _increase(rows, fp8) -> jax.Array:
-    """By how much those 8 increase the products of rows [b, 128]; returns [b, 1]."""
-    return rows.astype(jnp.float32).sum(-1, keepdims=True) * (8 * _smallest(fp8))
+    product = dot(low, low_halves(packed, fp8), transposed=True)
+    product += dot(high, low_halves(packed >> 4, fp8), transposed=True)
+    return jnp.split(product - jnp.concatenate([increase(z, fp8) for z in rows]), 2)
 
 
 def _first_half(array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.compile.absent import absent_tpus, lower_for
-from pallas_kernels.quantized import quantize, quantize_matrix
+from pallas_kernels.quantized import in_pairs, quantize, quantize_matrix
 from pallas_kernels.step import (
     HeadPlan,
     add_rms_norm,
@@ -70,13 +70,13 @@ def test_experts(topology, tokens, experts, devices, format):
     assert temporaries(topology, run, *arrays) < 2**22 + 2 * N * rows * F
 
 
-@pytest.mark.parametrize("format", [None, "int8", "fp8"])
+@pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
 @pytest.mark.parametrize("kv_heads", [1, 8])
 def test_heads_and_norm(topology, tokens, kv_heads, format):
     heads = 5 * kv_heads
     pool = shaped(1024, kv_heads, 128, d)
     if format is not None:
-        pool = jax.eval_shape(lambda x: quantize(x, format), pool)
+        pool = jax.eval_shape(lambda x: in_pairs(quantize(x, format)), pool)
     qkv = shaped(1, -(-tokens // 8) * 8, (heads + 2 * kv_heads) * d, dtype=jnp.float32)
     angle, slot = shaped(64, d, dtype=jnp.float32), shaped(tokens, dtype=jnp.int32)
 

@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.model.kv_cache.layer import write
 from jaxmoe.model.layers import rms_norm, rms_normalize, rotate
 from pallas_kernels.compile.absent import absent_h100s, lower_for
-from pallas_kernels.quantized import dequantize_matrix, quantize, quantize_matrix
+from pallas_kernels.quantized import dequantize_matrix, in_pairs, quantize, quantize_matrix
 from pallas_kernels.step import (
     HeadPlan,
     add_rms_norm,
@@ -106,7 +106,7 @@ def test_norm(interpreted, tokens, adds):
 
 def empty(format, kv_heads):
     zeros = jnp.zeros((PAGES, kv_heads, PAGE, d), jnp.bfloat16)
-    return quantize(zeros, format) if format else zeros
+    return in_pairs(quantize(zeros, format)) if format else zeros
 
 
 def head_plan(tokens, local, place):
