@@ -184,8 +184,8 @@ def notes(plan: Plan) -> list[str]:
         )
     if plan.scheduled:
         lines.append(
-            "The schedule is the compiler's, of Scout with one row and this format of the cache, and "
-            "not a measurement: it counts no stalls and no communication."
+            "The schedule is the compiler's, of Scout with one row and this format of the cache, "
+            "and not a measurement: it counts no stalls and no communication."
         )
     if target.compiler in ("a100", "l40s", "b200"):
         lines.append("The kernels for Hopper do not run there, XLA's and JAX's own do.")
