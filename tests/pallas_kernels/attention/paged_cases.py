@@ -84,7 +84,7 @@ class Problem:
         return out, lse
 
     def rows(self, x):
-        """Queries [1, H, S, ...] with a row for each sequence, [B, H, most, ...], padded by zeros."""
+        """Queries [1, H, S, ...] as [B, H, most, ...]: a row for each sequence, then zeros."""
         rows = np.zeros((len(NEW), x.shape[1], max(NEW), *x.shape[3:]), x.dtype)
         for row, new in enumerate(NEW):
             rows[row, :, :new] = np.asarray(x)[0][:, self.of(row + 1)]
