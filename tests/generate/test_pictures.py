@@ -144,11 +144,11 @@ BAD = {
     ),
     "more pictures than places": (
         {"prompt": "<image>", "images": ["small.png", "small.png"]},
-        ["1 places for pictures, and 2 pictures"],
+        ["given: 2, places for them in the text: 1"],
     ),
     "more places than pictures": (
         {"prompt": "<image><|image|>", "images": ["small.png"]},
-        ["2 places for pictures, and 1 pictures"],
+        ["given: 1, places for them in the text: 2"],
     ),
     "no list": ({"prompt": "<image>", "images": "small.png"}, ["images is no list of pictures"]),
     "an URL": (
