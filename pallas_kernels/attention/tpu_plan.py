@@ -26,6 +26,7 @@ from pallas_kernels.tpu import LANES, num_cores
 
 MOST_PAGES = LANES - 2  # of a block: with two more numbers they fill an entry of the list
 LONG, MIDDLE, SHORT = 4096, 1024, 512  # keys a block
+INT4_BLOCKS = 3  # times as many keys of int4: the bytes of a block outweigh what it costs besides
 MANY_ROWS = 8
 
 
@@ -58,7 +59,9 @@ def config_for(case) -> DecodeTpuConfig:
     if tuned := tuning.lookup("decode", cache=case.cache, head_dim=case.head_dim, few_rows=few):
         return DecodeTpuConfig(**tuned, cores=num_cores())
     size = LONG if few else MIDDLE
-    return DecodeTpuConfig(size if case.keys >= 4 * size else SHORT, cores=num_cores())
+    sizes = (INT4_BLOCKS * size, size) if case.cache == "int4" else (size,)
+    fitting = (size for size in sizes if case.keys >= 4 * size)
+    return DecodeTpuConfig(next(fitting, SHORT), cores=num_cores())
 
 
 class Visits(NamedTuple):

@@ -151,7 +151,6 @@ MESHES = [
     "expert=4,sequence=2",
     "data=2,tensor=2,sequence=2",
     "fsdp=4,tensor=2",
-    "data=2,tensor=4",
 ]
 
 
