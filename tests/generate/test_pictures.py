@@ -276,7 +276,6 @@ def test_flags_put_pictures_before_the_prompt(checkpoint, folder):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--prompts", "x.jsonl", "--image", "a.png"], "--image goes with --prompt"),
         (["--prompt", "a", "--image", "gone.png"], r"images\[0\] \('.*gone.png'\) cannot be read"),
         (["--prompt", "a", "--image", "http://a/b.png"], "--allow-network"),
         (["--prompt", "a", "--max-tiles", "0"], "--max-tiles 0 is not a whole number"),
@@ -285,6 +284,13 @@ def test_flags_put_pictures_before_the_prompt(checkpoint, folder):
 def test_flags_that_cannot_be(flags, complaint, checkpoint):
     with pytest.raises(UserError, match=complaint):
         by_flags(checkpoint, *flags)
+
+
+def test_pictures_of_a_file_of_requests_stand_in_it(monkeypatch):
+    flags = "--prompts", "x.jsonl", "--image", "a.png"
+    monkeypatch.setattr("sys.argv", ["generate", "model", *flags])
+    with pytest.raises(UserError, match=r"--image goes with --prompt; .*\"images\""):
+        generate.main()
 
 
 def test_flags_of_a_model_without_a_tower(checkpoint, folder):
