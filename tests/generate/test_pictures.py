@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import threading
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from jaxmoe.generation.checking import Checker
 from jaxmoe.generation.jobs import Refusal, read_requests
 from jaxmoe.generation.request import fit_context
 from jaxmoe.hf_config import from_hf
-from jaxmoe.images import ImageSettings, ImageTokens, PictureReader, open_picture
+from jaxmoe.images import ImageSettings, ImageTokens, PictureReader, decoding, open_picture
 from jaxmoe.model.params import init_params
 from jaxmoe.text import render, render_chat
 from tests.conftest import one_device
@@ -135,6 +136,20 @@ def test_tokens_with_images(folder):
     )
     assert marked.tokens == whole.tokens == (5, *layout)
     assert marked.pictures == whole.pictures == (of_small(),)
+
+
+def test_pictures_of_several_lines_are_decoded_side_by_side(folder, monkeypatch):
+    both = threading.Barrier(2, timeout=20)
+    decode = decoding.decode
+    monkeypatch.setattr(
+        "jaxmoe.images.picture.decode", lambda *given: (both.wait(), decode(*given))[1]
+    )
+    lines = []
+    for i in range(4):
+        noise(i).save(folder / f"{i}.png")
+        lines.append({"prompt": "<image>", "images": [f"{i}.png"]})
+    found = read(folder, *lines)
+    assert [request.pictures[0].name[-7:-2] for request in found] == [f"{i}.png" for i in range(4)]
 
 
 BAD = {
