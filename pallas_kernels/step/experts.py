@@ -69,14 +69,15 @@ def experts_gate_up(
     shared: tuple[Any, Any],
     expert: Int[Array, "T_or_more"],
     router_weight: Float[Array, "T_or_more"],
-    busy: Int[Array, "N"],
+    busy: Int[Array, "N_or_more"],
     *,
     interpret=None,
 ) -> Float[Array, "N C F"]:
     """Hidden values of each busy expert: silu(s * x @ gate) * (s * x @ up).
 
     They are zero for tokens that chose another expert. The experts are in the order of `busy`; on
-    TPUs those that tokens chose come first, in the order of the tokens, then the shared one.
+    TPUs those that tokens chose come first, in the order of the tokens, then the shared one, and N
+    counts the tokens in `x` only.
 
     Args:
         x: tokens, bfloat16.
@@ -148,7 +149,7 @@ def experts_down(
     routed: Any,
     shared: Any,
     expert: Int[Array, "T_or_more"],
-    busy: Int[Array, "N"],
+    busy: Int[Array, "N_or_more"],
     *,
     interpret=None,
 ) -> Float[Array, "C D"]:

@@ -63,7 +63,7 @@ class Problem:
         return self.q_coords[1, 0] == number
 
     def pages_of(self, number):
-        """Those of a sequence, in order."""
+        """The pages of one sequence, by its number, in the order of its keys."""
         return self.pages[0][self.owners[0] == number]
 
     def expected(self, q, k, v, mask):
@@ -88,7 +88,7 @@ class Problem:
         return out, lse
 
     def rows(self, x):
-        """Of queries [1, H, S, ...] those of each sequence as a row [B, H, most, ...]."""
+        """Queries [1, H, S, ...] as [B, H, most, ...]: a row for each sequence, then zeros."""
         rows = np.zeros((len(NEW), x.shape[1], max(NEW), *x.shape[3:]), x.dtype)
         for row, new in enumerate(NEW):
             rows[row, :, :new] = np.asarray(x)[0][:, self.of(row + 1)]

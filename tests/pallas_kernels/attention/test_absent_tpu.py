@@ -21,7 +21,10 @@ def shaped(*shape, dtype=jnp.int32):
 
 
 def arguments(rows, kv_heads, queries, columns, format, pages=None):
-    """Of rows with so many pages each, in a pool that has as many as all of them, or `pages`."""
+    """The arguments of decode attention, as shapes: `columns` pages a row, in a pool of `pages`.
+
+    By default the pool has a page for each of those of the rows, and one of padding.
+    """
     pages = rows * columns + 1 if pages is None else pages
     keys = shaped(pages, kv_heads, PAGE, SIZE, dtype=jnp.bfloat16)
     if format != "bf16":
