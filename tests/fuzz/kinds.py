@@ -280,6 +280,9 @@ def _read_pictures(folder: Path) -> list:
     return [(picture, len(picture.tiles())) for picture in pictures]
 
 
+IMAGE = 262  # of _picture_tokenizer
+
+
 def _write_picture_jobs(folder: Path) -> None:
     file = io.BytesIO()
     COLOUR.save(file, "PNG")
@@ -295,7 +298,7 @@ def _write_picture_jobs(folder: Path) -> None:
             "images": ["a.jpg", {"bytes": None, "path": "a.jpg"}],
         },
         {"id": 3, "messages": [{"role": "user", "content": "a <image>", "images": ["a.jpg"]}]},
-        {"id": 4, "tokens": [5, 258], "images": [{"base64": text}]},
+        {"id": 4, "tokens": [5, IMAGE], "images": [{"base64": text}]},
         {"id": 5, "messages": [{"role": "tool", "content": [{"type": "image", "path": "a.jpg"}]}]},
     ]
     (folder / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

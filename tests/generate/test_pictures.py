@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import threading
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from jaxmoe.generation.checking import Checker
 from jaxmoe.generation.jobs import Refusal, read_requests
 from jaxmoe.generation.request import fit_context
 from jaxmoe.hf_config import from_hf
-from jaxmoe.images import ImageSettings, ImageTokens, PictureReader, open_picture
+from jaxmoe.images import ImageSettings, ImageTokens, PictureReader, decoding, open_picture
 from jaxmoe.model.params import init_params
 from jaxmoe.text import render, render_chat
 from tests.conftest import one_device
@@ -137,6 +138,20 @@ def test_tokens_with_images(folder):
     assert marked.pictures == whole.pictures == (of_small(),)
 
 
+def test_pictures_of_several_lines_are_decoded_side_by_side(folder, monkeypatch):
+    both = threading.Barrier(2, timeout=20)
+    decode = decoding.decode
+    monkeypatch.setattr(
+        "jaxmoe.images.picture.decode", lambda *given: (both.wait(), decode(*given))[1]
+    )
+    lines = []
+    for i in range(4):
+        noise(i).save(folder / f"{i}.png")
+        lines.append({"prompt": "<image>", "images": [f"{i}.png"]})
+    found = read(folder, *lines)
+    assert [request.pictures[0].name[-7:-2] for request in found] == [f"{i}.png" for i in range(4)]
+
+
 BAD = {
     "a file that is cut off": (
         {"prompt": "<image>", "images": ["cut.png"]},
@@ -144,11 +159,11 @@ BAD = {
     ),
     "more pictures than places": (
         {"prompt": "<image>", "images": ["small.png", "small.png"]},
-        ["1 places for pictures, and 2 pictures"],
+        ["given: 2, places for them in the text: 1"],
     ),
     "more places than pictures": (
         {"prompt": "<image><|image|>", "images": ["small.png"]},
-        ["2 places for pictures, and 1 pictures"],
+        ["given: 1, places for them in the text: 2"],
     ),
     "no list": ({"prompt": "<image>", "images": "small.png"}, ["images is no list of pictures"]),
     "an URL": (
@@ -276,7 +291,6 @@ def test_flags_put_pictures_before_the_prompt(checkpoint, folder):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--prompts", "x.jsonl", "--image", "a.png"], "--image goes with --prompt"),
         (["--prompt", "a", "--image", "gone.png"], r"images\[0\] \('.*gone.png'\) cannot be read"),
         (["--prompt", "a", "--image", "http://a/b.png"], "--allow-network"),
         (["--prompt", "a", "--max-tiles", "0"], "--max-tiles 0 is not a whole number"),
@@ -285,6 +299,13 @@ def test_flags_put_pictures_before_the_prompt(checkpoint, folder):
 def test_flags_that_cannot_be(flags, complaint, checkpoint):
     with pytest.raises(UserError, match=complaint):
         by_flags(checkpoint, *flags)
+
+
+def test_pictures_of_a_file_of_requests_stand_in_it(monkeypatch):
+    flags = "--prompts", "x.jsonl", "--image", "a.png"
+    monkeypatch.setattr("sys.argv", ["generate", "model", *flags])
+    with pytest.raises(UserError, match=r"--image goes with --prompt; .*\"images\""):
+        generate.main()
 
 
 def test_flags_of_a_model_without_a_tower(checkpoint, folder):

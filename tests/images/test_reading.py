@@ -7,6 +7,7 @@ import struct
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,7 +192,8 @@ def test_a_picture_from_anywhere_is_the_same(name, tmp_path):
     found = open_picture(SOURCES[name](file, content, text, url), SETTINGS, "x")
     known = open_picture(PLAIN, SETTINGS, "y")
     assert found == known and found.digest == known.digest
-    assert isinstance(found.source, bytes) or found.source.is_absolute()
+    assert not isinstance(found.source, Path) or found.source.is_absolute()
+    np.testing.assert_array_equal(found.tiles(), known.tiles())
 
 
 def test_other_pixels_or_another_grid_have_another_digest():
@@ -242,6 +244,8 @@ def test_a_picture_does_not_keep_its_pixels(tmp_path):
     picture = open_picture(file, SETTINGS, "x")
     kept = [value for value in vars(picture).values() if isinstance(value, bytes | np.ndarray)]
     assert sum(map(len, kept)) < 100
+    kept = open_picture(Image.new("RGB", (2000, 2000)), SETTINGS, "x").source.content
+    assert len(kept) < 100_000
 
 
 def test_a_file_that_changed_is_refused_when_its_tiles_are_needed(tmp_path):

@@ -95,7 +95,7 @@ def test_the_tokens_of_two_by_two_tiles():
     assert text(ids.layout((1, 1), 2)) == "SIPPE"
     expanded = ids.expand(map(ord, "aIIb"), [(1, 1), (2, 1)], 1)
     assert text(expanded) == "a" + "SIPE" + "SPYPYIPE" + "b"
-    with pytest.raises(UserError, match="2 places for pictures, and 1 picture"):
+    with pytest.raises(UserError, match="given: 1, places for them in the text: 2"):
         ids.expand(map(ord, "aIIb"), [(1, 1)], 1)
 
 

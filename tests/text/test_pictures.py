@@ -173,7 +173,7 @@ def test_a_list_beside_all_messages_belongs_to_all_places(tokenizer):
     [("<image>", [], (1, 0)), ("a", [SMALL], (0, 1)), ("<image><|image|>", [SMALL], (2, 1))],
 )
 def test_as_many_places_as_pictures(content, images, counts, tokenizer):
-    complaint = "has {} places for pictures, and {} pictures".format(*counts)
+    complaint = "given: {1}, places for them in the text: {0};".format(*counts)
     message = {"role": "user", "content": content}
     with pytest.raises(UserError, match=rf"messages\[1\]: .*{complaint}"):
         render_chat([user(item("a")), message | {"images": images}], tokenizer, reader())
@@ -270,7 +270,7 @@ def test_places_of_a_text():
 
 
 def test_a_prompt_has_as_many_places_as_pictures(plain):
-    with pytest.raises(UserError, match="has 0 places for pictures, and 1 pictures"):
+    with pytest.raises(UserError, match="given: 1, places for them in the text: 0"):
         text_prompt(["a"], plain, reader(), [SMALL])
     with pytest.raises(UserError, match=r"images\[0\] is a picture, and there is no vision tower"):
         text_prompt(["a", ""], plain, None, [SMALL])
