@@ -321,6 +321,9 @@ class Engine:
 
     def _completion(self, request: Request) -> Completion:
         sampling = _sampling(request)
+        if self._references is not None:
+            tokens = without_references(self._config, request.tokens).tolist()
+            request = dataclasses.replace(request, tokens=tuple(tokens))
         matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
         return Completion(request, sampling, self._stop_ids, self._tokenizer, matcher)
 

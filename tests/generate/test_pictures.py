@@ -349,7 +349,6 @@ def test_a_prompt_and_a_chat_see_pictures(llm):
     assert chat.usage["prompt_tokens"] == len(prompt.tokens) and chat.error is None
 
 
-@pytest.mark.xfail(strict=True, reason="the engine's own numbers of features are in the result")
 def test_the_tokens_of_a_result_are_the_prompts(llm):
     (result,) = llm.generate({"prompt": "<image>a", "images": [SMALL]}, GREEDY, max_new_tokens=1)
     layout = IDS.layout((1, 1), SETTINGS.tokens_per_tile)
