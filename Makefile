@@ -53,6 +53,7 @@ newest: $(VENV_NEWEST)/.project
 
 bench: $(VENV)/.project $(VENV_ORACLE)/.locked
 	$(with_oracle) $(python) scripts/benchmark.py cpu
+	$(with_oracle) $(python) scripts/benchmark.py vision
 
 lock:
 	.ci/lock $(BUILD)

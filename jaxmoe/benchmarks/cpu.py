@@ -1,7 +1,6 @@
 """`jaxmoe benchmark cpu`: prefill and greedy decode against transformers, on the same weights."""
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -13,10 +12,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxmoe.benchmarks.oracle import machine, run_script, write_model
+from jaxmoe.benchmarks.oracle import machine, oracle_python, run_script, write_model
 from jaxmoe.benchmarks.timing import today, versions, write_json
 from jaxmoe.config import Llama4Config, RopeScaling, layer_kinds
-from jaxmoe.errors import UserError
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.model.params import init_params, num_params
@@ -41,11 +39,8 @@ MODEL = Llama4Config(
 
 def run_cpu(args: argparse.Namespace) -> None:
     """Measures, writes the figures and prints them."""
-    oracle = os.environ.get("JAXMOE_ORACLE_PYTHON")
-    if not oracle:
-        raise UserError("JAXMOE_ORACLE_PYTHON is not set; run `make bench`, which sets it.")
     jax.config.update("jax_platforms", "cpu")
-    figures = benchmark_cpu(args, oracle)
+    figures = benchmark_cpu(args, oracle_python())
     write_json(args.output, figures)
     Console().print(cpu_table(figures))
 

@@ -20,6 +20,18 @@ def one_device() -> jax.sharding.Mesh:
     return MeshConfig().make(jax.devices()[:1])
 
 
+def oracle_python() -> str:
+    """The Python of an environment with torch and transformers.
+
+    Raises:
+        UserError: if no variable names it.
+    """
+    python = os.environ.get("JAXMOE_ORACLE_PYTHON")
+    if not python:
+        raise UserError("JAXMOE_ORACLE_PYTHON is not set; run `make bench`, which sets it.")
+    return python
+
+
 def write_model(folder: Path, config: Llama4Config, params: dict) -> Path:
     """Writes a model in the Hugging Face layout below a folder; returns its own folder."""
     layout = jax.sharding.NamedSharding(one_device(), jax.sharding.PartitionSpec())

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import statistics
 import tempfile
 import time
@@ -15,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.benchmarks import cpu
-from jaxmoe.benchmarks.oracle import machine, run_script, write_model
+from jaxmoe.benchmarks.oracle import machine, oracle_python, run_script, write_model
 from jaxmoe.benchmarks.timing import today, versions, write_json
 from jaxmoe.config import Llama4Config, VisionConfig
-from jaxmoe.errors import UserError
 from jaxmoe.model.params import init_params
 from jaxmoe.model.vision import tile_features
 from jaxmoe.plan.vision import tile_flops
@@ -29,11 +27,8 @@ SIDES = ("jaxmoe", "transformers")
 
 def run_vision(args: argparse.Namespace) -> None:
     """Measures, writes the figures and prints them."""
-    oracle = os.environ.get("JAXMOE_ORACLE_PYTHON")
-    if not oracle:
-        raise UserError("JAXMOE_ORACLE_PYTHON is not set; `make bench` says how to set it.")
     jax.config.update("jax_platforms", "cpu")
-    figures = benchmark_vision(args, oracle)
+    figures = benchmark_vision(args, oracle_python())
     write_json(args.output, figures)
     Console().print(vision_table(figures))
 
