@@ -6,14 +6,17 @@ import textwrap
 from pathlib import Path
 
 from jaxmoe.benchmarks import tables
+from jaxmoe.plan import scheduled
 
 ROOT = Path(__file__).parent.parent
+TPUS = "v5p", "v6e"
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         document.write_text(filled(document.read_text()))
+    scheduled.FILE.write_text(schedule_factors())
 
 
 def filled(text: str) -> str:
@@ -64,11 +67,21 @@ def _quantized() -> str:
 
 
 def _schedule() -> str:
-    return schedule_markdown(json.loads((ROOT / "benchmarks" / "schedule-h100.json").read_text()))
+    return schedule_markdown(_schedule_of("h100"))
 
 
 def _bundles(tpu: str) -> str:
-    return bundles_markdown(json.loads((ROOT / "benchmarks" / f"schedule-{tpu}.json").read_text()))
+    return bundles_markdown(_schedule_of(tpu))
+
+
+def schedule_factors() -> str:
+    """What the plan knows of the TPUs' schedules, as JSON."""
+    factors = {tpu: scheduled.factors(_schedule_of(tpu)) for tpu in TPUS}
+    return json.dumps(factors, indent=2) + "\n"
+
+
+def _schedule_of(device: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / f"schedule-{device}.json").read_text())
 
 
 def _step() -> str:

@@ -32,7 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations and cache
     "batch": ("data", "fsdp", "expert"),  # outside the experts, the expert axis shards rows too
     "length": ("sequence",),
-    "tiles": ("data", "fsdp", "expert", "sequence"),  # of images
+    "tiles": ("data", "fsdp", "expert", "sequence", "tensor"),  # of images; they need no exchange
     "slots": ("sequence",),
 }
 

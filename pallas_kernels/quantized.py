@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 # The largest magnitude that each format stores: the scale maps a vector's largest element to it.
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
 INT4_GROUP_SIZE = 128  # inputs that share a scale in int4 matrices, unless it does not divide them
+ROW = 128  # bytes
 STORED = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": jnp.int8}
 
 
@@ -28,7 +29,8 @@ class Quantized:
 
     Attributes:
         qvalue: [..., d] int8 or float8_e4m3fn; for int4 [..., d / 2] int8, where byte i holds
-            element i in its low and element i + d / 2 in its high four bits.
+            element i in its low and element i + d / 2 in its high four bits. Of int4 in pairs,
+            [..., n / 2, d], a row holds two of the n vectors [..., n, d], one after the other.
         scale: [...] float32, one for each vector of the last axis.
         format: "int8", "fp8" (e4m3) or "int4".
     """
@@ -40,8 +42,13 @@ class Quantized:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape [..., d] of the dequantized array."""
-        *outer, stored = self.qvalue.shape
-        return (*outer, 2 * stored if self.format == "int4" else stored)
+        row = self.qvalue.shape[-1] // (2 if self.paired else 1)
+        return (*self.scale.shape, 2 * row if self.format == "int4" else row)
+
+    @property
+    def paired(self) -> bool:
+        """Whether a row of `qvalue` holds two vectors."""
+        return self.qvalue.shape[:-1] != self.scale.shape
 
 
 def quantize(x: Float[Array, "... d"], format: str) -> Quantized:
@@ -69,8 +76,33 @@ def quantize(x: Float[Array, "... d"], format: str) -> Quantized:
     return Quantized(_pack(stored) if format == "int4" else stored, scale, format)
 
 
+def in_pairs(x: Quantized) -> Quantized:
+    """`x` with its vectors in pairs where these are rows of up to ROW bytes, else as it is.
+
+    The bytes keep their order. Rows of ROW bytes fill a vector of a TPU; XLA stores an array with
+    shorter ones transposed there, and copies it before each kernel.
+    """
+    *outer, count, width = x.qvalue.shape
+    if x.format != "int4" or x.paired or count % 2 or 2 * width > ROW:
+        return x
+    return dataclasses.replace(x, qvalue=x.qvalue.reshape(*outer, count // 2, 2 * width))
+
+
+def row_numbers(d: int, cache: str, *, paired: bool) -> int:
+    """How many numbers a row of keys of size d has as stored in a format or type."""
+    return d * (2 if paired else 1) // (2 if cache == "int4" else 1)
+
+
+def unpaired(x):
+    """`x` with a row for each vector; arrays that are not `Quantized` are returned as they are."""
+    if not isinstance(x, Quantized) or not x.paired:
+        return x
+    return dataclasses.replace(x, qvalue=x.qvalue.reshape(*x.scale.shape, -1))
+
+
 def dequantize(x: Quantized, dtype=jnp.float32) -> jax.Array:
     """The array [..., d] that `x` stores, qvalue * scale, in the given dtype."""
+    x = unpaired(x)
     values = unpack(x.qvalue) if x.format == "int4" else x.qvalue
     return (values.astype(jnp.float32) * x.scale[..., None]).astype(dtype)
 

@@ -54,6 +54,28 @@ def dot(x, y, *, transposed: bool = False):
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def smallest(dtype) -> float:
+    """The smallest positive number of a floating type: that whose bits are 1."""
+    return float(jnp.finfo(dtype).smallest_subnormal)
+
+
+def low_halves(packed: jax.Array, fp8) -> jax.Array:
+    """The low half of each byte, an int4 number, as fp8: increased by 8, times the smallest number.
+
+    fp8 numbers whose bits are 0 to 15 are these multiples of the smallest one.
+
+    Args:
+        packed: the bytes of four rows in each element, [r / 4, n] int32.
+        fp8: the type of the result [r, n].
+    """
+    return pltpu.bitcast((packed & 0x0F0F0F0F) ^ 0x08080808, fp8)
+
+
+def increase(x: jax.Array, fp8) -> jax.Array:
+    """By how much `low_halves` increases the products of x [r, n]; returns [r, 1]."""
+    return x.astype(jnp.float32).sum(-1, keepdims=True) * (8 * smallest(fp8))
+
+
 def in_hbm(arrays):
     """Arrays that XLA leaves in HBM, rather than copy them to VMEM before the kernel does."""
     return jax.tree.map(lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM), arrays)

@@ -1,6 +1,7 @@
 """Looks up kernel configs in the files of `tuned/`, one for each kind of device.
 
-The files are written by `jaxmoe tune`.
+Those of GPUs are written by `jaxmoe tune`. Those of TPUs have the sizes that do better than the
+rules of the kernels by the compiler's schedule, with the bundles of both.
 """
 
 import functools

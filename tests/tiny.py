@@ -227,10 +227,18 @@ def mlp_shapes(prefix, embed, hidden):
 def random_tensors(config, seed, dtype=np.float32):
     """Random weights by Hugging Face name; logits and router logits have std near 1."""
     generator = np.random.Generator(np.random.PCG64(seed))
-    return {
+    tensors = {
         name: random_tensor(generator, name, shape).astype(dtype)
         for name, shape in tensor_shapes(config).items()
     }
+    if config["torch_dtype"] == "bfloat16":
+        tensors = {name: upper_half(x) for name, x in tensors.items()}
+    return tensors
+
+
+def upper_half(x):
+    """A float32 array without the bits that bfloat16 drops."""
+    return (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def random_tensor(generator, name, shape):

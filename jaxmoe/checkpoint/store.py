@@ -315,14 +315,17 @@ def load(
     return with_stop_ids(checkpoint.config, path), structure.unflatten(params)
 
 
-def abstract(path: str | Path, mesh: jax.sharding.Mesh, dtype: Any = None) -> dict:
-    """The parameters that `load` returns, as shapes, dtypes and shardings without numbers.
+def abstract(
+    path: str | Path, mesh: jax.sharding.Mesh, dtype: Any = None, text_only: bool = False
+) -> tuple[Llama4Config, dict]:
+    """What `load` returns, the parameters as shapes, dtypes and shardings without numbers.
 
     Raises:
         UserError: as `load`.
     """
-    checkpoint = read_checkpoint(path)
-    return _placed(checkpoint, checkpoint.open_arrays(), mesh, dtype)
+    checkpoint = read_checkpoint(path, text_only)
+    params = _placed(checkpoint, checkpoint.open_arrays(), mesh, dtype)
+    return with_stop_ids(checkpoint.config, path), params
 
 
 def _placed(checkpoint: Checkpoint, arrays: dict[str, StoredArray], mesh, dtype: Any) -> dict:

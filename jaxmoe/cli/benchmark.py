@@ -1,4 +1,4 @@
-"""Benchmarks: `cpu` and `engine` against transformers, `convert` against cp, the others on a GPU.
+"""Benchmarks, against transformers and cp on a CPU, and of kernels on a GPU.
 
 `schedule` measures nothing: it analyzes the kernels' machine code, compiled for an absent GPU.
 """
@@ -13,6 +13,7 @@ from jaxmoe.benchmarks.engine import add_parser as add_engine
 from jaxmoe.benchmarks.moe.suite import run_moe
 from jaxmoe.benchmarks.schedule.command import add_parser as add_schedule
 from jaxmoe.benchmarks.step import add_parser as add_step
+from jaxmoe.benchmarks.vision import run_vision
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     cpu = commands.add_parser("cpu", help="against transformers on this CPU; `make bench` runs it")
     cpu.set_defaults(start=run_cpu)
+    _add_vision(commands)
     cpu.add_argument("--output", metavar="FILE.json", help="where to write the figures")
     cpu.add_argument("--prompt-tokens", type=int, default=2048)
     cpu.add_argument("--new-tokens", type=int, default=64)
@@ -37,6 +39,16 @@ def main() -> None:
         _add_suite(commands.add_parser(name, help=f"checks, then times {subject} on a GPU"), start)
     args = parser.parse_args()
     args.start(args)
+
+
+def _add_vision(commands) -> None:
+    vision = commands.add_parser("vision", help="the vision tower against transformers on this CPU")
+    vision.set_defaults(start=run_vision)
+    vision.add_argument("--output", metavar="FILE.json", help="where to write the figures")
+    vision.add_argument("--layers", type=int, default=4, help="blocks of the tower")
+    vision.add_argument("--tiles", type=int, default=2)
+    vision.add_argument("--rounds", type=int, default=3, help="both sides, in turn")
+    vision.add_argument("--repeats", type=int, default=3, help="of each side in a round")
 
 
 def _add_suite(parser: argparse.ArgumentParser, start: Callable) -> None:

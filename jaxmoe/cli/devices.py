@@ -82,18 +82,19 @@ def _prepare_compiling(cache: str | None) -> None:
         compilation.on_long_compilation(lambda: print(f"[compiling{kept}]", file=sys.stderr))
 
 
-def load(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Llama4Config, dict]:
+def load(
+    args: argparse.Namespace, mesh: jax.sharding.Mesh, text_only: bool = False
+) -> tuple[Llama4Config, dict]:
     """Loads the checkpoint's configuration, and its parameters sharded over the mesh.
 
     With --mesh it first prints how parameters are sharded, and with --self-test it checks them.
     """
     dtype = args.dtype or _one_dtype(args.checkpoint)
     if args.mesh:
-        params = store.abstract(args.checkpoint, mesh, dtype)
-        config = store.read_config(args.checkpoint)
+        config, params = store.abstract(args.checkpoint, mesh, dtype, text_only)
         Console(stderr=True).print(layout_table(config, params, mesh))
     with byte_progress("Loading") as progress:
-        config, params = store.load(args.checkpoint, mesh, dtype, progress)
+        config, params = store.load(args.checkpoint, mesh, dtype, progress, text_only=text_only)
     if args.self_test:
         with jax.set_mesh(mesh):
             result = self_test(config, params, tokenizer(args.checkpoint))

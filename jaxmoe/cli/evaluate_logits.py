@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     tokens, segment_ids = read_tokens(args.tokens)
     _check_flags(args)
     mesh = devices.start(args)
-    config, params = devices.load(args, mesh)
+    config, params = devices.load(args, mesh, text_only=True)
     shape = (*tokens.shape, config.vocab_size)
     with output_array(args.output, shape) as out, jax.set_mesh(mesh):
         with task_progress("Logits", tokens.shape[1], "tokens") as advance:

@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
         fit_context(model, Request(i, tuple(tokenizer.encode(text, bos=True)), args.max_new_tokens))
         for i, text in enumerate(args.prompt or PROMPTS)
     ]
-    config, params = devices.load(args, mesh)
+    config, params = devices.load(args, mesh, text_only=True)
     stop_ids = () if args.ignore_stop else (*config.eos_token_ids, *tokenizer.stop_ids)
     records = []
     total = len(samplings) * sum(request.max_new_tokens for request in requests)

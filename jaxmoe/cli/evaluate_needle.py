@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     check_fit(store.read_config(args.checkpoint), cases, args.checkpoint)
     records = known_trials(args.json, cases, needles) if args.json else []
     left = [pair for pair in zip(cases, needles, strict=True) if not _is_known(records, *pair)]
-    config, params = devices.load(args, mesh)
+    config, params = devices.load(args, mesh, text_only=True)
     with jax.set_mesh(mesh):
         for record in run_cases(config, params, tokenizer, left, args):
             records.append(record)

@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
         check_writable(args.json)
     mesh = devices.start(args)
     tokenizer = devices.tokenizer(args.checkpoint)
-    config, params = devices.load(args, mesh)
+    config, params = devices.load(args, mesh, text_only=True)
     with jax.set_mesh(mesh):
         if args.text:
             tokens = read_rows(args.text, tokenizer, args.rows, args.length)

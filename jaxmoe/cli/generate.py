@@ -88,6 +88,8 @@ def main() -> None:
     check_count("--step-tokens", args.step_tokens)
     if args.chat and (args.prompt is None or args.parse_special):
         raise UserError("--chat goes with --prompt, and without --parse-special.")
+    if args.image and args.prompt is None:
+        raise UserError('--image goes with --prompt; lines of --prompts have a key "images".')
     if args.document and (args.kv or args.cache_tokens is not None):
         raise UserError("--document brings its own cache; leave --kv and --cache-tokens out.")
     mesh = devices.start(args)
@@ -107,7 +109,8 @@ def main() -> None:
             return
         for name in read_generation_config(args.checkpoint).unsupported:
             print(f"[{FILE} has {name}, which is not supported]", file=sys.stderr)
-        config, params = devices.load(args, mesh)
+        text_only = not any(request.pictures for request in left)
+        config, params = devices.load(args, mesh, text_only)
         with jax.set_mesh(mesh):
             stream = generate(
                 config,

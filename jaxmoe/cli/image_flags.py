@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 
 from jaxmoe.config import Llama4Config
-from jaxmoe.errors import UserError
 from jaxmoe.generation.request_keys import check_count
 from jaxmoe.images import ImageSettings, PictureReader, read_image_settings
 from jaxmoe.images.settings import MOST_TILES
@@ -13,7 +12,7 @@ from jaxmoe.text import Prompt, Tokenizer, render_chat, split_places, text_promp
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags."""
+    """Adds all flags."""
     parser.add_argument(
         "--image",
         metavar="FILE",
@@ -22,6 +21,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="a picture before --prompt; may be given again. With --parse-special, each <|image|> "
         "of the prompt is the place of one",
     )
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how pictures become tiles, wherever they come from."""
     parser.add_argument(
         "--max-tiles",
         type=int,
@@ -38,8 +42,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def settings_by(args: argparse.Namespace, config: Llama4Config) -> ImageSettings | None:
     """The settings of a checkpoint with those of the flags; None if it has no vision tower."""
-    if args.image and args.prompt is None:
-        raise UserError('--image goes with --prompt; lines of --prompts have a key "images".')
     if args.max_tiles is not None:
         check_count("--max-tiles", args.max_tiles, MOST_TILES)
     if config.vision is None:

@@ -1,11 +1,13 @@
 """Plans a model on hardware before it is rented: memory, largest context and bounds on speed."""
 
 import argparse
+import dataclasses
 import json
 import sys
 
 import jax
 
+from jaxmoe.config import PRESETS, VisionConfig
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan import planner
@@ -38,6 +40,13 @@ def parse_args() -> argparse.Namespace:
         default=PREFILL_CHUNK,
         metavar="N",
         help="tokens of each row that one step of prefill processes; default: %(default)s",
+    )
+    parser.add_argument(
+        "--tiles",
+        type=int,
+        metavar="N",
+        help="tiles of images that a step of prefill or training sees, 1 to 17 for each image; a "
+        "preset has its vision tower if this is given",
     )
     parser.add_argument(
         "--mesh",
@@ -87,6 +96,8 @@ def _draw(plan: planner.Plan, path: str) -> None:
 
 def _work(args: argparse.Namespace, target: Target, mesh: MeshConfig | None) -> Work:
     config = read_model(args.model)
+    if args.model in PRESETS and args.tiles is not None:
+        config = dataclasses.replace(config, vision=VisionConfig())
     context = args.context or (str(PREFILL_CHUNK) if args.task == "train" else "max")
     if context != "max" and not context.isdecimal():
         raise UserError(f"--context {context} is neither a number of tokens nor 'max'.")
@@ -98,6 +109,7 @@ def _work(args: argparse.Namespace, target: Target, mesh: MeshConfig | None) -> 
         weights=args.weights,
         kv=args.kv,
         prefill_chunk=args.prefill_chunk,
+        tiles=args.tiles or 0,
     )
     if args.compile and args.task == "train":
         raise UserError("--compile serves decode and prefill; leave it out to plan training.")

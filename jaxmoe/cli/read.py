@@ -1,4 +1,6 @@
-"""Prefills a long text once and saves its KV cache, for `jaxmoe generate --document`.
+"""Prefills a long text or pages as pictures once and saves the KV cache.
+
+`jaxmoe generate --document` asks about it.
 
 A run that was interrupted resumes when it is started again.
 """
@@ -13,20 +15,27 @@ import numpy as np
 
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.zarr.manifest import is_finished
-from jaxmoe.cli import devices
+from jaxmoe.cli import devices, image_flags
+from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.files.workspace import workspace_path
 from jaxmoe.generation import document, saved_document
+from jaxmoe.images import PictureReader
 from jaxmoe.model.kv_cache import KV_FORMATS
 from jaxmoe.parsing import MAX_TEXT_BYTES, read_text
 from jaxmoe.progress import task_progress
+from jaxmoe.text import Prompt, text_prompt
+
+PAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif")  # suffixes of pictures in a folder
 
 
 def parse_args() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="folder that jaxmoe convert wrote")
-    parser.add_argument("text", help="file of text, in UTF-8")
+    parser.add_argument(
+        "text", help="file of text, in UTF-8, or folder of pictures, read in the order of names"
+    )
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="must not exist or be empty"
     )
@@ -46,6 +55,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="tokens between two saves, rounded up to whole chunks; default: %(default)s",
     )
+    image_flags.add_settings(parser)
     devices.add_flags(parser)
     return parser.parse_args()
 
@@ -58,20 +68,22 @@ def main() -> None:
             name = flag.replace("_", "-")
             raise UserError(f"--{name} {getattr(args, flag)} is below 1.")
     mesh = devices.start(args)
-    tokens = _tokens(args)
-    document.check_length(store.read_config(args.checkpoint), len(tokens))
+    model = store.read_config(args.checkpoint)
+    tokens, pictures = _prompt(args, model)
+    document.check_length(model, len(tokens))
     if not is_finished(args.output):
         workspace_path(Path(args.output))  # raises for an unusable folder before the model loads
-    config, params = devices.load(args, mesh)
+    config, params = devices.load(args, mesh, text_only=not pictures)
     with jax.set_mesh(mesh), task_progress("Reading", len(tokens), "tokens") as advance:
         counts = saved_document.read_document(
             config,
             params,
-            tokens,
+            np.asarray(tokens, np.int32),
             args.output,
             kv=args.kv,
             prefill_chunk=args.prefill_chunk,
             interval=args.save_every,
+            pictures=pictures,
         )
         done = saved = next(counts)
         advance(saved)
@@ -87,11 +99,18 @@ def main() -> None:
     print(f"Read {done} tokens{before}, {rate:.0f} tokens/s, to {args.output}.", file=sys.stderr)
 
 
-def _tokens(args: argparse.Namespace) -> np.ndarray:
+def _prompt(args: argparse.Namespace, config: Llama4Config) -> Prompt:
     tokenizer = devices.tokenizer(args.checkpoint)
     if tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer; convert the model with its own.")
+    settings = image_flags.settings_by(args, config)
+    if Path(args.text).is_dir():
+        pages = [path for path in sorted(Path(args.text).iterdir()) if path.suffix.lower() in PAGES]
+        if not pages:
+            raise UserError(f"{args.text} holds no pictures ({', '.join(PAGES)}); put pages there.")
+        reader = PictureReader(settings) if settings is not None else None
+        return text_prompt([""] * (len(pages) + 1), tokenizer, reader, list(map(str, pages)))
     text = read_text(args.text, MAX_TEXT_BYTES)
     if not text.strip():
         raise UserError(f"{args.text} is empty; give it some text.")
-    return np.asarray(tokenizer.encode(text, bos=True), np.int32)
+    return Prompt(tokenizer.encode(text, bos=True))

@@ -1,6 +1,7 @@
 """Jobs in JSON lines: one request a line in, one answer a line out."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxmoe.generation.completion import CompletionToken, not_finite
 from jaxmoe.generation.request import ERROR, Request, Token, expand
 from jaxmoe.generation.request_keys import KEYS, Settings, read_settings
 from jaxmoe.generation.sampling import Sampling
+from jaxmoe.generation.side_by_side import outcomes
 from jaxmoe.images import ImageSettings, PictureReader
 from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_text
 from jaxmoe.text import (
@@ -22,6 +24,7 @@ from jaxmoe.text import (
     token_prompt,
 )
 
+LINES = 256  # that are read at once, several in threads where there may be pictures
 KINDS = ("prompt", "messages", "tokens")
 
 
@@ -77,18 +80,16 @@ def read_requests(
         pictures = PictureReader(images, Path() if str(path) == "-" else Path(path).parent)
     default = default or Sampling()
     given = tokenizer, max_new_tokens, check, parse_special, default, n, pictures, ignored
-    reader = _Reader(*given)
+    reader = _Reader(str(path), *given)
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     read: list[Request | Refusal] = []
-    count = 0
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            read += reader.read(line, f"{path} line {number}", number)
-            count += 1
+    for batch in itertools.batched(numbered, LINES):
+        read += reader.read(batch)
     if not read:
         raise UserError(f"{path} holds no requests; write one JSON object a line.")
     refused = [line for line in read if isinstance(line, Refusal)]
     if len(refused) == len(read):
-        others = f" All {count} lines are refused." if count > 1 else ""
+        others = f" All {len(numbered)} lines are refused." if len(numbered) > 1 else ""
         raise UserError(refused[0].error + others)
     return read
 
@@ -102,10 +103,20 @@ def _read(path: str | Path) -> str:
         raise UserError(f"the standard input is no UTF-8 at byte {error.start}.") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """A line whose prompt is not read yet."""
+
+    record: dict[str, Any]
+    where: str
+    settings: Settings
+
+
 @dataclasses.dataclass
 class _Reader:
     """Reads lines, and knows the ids of those before."""
 
+    path: str
     tokenizer: Tokenizer | None
     max_new_tokens: int
     check: Callable[[Request], Request]
@@ -116,22 +127,42 @@ class _Reader:
     ignored: tuple[str, ...]
     seen: dict[str, int] = dataclasses.field(default_factory=dict)  # id -> number of its line
 
-    def read(self, line: str, where: str, number: int) -> Sequence[Request | Refusal]:
-        """The requests of a line, or why there are none."""
-        found = None
+    def read(self, lines: Iterable[tuple[int, str]]) -> list[Request | Refusal]:
+        """The requests of lines and why there are none, in their order.
+
+        Args:
+            lines: with their numbers.
+        """
+        begun = [self._begin(*line) for line in lines]
+        left = [line for line in begun if isinstance(line, _Line)]
+        prompts = iter(outcomes(self._prompt_of, left, in_threads=self.pictures is not None))
+        requests: list[Request | Refusal] = []
+        for line in begun:
+            requests += [line] if isinstance(line, Refusal) else self._end(line, next(prompts))
+        return requests
+
+    def _begin(self, number: int, line: str) -> _Line | Refusal:
+        """A line, whose ids are remembered."""
+        found, where = None, f"{self.path} line {number}"
         try:
             record = _record(line, where)
             found = record["id"]
             self._remember([found], where, number)
             _check_keys(record, where, self.ignored)
             settings = read_settings(record, self.default, where, self.n)
-            request = _at(where, self.check, self._request(record, settings, where))
-            requests = expand(request, settings.n)
-            if settings.n > 1:
-                self._remember([request.id for request in requests], where, number)
-            return requests
+            answers = expand(Request(found, (), 1), settings.n)
+            self._remember([answer.id for answer in answers], where, number)
+            return _Line(record, where, settings)
         except UserError as error:
-            return [Refusal(found, str(error))]
+            return Refusal(found, str(error))
+
+    def _end(self, line: _Line, prompt: Prompt | UserError) -> Sequence[Request | Refusal]:
+        """The requests of a line, or why there are none."""
+        try:
+            request = self._request(line, prompt)
+            return expand(_at(line.where, self.check, request), line.settings.n)
+        except UserError as error:
+            return [Refusal(line.record["id"], str(error))]
 
     def _remember(self, ids: list[Any], where: str, number: int) -> None:
         for id_ in ids:
@@ -139,32 +170,36 @@ class _Reader:
             if first != number:
                 raise UserError(f"{where} has the id {id_!r} of line {first}; ids must differ.")
 
-    def _request(self, record: dict[str, Any], settings: Settings, where: str) -> Request:
-        tokens, pictures = _at(where, self._prompt, record)
-        most = settings.max_new_tokens or self.max_new_tokens
-        if settings.sampling is not None and settings.sampling.stop and self.tokenizer is None:
-            raise UserError(f"{where} has stop strings, but the checkpoint has no tokenizer.")
-        return Request(record["id"], tuple(tokens), most, settings.sampling, pictures)
+    def _request(self, line: _Line, prompt: Prompt | UserError) -> Request:
+        if isinstance(prompt, UserError):
+            raise prompt
+        sampling = line.settings.sampling
+        most = line.settings.max_new_tokens or self.max_new_tokens
+        if sampling is not None and sampling.stop and self.tokenizer is None:
+            raise UserError(f"{line.where} has stop strings, but the checkpoint has no tokenizer.")
+        return Request(line.record["id"], tuple(prompt.tokens), most, sampling, prompt.pictures)
+
+    def _prompt_of(self, line: _Line) -> Prompt:
+        return _at(line.where, self._prompt, line.record)
 
     def _prompt(self, record: dict[str, Any]) -> Prompt:
-        images = record.get("images")
+        given = record.get("images")
+        images = () if given is None else given
         if "tokens" in record:
             tokens = record["tokens"]
             if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
                 raise UserError('"tokens" must be a list of integers.')
-            return token_prompt(tokens, self.tokenizer, self.pictures, images or ())
+            return token_prompt(tokens, self.tokenizer, self.pictures, images)
         if self.tokenizer is None:
             raise UserError("there is text, but the checkpoint has no tokenizer; use tokens.")
         if "messages" in record:
-            tools = record.get("tools")
-            return render_chat(
-                record["messages"], self.tokenizer, self.pictures, tools, images=images
-            )
+            messages, tools = record["messages"], record.get("tools")
+            return render_chat(messages, self.tokenizer, self.pictures, tools, images=given)
         text = record["prompt"]
         if not isinstance(text, str):
             raise UserError('"prompt" must be a string.')
-        texts = [text] if images is None else split_places(text)
-        return text_prompt(texts, self.tokenizer, self.pictures, images or (), self.parse_special)
+        texts = [text] if given is None else split_places(text)
+        return text_prompt(texts, self.tokenizer, self.pictures, images, self.parse_special)
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

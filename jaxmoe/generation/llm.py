@@ -312,9 +312,9 @@ class LLM:
         after = document_length(document) if document is not None else 0
         cache_tokens = self._engine["cache_tokens"]
         checker = Checker(self.config, self._tokenizer, self.sampling, after, cache_tokens)
-        return self._answer(
-            read_prompts(prompts, prompt_of, wanted, self.sampling, checker.check), document
-        )
+        check, in_threads = checker.check, self.images is not None
+        lines = read_prompts(prompts, prompt_of, wanted, self.sampling, check, in_threads)
+        return self._answer(lines, document)
 
     def _reader(self) -> PictureReader | None:
         """What opens the pictures of a call; None if the model has no vision tower."""

@@ -13,6 +13,7 @@ from jaxmoe.generation.request import Request, expand
 from jaxmoe.generation.request_keys import MOST_SAMPLES, check_count, check_samples
 from jaxmoe.generation.results import check_some
 from jaxmoe.generation.sampling import Sampling
+from jaxmoe.generation.side_by_side import outcomes
 from jaxmoe.images import PictureReader
 from jaxmoe.text import (
     Prompt,
@@ -39,6 +40,7 @@ def read_prompts(
     wanted: Wanted,
     default: Sampling,
     check: Callable[[Request], Request],
+    in_threads: bool = False,
 ) -> list[Request | Refusal]:
     """The requests for all answers, `wanted.n` to each prompt; a bad prompt refuses itself only.
 
@@ -46,6 +48,7 @@ def read_prompts(
         prompt_of: makes tokens of a prompt, or raises a UserError.
         default: the settings where none are given.
         check: makes of each request the one that runs, or raises a UserError.
+        in_threads: whether several prompts are read at once, which helps where they have pictures.
 
     Raises:
         UserError: if what is wanted cannot be, or all prompts are refused; it then says why the
@@ -55,14 +58,16 @@ def read_prompts(
     check_count("n", wanted.n, MOST_SAMPLES)
     samplings = _samplings(wanted.sampling, len(prompts), default)
     lines: list[Request | Refusal] = []
-    for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+    read = outcomes(prompt_of, prompts, in_threads)
+    for i, (prompt, sampling) in enumerate(zip(read, samplings, strict=True)):
         request = Request(str(i), (), wanted.max_new_tokens, sampling)
         answers: list[Request] = expand(request, wanted.n)
         try:
             check_samples(wanted.n, sampling)
-            tokens, pictures = prompt_of(prompt)
-            read = dataclasses.replace(request, tokens=tuple(tokens), pictures=pictures)
-            whole = check(read)
+            if isinstance(prompt, UserError):
+                raise prompt
+            tokens, pictures = tuple(prompt.tokens), prompt.pictures
+            whole = check(dataclasses.replace(request, tokens=tokens, pictures=pictures))
             lines += [dataclasses.replace(whole, id=answer.id) for answer in answers]
         except UserError as error:
             lines += [Refusal(answer.id, str(error)) for answer in answers]
@@ -125,10 +130,11 @@ def read_prompt(
     prompt = _without_arrays(prompt)
     if isinstance(prompt, str):
         texts = [prompt] if images is None else split_places(prompt)
-        return text_prompt(texts, _needed(tokenizer), reader, images or ())
+        return text_prompt(texts, _needed(tokenizer), reader, () if images is None else images)
     if not _is_tokens(prompt):
         raise UserError(f"prompt {prompt!r:.80} is neither text nor a list of tokens.")
-    return token_prompt([int(token) for token in prompt], tokenizer, reader, images or ())
+    tokens = [int(token) for token in prompt]
+    return token_prompt(tokens, tokenizer, reader, () if images is None else images)
 
 
 def read_conversation(

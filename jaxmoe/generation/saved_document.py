@@ -68,13 +68,21 @@ class _Part:
         name: of the array on disk.
         is_full: whether the layer keeps the full sequence; otherwise a ring.
         table: of the pages that the row has, in the layer's pool.
+        page: tokens of a page.
         keys: an array, or its shape and dtype.
     """
 
     name: str
     is_full: bool
     table: Any
+    page: int
     keys: Any
+
+    @property
+    def page_shape(self) -> tuple[int, ...]:
+        """The shape of a page on disk, [K, t, ...]: tokens in pairs in a cache are not there."""
+        _, heads, rows, *numbers = self.keys.shape
+        return (heads, self.page, *(rows * count // self.page for count in numbers))
 
 
 def read_document(
@@ -289,14 +297,15 @@ def _parts(config: Llama4Config, cache: Cache) -> list[_Part]:
         for path, keys in jax.tree.leaves_with_path(layer):
             name = ".".join(["layers", str(i), *(entry.name for entry in path)])
             pool = cache.pools[kinds.index(cache_kind(spec))]
-            parts.append(_Part(name, cache_kind(spec).sharded, pool.table, keys))
+            page = pool.coords.segment.shape[1]
+            parts.append(_Part(name, cache_kind(spec).sharded, pool.table, page, keys))
     return parts
 
 
 def _stored_shape(part: _Part, cache: Cache, length: int) -> tuple[int, ...]:
     """The shape on disk of a part: the pages of the whole text, or of a ring."""
     pages = -(-length // PAGE) if part.is_full else part.table.shape[2]
-    return (pages, *part.keys.shape[1:])
+    return (pages, *part.page_shape)
 
 
 def _save_pages(config, document: Document, start: int, interval: int, arrays, writer) -> None:
@@ -308,7 +317,7 @@ def _save_pages(config, document: Document, start: int, interval: int, arrays, w
         if not part.is_full:
             continue
         found = np.asarray(_columns(True, count, part.table, part.keys, column))
-        in_order = np.swapaxes(found, 0, 1).reshape(-1, *found.shape[2:])
+        in_order = np.swapaxes(found, 0, 1).reshape(-1, *part.page_shape)
         data = in_order[first - column * shards :][: stop - first]
         writer.write([(arrays[part.name], (slice(first, stop),), np.ascontiguousarray(data))])
     writer.wait()
@@ -320,7 +329,8 @@ def _save_rings(config: Llama4Config, document: Document, arrays, writer: Writer
         if part.is_full:
             continue
         table = part.table
-        data = np.array(_columns(False, table.shape[2], table, part.keys, 0)[0])
+        found = np.array(_columns(False, table.shape[2], table, part.keys, 0)[0])
+        data = found.reshape(-1, *part.page_shape)
         columns, _, page = data.shape[:3]
         slot = np.arange(columns * page).reshape(columns, page)
         np.swapaxes(data, 1, 2)[slot >= document.length % slot.size] = 0
@@ -391,9 +401,9 @@ def _load(part: _Part, array: StoredArray, pages: int, shards: int) -> jax.Array
         start, stop, _ = index[0].indices(shape[0])
         assert stop - start == held
         first = min(start // held, pages)  # a short text has no page on the last devices
-        found = array.read((slice(first, pages, shards), *index[1:]))
-        out = np.zeros((held, *found.shape[1:]), dtype)
-        out[1 : 1 + len(found)] = found
+        found = array.read((slice(first, pages, shards), index[1]))
+        out = np.zeros((held, found.shape[1], *shape[2:]), dtype)
+        out[1 : 1 + len(found)] = found.reshape(len(found), *out.shape[1:])
         return out
 
     return jax.make_array_from_callback(shape, place, share)

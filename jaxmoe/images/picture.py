@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,31 @@ from jaxmoe.parsing import read_bytes
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedTiles:
+    """Tiles in little memory.
+
+    Attributes:
+        content: compressed.
+        shape: of their array.
+    """
+
+    content: bytes
+    shape: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, tiles: UInt8[np.ndarray, "tiles side side 3"]) -> "PackedTiles":
+        """The tiles of an array."""
+        return cls(zlib.compress(np.ascontiguousarray(tiles).data, level=1), tiles.shape)
+
+    def unpack(self) -> UInt8[np.ndarray, "tiles side side 3"]:
+        """The array of the tiles."""
+        return np.frombuffer(zlib.decompress(self.content), np.uint8).reshape(self.shape)
+
+
+Source = Path | bytes | PackedTiles
+
+
+@dataclasses.dataclass(frozen=True)
 class Picture:
     """A picture that was read and checked once, and whose pixels are not kept.
 
@@ -23,14 +49,14 @@ class Picture:
         name: for error messages.
         grid: rows and columns of its tiles.
         digest: of its tiles; pictures with the same one look the same to the model.
-        source: the file, or the content of one.
+        source: the file, the content of one, or the tiles of a picture that was in no file.
         settings: by which it is cut.
     """
 
     name: str = dataclasses.field(compare=False)
     grid: Grid
     digest: bytes
-    source: Path | bytes = dataclasses.field(compare=False, repr=False)
+    source: Source = dataclasses.field(compare=False, repr=False)
     settings: ImageSettings = dataclasses.field(compare=False, repr=False)
 
     @property
@@ -50,6 +76,8 @@ class Picture:
         Raises:
             UserError: if the file has changed since it was checked.
         """
+        if isinstance(self.source, PackedTiles):
+            return self.source.unpack()
         grid, tiles = cut(_decoded(self.source, self.name, self.settings), self.settings)
         if digest_of(grid, tiles) != self.digest:
             raise UserError(f"{self.name} has changed since it was checked; start again.")
@@ -64,6 +92,12 @@ def make_picture(source: Path | bytes, name: str, settings: ImageSettings) -> Pi
     """
     grid, tiles = cut(_decoded(source, name, settings), settings)
     return Picture(name, grid, digest_of(grid, tiles), source, settings)
+
+
+def picture_of(image: Image.Image, name: str, settings: ImageSettings) -> Picture:
+    """The picture in an RGB image, whose tiles are kept: a whole one may be much larger."""
+    grid, tiles = cut(image, settings)
+    return Picture(name, grid, digest_of(grid, tiles), PackedTiles.pack(tiles), settings)
 
 
 def digest_of(grid: Grid, tiles: UInt8[np.ndarray, "tiles side side 3"]) -> bytes:

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import dataclasses
-import io
 import os
 import urllib.parse
 import urllib.request
@@ -17,7 +16,7 @@ from PIL import Image
 from jaxmoe.errors import UserError
 from jaxmoe.images.decoding import prepare
 from jaxmoe.images.network import fetch
-from jaxmoe.images.picture import Picture, make_picture
+from jaxmoe.images.picture import Picture, make_picture, picture_of
 from jaxmoe.images.settings import ImageSettings
 
 SOURCE_KEYS = ("image_url", "image", "url", "path", "base64", "data", "bytes")
@@ -76,10 +75,10 @@ def open_picture(
     if isinstance(source, bytes | bytearray | memoryview):
         return make_picture(bytes(source), where, settings)
     if isinstance(source, Image.Image):
-        return make_picture(_png(source, where, settings.exif), where, settings)
+        return picture_of(prepare(source, where, settings.exif), where, settings)
     if hasattr(source, "__array__"):
         image = _of_array(np.asarray(source), where)
-        return make_picture(_png(image, where, exif=False), where, settings)
+        return picture_of(prepare(image, where, exif=False), where, settings)
     raise UserError(
         f"{where} is {source!r:.80}, which is no picture; give a path, an URL, bytes, a Pillow "
         "image or an array."
@@ -150,15 +149,6 @@ def _of_file(
     if known is not None:
         known[key] = picture
     return dataclasses.replace(picture, name=name)
-
-
-def _png(image: Image.Image, where: str, exif: bool) -> bytes:
-    """An image as a PNG file of its RGB pixels: smaller than these, and just as exact."""
-    whole = prepare(image, where, exif)
-    whole.info = {}  # such as its orientation, which is done with
-    file = io.BytesIO()
-    whole.save(file, "PNG", compress_level=1)
-    return file.getvalue()
 
 
 def _of_array(pixels: np.ndarray, where: str) -> Image.Image:

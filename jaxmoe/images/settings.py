@@ -12,15 +12,16 @@ from jaxmoe.parsing import read_json
 MOST_TILES = 1024  # nobody needs more, and all canvases are tried
 
 _FILES = ("processor_config.json", "preprocessor_config.json")  # the first one that describes it
-# What a file may say of the steps that are fixed here, with the tolerance of rounded decimals.
+# What a file may say of the steps that are fixed here, with the tolerance of rounded decimals;
+# true is 1.
 _FIXED = {
     "image_mean": (0.5, 1e-6),
     "image_std": (0.5, 1e-6),
     "rescale_factor": (1 / 255, 1e-6),
-    "resample": (2, 0),  # bilinear
-    "do_resize": (True, 0),
-    "do_rescale": (True, 0),
-    "do_normalize": (True, 0),
+    "resample": (2.0, 0.0),  # bilinear
+    "do_resize": (1.0, 0.0),
+    "do_rescale": (1.0, 0.0),
+    "do_normalize": (1.0, 0.0),
 }
 
 
@@ -87,7 +88,7 @@ def _with(settings: ImageSettings, found: Mapping[str, Any], path: Path) -> Imag
         raise UserError(f"{path} has size {given['size']!r:.80}; the vision tower takes {side}.")
     for key, (value, tolerance) in _FIXED.items():
         if key in given and not _is_close(given[key], value, tolerance):
-            raise UserError(f"{path} has {key} {given[key]!r:.80}; only {value} is supported.")
+            raise UserError(f"{path} has {key} {given[key]!r:.80}; only {value:g} is supported.")
     most = given.get("max_patches", settings.max_tiles)
     largest = given.get("resize_to_max_canvas", False)
     if type(most) is not int or not 1 <= most <= MOST_TILES:

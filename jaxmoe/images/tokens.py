@@ -82,6 +82,6 @@ def check_places(places: int, pictures: int) -> None:
     """Raises a UserError unless there are as many places for pictures as pictures."""
     if places != pictures:
         raise UserError(
-            f"the text has {places} places for pictures, and {pictures} pictures are given; write "
+            f"pictures that are given: {pictures}, places for them in the text: {places}; write "
             f"<image> or {IMAGE} where each belongs"
         )

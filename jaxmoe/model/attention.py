@@ -105,7 +105,9 @@ def attention(
     q, k, v = (jnp.swapaxes(z, 1, 2) for z in (q, k, v))
     if step.tokens.all_rows is not None:
         k, v = keep_apart(k, v)
-    options = AttentionOptions(config.head_dim**-0.5, spec.mask, kernels.attention)
+    options = AttentionOptions(
+        config.head_dim**-0.5, spec.mask, kernels.attention, kernels.interpret
+    )
     out, cache = attend(spec, options, q, k, v, step, cache)
     return linear("BHSd,HdD->BSD", out, p["o"]), cache
 
@@ -148,7 +150,8 @@ def attend_uncached(
     """
     k, v = gather((k, v), axes, tokens.needs_gather)
     in_order = not axes
-    return flash_attention(q, k, v, tokens.own, tokens.all, in_order=in_order, **options._asdict())
+    shared = options.of_new_tokens()
+    return flash_attention(q, k, v, tokens.own, tokens.all, in_order=in_order, **shared)
 
 
 def _token_axes(q: jax.Array) -> tuple[str, ...]:

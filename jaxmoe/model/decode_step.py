@@ -38,6 +38,7 @@ from jaxmoe.model.sequence import merge_over_devices
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention import Coords, decode_attention
 from pallas_kernels.attention.decode_config import PAGE_UNIT
+from pallas_kernels.experts.tpu_products import why_not_quantized
 from pallas_kernels.mosaic import why_not_hopper
 from pallas_kernels.quantized import QuantizedMatrix
 from pallas_kernels.step import (
@@ -103,16 +104,18 @@ def why_not_fused(
     pieces = packing is not None and packing.pieces is not None
     if cache is None or tokens != 1 or pieces:
         return "it is a step of one new token a row with a cache"
-    weights = jax.tree.leaves(params["layers"], is_leaf=_is_matrix)
-    formats = {w.format for w in weights if _is_matrix(w)}
-    if formats and why_not_tpu(interpret) is not None:
-        return "it takes matrices that are not quantized"
-    if "int4" in formats:
-        return "it takes matrices of int8 or fp8, not of int4"
     mesh = meshes.current_mesh()
     if mesh is not None and expert_exchange(mesh, x.shape) != "replicated":
         return "it takes meshes on which tokens need not travel to their experts"
     tensor = 1 if mesh is None else meshes.axis_size(mesh, "ffn")
+    weights = jax.tree.leaves(params["layers"], is_leaf=_is_matrix)
+    kinds = {(w.format, w.group_size) for w in weights if _is_matrix(w)}
+    if kinds and why_not_tpu(interpret) is not None:
+        return "it takes matrices that are not quantized"
+    width = config.intermediate_size // tensor  # of experts, which are stored as one array
+    for kind in kinds:
+        if reason := why_not_quantized(*kind, width, config.num_local_experts, interpret):
+            return reason
     rows //= row_groups(len(cache.length))
     if reason := why_not_sizes(config, tensor, rows, jnp.dtype(dtype).name):
         return reason

@@ -1,7 +1,7 @@
 """Which implementations a forward pass runs on, and what each attention tells its kernels."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pallas_kernels.attention import Mask
 
@@ -16,12 +16,21 @@ class Kernels:
     Attributes:
         experts: for the products with experts' matrices, as in `grouped_matmul`.
         dispatch: for moving tokens to their experts and back, as in `dispatch` and `combine`.
-        attention: for attention to new tokens and to the cache, as in `decode_attention`.
+        attention: for attention to new tokens and to the cache, as in `decode_attention`;
+            "mosaic_tpu" stands for "splash" where new tokens attend to each other.
+        interpret: `plgpu.InterpretGPUParams()` or `pltpu.InterpretParams()` runs kernels without
+            their hardware.
     """
 
     experts: str | None = None
     dispatch: str | None = None
     attention: str | None = None
+    interpret: Any = None
+
+    @property
+    def fastest(self) -> bool:
+        """Whether none is named."""
+        return not (self.experts or self.dispatch or self.attention)
 
 
 FASTEST = Kernels()
@@ -34,8 +43,17 @@ class AttentionOptions(NamedTuple):
         scale: multiplies the scores.
         mask: which keys a query sees.
         implementation: by name; None takes the fastest that serves each call.
+        interpret: runs kernels without their hardware.
     """
 
     scale: float
     mask: Mask
     implementation: str | None = None
+    interpret: Any = None
+
+    def of_new_tokens(self) -> dict[str, Any]:
+        """Those of `flash_attention`, whose kernel on TPUs has a name of its own."""
+        options = self._asdict()
+        if self.implementation == "mosaic_tpu":
+            options["implementation"] = "splash"
+        return options

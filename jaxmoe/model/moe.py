@@ -264,13 +264,15 @@ def run_experts(
     plan = make_group_metadata(group, here, rows_of_blocks(group.shape[0], num_experts, p["gate"]))
     choices = (*expert.shape, x.shape[-1])
     items = jnp.broadcast_to(x[:, :, None], choices).reshape(-1, x.shape[-1])
-    rows = dispatch(plan, items, implementation=kernels.dispatch)
+    moves = {"implementation": kernels.dispatch, "interpret": kernels.interpret}
+    products = {"implementation": kernels.experts, "interpret": kernels.interpret}
+    rows = dispatch(plan, items, **moves)
     of_scores = "xla" if kernels.dispatch else None  # other kernels serve no columns
     scale = dispatch(plan, weight.reshape(-1, 1), implementation=of_scores)[:, 0]
     matrices = p["gate"], p["up"], plan.group_of_block, None if weigh_output else scale
-    hidden = gated_matmul(rows, *matrices, implementation=kernels.experts)
-    out = grouped_matmul(hidden, p["down"], plan.group_of_block, implementation=kernels.experts)
+    hidden = gated_matmul(rows, *matrices, **products)
+    out = grouped_matmul(hidden, p["down"], plan.group_of_block, **products)
     if weigh_output:
         out = (out * scale[:, None].astype(jnp.float32)).astype(out.dtype)
-    out = combine(plan, out, implementation=kernels.dispatch)
+    out = combine(plan, out, **moves)
     return out.reshape(*expert.shape, -1).sum(2)

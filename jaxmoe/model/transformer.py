@@ -49,7 +49,6 @@ def forward(
     *,
     remat: bool = False,
     fused: bool = True,
-    interpret: Any = None,
     kernels: Kernels = FASTEST,
     moe: Callable | None = None,
     packing: Packing | None = None,
@@ -65,8 +64,6 @@ def forward(
         cache: None for a whole forward pass; otherwise a cache with room for the new tokens.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         fused: run a step of one new token a row by the kernels of `decode_step` where they serve.
-        interpret: `plgpu.InterpretGPUParams()` or `pltpu.InterpretParams()` runs those without
-            their hardware.
         kernels: the implementations to run on; naming any turns `fused` off.
         moe: a mixture of experts of the same arguments as `jaxmoe.model.moe.moe`; default: that
             one. Giving one turns `fused` off.
@@ -85,7 +82,8 @@ def forward(
     if remat:
         layer = functools.partial(decoder_layer, **parts)
         run_layer = jax.checkpoint(layer, static_argnums=(0, 1))
-    fused = fused and moe is None and kernels == FASTEST
+    interpret = kernels.interpret
+    fused = fused and moe is None and kernels.fastest
     fused = fused and why_not_fused(config, params, x, cache, interpret, packing) is None
     carried: Any = x
     if fused:

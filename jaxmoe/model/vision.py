@@ -5,7 +5,9 @@
 
 A tile is cut into patches, which a bidirectional transformer with rotary positions in two
 dimensions turns into vectors. Squares of them become one vector each (pixel shuffle), an adapter
-and a projector bring these to the text model's width. Tiles do not see each other.
+and a projector bring these to the text model's width. Tiles do not see each other: on a mesh every
+device has some, and gathers the weights block by block. Where there are too few tiles for that, the
+devices along `tensor` share the heads and the feed-forward width, as in the text model.
 
 Shape letters: N tiles, P patches of a tile, S = P + 1 with the class token, D tower width, H heads,
 d head size, T tokens of a tile, E text width.
@@ -21,8 +23,9 @@ from jaxtyping import Array, Float, UInt8
 from jaxmoe import mesh as meshes
 from jaxmoe.config import Llama4Config, VisionConfig
 from jaxmoe.model.layers import layer_norm, linear, rotate
+from jaxmoe.model.param_spec import SpecTree
 from jaxmoe.model.params import map_arrays
-from jaxmoe.model.vision_params import vision_specs
+from jaxmoe.model.vision_params import vision_layer_specs, vision_specs
 from pallas_kernels.attention import flash_attention
 
 EPS = 1e-5  # of every LayerNorm; the configs' `norm_eps` is not used by the reference
@@ -42,8 +45,10 @@ def tile_features(
         remat: recompute each block in the backward pass instead of keeping its activations.
     """
     vision = _vision(config)
-    p = map_arrays(meshes.constrain_param, vision_specs(vision, config.hidden_size), p)
-    x = linear("NPc,cD->NPD", patches(vision, pixels, p["projector"].dtype), p["patch_embedding"])
+    x = _scaled(pixels, p["projector"].dtype)
+    outer = {name: w for name, w in p.items() if name != "layers"}
+    p = p | _at_use(_outer_specs(config, vision), outer, len(x))
+    x = linear("NPc,cD->NPD", patches(vision, x), p["patch_embedding"])
     last = jnp.broadcast_to(p["class_embedding"].astype(x.dtype), (len(x), 1, x.shape[-1]))
     x = jnp.concatenate([x, last], axis=1) + p["position_embedding"].astype(x.dtype)
     x = _over_tiles(layer_norm(x, p["norm_before"], EPS))
@@ -64,17 +69,26 @@ def _vision(config: Llama4Config) -> VisionConfig:
     return config.vision
 
 
-def patches(vision: VisionConfig, pixels, dtype) -> Float[Array, "N P c"]:
-    """The patches of tiles, row by row, each as a vector: channel, row, column."""
+def _scaled(pixels, dtype) -> Float[Array, "N side side channels"]:
+    """Pixels from -1 to 1."""
     if pixels.dtype == jnp.uint8:
         pixels = (pixels.astype(jnp.float32) - 127.5) / 127.5
+    return pixels.astype(dtype)
+
+
+def patches(
+    vision: VisionConfig, pixels: Float[Array, "N side side channels"]
+) -> Float[Array, "N P c"]:
+    """The patches of tiles, row by row, each as a vector: channel, row, column."""
     side, size = vision.patches_a_side, vision.patch_size
     x = pixels.reshape(len(pixels), side, size, side, size, vision.num_channels)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(len(x), side * side, -1).astype(dtype)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(len(x), side * side, -1)
 
 
 def tower_block(vision: VisionConfig, p: dict, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
     """One block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    p, x = jax.lax.optimization_barrier((p, x))  # else XLA gathers all blocks' weights at once
+    p = _at_use(vision_layer_specs(vision), p, len(x))
     x = _over_tiles(x + attention(vision, p["attention"], layer_norm(x, p["attention_norm"], EPS)))
     hidden = _affine(layer_norm(x, p["feed_forward_norm"], EPS), p["feed_forward"]["up"])
     return _over_tiles(x + _affine(_gelu(hidden), p["feed_forward"]["down"]))
@@ -90,10 +104,8 @@ def attention(vision: VisionConfig, p: dict, x: Float[Array, "N S D"]) -> Float[
     cos, sin = (jnp.asarray(angle)[None] for angle in rope_angles(vision))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     run = functools.partial(flash_attention, scale=vision.head_dim**-0.5, causal=False)
-    mesh, spec = meshes.current_mesh(), None
     q, k, v = (jnp.swapaxes(z, 1, 2) for z in (q, k, v))
-    if mesh is not None:
-        spec = meshes.activation_spec(mesh, ("tiles", "heads", None, None), q.shape)
+    spec = _heads_spec(q)
     out = meshes.per_device(run, (spec, spec, spec), spec)(q, k, v)
     return _affine(jnp.swapaxes(out, 1, 2).reshape(x.shape), p["o"])
 
@@ -134,6 +146,37 @@ def _affine(x: Float[Array, "N S i"], p: dict) -> Float[Array, "N S o"]:
 
 def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def _heads_spec(q: Float[Array, "N H S d"]):
+    """Where queries, keys and values lie."""
+    mesh = meshes.current_mesh()
+    if mesh is None:
+        return None
+    heads = None if _gathers(len(q)) else "heads"
+    return meshes.activation_spec(mesh, ("tiles", heads, None, None), q.shape)
+
+
+def _gathers(tiles: int) -> bool:
+    """Whether devices along `tensor` have tiles of their own, and need whole weights for them."""
+    mesh = meshes.current_mesh()
+    return mesh is not None and "tensor" in meshes.activation_axes(mesh, "tiles", tiles)
+
+
+def _at_use(specs: SpecTree, p: dict, tiles: int) -> dict:
+    """The parameters as the computation of so many tiles needs them on each device."""
+
+    def gathered(w, axes):
+        whole = tuple(None for _ in axes) if _gathers(tiles) else axes
+        return meshes.constrain_param(w, whole)
+
+    return map_arrays(gathered, specs, p)
+
+
+def _outer_specs(config: Llama4Config, vision: VisionConfig) -> SpecTree:
+    """The declarations of all that belongs to no block."""
+    specs = vision_specs(vision, config.hidden_size)
+    return {name: spec for name, spec in specs.items() if name != "layers"}
 
 
 def _over_tiles(x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:

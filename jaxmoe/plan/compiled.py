@@ -12,6 +12,7 @@ from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.steps import abstract_arguments, lower_step
 from jaxmoe.plan.targets import Target, absent_devices
+from jaxmoe.plan.vision import features_bytes, tower_temporaries
 from jaxmoe.plan.work import Work, capacity
 from pallas_kernels.compile.absent import compiler_options
 
@@ -25,8 +26,9 @@ class Compiled:
     Attributes:
         weights: bytes of the parameters, computed from their shapes.
         cache: bytes of the cache, computed from its shapes.
-        arguments: bytes of all arguments, as the compiler counts them.
-        temporaries: bytes that are allocated during the step.
+        arguments: bytes of all arguments, as the compiler counts them, and of the vision tower
+            and its features.
+        temporaries: bytes that are allocated during the step, or by formula in the tower before it.
         outputs: bytes of results that reuse no argument's memory.
         code: bytes of the program.
         seconds: how long lowering and compiling took.
@@ -68,11 +70,12 @@ def compile_step(work: Work, mesh: MeshConfig, target: Target) -> Compiled:
     )
     lowered = lower_step(work.config, devices, arguments)
     analysis: Any = _compile(lowered, target).memory_analysis()
+    tower = device_bytes(arguments[0].get("vision", {}))  # no argument of a step, but it stays
     return Compiled(
         weights=device_bytes(arguments[0]),
         cache=device_bytes(arguments[-1]),
-        arguments=analysis.argument_size_in_bytes,
-        temporaries=analysis.temp_size_in_bytes,
+        arguments=analysis.argument_size_in_bytes + tower + features_bytes(work),
+        temporaries=max(analysis.temp_size_in_bytes, tower_temporaries(work, mesh)),
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
         seconds=time.perf_counter() - start,

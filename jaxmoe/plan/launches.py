@@ -40,11 +40,15 @@ def launch_seconds(work: Work, mesh: MeshConfig, target: Target) -> float:
 
 
 def is_few_launches(work: Work, mesh: MeshConfig, target: Target) -> bool:
-    """Whether a decode step runs with the fused kernels of `jaxmoe/model/decode_step.py`."""
+    """Whether a decode step is few launches, since Hopper runs it with the fused kernels."""
+    return target.compiler in HOPPER and is_fused(work, mesh)
+
+
+def is_fused(work: Work, mesh: MeshConfig) -> bool:
+    """Whether the fused kernels of `jaxmoe/model/decode_step.py` serve a decode step in bf16."""
     share = device_share(work, mesh)
     return (
-        target.compiler in HOPPER
-        and work.format is None
+        work.format is None
         and share.exchange == "replicated"
         and why_not_sizes(work.config, mesh.tensor, share.tokens) is None
     )

@@ -5,6 +5,7 @@ import dataclasses
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.targets import Target
 from jaxmoe.plan.temporaries import temporaries, training_temporaries
+from jaxmoe.plan.vision import features_bytes, tower_temporaries, training_bytes
 from jaxmoe.plan.work import Work, cache_bytes, stored_params, weight_bytes
 
 INDEX = 4  # bytes of a token's id, of its position, and of its segment id
@@ -19,12 +20,14 @@ class Memory:
         weights: the parameters, in training in float32.
         cache: keys, values, scales, page tables and coordinates of the KV cache.
         optimizer: Adam's two moments, in training only.
+        features: the table of images' features.
         temporaries: the new tokens, and everything that is allocated only during a step.
     """
 
     weights: int
     cache: int = 0
     optimizer: int = 0
+    features: int = 0
     temporaries: int
 
     @property
@@ -41,12 +44,13 @@ def memory(work: Work, mesh: MeshConfig) -> Memory:
         return Memory(
             weights=weights,
             optimizer=2 * weights,  # moments lie where their parameters lie
-            temporaries=new + training_temporaries(work, mesh),
+            temporaries=new + training_temporaries(work, mesh) + training_bytes(work, mesh),
         )
     return Memory(
         weights=weight_bytes(work, mesh),
         cache=cache_bytes(work, mesh),
-        temporaries=new + temporaries(work, mesh),
+        features=features_bytes(work),
+        temporaries=new + max(temporaries(work, mesh), tower_temporaries(work, mesh)),
     )
 
 

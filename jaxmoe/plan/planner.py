@@ -9,8 +9,10 @@ from jaxmoe.model.params import num_params
 from jaxmoe.plan import search
 from jaxmoe.plan.launches import launch_seconds
 from jaxmoe.plan.memory import largest_context
+from jaxmoe.plan.scheduled import schedule_factor
 from jaxmoe.plan.search import Candidate
 from jaxmoe.plan.targets import Target
+from jaxmoe.plan.vision import check_tiles, image_tokens
 from jaxmoe.plan.work import Work, check_mesh
 
 GIB = 2**30
@@ -67,6 +69,12 @@ class Plan:
         return self.chosen.bounds.seconds + self.launches
 
     @property
+    def scheduled(self) -> float | None:
+        """Seconds of a step on TPUs by the compiler's schedule, communication apart, or None."""
+        factor = schedule_factor(self.work, self.chosen.mesh, self.target)
+        return factor and factor * self.chosen.bounds.memory
+
+    @property
     def tokens(self) -> int:
         """The number of new tokens in a step, over all rows."""
         return self.work.rows * self.work.tokens
@@ -82,8 +90,10 @@ def make_plan(model: str, work: Work, target: Target, mesh: MeshConfig | None) -
         mesh: the mesh; None for the best one.
 
     Raises:
-        UserError: if the mesh does not match the target's devices or does not divide the model.
+        UserError: if the mesh does not match the target's devices or does not divide the model, or
+            the tiles are more tokens than the context.
     """
+    check_tiles(work)
     if mesh is None:
         chosen, reason = search.best(work, target)
     else:
@@ -170,10 +180,20 @@ def notes(plan: Plan) -> list[str]:
         f"{reserve / GIB:.1f} GiB a device are kept {target.reserve_reason}.",
         "Times are bounds at published rates, with everything overlapped; nothing was measured.",
     ]
+    if plan.work.tiles:
+        lines.append(
+            f"{plan.work.tiles} tile(s) of images take {image_tokens(plan.work)} tokens of the "
+            "context, besides their separators."
+        )
     if plan.launches:
         lines.append(
             f"A launch is assumed to take {1e6 * target.launch:.1f} us, a small sum over devices "
             f"{1e6 * target.latency:.0f} us; how many there are is the compiler's count."
+        )
+    if plan.scheduled:
+        lines.append(
+            "The schedule is the compiler's, of Scout with one row and this format of the cache, "
+            "and not a measurement: it counts no stalls and no communication."
         )
     if target.compiler in ("a100", "l40s", "b200"):
         lines.append("The kernels for Hopper do not run there, XLA's and JAX's own do.")
@@ -193,6 +213,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "context": work.context,
         "batch": work.rows,
         "tokens_a_step": plan.tokens,
+        "tiles": work.tiles,
         "weights": work.weights,
         "kv": work.kv,
         "target": {**dataclasses.asdict(target), "limit": target.limit},
@@ -217,6 +238,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "token": bounds.seconds / plan.tokens,
             "launches": plan.launches,
             "estimate": plan.estimate,
+            "scheduled": plan.scheduled,
         },
         "notes": notes(plan),
     }

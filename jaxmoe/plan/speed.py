@@ -11,6 +11,7 @@ import numpy as np
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.share import DeviceShare, device_share
 from jaxmoe.plan.targets import Target
+from jaxmoe.plan.vision import tower_flops, tower_reads, tower_sent
 from jaxmoe.plan.work import Work, cache_bytes, stored_params
 
 ACTIVATION = 2  # bytes of an element of activations, bfloat16
@@ -80,6 +81,7 @@ def demand(work: Work, mesh: MeshConfig) -> Demand:
         stored = stored_params(work.config, work.format)
         weights += OPTIMIZER_BYTES * sum(x.numbers(mesh) for x in stored)
     flops = float(_matmul_flops(work, mesh, share) + _attention_flops(work, mesh, share))
+    flops += tower_flops(work, mesh)
     return Demand(
         weights=weights,
         cache=0.0 if training else float(cache_bytes(work, mesh)),
@@ -95,8 +97,10 @@ def _weights_read(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
     """
     at_use = dataclasses.replace(mesh, fsdp=1)
     total = float(share.tokens * work.config.hidden_size * ACTIVATION)  # rows of the embedding
+    total += tower_reads(work, mesh)
     for stored in stored_params(work.config, work.format):
-        if stored.name == "embed" and not work.config.tie_word_embeddings:
+        embeds = stored.name == "embed" and not work.config.tie_word_embeddings
+        if embeds or stored.is_vision:
             continue
         part = busy_experts(work, mesh, share) if stored.is_expert else 1
         total += stored.nbytes(at_use) * part
@@ -118,7 +122,8 @@ def _matmul_flops(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
     last = share.tokens if work.task == "train" else share.rows
     total = 0.0
     for stored in stored_params(config, work.format):
-        if stored.name.endswith(".scale") or (stored.name == "embed" and head != "embed"):
+        embeds = stored.name == "embed" and head != "embed"
+        if stored.name.endswith(".scale") or embeds or stored.is_vision:
             continue
         uses = per_expert if stored.is_expert else last if stored.name == head else share.tokens
         total += 2 * stored.numbers(at_use) * uses
@@ -151,7 +156,7 @@ def _sent(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
     nbytes = 2 * len(config.layers) * wide + (moe + 1) * ACTIVATION
     sent = 2 * _part(mesh.tensor) * share.tokens * config.hidden_size * nbytes
     sent += moe * _sent_to_experts(work, mesh, share)
-    sent += _sent_along_sequence(work, mesh, share)
+    sent += _sent_along_sequence(work, mesh, share) + tower_sent(work, mesh)
     sent *= 3 if work.task == "train" else 1  # forward, recomputed forward, and backward
     return sent + _sent_weights(work, mesh)
 
@@ -193,10 +198,9 @@ def _sent_along_sequence(work: Work, mesh: MeshConfig, share: DeviceShare) -> fl
 
 def _sent_weights(work: Work, mesh: MeshConfig) -> float:
     """Bytes of weights gathered over fsdp at each use, and in training of gradients reduced."""
-    at_use = dataclasses.replace(mesh, fsdp=1)
-    stored = stored_params(work.config, work.format)
-    training = work.task == "train"
-    gathered = sum(x.nbytes(at_use) - x.nbytes(mesh) for x in stored)
+    at_use, training = dataclasses.replace(mesh, fsdp=1), work.task == "train"
+    stored = [x for x in stored_params(work.config, work.format) if training or not x.is_vision]
+    gathered = sum(x.nbytes(at_use) - x.nbytes(mesh) for x in stored if not x.is_vision)
     sent = float(gathered) * (3 if training else 1)
     if training:
         for x in stored:

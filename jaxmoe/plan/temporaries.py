@@ -106,7 +106,7 @@ def _gathered(work: Work, mesh: MeshConfig) -> int:
     for stored in stored_params(work.config, work.format):
         parts = stored.name.split(".")
         copies = 2 if parts[-1].split("[")[0] in ("gate", "up") else 1
-        if "embed" in stored.axes:
+        if "embed" in stored.axes and not stored.is_vision:
             layer = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
             by_layer[layer] += copies * stored.nbytes(at_use) // stored.count
     return max(by_layer.values())

@@ -34,6 +34,7 @@ def memory_table(plan: Plan) -> Table:
         "weights": (memory.weights, compiled and compiled.weights),
         "cache": (memory.cache, compiled and compiled.cache),
         "optimizer": (memory.optimizer, 0),
+        "features": (memory.features, compiled and memory.features),
         "temporaries": (memory.temporaries, compiled and _rest(compiled)),
         "peak": (memory.peak, compiled and compiled.peak),
         "limit": (target.limit, compiled and target.limit),
@@ -43,7 +44,7 @@ def memory_table(plan: Plan) -> Table:
         table.add_column("compiler", justify="right")
         table.add_column("difference", justify="right")
     for name, (formula, by_compiler) in rows.items():
-        if not formula and name in ("optimizer", "cache"):
+        if not formula and name in ("optimizer", "cache", "features"):
             continue
         cells = [f"{formula / GIB:.2f}"]
         if compiled:
@@ -70,6 +71,8 @@ def speed_table(plan: Plan) -> Table:
     for name, (amount, seconds) in rows.items():
         binds = " (binds)" if name == bounds.binds else ""
         table.add_row(name + binds, amount, f"{1e3 * seconds:.3g}")
+    if plan.scheduled:
+        table.add_row("memory, by the compiler's schedule", "", f"{1e3 * plan.scheduled:.3g}")
     if plan.launches:
         table.add_row("launches, beside any of them", "", f"{1e3 * plan.launches:.3g}")
         table.add_row("estimate", "", f"{1e3 * plan.estimate:.3g}")

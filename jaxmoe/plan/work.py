@@ -35,6 +35,7 @@ class Work:
         weights: the format of the matrices, one of STORAGE_FORMATS.
         kv: the format of the cache, one of STORAGE_FORMATS.
         prefill_chunk: tokens of each row that one step of prefill processes.
+        tiles: of images, in all rows, that the step sees; none in decoding.
     """
 
     config: Llama4Config
@@ -44,6 +45,7 @@ class Work:
     weights: str = "bf16"
     kv: str = "bf16"
     prefill_chunk: int = PREFILL_CHUNK
+    tiles: int = 0
 
     def __post_init__(self):
         most = self.config.max_position_embeddings
@@ -52,6 +54,8 @@ class Work:
         for name, value in (("rows", self.rows), ("prefill chunk", self.prefill_chunk)):
             if value < 1:
                 raise UserError(f"{name} {value} is below 1.")
+        if self.tiles < 0 or (self.tiles and self.config.vision is None):
+            raise UserError(f"{self.tiles} tiles need a model with a vision tower, and 0 or more.")
         if self.task == "train" and (self.weights, self.kv) != ("bf16", "bf16"):
             raise UserError(
                 "training keeps float32 weights, bfloat16 copies and no cache: leave out --weights "
@@ -106,6 +110,11 @@ class Stored:
     def is_expert(self) -> bool:
         """Whether the array belongs to the routed experts."""
         return ".experts." in self.name
+
+    @property
+    def is_vision(self) -> bool:
+        """Whether the array belongs to the vision tower, its adapter or the projector."""
+        return self.name.startswith("vision.")
 
     def size(self, mesh: MeshConfig) -> int:
         """The number of elements on one device, in all layers."""

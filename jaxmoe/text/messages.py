@@ -47,14 +47,22 @@ def joined(content: Json, picture: str | None = None) -> Json:
 
 
 def unused_characters(value: Json) -> Iterator[str]:
-    """Private-use characters of Unicode that no text in a JSON value has.
+    """Private-use characters of Unicode that no text in a JSON value has, nor their JSON escapes.
 
     Raises:
         UserError: if more of them are asked for than there are.
     """
-    used = set(json.dumps(value, ensure_ascii=False))
-    yield from (chr(code) for code in _PRIVATE if chr(code) not in used)
+    text = json.dumps(value, ensure_ascii=False)
+    used = set(text)
+    for char in map(chr, _PRIVATE):
+        if char not in used and escape_in_json(char) not in text:
+            yield char
     raise UserError("the messages have all private-use characters of Unicode; remove some")
+
+
+def escape_in_json(char: str) -> str:
+    """What JSON in ASCII writes for a character."""
+    return json.dumps(char)[1:-1]
 
 
 def encode_marked(text: str, picture: str | None, tokenizer: Tokenizer) -> list[int]:

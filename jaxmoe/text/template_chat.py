@@ -7,7 +7,6 @@ them, and restored once the text is split at the special tokens.
 
 import contextlib
 import functools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -20,6 +19,7 @@ from jaxmoe.text.messages import (
     check_messages,
     check_tools,
     encode_marked,
+    escape_in_json,
     is_text_items,
     joined,
     unused_characters,
@@ -137,7 +137,7 @@ def _render(template: ChatTemplate, messages: list[dict], picture: str, **variab
         except UserError as error:
             failure = failure or error
         else:
-            places = pictures and sum(map(text.count, (IMAGE, picture, _in_json(picture))))
+            places = pictures and sum(map(text.count, (IMAGE, picture, escape_in_json(picture))))
             if places == pictures and not _misread(text, given):
                 return text
     if failure:
@@ -204,15 +204,11 @@ class _Escaper:
 
     def unescape(self, text: str) -> str:
         """The original of an escaped text."""
-        text = text.replace(_in_json(self.picture), self.picture)
+        # A template's `tojson` may have made escapes of them.
+        text = text.replace(escape_in_json(self.picture), self.picture)
         for char, mark in self._mark.items():
-            text = text.replace(mark, char).replace(_in_json(mark), char)
+            text = text.replace(mark, char).replace(escape_in_json(mark), char)
         return text
-
-
-def _in_json(char: str) -> str:
-    """What a template's `tojson` may make of a character."""
-    return json.dumps(char)[1:-1]
 
 
 def _beginnings(names: list[str]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from pallas_kernels.attention.checks import (
 from pallas_kernels.attention.masks import CAUSAL, Coords, Mask, coords_of
 from pallas_kernels.choice import Implementation, choose, resolve_config
 from pallas_kernels.mosaic import why_not_hopper
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import Quantized, row_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,12 @@ class DecodeCase:
     mask: Mask = CAUSAL
     return_lse: bool = False
     interpret: Any = None
+    paired: bool = False  # whether int4 keys are
+
+    @property
+    def row(self) -> int:
+        """How many stored numbers the last axis of the cache has."""
+        return row_numbers(self.head_dim, self.cache, paired=self.paired)
 
 
 def _why_not_mosaic(case: DecodeCase) -> str | None:
@@ -105,7 +111,7 @@ def decode_attention(
     Args:
         q: query head `h` reads key/value head `h // (H / K)`.
         k, v: the cache, an array or quantized with a scale a token and head. With a table, a pool
-            of pages [pages, K, keys a page, d] that rows share.
+            of pages [pages, K, keys a page, d] that rows share. TPU kernels take int4 `in_pairs`.
         q_coords: positions and segments of the queries.
         k_coords: of the keys [B, T], or of the pool [pages, keys a page]. Default, without a table:
             key t is at position t of segment 1, and causal masking hides what lies beyond the
@@ -152,6 +158,7 @@ def _case(q, k, v, q_coords, k_coords, table, options: dict) -> DecodeCase:
     options["mask"] = take_mask(options)
     keys, page = (page, None) if table is None else (page * table.shape[1], page)
     cache = k.format if isinstance(k, Quantized) else jnp.dtype(k.dtype).name
+    options["paired"] = isinstance(k, Quantized) and k.paired
     return DecodeCase(B, H, K, S, keys, d, jnp.dtype(q.dtype).name, cache, page, **options)
 
 

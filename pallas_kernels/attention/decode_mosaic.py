@@ -69,7 +69,7 @@ from pallas_kernels.mosaic import (
     widen,
 )
 from pallas_kernels.platform import target
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import Quantized, unpaired
 
 DEFAULT_CORES = 2  # multiprocessors to plan for where the device has none: the interpreter
 FEW_ROWS = 8  # a row and key head for so many multiprocessors: tasks of one row are of one size
@@ -169,6 +169,7 @@ def decode_mosaic(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, con
 
 def _arrays(x) -> tuple:
     """Arrays of a cache that TMA can copy: keys are padded to a multiple of 8."""
+    x = unpaired(x)
     arrays = (x.qvalue, x.scale) if isinstance(x, Quantized) else (x,)
     return tuple(pad_axis(array, 2, 8) for array in arrays)
 

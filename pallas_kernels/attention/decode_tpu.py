@@ -7,7 +7,7 @@ joined by the log-sum-exp.
 
 The queries of all heads that share keys are the rows of one small tile. Scales of a quantized cache
 multiply scores and probabilities, one number a key, never keys or values. int4 comes as two halves
-of the head size, each a product of its own.
+of the head size, each a product of its own, and two keys in a row (`tpu_int4`).
 
 Shape letters: B rows, K key/value heads, P pages of the pool, t keys a page, d head size, R queries
 times heads of a group, H of all groups; N pages a block, n blocks of a row, C cores.
@@ -15,6 +15,7 @@ times heads of a group, H of all groups; N pages a block, n blocks of a row, C c
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +24,31 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.masks import Coords, KeyRange
 from pallas_kernels.attention.tpu_blocks import At, Blocks, scratch
+from pallas_kernels.attention.tpu_int4 import by_place, rows_of_queries
 from pallas_kernels.attention.tpu_plan import DecodeTpuConfig, Runs, config_for, plan
 from pallas_kernels.attention.tpu_softmax import (
     LOG2E,
     PageMask,
     Softmax,
     Static,
+    Stored,
     attend_head,
     join_cores,
     of_queries,
-    page_mask,
+    page_masks,
+    parts_of_queries,
 )
 from pallas_kernels.choice import Implementation
-from pallas_kernels.quantized import STORED, Quantized
-from pallas_kernels.tpu import IN_HBM, LANES, SUBLANES, VMEM_BYTES, in_hbm, why_not_tpu
+from pallas_kernels.quantized import STORED, Quantized, in_pairs
+from pallas_kernels.tpu import (
+    IN_HBM,
+    LANES,
+    SUBLANES,
+    VMEM_BYTES,
+    in_hbm,
+    mxu_fp8,
+    why_not_tpu,
+)
 
 MOST_BYTES = VMEM_BYTES // 3  # of all rows' queries and results, which stay on chip
 
@@ -47,11 +59,10 @@ def why_not(case) -> str | None:
         return f"it takes bfloat16 or float32, not {case.dtype}, and not a cache of {case.cache}"
     if _resident_bytes(case) > MOST_BYTES:
         return f"{case.rows} rows of {case.queries} queries and {case.heads} heads exceed its VMEM"
-    stored = case.head_dim // (2 if case.cache == "int4" else 1)
-    if not case.interpret and (stored % LANES or case.page not in (None, LANES)):
+    if not case.interpret and (case.row % LANES or case.page not in (None, LANES)):
         return (
-            f"it takes pages of {LANES} keys, each of a multiple of {LANES} stored numbers, not "
-            f"{case.page} of {stored}: XLA would lay out the pool anew at every call"
+            f"it takes pages of {LANES} keys, in rows of a multiple of {LANES} stored numbers, not "
+            f"{case.page} in rows of {case.row}: XLA would lay out the pool anew at every call"
         )
     return why_not_tpu(case.interpret)
 
@@ -74,11 +85,11 @@ def decode_tpu(q, k, v, q_range: KeyRange, k_coords: Coords, table, case, config
 def _decode(q_BHd, k, v, q_range, k_coords, table, case, config):
     """Output [B, H, d] and log-sum-exp [B, H], where H counts heads times queries."""
     (B, H, d), (_, K, page, _) = q_BHd.shape, k.shape
-    pages, cores, slots = config.pages(page, K), config.cores, config.slots
+    static = _static(case, k)
+    pages = -(-config.pages(page, K) // static.places) * static.places
+    cores, slots = config.cores, config.slots
     runs, entries = plan(q_range, k_coords, table, pages, cores)
     streams = [*jax.tree.leaves((k, v)), *k_coords]
-    parts = 2 if case.cache == "int4" else 1
-    static = Static(case.scale * LOG2E, case.queries, parts, isinstance(k, Quantized))
     out_type = jax.ShapeDtypeStruct((cores, B, H, d), jnp.float32)
     lse_type = jax.ShapeDtypeStruct((cores, B, H, LANES), jnp.float32)
     out, lse = pl.pallas_call(
@@ -96,7 +107,11 @@ def _decode(q_BHd, k, v, q_range, k_coords, table, case, config):
                 pl.BlockSpec((1, *x.shape[1:]), lambda core, *_: (core, 0, 0, 0))
                 for x in (out_type, lse_type)
             ],
-            scratch_shapes=[*scratch(streams, pages, slots), _softmax(K, H // K, d, parts)],
+            scratch_shapes=[
+                *scratch(streams, pages, slots),
+                _softmax(static, K, H // K, d),
+                _scales(static, pages, K, page),
+            ],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
@@ -109,13 +124,29 @@ def _decode(q_BHd, k, v, q_range, k_coords, table, case, config):
     return join_cores(out, lse, interpret=case.interpret)
 
 
-def _softmax(K: int, R: int, d: int, parts: int) -> Softmax:
+def _static(case, k) -> Static:
+    scale, quantized = case.scale * LOG2E, isinstance(k, Quantized)
+    if case.cache != "int4":
+        return Static(scale, case.queries, quantized)
+    whole_words = k.shape[2] % 4 == 0  # of the bytes of four keys
+    fp8 = mxu_fp8() if case.dtype == "bfloat16" and whole_words else None
+    return Static(scale, case.queries, quantized, 2, 2 if k.paired else 1, fp8)
+
+
+def _softmax(static: Static, K: int, R: int, d: int) -> Softmax:
     """The memory of the current row's."""
+    rows = R if static.places == 1 else static.places * rows_of_queries(R)
     return Softmax(
-        pltpu.VMEM((K, R, LANES), jnp.float32),
-        pltpu.VMEM((K, R, LANES), jnp.float32),
-        pltpu.VMEM((K, parts, R, d // parts), jnp.float32),
+        pltpu.VMEM((K, rows, LANES), jnp.float32),
+        pltpu.VMEM((K, rows, LANES), jnp.float32),
+        pltpu.VMEM((K, static.parts, rows, d * static.places // static.parts), jnp.float32),
     )
+
+
+def _scales(static: Static, pages: int, K: int, page: int) -> list:
+    """The memory of a block's scales of keys and values by place, if keys lie in pairs."""
+    shape = static.places, pages // static.places, K, page
+    return [] if static.places == 1 else [pltpu.VMEM(shape, jnp.float32)] * 2
 
 
 def _of_rows(q, k, v, q_range, k_coords, case, config):
@@ -124,8 +155,9 @@ def _of_rows(q, k, v, q_range, k_coords, case, config):
     page = next(size for size in (LANES, 64, 32, 16, 8, keys) if keys % size == 0)
     pages = B * K * (keys // page)
 
-    def paged(leaf):  # [B, K, T, ...]
-        return leaf.reshape(pages, 1, page, *leaf.shape[3:])
+    def paged(x):  # [B, K, T, ...]
+        x = jax.tree.map(lambda leaf: leaf.reshape(pages, 1, -1, *leaf.shape[3:]), x)
+        return in_pairs(x) if isinstance(x, Quantized) else x
 
     def repeated(x):
         return jnp.repeat(x, K, axis=0)
@@ -134,8 +166,8 @@ def _of_rows(q, k, v, q_range, k_coords, case, config):
     position, k_segment = (repeated(x).reshape(pages, page) for x in k_coords)
     return _decode(
         q.reshape(B * K, -1, d),
-        jax.tree.map(paged, k),
-        jax.tree.map(paged, v),
+        paged(k),
+        paged(v),
         KeyRange(first, last, segment),
         Coords(position, k_segment),
         jnp.arange(pages, dtype=jnp.int32).reshape(B * K, -1),
@@ -145,7 +177,7 @@ def _of_rows(q, k, v, q_range, k_coords, case, config):
 
 
 def _kernel(static: Static, runs: Runs, q_ref, list_ref, streams, out_ref, lse_ref, *memory):
-    *copies, softmax = memory
+    *copies, softmax, scales = memory
     core = pl.program_id(0)
     count, start = runs.count[core], (runs.row[core], runs.block[core])
     blocks = Blocks(runs.visits, count, list_ref, streams, *copies)
@@ -156,26 +188,29 @@ def _kernel(static: Static, runs: Runs, q_ref, list_ref, streams, out_ref, lse_r
     def attend(number, at: At) -> None:
         row, block = at
         begins = (number == 0) | (block == runs.visits.start[row])
-        _attend(static, runs, blocks, number, at, begins, q_ref, softmax)
+        _attend(static, runs, blocks, number, at, begins, q_ref, softmax, scales)
 
         @pl.when((number == count - 1) | (block + 1 >= runs.visits.stop[row]))
         def _():
-            softmax.write(out_ref.at[0, row], lse_ref.at[0, row])
+            softmax.write(static, out_ref.at[0, row], lse_ref.at[0, row])
 
     blocks.prime(start)
     blocks.visit(0, start, count, attend)
 
 
-def _attend(static, runs, blocks: Blocks, number, at: At, begins, q_ref, softmax: Softmax):
+def _attend(static, runs, blocks: Blocks, number, at: At, begins, q_ref, softmax: Softmax, scales):
     """Adds a block to the softmax of every key head."""
-    block = blocks.block(number)
-    heads, rows = softmax.top.shape[:2]
+    *stored, position, segment = blocks.block(number)
+    k, v = _with_scales(static, stored, scales)
+    heads = softmax.top.shape[0]
+    rows = q_ref.shape[1] // heads
 
-    def add(pages: Sequence[PageMask] | None):
+    def add(masks: Sequence[PageMask] | None):
         for head in range(heads):
             of_head = Softmax(*(x.at[head] for x in softmax))
-            q = q_ref[at[0], head * rows : (head + 1) * rows]
-            attend_head(static, q, head, block[:-2], pages, begins, of_head)
+            q = parts_of_queries(static, q_ref[at[0], head * rows : (head + 1) * rows])
+            keys, values = (Stored(static, head, *x) for x in (k, v))
+            attend_head(q, keys, values, masks, begins, of_head)
 
     @pl.when(~blocks.masked(at))
     def _():
@@ -183,10 +218,22 @@ def _attend(static, runs, blocks: Blocks, number, at: At, begins, q_ref, softmax
 
     @pl.when(blocks.masked(at))
     def _():
-        seen = KeyRange(*(of_queries(x, at[0], static.queries, rows) for x in runs.q_range))
+        of_place = softmax.top.shape[1] // static.places
+        seen = KeyRange(*(of_queries(x, at[0], static.queries, of_place) for x in runs.q_range))
         filled = blocks.of_entry(number, blocks.entries.filled)
-        coords = Coords(*block[-2:])
-        add([page_mask(coords, page, filled, seen) for page in range(blocks.pages)])
+        add(page_masks(static, Coords(position, segment), filled, seen))
+
+
+def _with_scales(static: Static, stored: Sequence[Any], scales: Sequence[Any]) -> list:
+    """References to keys and to their scales, and to values and theirs; None without scales."""
+    if not static.quantized:
+        return [(x, None) for x in stored]
+    each = list(zip(stored[::2], stored[1::2], strict=True))
+    if static.places == 1:
+        return each
+    for (_, source), to in zip(each, scales, strict=True):
+        to[...] = by_place(source[...])
+    return [(x, to) for (x, _), to in zip(each, scales, strict=True)]
 
 
 IMPLEMENTATION = Implementation("mosaic_tpu", why_not, decode_tpu, DecodeTpuConfig, config_for)

@@ -24,7 +24,7 @@ from pallas_kernels.attention.masks import (
 )
 from pallas_kernels.attention.pages import extents_of_rows, rows_of_pages, without_padding
 from pallas_kernels.platform import target
-from pallas_kernels.quantized import Quantized, dequantize
+from pallas_kernels.quantized import Quantized, dequantize, unpaired
 
 
 def config_for(case) -> FlashXlaConfig:
@@ -59,7 +59,7 @@ def _in_rows(k, v, k_coords: Coords, table, block: int):
     """A function of the index of a block of keys, and what there is in each block."""
     block = min(block, k.shape[2])
     coords = pad_tokens(k_coords, block)
-    k, v = (jax.tree.map(lambda leaf: pad_axis(leaf, 2, block), x) for x in (k, v))
+    k, v = (jax.tree.map(lambda leaf: pad_axis(leaf, 2, block), unpaired(x)) for x in (k, v))
 
     def cut(x, j, axis: int):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, j * block, block, axis), x)

@@ -88,7 +88,7 @@ def flash_attention(
             the call, which `flash_implementation` names.
         config: sizes, of that implementation's config type; default: those tuned for the device.
         interpret: runs a kernel without its hardware: `plgpu.InterpretGPUParams()` for
-            "mosaic_gpu", True for "cudnn" and "splash".
+            "mosaic_gpu", `pltpu.InterpretParams()` for "splash", True for "cudnn" and "splash".
 
     Raises:
         ValueError: if the arguments do not fit together, or the named implementation does not

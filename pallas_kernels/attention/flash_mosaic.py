@@ -7,13 +7,14 @@ from typing import Any
 import jax
 
 from pallas_kernels import tuning
+from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import Coords, KeyRange
 from pallas_kernels.attention.mosaic_backward import BackwardConfig, flash_backward
 from pallas_kernels.attention.mosaic_forward import ForwardConfig, flash_forward
 from pallas_kernels.choice import Implementation
 from pallas_kernels.mosaic import why_not_hopper
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128)  # of the kernels; zeros fill heads between them up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +36,30 @@ def why_not(case) -> str | None:
     """Why a call cannot run on these kernels, or None."""
     if case.dtype != "bfloat16":
         return f"it takes bfloat16, not {case.dtype}"
-    if case.head_dim not in HEAD_DIMS:
-        return f"it takes head sizes {HEAD_DIMS}, not {case.head_dim}"
+    if not HEAD_DIMS[0] <= case.head_dim <= HEAD_DIMS[-1]:
+        return f"it takes head sizes from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, not {case.head_dim}"
     return why_not_hopper(case.interpret)
 
 
 def config_for(case) -> FlashMosaicConfig:
     """The config tuned for the device, or else one that is good on any Hopper."""
-    forward = tuning.lookup("flash_forward", head_dim=case.head_dim) or {}
-    backward = tuning.lookup("flash_backward", head_dim=case.head_dim) or {}
+    head_dim = _padded(case.head_dim)
+    forward = tuning.lookup("flash_forward", head_dim=head_dim) or {}
+    backward = tuning.lookup("flash_backward", head_dim=head_dim) or {}
     return FlashMosaicConfig(ForwardConfig(**forward), BackwardConfig(**backward))
 
 
 def flash_mosaic(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashMosaicConfig):
     """Output [B, H, S, d] and log-sum-exp [B, H, S]."""
     static = _MosaicCall(case.scale, config, case.interpret)
-    return _flash(static, q, k, v, q_range, k_coords)
+    q, k, v = (pad_axis(x, 3, _padded(case.head_dim)) for x in (q, k, v))
+    out, lse = _flash(static, q, k, v, q_range, k_coords)
+    return out[..., : case.head_dim], lse
+
+
+def _padded(head_dim: int) -> int:
+    """The size of the kernels' heads that hold heads of a size."""
+    return next(size for size in HEAD_DIMS if size >= head_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,7 +1,7 @@
 """Flash attention on TPUs, of tokens to themselves: the splash kernel that JAX ships.
 
-The kernel is causal by slot and separates segments. That is the whole rule for tokens in order,
-once every run of one segment and chunk is a segment of its own.
+The kernel is causal by slot, or sees all slots, and separates segments. That is the whole rule for
+tokens in order, once every run of one segment and chunk is a segment of its own.
 """
 
 import dataclasses
@@ -18,12 +18,11 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from pallas_kernels.attention import flash_xla
 from pallas_kernels.attention.masks import Coords, KeyRange, Mask
 from pallas_kernels.choice import Implementation
-from pallas_kernels.platform import target
+from pallas_kernels.tpu import LANES, why_not_tpu
 
 # Of the kernel's products; by default a TPU would round float32 operands to bfloat16.
 PRECISION = {"bfloat16": "default", "float32": "highest"}
 LARGEST_HEAD = 256  # what fits on chip
-LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +53,11 @@ def why_not(case) -> str | None:
         return f"it takes {' or '.join(PRECISION)}, not {case.dtype}"
     if case.head_dim > LARGEST_HEAD:
         return f"it takes head sizes up to {LARGEST_HEAD}, not {case.head_dim}"
-    if not case.mask.causal or not case.mask.block_diagonal:
-        return "it is causal only, and takes no windows"
+    if not case.mask.block_diagonal:
+        return "it takes no windows"
     if not case.in_order:
         return "it takes in_order calls only"
-    device = target()
-    if case.interpret is True or device.platform == "tpu":
-        return None
-    return f"it needs a TPU, and this is {device}"
+    return why_not_tpu(case.interpret)
 
 
 def flash_splash(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashSplashConfig):
@@ -124,20 +120,23 @@ def _even_block(length: int, largest: int) -> int:
 
 def _segments(case, q_range: KeyRange, extra: int) -> splash.SegmentIds | None:
     """An id for each run of tokens of one segment and chunk; None where all are of one."""
-    if case.plain and case.mask.span is None:
+    apart = extra and not case.mask.causal  # padding at the end, which earlier slots would see
+    if case.plain and case.mask.span is None and not apart:
         return None
     parts = [q_range.segment]
     if case.mask.span is not None:
         parts.append(q_range.first)
     starts = [jnp.diff(part, axis=1, prepend=part[:, :1]) != 0 for part in parts]
     ids = jnp.cumsum(functools.reduce(operator.or_, starts), axis=1, dtype=jnp.int32)
-    ids = jnp.pad(ids, ((0, 0), (0, extra)))
+    ids = jnp.pad(ids, ((0, 0), (0, extra)), constant_values=-1)
     return splash.SegmentIds(ids, ids)
 
 
 def _kernel(case, length: int, block_q: int, block_k: int):
     """The library's kernel for one row."""
-    mask = _Slots(length, case.mask, aligned=case.plain)
+    mask = splash.FullMask((length, length))
+    if case.mask.causal:
+        mask = _Slots(length, case.mask, aligned=case.plain)
     sizes = splash.BlockSizes(
         block_q=block_q, block_kv=block_k, block_q_dq=block_q, block_kv_dq=block_k,
         block_q_dkv=block_q, block_kv_dkv=block_k,
@@ -146,7 +145,7 @@ def _kernel(case, length: int, block_q: int, block_k: int):
         splash.MultiHeadMask([mask] * case.heads),
         block_sizes=sizes,
         save_residuals=case.return_lse,
-        interpret=case.interpret is True,
+        interpret=bool(case.interpret),
     )
 
 

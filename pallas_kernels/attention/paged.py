@@ -33,7 +33,7 @@ from pallas_kernels.attention.pages import (
 )
 from pallas_kernels.choice import choose, resolve_config
 from pallas_kernels.platform import target
-from pallas_kernels.quantized import Quantized, dequantize
+from pallas_kernels.quantized import Quantized, dequantize, row_numbers
 
 COPIED = 8192  # keys of several sequences that are copied out of their pages at a time
 COPIED_ROWS = 2**16  # keys of all rows together that are, where each row is a sequence
@@ -54,6 +54,12 @@ class PagedCase:
     page: int
     scale: float
     interpret: Any = None
+    paired: bool = False  # whether int4 keys are
+
+    @property
+    def row(self) -> int:
+        """How many stored numbers the last axis of the cache has."""
+        return row_numbers(self.head_dim, self.cache, paired=self.paired)
 
 
 def paged_attention(
@@ -106,7 +112,8 @@ def _case(q, k, pages, scale: float, interpret) -> PagedCase:
     (B, H, S, d), (_, K, page, _) = q.shape, k.shape
     cache = k.format if isinstance(k, Quantized) else jnp.dtype(k.dtype).name
     keys, dtype = page * pages.shape[1], jnp.dtype(q.dtype).name
-    return PagedCase(B, H, K, S, keys, d, dtype, cache, page, scale, interpret)
+    paired = isinstance(k, Quantized) and k.paired
+    return PagedCase(B, H, K, S, keys, d, dtype, cache, page, scale, interpret, paired)
 
 
 def _by_flash(options: dict[str, Any], q, k, v, q_coords, k_coords, pages, segments):

@@ -29,7 +29,6 @@ from pallas_kernels.attention.tpu_flash import (
     Static,
     attend_block,
     column,
-    joined,
     widen_block,
 )
 from pallas_kernels.attention.tpu_softmax import LOG2E, multiplied_as_stored
@@ -51,11 +50,10 @@ def why_not(case) -> str | None:
             f"{group} query heads of {case.head_dim} numbers for each key head exceed its VMEM: it "
             f"takes head sizes up to {LARGEST_HEAD}"
         )
-    stored = case.head_dim // (2 if case.cache == "int4" else 1)
-    if not case.interpret and (stored % LANES or case.page != LANES):
+    if not case.interpret and (case.row % LANES or case.page != LANES):
         return (
-            f"it takes pages of {LANES} keys, each of a multiple of {LANES} stored numbers, not "
-            f"{case.page} of {stored}: XLA would lay out the pool anew at every call"
+            f"it takes pages of {LANES} keys, in rows of a multiple of {LANES} stored numbers, not "
+            f"{case.page} in rows of {case.row}: XLA would lay out the pool anew at every call"
         )
     return why_not_tpu(case.interpret)
 
@@ -79,6 +77,7 @@ def paged_tpu(q, k, v, q_range: KeyRange, k_coords: Coords, pages, owner, case, 
         heads=config.heads(S, H // K),
         format=k.format if isinstance(k, Quantized) else None,
         owned=owner is not None,
+        paired=case.paired,
     )
     streams = [*jax.tree.leaves((k, v)), *k_coords]
     call = _call(static, q_BKGSd, streams, sizes, config.slots, case)
@@ -183,7 +182,7 @@ def _key_block(static: Static, blocks: Blocks, number, head, wide, queries) -> K
     if static.format:
 
         def row(scale):
-            return joined(scale[page, pl.ds(head, 1)] for page in range(blocks.pages))
+            return static.row(scale[page, pl.ds(head, 1)] for page in range(blocks.pages))
 
         block = block._replace(k_scale=row(stored[1]), v_scale=row(stored[3]))
     if not masked:
@@ -202,7 +201,9 @@ def _coords(static: Static, blocks: Blocks, number, position, segment) -> Coords
         return jnp.where(here != 0, blocks.of_entry(number, blocks.entries.owner + page), 0)
 
     pages = range(blocks.pages)
-    return Coords(joined(position[i : i + 1] for i in pages), joined(map(segment_of, pages)))
+    return Coords(
+        static.row(position[i : i + 1] for i in pages), static.row(map(segment_of, pages))
+    )
 
 
 IMPLEMENTATION = Implementation("mosaic_tpu", why_not, paged_tpu, PagedTpuConfig, config_for)

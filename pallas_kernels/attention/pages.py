@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.masks import NOTHING, Coords, Extents
+from pallas_kernels.quantized import unpaired
 
 
 def extents_of_rows(
@@ -56,7 +57,8 @@ def rows_of_pages(
         segment = jnp.where(real[..., None], segment, 0)
     flat = Coords(*(x.reshape(len(table), -1) for x in (position, segment)))
 
-    return jax.tree.map(gather, k), without_padding(jax.tree.map(gather, v), flat), flat
+    k, v = (unpaired(jax.tree.map(gather, x)) for x in (k, v))
+    return k, without_padding(v, flat), flat
 
 
 def without_padding(v, coords: Coords):

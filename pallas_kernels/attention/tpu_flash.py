@@ -12,7 +12,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.masks import Coords, KeyRange
-from pallas_kernels.attention.tpu_softmax import LOG2E, MASKED, widen
+from pallas_kernels.attention.tpu_int4 import (
+    halves,
+    in_order_of_places,
+    keys_in_order_of_places,
+)
+from pallas_kernels.attention.tpu_softmax import LOG2E, MASKED
 from pallas_kernels.tpu import LANES, SUBLANES, dot
 
 LEAST = MASKED / 2  # a maximum of no scores: below it, masked ones have probability 0
@@ -26,12 +31,18 @@ class Static(NamedTuple):
         heads: how many heads' queries are multiplied at once.
         format: of a quantized cache; None for floating numbers.
         owned: whether the list of blocks says the segments of pages.
+        paired: whether int4 keys are, which then are multiplied in the order of their places.
     """
 
     scale: float
     heads: int
     format: str | None
     owned: bool
+    paired: bool
+
+    def row(self, rows: Iterable[jax.Array]) -> jax.Array:
+        """Numbers of pages' keys [1, t] as one row [1, T], in the order of the products."""
+        return joined(in_order_of_places(x) if self.paired else x for x in rows)
 
 
 class Softmax(NamedTuple):
@@ -161,11 +172,7 @@ def widen_block(static: Static, k, v, wide, *, masked: bool) -> jax.Array:
     Returns:
         [1, T]: which values had such elements.
     """
-    parts = 2 if static.format == "int4" else 1
-    keys, values = (
-        jnp.concatenate(widen(x[...].reshape(-1, x.shape[-1]), wide.dtype, parts), -1)
-        for x in (k, v)
-    )
+    keys, values = (_widened(static, x[...], wide.dtype) for x in (k, v))
     wide[0] = keys.astype(wide.dtype)
     if not masked or static.format in ("int8", "int4"):
         wide[1] = values.astype(wide.dtype)
@@ -176,6 +183,14 @@ def widen_block(static: Static, k, v, wide, *, masked: bool) -> jax.Array:
     bad = jnp.where(finite, 0.0, 1.0).astype(wide.dtype)
     ones = jnp.ones((2 * SUBLANES, bad.shape[1]), wide.dtype)
     return dot(ones, bad, transposed=True)[:1] > 0  # a product, since it gives a row of sums
+
+
+def _widened(static: Static, x: jax.Array, dtype) -> jax.Array:
+    """Keys or values of pages [N, ...] as rows [T, d]."""
+    if static.paired:
+        return keys_in_order_of_places(x, dtype)
+    x = x.reshape(-1, x.shape[-1])
+    return jnp.concatenate(halves(x, dtype, None), -1) if static.format == "int4" else x
 
 
 def column(row: jax.Array) -> jax.Array:

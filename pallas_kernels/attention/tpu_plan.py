@@ -26,6 +26,7 @@ from pallas_kernels.tpu import LANES, num_cores
 
 MOST_PAGES = LANES - 2  # of a block: with two more numbers they fill an entry of the list
 LONG, MIDDLE, SHORT = 4096, 1024, 512  # keys a block
+INT4_BLOCKS = 3  # times as many keys of int4: the bytes of a block outweigh what it costs besides
 MANY_ROWS = 8
 
 
@@ -49,16 +50,20 @@ class DecodeTpuConfig:
 
 
 def config_for(case) -> DecodeTpuConfig:
-    """The config tuned for the device, or else one that is large for few rows of many keys.
+    """Blocks that are large for few rows of many keys.
 
     A block costs some 150 bundles besides its keys. But the last block of a row is computed whole,
-    however few of its keys there are.
+    however few of its keys there are. The size tuned for the device is for rows of many blocks.
     """
     few = case.rows < MANY_ROWS
-    if tuned := tuning.lookup("decode", cache=case.cache, head_dim=case.head_dim, few_rows=few):
-        return DecodeTpuConfig(**tuned, cores=num_cores())
+    key = {"cache": case.cache, "head_dim": case.head_dim, "few_rows": few}
+    tuned = tuning.lookup("decode", **key) or {}
     size = LONG if few else MIDDLE
-    return DecodeTpuConfig(size if case.keys >= 4 * size else SHORT, cores=num_cores())
+    sizes = (INT4_BLOCKS * size, size) if case.cache == "int4" else (size,)
+    if "block_k" in tuned:
+        sizes = (tuned["block_k"], *sizes)
+    size = next((size for size in sizes if case.keys >= 4 * size), SHORT)
+    return DecodeTpuConfig(**(tuned | {"block_k": size}), cores=num_cores())
 
 
 class Visits(NamedTuple):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from pallas_kernels import tuning
 from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.flash_xla import power_of_two
 from pallas_kernels.attention.masks import (
@@ -68,12 +69,13 @@ class PagedTpuConfig:
 
 
 def config_for(case) -> PagedTpuConfig:
-    """A config by the number of heads and keys, for all cores of the device."""
-    default = PagedTpuConfig()
+    """A config by the number of heads and keys, or tuned, for all cores of the device."""
+    tuned = tuning.lookup("paged", cache=case.cache, head_dim=case.head_dim) or {}
+    default = PagedTpuConfig(**tuned)
     many = default.block_q * (case.heads // case.kv_heads) > MANY_ROWS
     return PagedTpuConfig(
         default.block_q // 2 if many else default.block_q,
-        max(SHORT, power_of_two(case.keys // BLOCKS, most=LONG)),
+        max(SHORT, power_of_two(case.keys // BLOCKS, most=default.block_k)),
         cores=num_cores(),
     )
 

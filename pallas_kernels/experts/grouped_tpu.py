@@ -19,8 +19,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.experts import grouped_megablox, grouped_xla
 from pallas_kernels.experts.group_metadata import FEW_OF_TPUS
-from pallas_kernels.experts.tpu_products import PAIR, Static, multiply
-from pallas_kernels.quantized import INT4_GROUP_SIZE, QuantizedMatrix
+from pallas_kernels.experts.tpu_products import (
+    INPUTS,
+    Static,
+    largest_divisor,
+    multiply,
+    static_for,
+    why_not_quantized,
+)
+from pallas_kernels.quantized import QuantizedMatrix
 from pallas_kernels.tpu import LANES, SUBLANES, VMEM_BYTES, mxu_fp8, num_cores, why_not_tpu
 
 DTYPES = ("bfloat16", "float32")
@@ -45,7 +52,7 @@ class GroupedTpuConfig:
 
     tile_bytes: int = 2 * MIB
     columns: int = 512
-    inputs: int = 5120
+    inputs: int = INPUTS
     resident_bytes: int = 8 * MIB
     fp8: str = "float8_e4m3fn"
 
@@ -73,21 +80,10 @@ def why_not(case) -> str | None:
 
 
 def _why_not_quantized(case) -> str | None:
-    size = case.group_size
     if case.dtype != "bfloat16":
         return f"it multiplies quantized matrices by bfloat16, not {case.dtype}"
-    if case.format != "int8" and mxu_fp8() is None:
-        return f"of {case.format} it needs a TPU v5 or later"
-    if case.format == "int4" and size != INT4_GROUP_SIZE:
-        return f"of int4 it takes one scale for {INT4_GROUP_SIZE} inputs, not {size}"
-    if case.format == "int4" and case.width_in % PAIR and case.groups > 1 and not case.interpret:
-        return (
-            f"of int4 it takes multiples of {PAIR} inputs, not {case.width_in}: XLA would "
-            "transpose the matrices of all groups at every call"
-        )
-    if size % LANES:
-        return f"of {case.format} it takes one scale for a multiple of {LANES} inputs, not {size}"
-    return None
+    sizes = case.group_size, case.width_in, case.groups
+    return why_not_quantized(case.format, *sizes, case.interpret)
 
 
 def _least_bytes(case) -> int:
@@ -101,13 +97,14 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
     """Computes `grouped_xla.product`, but rows of blocks without a group are undefined."""
     if case.format is not None and transposed:  # for gradients only
         return grouped_xla.product(x, weights, group_of_block, row_scale, case, transposed=True)
-    outputs_first = case.format is not None or transposed
     (R, D), F = x.shape, weights[0].shape[1 if transposed else 2]
     N, E = group_of_block.shape[0], weights[0].shape[0]
-    n, columns = _tile(weights, F, case.config)
-    static = Static(outputs_first, columns, _step(D, case), jnp.dtype(case.config.fp8))
+    config = case.config
+    n, columns = _tile(weights, F, config)
+    sizes = {"inputs": config.inputs, "fp8": config.fp8}
+    static = static_for(weights[0], columns, transposed=transposed, **sizes)
     x = x.reshape(N, R // N, D)
-    resident = x.size * x.dtype.itemsize <= case.config.resident_bytes
+    resident = x.size * x.dtype.itemsize <= config.resident_bytes
     if row_scale is not None:
         row_scale = jnp.broadcast_to(row_scale.reshape(N, -1, 1), (*x.shape[:2], LANES))
     out = pl.pallas_call(
@@ -118,7 +115,7 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
             grid=(F // n, jnp.sum(group_of_block < E, dtype=jnp.int32)),
             in_specs=[
                 _rows_spec(x, resident),
-                tuple(_weight_specs(w, n, outputs_first) for w in weights),
+                tuple(_weight_specs(w, n, static.outputs_first) for w in weights),
                 None if row_scale is None else _rows_spec(row_scale, resident=False),
             ],
             out_specs=pl.BlockSpec((1, R // N, n), lambda tile, block, group: (block, 0, tile)),
@@ -158,21 +155,9 @@ def _tile(weights, F: int, config: GroupedTpuConfig) -> tuple[int, int]:
     share = matrices // (TILES_OF_CORE * num_cores())
     most = max(LANES, min(max(share, LEAST_TILE_BYTES), config.tile_bytes) * F // matrices)
     unit = MXU if F % MXU == 0 and most >= MXU else LANES
-    columns = _largest_divisor(F, max(unit, min(most, config.columns)), unit)
+    columns = largest_divisor(F, max(unit, min(most, config.columns)), unit)
     # Of a wider tile, the scales of 128 outputs alone would be an unaligned load.
-    return (columns if columns == LANES else _largest_divisor(F, most, columns)), columns
-
-
-def _step(D: int, case) -> int:
-    """How many inputs are multiplied at a time."""
-    if case.format == "int4":
-        return _largest_divisor(max(PAIR, D // PAIR * PAIR), case.config.inputs, PAIR)
-    return _largest_divisor(case.group_size or D, case.config.inputs, LANES)
-
-
-def _largest_divisor(size: int, most: int, unit: int) -> int:
-    """The largest multiple of `unit` that divides `size` and is at most `most`."""
-    return next(n for n in range(most // unit * unit, 0, -unit) if size % n == 0)
+    return (columns if columns == LANES else largest_divisor(F, most, columns)), columns
 
 
 def _kernel(static: Static, resident: bool, group, x, weights, row_scale, out):

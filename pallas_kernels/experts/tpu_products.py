@@ -1,8 +1,8 @@
 """Products of a block of rows with a tile of a matrix on TPUs: plain, int8, fp8 or int4.
 
-The MXU widens fp8 while it loads a matrix; int8 is widened before. int4 needs no conversion: fp8
-numbers whose bits are 0 to 15 are these multiples of the smallest one. So half a byte, increased by
-8, is an fp8 number, and 8 times the sum of a row's inputs is subtracted from its product.
+The MXU widens fp8 while it loads a matrix; int8 is widened before. int4 needs no conversion: half a
+byte, increased by 8, is an fp8 number (`low_halves`), and 8 times the sum of a row's inputs is
+subtracted from its product.
 
 Shape letters: b rows of a block, D inputs, n outputs of a tile, G scales of an output, c outputs
 that are multiplied at a time.
@@ -18,10 +18,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantized import INT4_GROUP_SIZE, STORED, QuantizedMatrix
-from pallas_kernels.tpu import LANES, dot
+from pallas_kernels.tpu import LANES, dot, increase, low_halves, mxu_fp8, smallest
 
 PAIR = 2 * INT4_GROUP_SIZE  # inputs of two int4 groups, which fill the lanes of a register
 FEW_ROWS = 16  # while the MXU loads a matrix it could multiply twice as many rows
+INPUTS = 5120  # that are multiplied at a time, at most
+
+
+def why_not_quantized(
+    format: str, group_size: int, inputs: int, groups: int, interpret: Any = None
+) -> str | None:
+    """Says why the products do not take a quantized matrix; None if they do.
+
+    Args:
+        format: of the values.
+        group_size: how many inputs of an output share a scale.
+        inputs: D.
+        groups: how many matrices are stored as one array.
+        interpret: parameters of an interpreter, or None.
+    """
+    if format != "int8" and mxu_fp8() is None:
+        return f"of {format} it needs a TPU v5 or later"
+    if format == "int4" and group_size != INT4_GROUP_SIZE:
+        return f"of int4 it takes one scale for {INT4_GROUP_SIZE} inputs, not {group_size}"
+    if format == "int4" and inputs % PAIR and groups > 1 and not interpret:
+        return (
+            f"of int4 it takes multiples of {PAIR} inputs, not {inputs}: XLA would "
+            "transpose the matrices of all groups at every call"
+        )
+    if group_size % LANES:
+        return f"of {format} it takes one scale for a multiple of {LANES} inputs, not {group_size}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +68,32 @@ class Static:
     columns: int
     step: int
     fp8: Any
+
+
+def static_for(
+    matrix: Any, columns: int, *, transposed: bool = False, inputs: int = INPUTS, fp8: Any = None
+) -> Static:
+    """The `Static` of a matrix, or of several of one kind.
+
+    Args:
+        matrix: [..., D, n] or a `QuantizedMatrix`.
+        columns: c.
+        transposed: whether an array is [..., n, D].
+        inputs: how many are multiplied at a time, at most.
+        fp8: the name of the fp8 type; None for that of the current device.
+    """
+    format, D = getattr(matrix, "format", None), matrix.shape[-1 if transposed else -2]
+    if format == "int4":
+        step = largest_divisor(max(PAIR, D // PAIR * PAIR), inputs, PAIR)
+    else:
+        step = largest_divisor(D if format is None else matrix.group_size, inputs, LANES)
+    fp8 = jnp.dtype(fp8 or mxu_fp8() or STORED["fp8"])
+    return Static(format is not None or transposed, columns, step, fp8)
+
+
+def largest_divisor(size: int, most: int, unit: int) -> int:
+    """The largest multiple of `unit` that divides `size` and is at most `most`."""
+    return next(n for n in range(most // unit * unit, 0, -unit) if size % n == 0)
 
 
 def multiply(static: Static, x, w: Any | QuantizedMatrix, first: int) -> jax.Array:
@@ -69,12 +122,7 @@ def _factor(static: Static, format: str | None) -> float:
     """What a value is, over the fp8 number that stands for it."""
     if format not in ("int4", "fp8"):
         return 1.0
-    return (1.0 if format == "int4" else _smallest(STORED["fp8"])) / _smallest(static.fp8)
-
-
-def _smallest(dtype) -> float:
-    """The smallest positive number, whose bits are 1."""
-    return float(jnp.finfo(dtype).smallest_subnormal)
+    return (1.0 if format == "int4" else smallest(STORED["fp8"])) / smallest(static.fp8)
 
 
 def _add_plain(static: Static, x, w, columns, index, total):
@@ -126,7 +174,7 @@ def _add_last_group(static: Static, x, w: QuantizedMatrix, columns, total):
 
 def _of_group(rows, packed, fp8) -> jax.Array:
     """The product with a group, whose values are the low halves of bytes, in their order."""
-    return dot(rows, _low_halves(packed, fp8), transposed=True) - _increase(rows, fp8)
+    return dot(rows, low_halves(packed, fp8), transposed=True) - increase(rows, fp8)
 
 
 def _pair(rows, packed, fp8) -> list[jax.Array]:
@@ -152,19 +200,9 @@ def _pair_of_few(rows, packed, fp8) -> list[jax.Array]:
     low = [jnp.where(first, x, 0), jnp.where(first, 0, _swap_halves(y))]
     high = [jnp.where(first, _swap_halves(x), 0), jnp.where(first, 0, y)]
     low, high = (jnp.concatenate(z).astype(rows[0].dtype) for z in (low, high))
-    product = dot(low, _low_halves(packed, fp8), transposed=True)
-    product += dot(high, _low_halves(packed >> 4, fp8), transposed=True)
-    return jnp.split(product - jnp.concatenate([_increase(z, fp8) for z in rows]), 2)
-
-
-def _low_halves(packed, fp8) -> jax.Array:
-    """The low half of each byte, increased by 8, as a multiple of the smallest fp8 number."""
-    return pltpu.bitcast((packed & 0x0F0F0F0F) ^ 0x08080808, fp8)
-
-
-def _increase(rows, fp8) -> jax.Array:
-    """By how much those 8 increase the products of rows [b, 128]; returns [b, 1]."""
-    return rows.astype(jnp.float32).sum(-1, keepdims=True) * (8 * _smallest(fp8))
+    product = dot(low, low_halves(packed, fp8), transposed=True)
+    product += dot(high, low_halves(packed >> 4, fp8), transposed=True)
+    return jnp.split(product - jnp.concatenate([increase(z, fp8) for z in rows]), 2)
 
 
 def _first_half(array) -> jax.Array:

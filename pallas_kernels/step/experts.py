@@ -30,7 +30,7 @@ from pallas_kernels.mosaic import (
     tile,
 )
 from pallas_kernels.step.matmul import SLOTS, STEP, UNIT, pad_tokens, products, tokens_tile
-from pallas_kernels.step.tpu_experts import Busy, down_tpu, gate_up_tpu
+from pallas_kernels.step.tpu_experts import Known, down_tpu, gate_up_tpu
 from pallas_kernels.tpu import why_not_tpu
 
 GATED_SLOTS = 6  # pipeline depth in steps, where a step has a tile of both gate and up
@@ -69,13 +69,15 @@ def experts_gate_up(
     shared: tuple[Any, Any],
     expert: Int[Array, "T_or_more"],
     router_weight: Float[Array, "T_or_more"],
-    busy: Int[Array, "N"],
+    busy: Int[Array, "N_or_more"],
     *,
     interpret=None,
 ) -> Float[Array, "N C F"]:
     """Hidden values of each busy expert: silu(s * x @ gate) * (s * x @ up).
 
-    They are zero for tokens that chose another expert.
+    They are zero for tokens that chose another expert. The experts are in the order of `busy`; on
+    TPUs those that tokens chose come first, in the order of the tokens, then the shared one, and N
+    counts the tokens in `x` only.
 
     Args:
         x: tokens, bfloat16.
@@ -88,7 +90,7 @@ def experts_gate_up(
         interpret: parameters of an interpreter, or None.
     """
     if why_not_tpu(interpret) is None:
-        known = Busy(expert, router_weight, busy)
+        known = Known(expert, router_weight, busy[-1:])
         return gate_up_tpu(x, routed, shared, known, interpret=interpret)
     C, F = -(-x.shape[0] // UNIT) * UNIT, shared[0].shape[1]
     matrix = tile(GATED_SLOTS, STEP, STEP)
@@ -147,7 +149,7 @@ def experts_down(
     routed: Any,
     shared: Any,
     expert: Int[Array, "T_or_more"],
-    busy: Int[Array, "N"],
+    busy: Int[Array, "N_or_more"],
     *,
     interpret=None,
 ) -> Float[Array, "C D"]:
@@ -162,7 +164,7 @@ def experts_down(
         interpret: parameters of an interpreter, or None.
     """
     if why_not_tpu(interpret) is None:
-        known = Busy(expert, jnp.ones(expert.shape, jnp.float32), busy)
+        known = Known(expert, jnp.ones(expert.shape, jnp.float32), busy[-1:])
         return down_tpu(hidden, routed, shared, known, interpret=interpret)
     (N, C, _), D = hidden.shape, shared.shape[1]
     kernel = hopper_kernel(

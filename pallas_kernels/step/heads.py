@@ -24,7 +24,7 @@ from pallas_kernels.mosaic import (
     hopper_kernel,
     tile,
 )
-from pallas_kernels.quantized import LARGEST, Quantized
+from pallas_kernels.quantized import LARGEST, Quantized, unpaired
 from pallas_kernels.step.matmul import UNIT, tokens_tile
 from pallas_kernels.step.tpu_heads import write_heads_tpu
 from pallas_kernels.tpu import why_not_tpu
@@ -80,7 +80,7 @@ def write_heads(
         sizes = {"heads": heads, "norm_eps": norm_eps, "dtype": dtype}
         return write_heads_tpu(qkv, plan, k, v, **sizes, interpret=interpret)
     T, (_, K, _, _), d = plan.slot.shape[0], k.shape, k.shape[3]
-    caches = [jax.tree.map(jax.new_ref, x) for x in (k, v)]
+    caches = [jax.tree.map(jax.new_ref, unpaired(x)) for x in (k, v)]
     rows = T if T < UNIT else -(-T // UNIT) * UNIT
     format = k.format if isinstance(k, Quantized) else None
     wide = WARPGROUP, d
@@ -91,7 +91,7 @@ def write_heads(
             plgpu.SMEM((qkv.shape[0], *wide), jnp.float32),
             tile(*wide),
             tile(d, d),
-            _rows_tile(jax.tree.leaves(k)[0]),
+            _rows_tile(jax.tree.leaves(unpaired(k))[0]),
             plgpu.SMEM((WARPGROUP,), jnp.float32),
             plgpu.Barrier(num_arrivals=qkv.shape[0] + (plan.cos is not None)),
         ),
@@ -101,7 +101,11 @@ def write_heads(
         kernel_name="write_heads",
     )
     q = kernel(qkv, swap_pairs(d), plan, *(jax.tree.leaves(cache) for cache in caches))
-    return (q if rows == T else q[:T], *(jax.tree.map(lambda x: x[...], x) for x in caches))
+    k, v = (  # in the shapes that they had
+        jax.tree.map(lambda old, ref: ref[...].reshape(old.shape), *each)
+        for each in zip((k, v), caches, strict=True)
+    )
+    return q if rows == T else q[:T], k, v
 
 
 def swap_pairs(d: int) -> jax.Array:

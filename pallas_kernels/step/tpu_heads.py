@@ -9,7 +9,6 @@ P pages, t tokens of a page, u rows of a tile.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +35,14 @@ def write_heads_tpu(
     interpret=None,
 ):
     """As `write_heads`."""
-    T, (_, K, _, d) = plan.slot.shape[0], k.shape
+    T, (_, K, t, d) = plan.slot.shape[0], k.shape
     caches = [*jax.tree.leaves(k), *jax.tree.leaves(v)]
     angles = [] if plan.cos is None else [plan.cos, plan.sin]
     scalars = [plan.slot] if plan.temperature is None else [plan.slot, plan.temperature]
     vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
     format = k.format if isinstance(k, Quantized) else None
     kernel = pl.pallas_call(
-        functools.partial(_kernel, len(scalars), len(angles), heads, K, norm_eps, format, dtype),
+        functools.partial(_kernel, len(scalars), len(angles), heads, K, t, norm_eps, format, dtype),
         out_shape=[
             jax.ShapeDtypeStruct((T, heads, d), dtype),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches),
@@ -76,7 +75,7 @@ def _window(cache, tokens: int):
     return pltpu.VMEM((tokens, K, min(t, ROWS) if rest else t, *rest), cache.dtype)
 
 
-def _kernel(scalars: int, angles: int, heads, K, norm_eps, format, dtype, *refs):
+def _kernel(scalars: int, angles: int, heads, K, t, norm_eps, format, dtype, *refs):
     slot_ref, *temperature = refs[:scalars]
     qkv_ref, *angle_refs = refs[scalars : scalars + 1 + angles]
     *refs, windows, copied = refs[scalars + 1 + angles :]
@@ -86,7 +85,7 @@ def _kernel(scalars: int, angles: int, heads, K, norm_eps, format, dtype, *refs)
     qkv = _rounded(qkv, dtype)
     turns = [ref[:T] for ref in angle_refs]
 
-    move = functools.partial(_move, slot_ref, caches, windows)
+    move = functools.partial(_move, slot_ref, t, caches, windows)
     move(lambda hbm, vmem: pltpu.make_async_copy(hbm, vmem, copied.at[0]).start())
 
     def head(index: int) -> jax.Array:
@@ -106,9 +105,7 @@ def _kernel(scalars: int, angles: int, heads, K, norm_eps, format, dtype, *refs)
     move(lambda hbm, vmem: pltpu.make_async_copy(hbm, vmem, copied.at[0]).wait())
     for token in range(T):
         for window, values in zip(windows, new, strict=True):
-            _change(
-                window.at[token], [x[token : token + 1] for x in values], slot_ref[token], caches
-            )
+            _change(window.at[token], [x[token : token + 1] for x in values], slot_ref[token] % t)
     move(lambda hbm, vmem: pltpu.make_async_copy(vmem, hbm, copied.at[1]).start())
     move(lambda hbm, vmem: pltpu.make_async_copy(vmem, hbm, copied.at[1]).wait())
 
@@ -147,13 +144,13 @@ def _stored(x: jax.Array, format: str | None) -> tuple[jax.Array, ...]:
     return x, scale
 
 
-def _move(slot_ref, caches, windows, act: Callable) -> None:
+def _move(slot_ref, t: int, caches, windows, act: Callable) -> None:
     """Does `act` with each token's part of each cache and with its window."""
-    pages, _, t, _ = caches[0].shape
 
     @pl.loop(0, slot_ref.shape[0])
     def _(token):
         page, offset = slot_ref[token] // t, slot_ref[token] % t
+        pages = caches[0].shape[0]
 
         @pl.when(page < pages)
         def _():
@@ -161,20 +158,31 @@ def _move(slot_ref, caches, windows, act: Callable) -> None:
                 whole = cache.at[page]
                 if len(cache.shape) == 4:
                     rows = window.shape[2]
-                    whole = whole.at[:, pl.ds(offset // rows * rows, rows)]
+                    row = offset // (t // cache.shape[2])
+                    whole = whole.at[:, pl.ds(row // rows * rows, rows)]
                 act(whole, window.at[token])
 
 
-def _change(window, values: Sequence[jax.Array], slot, caches: Sequence[Any]) -> None:
-    """Puts a token's keys, values or scales, of each head [1, d] or [1, 1], into its window."""
-    t = caches[0].shape[2]
-    rows = window.shape[1]
-    place = slot % t % rows
-    axis = 0 if len(window.shape) == 3 else 1
-    shape = window.shape[1:] if axis == 0 else (1, rows)
-    mine = lax.broadcasted_iota(jnp.int32, shape, axis) == place
+def _change(window, values: Sequence[jax.Array], offset) -> None:
+    """Puts a token's keys, values or scales into its window.
+
+    Args:
+        window: [K, u, row] or of scales [K, t].
+        values: of each head [1, d] or [1, 1]; of keys in pairs half a row.
+        offset: the token's place in its page.
+    """
+    if len(window.shape) == 2:
+        mine = lax.broadcasted_iota(jnp.int32, (1, window.shape[1]), 1) == offset
+    else:
+        _, rows, row = window.shape
+        together, shape = row // values[0].shape[1], (rows, row)
+        mine = lax.broadcasted_iota(jnp.int32, shape, 0) == offset // together % rows
+        if together > 1:
+            place = lax.broadcasted_iota(jnp.int32, shape, 1) // (row // together)
+            mine &= place == offset % together
+            values = [jnp.concatenate([x] * together, 1) for x in values]
     for head, value in enumerate(values):
-        at = head if axis == 0 else pl.ds(head, 1)
+        at = head if len(window.shape) == 3 else pl.ds(head, 1)
         old = window[at]
         new = jnp.where(mine, value, old.astype(jnp.float32))
         window[at] = new.astype(window.dtype)

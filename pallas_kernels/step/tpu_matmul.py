@@ -15,12 +15,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.arrays import pad_axis
+from pallas_kernels.experts.tpu_products import multiply, static_for
 from pallas_kernels.step.tpu_stream import (
     SLOTS,
     Outbox,
     buffers,
     copy_tile,
-    multiply,
+    in_slot,
     pad_tokens,
     share_of_core,
     stream,
@@ -44,14 +45,13 @@ def matmul_tpu(
     weights = tuple(jnp.swapaxes(w, 0, 1) if len(w.shape) == 3 else w for w in weights)
     n, tokens = tile_width(weights, widths), -(-x.shape[0] // SUBLANES) * SUBLANES
     tiles = tuple(width // n for width in widths)
-    leaves = jax.tree.leaves(weights)
     kernel = pl.pallas_call(
-        functools.partial(_kernel, tiles, len(leaves) // len(weights)),
+        functools.partial(_kernel, static_for(weights[0], n), tiles),
         out_shape=jax.ShapeDtypeStruct((tokens, sum(widths)), jnp.float32),
         grid=(num_cores(),),
         in_specs=[
             pl.BlockSpec(x.shape, lambda core: (0,) * x.ndim),
-            *[IN_HBM] * len(leaves),
+            jax.tree.map(lambda _: IN_HBM, weights),
         ],
         out_specs=IN_HBM,
         scratch_shapes=[
@@ -66,14 +66,12 @@ def matmul_tpu(
         interpret=interpret or False,
         name="matmul_few",
     )
-    return kernel(x, *in_hbm(leaves))[None]
+    return kernel(x, in_hbm(weights))[None]
 
 
-def _kernel(tiles, leaves_each, x_ref, *refs):
-    *weights, out_ref, ring, copied, outbox, padded_ref = refs
-    matrices = [weights[i : i + leaves_each] for i in range(0, len(weights), leaves_each)]
+def _kernel(static, tiles, x_ref, matrices, out_ref, ring, copied, outbox, padded_ref):
     begin, end = share_of_core(sum(tiles))
-    n, outbox = ring[-1].shape[-1], Outbox(*outbox)
+    n, outbox = static.columns, Outbox(*outbox)
     pad_tokens(x_ref, padded_ref)
 
     def copies(tile, slot, act):
@@ -83,7 +81,7 @@ def _kernel(tiles, leaves_each, x_ref, *refs):
             @pl.when((tile >= first) & (tile < first + count))
             def _(matrix=matrix, first=first):
                 index = tile - first
-                if len(matrix[0].shape) == 3:
+                if len(matrix.shape) == 3:
                     source = tile_at(matrix, pl.ds(0, n), index)
                 else:
                     source = tile_at(matrix, pl.ds(index * n, n))
@@ -95,7 +93,7 @@ def _kernel(tiles, leaves_each, x_ref, *refs):
         return out_ref.at[:, pl.ds(tile * n, n)]
 
     def use(tile, slot):
-        value = multiply(padded_ref[...], [buffer.at[slot] for buffer in ring])
+        value = multiply(static, padded_ref, in_slot(ring, slot), 0)
         outbox.put(tile - begin, value, to(tile))
 
     stream(begin, end, copies, use)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantized import QuantizedMatrix
-from pallas_kernels.tpu import LANES, dot
+from pallas_kernels.tpu import LANES
 
 SLOTS = 4  # tiles in flight; a power of two
 TILE_BYTES = 3 * 2**19  # of a tile, at most: its copy takes a microsecond or two
@@ -40,30 +40,35 @@ def tile_width(matrices: Sequence[Matrix], widths: Sequence[int]) -> int:
     return next(n for n in tiles if all(width % n == 0 for width in widths))
 
 
-def buffers(matrix: Matrix, n: int) -> list:
-    """Scratch for `SLOTS` tiles."""
+def is_matrix(x) -> bool:
+    """Whether x is a quantized matrix, rather than several arrays."""
+    return isinstance(x, QuantizedMatrix)
+
+
+def buffers(matrix: Matrix, n: int) -> Any:
+    """Scratch for `SLOTS` tiles, of the matrix's structure."""
     if not isinstance(matrix, QuantizedMatrix):
-        return [pltpu.VMEM((SLOTS, matrix.shape[-2], n), matrix.dtype)]
-    values, scale = jax.tree.leaves(matrix)
-    return [
-        pltpu.VMEM((SLOTS, n, values.shape[-1]), values.dtype),
-        pltpu.VMEM((SLOTS, scale.shape[-2], n), scale.dtype),
-    ]
+        return pltpu.VMEM((SLOTS, matrix.shape[-2], n), matrix.dtype)
+    sizes = (n, matrix.qvalue.shape[-1]), (matrix.scale.shape[-2], n)
+    values, scale = (
+        pltpu.VMEM((SLOTS, *size), x.dtype)
+        for size, x in zip(sizes, (matrix.qvalue, matrix.scale), strict=True)
+    )
+    return QuantizedMatrix(values, scale, matrix.format)  # pyrefly: ignore  # types for arrays
 
 
-def tile_at(refs: Sequence[Any], outputs: pl.Slice, *outer) -> list:
-    """References to a tile of a matrix whose leaves are at `refs`; `outer` says which matrix."""
-    if len(refs) == 1:
-        return [refs[0].at[*outer, :, outputs]]
-    return [refs[0].at[*outer, outputs], refs[1].at[*outer, :, outputs]]
+def tile_at(matrix: Any, outputs: pl.Slice, *outer) -> Any:
+    """References to a tile of the matrix at a reference; `outer` says which of several."""
+    if not is_matrix(matrix):
+        return matrix.at[*outer, :, outputs]
+    values: Any = matrix.qvalue.at[*outer, outputs]
+    scale: Any = matrix.scale.at[*outer, :, outputs]
+    return QuantizedMatrix(values, scale, matrix.format)
 
 
-def multiply(x: jax.Array, tile: Sequence[Any]) -> jax.Array:
-    """x [C, D] times a tile that is on chip: [C, n] float32."""
-    if len(tile) == 1:
-        return dot(x, tile[0][...])
-    values, scale = tile
-    return dot(x, values[...].astype(x.dtype), transposed=True) * scale[...]
+def in_slot(ring: Any, slot) -> Any:
+    """References to the tile of a slot."""
+    return jax.tree.map(lambda ref: ref.at[slot], ring)
 
 
 def pad_tokens(x_ref, padded_ref) -> None:
@@ -75,10 +80,13 @@ def pad_tokens(x_ref, padded_ref) -> None:
         padded_ref[:tokens, head * width : (head + 1) * width] = x.astype(padded_ref.dtype)
 
 
-def copy_tile(sources: Sequence[Any], goes: Sequence[Any], slot, copied, act: Callable) -> None:
-    """Does `act` with the copy of each part of a tile to its buffer's slot."""
-    for source, buffer in zip(sources, goes, strict=True):
-        act(pltpu.make_async_copy(source, buffer.at[slot], copied.at[slot]))
+def copy_tile(source: Any, ring: Any, slot, copied, act: Callable) -> None:
+    """Does `act` with the copy of each part of a tile to its slot of the ring."""
+
+    def copy(source, ring):
+        act(pltpu.make_async_copy(source, ring.at[slot], copied.at[slot]))
+
+    jax.tree.map(copy, source, ring)
 
 
 def share_of_core(total) -> tuple[Any, Any]:

@@ -1,8 +1,10 @@
 """The kinds of input that are damaged: what a right one is, and what users make of it."""
 
+import base64
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from PIL import Image
 
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
@@ -21,6 +24,7 @@ from jaxmoe.generation.engine import Request
 from jaxmoe.generation.jobs import read_requests
 from jaxmoe.generation.saved_document import document_length, load_document, read_document
 from jaxmoe.hf_config import from_hf
+from jaxmoe.images import ImageSettings, open_picture
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import init_params
 from jaxmoe.plan.targets import parse_target
@@ -29,7 +33,8 @@ from jaxmoe.train.config import read_train_config
 from jaxmoe.train.data import read_tokens
 from tests import formats, tiny
 from tests.fuzz.runner import Kind
-from tests.small_tokenizers import byte_tokenizer
+from tests.images.cases import TOKENS
+from tests.small_tokenizers import CHAT, byte_tokenizer
 
 CONFIG = tiny.scout_like(
     hidden_size=16,
@@ -223,6 +228,91 @@ def _read_tokens(folder: Path) -> bytes:
     return bytes(str(tokens.shape), "ascii") + np.asarray(tokens).tobytes()
 
 
+# Pictures
+
+SETTINGS = ImageSettings(tile_size=28, tokens_per_tile=1)
+_y, _x = np.mgrid[0:40, 0:70]
+COLOUR = Image.fromarray(np.stack([_x * 3, _y * 6, (_x * _y) % 256], -1).astype(np.uint8))
+ALPHA = Image.merge("RGBA", [*COLOUR.split(), COLOUR.getchannel("R")])
+GREY_16 = Image.fromarray((_x * 900).astype(np.uint16))
+
+
+def _exif() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    return exif.tobytes()
+
+
+PICTURES: dict[str, list[tuple[Image.Image, dict[str, Any]]]] = {
+    "jpg": [
+        (COLOUR, {"exif": _exif()}),
+        (COLOUR, {"progressive": True, "restart_marker_blocks": 2}),
+        (COLOUR.convert("CMYK"), {}),
+    ],
+    "png": [
+        (ALPHA, {"exif": _exif()}),
+        (COLOUR.quantize(16), {"transparency": bytes(range(0, 256, 16))}),
+        (GREY_16, {"transparency": 900}),
+        (COLOUR, {"save_all": True, "append_images": [COLOUR.transpose(5)]}),
+    ],
+    "webp": [
+        (COLOUR, {"exif": _exif()}),
+        (ALPHA, {"lossless": True}),
+        (COLOUR, {"save_all": True, "append_images": [COLOUR.transpose(1)]}),
+    ],
+    "gif": [
+        (COLOUR.quantize(16), {"transparency": 3}),
+        (COLOUR, {"save_all": True, "append_images": [COLOUR.transpose(1)]}),
+    ],
+}
+
+
+def _write_pictures(extension: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        for i, (image, options) in enumerate(PICTURES[extension]):
+            image.save(folder / f"{i}.{extension}", **options)
+
+    return write
+
+
+def _read_pictures(folder: Path) -> list:
+    pictures = [open_picture(file, SETTINGS, "x") for file in sorted(folder.iterdir())]
+    return [(picture, len(picture.tiles())) for picture in pictures]
+
+
+IMAGE = 262  # of _picture_tokenizer
+
+
+def _write_picture_jobs(folder: Path) -> None:
+    file = io.BytesIO()
+    COLOUR.save(file, "PNG")
+    COLOUR.save(folder / "a.jpg")
+    text = base64.b64encode(file.getvalue()).decode()
+    url = {"url": f"data:image/png;base64,{text}", "detail": "auto"}
+    items = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": url}]
+    lines = [
+        {"id": 1, "messages": [{"role": "user", "content": items}]},
+        {
+            "id": 2,
+            "prompt": "<image> and <|image|>",
+            "images": ["a.jpg", {"bytes": None, "path": "a.jpg"}],
+        },
+        {"id": 3, "messages": [{"role": "user", "content": "a <image>", "images": ["a.jpg"]}]},
+        {"id": 4, "tokens": [5, IMAGE], "images": [{"base64": text}]},
+        {"id": 5, "messages": [{"role": "tool", "content": [{"type": "image", "path": "a.jpg"}]}]},
+    ]
+    (folder / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _read_picture_jobs(folder: Path) -> list:
+    return read_requests(folder / "jobs.jsonl", _picture_tokenizer(), 9, images=SETTINGS)
+
+
+@functools.cache
+def _picture_tokenizer() -> Tokenizer:
+    return byte_tokenizer([*CHAT, *TOKENS])
+
+
 KINDS = {
     kind.name: kind
     for kind in (
@@ -247,5 +337,8 @@ KINDS = {
         Kind("target", _write_yaml("target.yaml", TARGET),
              lambda folder: parse_target(str(folder / "target.yaml")), _equal, _all_files),
         Kind("tokens", _write_tokens, _read_tokens, _equal, _all_files),
+        *(Kind(name, _write_pictures(name), _read_pictures, _equal, _all_files)
+          for name in PICTURES),
+        Kind("picture jobs", _write_picture_jobs, _read_picture_jobs, _equal, _named("jobs.jsonl")),
     )
 }  # fmt: skip

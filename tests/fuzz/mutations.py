@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,8 @@ def mutate(content: bytes, name: str, random: random.Random) -> bytes:
         ways += [mutate_values] * 3
     if name.endswith(".safetensors"):
         ways += [mutate_header] * 3
+    if name.endswith(".png"):
+        ways += [mutate_chunk]
     found = random.choice(ways)(content, random)
     return found if random.random() < 0.8 else mutate_bytes(found, random)
 
@@ -77,6 +80,28 @@ def mutate_header(content: bytes, random: random.Random) -> bytes:
     length = int.from_bytes(content[:8], "little")
     header = mutate_values(content[8 : 8 + length], random)
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+def mutate_chunk(content: bytes, random: random.Random) -> bytes:
+    """Damages, removes, copies or moves one chunk of a PNG file, whose checksums stay right."""
+    chunks, at = [], 8
+    while at + 8 <= len(content):
+        size = int.from_bytes(content[at : at + 4], "big")
+        chunks.append(content[at + 4 : at + 8 + size])  # its kind and its data
+        at += size + 12
+    chosen = random.randrange(len(chunks))
+    chunk = chunks.pop(chosen)
+    new = {
+        0: [],
+        1: [chunk, chunk],
+        2: [random.choice((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"zTXt", b"eXIf")) + chunk[4:]],
+    }.get(random.randrange(6), [chunk[:4] + mutate_bytes(chunk[4:], random)])
+    place = chosen if random.random() < 0.9 else random.randrange(len(chunks) + 1)
+    chunks[place:place] = new
+    return content[:8] + b"".join(
+        (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+        for chunk in chunks
+    )
 
 
 def _mutate_document(text: str, random: random.Random) -> str:

@@ -114,6 +114,21 @@ def test_interrupted_and_continued_elsewhere(
     assert abs(ours - plain).max() < (1e-4 if kv is None else 0.02 * abs(plain).max())
 
 
+def test_int4_lies_in_pairs_in_a_cache_only(params, tokens, tmp_path):
+    """On disk a token has a row, as in caches of old; loaded, the numbers are those of the text."""
+    read_until(params, tokens, tmp_path / "text", kv="int4", prefill_chunk=96)
+    for layer, (pages, page) in enumerate([(1, 96), (-(-LENGTH // PAGE), PAGE)]):
+        description = tmp_path / f"text/state/layers.{layer}.k.qvalue/zarr.json"
+        shape = [pages, CONFIG.num_key_value_heads, page, CONFIG.head_dim // 2]
+        assert json.loads(description.read_text())["shape"] == shape
+    document = new_document(CONFIG, params, LENGTH + ASKED, "int4")
+    assert all(layer.k.paired and layer.v.paired for layer in document.cache.layers)
+    *_, document = read(CONFIG, params, document, tokens[:LENGTH], prefill_chunk=96)
+    loaded = load_document(tmp_path / "text", CONFIG, params, ASKED)
+    ours, want = (logits_after(params, x, tokens[LENGTH:]) for x in (loaded, document))
+    assert abs(ours - want).max() < 1e-4
+
+
 def files(folder):
     return sorted(
         os.path.relpath(os.path.join(root, name), folder)

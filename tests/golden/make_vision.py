@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tests import tiny, vision
-from tests.oracle import hf_vision
+from tests.oracle import hf_logits, hf_vision
 
 KEPT = 16  # tokens of each prompt whose logits are kept
 NEW = 8  # tokens that are written after each
@@ -22,7 +22,7 @@ def compute(name):
     text = LIKE[name](num_hidden_layers=4, attention_chunk_size=16)
     config, tensors = vision.multimodal(text)
     with tempfile.TemporaryDirectory() as folder:
-        model = hf_vision.load(tiny.write_checkpoint(folder, config, tensors))
+        model = hf_logits.load(tiny.write_checkpoint(folder, config, tensors))
     golden = vision.Golden(config, tiny.checksum(tensors), *3 * (np.zeros(0),))
     logits, greedy = [], []
     for tokens, images in golden.prompts().values():

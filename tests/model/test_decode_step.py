@@ -12,9 +12,11 @@ from flax import nnx
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.decode_step import why_not_fused
+from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.kv_cache import init_cache, round_capacity
 from jaxmoe.model.params import abstract_params, init_params, quantize_params
 from jaxmoe.model.transformer import forward, unembed
+from pallas_kernels.quantized import unpaired
 from tests.pallas_kernels import hopper, tpu
 from tests.pallas_kernels.attention.cases import assert_close
 from tests.pallas_kernels.hopper import INTERPRET, ON_GPU
@@ -29,6 +31,7 @@ TPU_SMALL = dataclasses.replace(
     SMALL, intermediate_size=256, intermediate_size_mlp=256, num_attention_heads=4,
     num_key_value_heads=2,
 )  # fmt: skip
+INTERPRETED = Kernels(interpret=INTERPRET)
 PREFIX = 70  # tokens: the newest are a chunk behind the first
 
 
@@ -64,14 +67,16 @@ def step(config, cache, new, format=None, params=None, **options):
 
 
 def fused(config, cache, new, hardware=hopper, format=None, params=None):
+    kernels = Kernels(interpret=hardware.INTERPRET)
     with hardware.no_races():
-        return step(config, cache, new, format, params, interpret=hardware.INTERPRET)
+        return step(config, cache, new, format, params, kernels=kernels)
 
 
 def slots_that_differ(one, other):
     """Where two layers' pages [P, K, t] differ in any element of a token's keys or values."""
     differs = 0
-    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    one, other = (jax.tree.leaves([*map(unpaired, layer)]) for layer in (one, other))
+    for x, y in zip(one, other, strict=True):
         differ = as_float(x) != as_float(y)
         differs |= differ.any(-1) if differ.ndim == 4 else differ
     return differs
@@ -88,7 +93,10 @@ def as_float(x):
         pytest.param(hopper, 3, "int8", {}, None, marks=pytest.mark.hopper),
         (tpu, 1, "int8", {}, None),
         (tpu, 3, "bf16", {"use_qk_norm": False}, None),
+        (tpu, 2, "int8", {}, "int4"),
         (tpu, 2, "int8", {}, "int8"),
+        # One layer: a rounding of its output would move the next one's keys by a step of int4.
+        (tpu, 2, "int4", {"layers": LAYERS[2:]}, None),
     ],
 )
 def test_logits_and_cache_are_those_of_the_layers(hardware, rows, kv, changes, format):
@@ -129,7 +137,7 @@ def test_padding_writes_nothing_and_rows_stay_apart():
     cache, _ = filled(SMALL, 3, "int8")
     logits = []
     for embed in (parameters(SMALL)["embed"], params["embed"]):
-        run = functools.partial(forward, SMALL, params | {"embed": embed}, interpret=INTERPRET)
+        run = functools.partial(forward, SMALL, params | {"embed": embed}, kernels=INTERPRETED)
         out = jax.jit(lambda cache, *new, run=run: run(*new, cache))(
             cache, tokens, positions, segments
         )

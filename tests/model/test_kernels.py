@@ -1,6 +1,5 @@
 """`forward(kernels=)`: every name reaches the calls that it is for."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,6 +10,7 @@ from jaxmoe.model.kernels import Kernels
 from jaxmoe.model.kv_cache import PAGE, abstract_cache
 from jaxmoe.model.transformer import forward
 from tests.conftest import one_device
+from tests.pallas_kernels.tpu import INTERPRET
 
 
 def trace(model, kernels, cached):
@@ -22,8 +22,16 @@ def trace(model, kernels, cached):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Kernels)])
+@pytest.mark.parametrize("field", ["experts", "dispatch", "attention"])
 def test_a_name_reaches_its_calls(small, field, cached):
     assert trace(small, Kernels(**{field: "xla"}), cached).hidden.shape == (1, 1, 64)
     with pytest.raises(ValueError, match="slowest"):
         trace(small, Kernels(**{field: "slowest"}), cached)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_one_name_for_attention_on_tpus(small, cached):
+    """Catches a name that reaches a function whose kernel for TPUs goes by another."""
+    trace(small, Kernels(attention="mosaic_tpu", interpret=INTERPRET), cached)
+    with pytest.raises(ValueError, match="does not serve this call"):
+        trace(small, Kernels(attention="mosaic_tpu"), cached)

@@ -14,12 +14,11 @@ from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.engine import Engine, Request, generate
 from jaxmoe.generation.features import FeatureTable
 from jaxmoe.generation.sampling import Sampling
-from jaxmoe.images.picture import Picture, digest_of
-from jaxmoe.images.settings import ImageSettings
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.vision import tile_features
 from tests import tiny, vision
 from tests.conftest import one_device
+from tests.images.drawn import drawn
 
 TOLERANCE = 1e-4
 LIKE = ["scout", "maverick"]
@@ -43,22 +42,6 @@ def loaded(checkpoints, like, mesh=None):
     golden, folder = checkpoints(like)
     mesh = one_device() if mesh is None else MeshConfig.parse(mesh).make()
     return golden, mesh, *store.load(folder, mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn(Picture):
-    """A picture of drawn pixels, which no file has."""
-
-    image: vision.Image = vision.ONE
-
-    def tiles(self):
-        return vision.tiles(self.image)
-
-
-def drawn(image):
-    settings = ImageSettings(tile_size=vision.SIDE, tokens_per_tile=9)
-    digest = digest_of((image.rows, image.columns), vision.tiles(image))
-    return Drawn(str(image), (image.rows, image.columns), digest, b"", settings, image)
 
 
 def prompts_of(golden):
@@ -151,7 +134,6 @@ MESHES = [
     "expert=4,sequence=2",
     "data=2,tensor=2,sequence=2",
     "fsdp=4,tensor=2",
-    "data=2,tensor=4",
 ]
 
 

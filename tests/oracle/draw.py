@@ -87,14 +87,17 @@ def draw_layers(generator, pick, layers):
     return kinds
 
 
-def router_gap(config, tensors, tokens):
-    """The smallest distance between a chosen and a passed-over router logit; inf without any."""
+def router_gap(config, tensors, tokens, first=0):
+    """The smallest distance between a chosen and a passed-over router logit; inf without any.
+
+    Only tokens from the position `first` on count.
+    """
     gaps = [np.inf]
     route = reference.route
 
     def watched(router_logits, top_k):
         if top_k < router_logits.shape[-1]:
-            ordered = np.sort(router_logits, axis=-1)
+            ordered = np.sort(router_logits[:, first:], axis=-1)
             gaps.append((ordered[..., -top_k] - ordered[..., -top_k - 1]).min())
         return route(router_logits, top_k)
 

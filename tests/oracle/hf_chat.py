@@ -7,6 +7,13 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.llama4 import processing_llama4
 
 
+def write_layouts(grids: list[tuple[int, int]], each: int, output: str) -> None:
+    """Writes what stands in a text for an image of so many rows and columns of tiles."""
+    layout = processing_llama4.Llama4Processor._prompt_split_image
+    texts = [layout(None, grid, each) for grid in grids]
+    Path(output).write_text(json.dumps(texts), encoding="utf-8")
+
+
 def write_ids(tokenizer: str, chats: str, output: str) -> None:
     """Writes the ids of each chat of a JSON file, `{"template", "messages", "tools", "open"}`.
 

@@ -6,10 +6,6 @@ Runs in the oracle's environment (torch, transformers) and imports nothing of th
 import numpy as np
 import torch
 
-from tests.oracle.hf_logits import load
-
-__all__ = ["features", "greedy", "load", "logits", "pixel_values"]
-
 
 def pixel_values(tiles):
     """Tiles uint8 [n, side, side, 3] as the model takes them: [n, 3, side, side], from -1 to 1."""

@@ -1,9 +1,14 @@
 """Answers requests for what transformers computes, one JSON object a line; torch loads once.
 
-Runs in the oracle's environment. A request names `checkpoint`, `output` (npz to write), and either
-`tokens` (npz), `decode_from` and `greedy` for logits, or `moe_layer` (its index) and `input` (npy)
-for one layer's output; or `tokenizer` (a folder), `chats` (JSON) and `output` (JSON) for ids. The
-answer is `{}` or `{"error": ...}`.
+Runs in the oracle's environment. A request names `output`, and one of
+
+- `checkpoint`, `tokens` (npz), `decode_from` and `greedy`, for logits;
+- `checkpoint` and `tiles` (npz: of each image in order, and `tokens`), for features and logits;
+- `checkpoint`, `moe_layer` (its index) and `input` (npy), for one layer's output;
+- `tokenizer` (a folder) and `chats` (JSON), for ids;
+- `grids` and `each`, for images in a text.
+
+The answer is `{}` or `{"error": ...}`.
 """
 
 import json
@@ -16,11 +21,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import hf_chat
 import hf_logits
 import hf_moe
+import hf_vision
 
 
 def answer(request):
     if "chats" in request:
         hf_chat.write_ids(request["tokenizer"], request["chats"], request["output"])
+    elif "grids" in request:
+        hf_chat.write_layouts(request["grids"], request["each"], request["output"])
+    elif "tiles" in request:
+        answer_images(request)
     elif "moe_layer" in request:
         answer_layer(request)
     else:
@@ -31,6 +41,17 @@ def answer_layer(request):
     x = np.load(request["input"])
     out, logits = hf_moe.layer_outputs(request["checkpoint"], request["moe_layer"], x)
     np.savez(request["output"], out=out, logits=logits)
+
+
+def answer_images(request):
+    model = hf_logits.load(request["checkpoint"])
+    with np.load(request["tiles"]) as file:
+        tokens, tiles = file["tokens"], [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
+    np.savez(
+        request["output"],
+        features=hf_vision.features(model, np.concatenate(tiles)),
+        logits=hf_vision.logits(model, tokens, tiles),
+    )
 
 
 def answer_logits(request):

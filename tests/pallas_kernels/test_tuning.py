@@ -10,7 +10,13 @@ import pytest
 
 from jaxmoe.benchmarks.tuning_problems import all_problems
 from pallas_kernels import mosaic, tuning
-from pallas_kernels.attention import coords_of, decode_attention, flash_mosaic
+from pallas_kernels.attention import (
+    coords_of,
+    decode_attention,
+    flash_mosaic,
+    tpu_plan,
+    tpu_tiles,
+)
 from pallas_kernels.attention.decode import DecodeCase
 from pallas_kernels.attention.decode_config import (
     MAX_COLUMNS,
@@ -22,6 +28,8 @@ from pallas_kernels.attention.decode_config import (
 from pallas_kernels.attention.flash import FlashCase
 from pallas_kernels.attention.mosaic_backward import BackwardConfig
 from pallas_kernels.attention.mosaic_forward import ForwardConfig
+from pallas_kernels.attention.paged import PagedCase
+from pallas_kernels.attention.tpu_tiles import PagedTpuConfig
 from pallas_kernels.compile.absent import absent_h100s, absent_h200s, lower_for, mesh_of
 from pallas_kernels.platform import Target
 from tests.pallas_kernels.test_absent_gpu import FORMATS, cache, shaped
@@ -167,3 +175,21 @@ def test_problems_are_what_the_tests_for_absent_gpus_compile():
     ]
     found = [(problem.op, problem.key) for problem in all_problems()]
     assert sorted(found, key=str) == sorted(decode + flash, key=str)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "block"),
+    [(64, 16384, 2048), (64, 8191, 1024), (64, 4095, 512), (1, 16384, 4096), (1, 8192, 512)],
+)
+def test_tpus_take_tuned_blocks_for_many_keys(tuned, rows, keys, block):
+    """Catches blocks that are most of a row, and an entry that serves few rows too."""
+    tuned(("decode", {"cache": "int8", "head_dim": 128, "few_rows": False}, {"block_k": 2048}))
+    case = DecodeCase(rows, 5, 1, 1, keys, 128, "bfloat16", "int8", 128, 0.1)
+    assert tpu_plan.config_for(case).block_k == block
+
+
+@pytest.mark.parametrize(("group", "block"), [(5, 512), (10, 256)])
+def test_tpus_take_tuned_tiles(tuned, group, block):
+    tuned(("paged", {"cache": "int8", "head_dim": 128}, {"block_q": 512}))
+    facts = 1, group, 1, 8192, 2**20, 128, "bfloat16", "int8", 128, 0.1
+    assert tpu_tiles.config_for(PagedCase(*facts)) == PagedTpuConfig(block, 2048)

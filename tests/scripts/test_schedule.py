@@ -14,6 +14,7 @@ from jaxmoe.benchmarks.schedule.cases import OURS, Case, all_cases
 from jaxmoe.benchmarks.schedule.steps import Step
 from jaxmoe.benchmarks.schedule.tpu_cases import TpuCase
 from jaxmoe.errors import UserError
+from jaxmoe.plan import scheduled
 from jaxmoe.plan.targets import parse_target
 from pallas_kernels.attention import flash_attention
 from tests.pallas_kernels.compile.masked_sums import BLOCK, masked_sums
@@ -171,6 +172,10 @@ def test_the_document_is_made_from_the_figures():
     assert write_tables.schedule_markdown(FIGURES["h100"]) in text
     for tpu in ("v5p", "v6e"):
         assert write_tables.bundles_markdown(FIGURES[tpu]) in text
+
+
+def test_the_plan_has_the_figures():
+    assert scheduled.FILE.read_text() == write_tables.schedule_factors()
 
 
 @pytest.mark.parametrize("target", FIGURES)

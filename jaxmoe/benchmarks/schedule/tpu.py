@@ -11,7 +11,7 @@ from jaxmoe.benchmarks.schedule.tpu_cases import TpuCase
 from jaxmoe.benchmarks.schedule.tpu_steps import TpuStep, core_of
 from jaxmoe.benchmarks.timing import one_line, package_version
 from jaxmoe.plan.targets import Target, absent_devices
-from pallas_kernels.compile.absent import lower_for
+from pallas_kernels.compile.absent import lower_for, mesh_of
 from pallas_kernels.compile.bundles import Code
 from pallas_kernels.compile.paths import whole
 from pallas_kernels.compile.tpu_dump import dumped
@@ -23,7 +23,9 @@ _KERNEL = re.compile(r'^ +(?:ROOT )?%(\S+) = .* custom_call_target="tpu_custom_c
 def all_cases(target: Target) -> list[TpuCase | TpuStep]:
     """The kernels and the steps that are analyzed for a generation of TPUs."""
     kind, _, _ = str(target.compiler).partition(":")
-    return [*tpu_cases.all_cases(), *tpu_steps.all_steps(kind)]
+    mesh = mesh_of(absent_devices(target)[0])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # whose sizes the cases take
+        return [*tpu_cases.all_cases(), *tpu_steps.all_steps(kind)]
 
 
 def header(target: Target) -> dict[str, Any]:

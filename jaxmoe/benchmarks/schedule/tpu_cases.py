@@ -37,7 +37,7 @@ from pallas_kernels.attention.decode import DecodeCase
 from pallas_kernels.attention.paged import PagedCase
 from pallas_kernels.experts import grouped_matmul
 from pallas_kernels.experts.grouped_tpu import GroupedTpuConfig
-from pallas_kernels.quantized import quantize, quantize_matrix
+from pallas_kernels.quantized import in_pairs, quantize, quantize_matrix
 from pallas_kernels.tpu import VMEM_BYTES, mxu_fp8, num_cores
 
 PAGE = 128  # keys a page
@@ -152,7 +152,7 @@ def _ours(cache: Cache, format: str) -> tuple[Any, float, tuple]:
     pool: Any = shaped(cache.pages, cache.kv_heads, PAGE, HEAD_DIM)
     scale = 0 if format == "bf16" else SCALE_BYTES
     if format != "bf16":
-        pool = jax.eval_shape(functools.partial(quantize, format=format), pool)
+        pool = jax.eval_shape(lambda x: in_pairs(quantize(x, format)), pool)
     stored = "bfloat16" if format == "bf16" else format
     facts = cache.rows, cache.heads, cache.kv_heads, cache.queries, cache.keys, HEAD_DIM
     facts = *facts, "bfloat16", stored, PAGE, SCALE

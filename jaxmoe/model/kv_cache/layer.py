@@ -4,6 +4,7 @@ Shape letters: B rows, H query heads, K key/value heads, P pages, t tokens a pag
 S new tokens a row, n pages of a row.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.packing import PackedRows
 from pallas_kernels.attention import Coords, decode_attention, paged_attention
-from pallas_kernels.quantized import LARGEST, Quantized, quantize
+from pallas_kernels.quantized import LARGEST, Quantized, in_pairs, quantize
 
 KV_FORMATS = ("bf16", *LARGEST)  # of keys and values, by name
 FLOATS = ("bf16", "bfloat16", "float32", "float16")
@@ -33,7 +34,10 @@ class PieceTable(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, [P, K, t, d]: arrays, or quantized with a scale a token."""
+    """Keys and values of one layer, [P, K, t, d]: arrays, or quantized with a scale a token.
+
+    int4 lies in pairs of tokens, see `Quantized`.
+    """
 
     k: Float[Array, "P K t d"] | Quantized
     v: Float[Array, "P K t d"] | Quantized
@@ -60,7 +64,7 @@ def empty_layer(shape: tuple[int, ...], dtype: Any) -> LayerCache:
 def _zeros(shape: tuple[int, ...], dtype: Any):
     if isinstance(dtype, str) and dtype in LARGEST:
         stored = jax.eval_shape(
-            lambda x: quantize(x, dtype), jax.ShapeDtypeStruct(shape, "float32")
+            lambda x: in_pairs(quantize(x, dtype)), jax.ShapeDtypeStruct(shape, "float32")
         )
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored)
     if isinstance(dtype, str) and dtype not in FLOATS:
@@ -77,12 +81,27 @@ def write(keys, new: Float[Array, "B K S d"], index: Int[Array, "B S"]):
     """
     stored = quantize(new, keys.format) if isinstance(keys, Quantized) else new
 
-    def put(leaf, x):
-        page = leaf.shape[2]
-        x = jnp.swapaxes(x, 1, 2).astype(leaf.dtype)
-        return leaf.at[index // page, :, index % page].set(x, mode="drop")
+    return jax.tree.map(functools.partial(_put, index[..., None]), keys, stored)
 
-    return jax.tree.map(put, keys, stored)
+
+def _put(index: Int[Array, "B S 1"], leaf, x):
+    """Pages [P, K, t, ...] with new tokens' x [B, K, S, ...], or pages with several tokens a row.
+
+    Heads are indexed too: for a slice of them, XLA would transpose the pool on TPUs.
+    """
+    x = jnp.swapaxes(x, 1, 2).astype(leaf.dtype)
+    pages, heads, rows = leaf.shape[0], jnp.arange(leaf.shape[1]), leaf.shape[2]
+    together = leaf.shape[3] // x.shape[3] if leaf.ndim > 3 else 1
+    row, place = index // together, index % together
+    if together == 1:
+        return leaf.at[row // rows, heads, row % rows].set(x, mode="drop")
+    x = jnp.concatenate([x] * together, -1)
+    place_of_number = jnp.arange(leaf.shape[3]) // (leaf.shape[3] // together)
+    for each in range(together):  # of one place, no two tokens share a row
+        at = jnp.where(place == each, row // rows, pages), heads, row % rows
+        old = leaf.at[at].get(mode="fill", fill_value=0)
+        leaf = leaf.at[at].set(jnp.where(place_of_number == each, x, old), mode="drop")
+    return leaf
 
 
 def attend_single(

@@ -109,8 +109,9 @@ class RingCache(CacheKind):
             return decode_attention(q, *new_cache, *where, table=table, **shared), new_cache
         past = paged_attention(q, *cache, tokens.own, step.before, table, **shared)
         present = flash_attention(
-            q, k, v, tokens.own, tokens.all, in_order=not axes, return_lse=True, **shared
-        )
+            q, k, v, tokens.own, tokens.all, in_order=not axes, return_lse=True,
+            **options.of_new_tokens(),
+        )  # fmt: skip
         out = merge([past, present]).astype(q.dtype)  # pyrefly: ignore  # pairs, since return_lse
         # Without this barrier XLA writes all layers' rings last, and keeps their keys until then.
         return lax.optimization_barrier((out, new_cache))
@@ -140,7 +141,7 @@ def _attend_packed(
     cache = cache.write(k, v, step.index[0])
     every = tokens.all_rows.pieces(tokens.all)
     present = flash_attention(
-        q, k, v, own, every, in_order=not axes, return_lse=True, **options._asdict()
+        q, k, v, own, every, in_order=not axes, return_lse=True, **options.of_new_tokens()
     )
     single, _ = attend_single(options, q, cache, tokens.own, step.pool.coords, rows, step.table[0])
     out = merge_single(rows, single, merge([past, present]), 2)  # pyrefly: ignore  # pairs

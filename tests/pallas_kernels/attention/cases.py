@@ -129,6 +129,8 @@ MORE_CASES = [
     itself("one less than a chunk", place([(1, CHUNK - 1)])),
     itself("one chunk", place([(1, CHUNK)])),
     itself("packed, both directions", PACKED, causal=False),
+    itself("heads of a vision tower", PACKED, causal=False, chunk=None, heads=(2, 2), head_dim=88),
+    itself("tiles", place(*2 * [[(1, 53)]]), causal=False, chunk=None, plain=True, head_dim=88),
     itself("no coordinates", place([(1, 53)]), plain=True),
     itself("full", PLAIN, chunk=None),
     itself("packed, both directions, full", PACKED, causal=False, chunk=None),

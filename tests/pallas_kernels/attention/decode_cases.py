@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import Coords
-from pallas_kernels.quantized import Quantized, dequantize, quantize
+from pallas_kernels.quantized import Quantized, dequantize, in_pairs, quantize
 from tests.pallas_kernels.attention.cases import FAR, Case, Results, draw, judge, place, rule
 
 BLOCK = 64  # keys a step, of every implementation here
@@ -129,7 +129,10 @@ def whole(case, format) -> Cache:
 
 
 def in_pages(case, format, page) -> Cache:
-    """Pages in any order; page 0 is garbage, of no row, as are those that no table names."""
+    """Pages in any order; page 0 is garbage, of no row, as are those that no table names.
+
+    int4 lies in pairs, as in the model's cache.
+    """
     rng, rows = np.random.default_rng(0), len(case.k.position)
     used = seen(case).reshape(rows, -1, page).any(-1)
     shape = used.size + 3, case.heads[1], page, case.head_dim
@@ -140,7 +143,8 @@ def in_pages(case, format, page) -> Cache:
     v[free] *= GARBAGE
     coords = Coords(*(in_pool(x, table, shape[0], page) for x in case.k))
     coords.segment[0] = 0
-    return Cache(*(stored(jnp.asarray(x), format) for x in (k, v)), table, coords)
+    pools = (stored(jnp.asarray(x), format) for x in (k, v))
+    return Cache(*(in_pairs(x) if format == "int4" else x for x in pools), table, coords)
 
 
 def in_pool(x, table, pages, page):

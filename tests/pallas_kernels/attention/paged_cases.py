@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import Coords
-from pallas_kernels.quantized import LARGEST, dequantize, quantize
+from pallas_kernels.quantized import LARGEST, dequantize, in_pairs, quantize
 
 PAGE, PAGES, HEADS, KEY_HEADS, SIZE = 64, 24, 4, 2, 64
 # Tokens of each sequence before, and new ones. The last has whole blocks that its queries all see.
@@ -37,15 +37,19 @@ class Problem:
             queries, listed = queries + new, listed + len(taken)
 
     def arrays(self, dtype, format=None):
-        """Queries and the pool; NaN, or a scale of NaN, where there is no token."""
+        """Queries and the pool; NaN, or a scale of NaN, where there is no token.
+
+        int4 lies in pairs, as in the model's cache.
+        """
         q, k, v = (jnp.asarray(x, dtype) for x in (self.q, self.k, self.v))
         if format:
-            k, v = (quantize(x, format) for x in (k, v))
+            k, v = (in_pairs(quantize(x, format)) for x in (k, v))
 
         def spoil(leaf):
+            if leaf.dtype == jnp.int8:
+                return leaf
             empty = (self.segment == 0).reshape(PAGES, 1, PAGE, *[1] * (leaf.ndim - 3))
-            bad = jnp.where(empty, jnp.nan, leaf.astype(jnp.float32)).astype(leaf.dtype)
-            return leaf if leaf.dtype == jnp.int8 else bad
+            return jnp.where(empty, jnp.nan, leaf.astype(jnp.float32)).astype(leaf.dtype)
 
         return q, *(jax.tree.map(spoil, x) for x in (k, v))
 
@@ -59,7 +63,7 @@ class Problem:
         return self.q_coords[1, 0] == number
 
     def pages_of(self, number):
-        """Those of a sequence, in order."""
+        """The pages of one sequence, by its number, in the order of its keys."""
         return self.pages[0][self.owners[0] == number]
 
     def expected(self, q, k, v, mask):
@@ -84,7 +88,7 @@ class Problem:
         return out, lse
 
     def rows(self, x):
-        """Of queries [1, H, S, ...] those of each sequence as a row [B, H, most, ...]."""
+        """Queries [1, H, S, ...] as [B, H, most, ...]: a row for each sequence, then zeros."""
         rows = np.zeros((len(NEW), x.shape[1], max(NEW), *x.shape[3:]), x.dtype)
         for row, new in enumerate(NEW):
             rows[row, :, :new] = np.asarray(x)[0][:, self.of(row + 1)]

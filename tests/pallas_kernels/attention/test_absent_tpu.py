@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.attention import Coords, decode_attention, decode_implementation
 from pallas_kernels.compile.absent import absent_tpus, lower_for, mesh_of
-from pallas_kernels.quantized import quantize
+from pallas_kernels.quantized import in_pairs, quantize, unpaired
 
 TPUS = "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"
 PAGE, SIZE, GROUP = 128, 128, 5
@@ -21,11 +21,14 @@ def shaped(*shape, dtype=jnp.int32):
 
 
 def arguments(rows, kv_heads, queries, columns, format, pages=None):
-    """Of rows with so many pages each, in a pool that has as many as all of them, or `pages`."""
+    """The arguments of decode attention, as shapes: `columns` pages a row, in a pool of `pages`.
+
+    By default the pool has a page for each of those of the rows, and one of padding.
+    """
     pages = rows * columns + 1 if pages is None else pages
     keys = shaped(pages, kv_heads, PAGE, SIZE, dtype=jnp.bfloat16)
     if format != "bf16":
-        keys = jax.eval_shape(lambda x: quantize(x, format), keys)
+        keys = jax.eval_shape(lambda x: in_pairs(quantize(x, format)), keys)
     q = shaped(rows, kv_heads * GROUP, queries, SIZE, dtype=jnp.bfloat16)
     coords = Coords(*[shaped(rows, queries)] * 2), Coords(*[shaped(pages, PAGE)] * 2)
     return q, keys, keys, *coords, shaped(rows, columns)
@@ -37,18 +40,21 @@ def attend(q, k, v, q_coords, k_coords, table):
     )
 
 
-MILLION = 1, 1, 1, 2**13, "int8", None  # rows, key heads, queries, pages, format, the pool's pages
+# Rows, key heads, queries, pages of a row, format, the pool's pages.
+MILLION = [(1, 1, 1, 2**13, format, None) for format in ("int8", "int4")]
 
 
 @pytest.mark.parametrize(
     ("topology", "shape"),
     [
-        *((topology, MILLION) for topology in TPUS),
+        *((topology, shape) for topology in TPUS for shape in MILLION),
         ("v5p:2x2x1", (1, 1, 1, 2**13, "bf16", None)),
         ("v5p:2x2x1", (1, 1, 4, 81920, "int8", None)),  # ten million keys, four queries
         ("tpu7x:2x2x1", (1, 8, 1, 2**13, "fp8", None)),
         ("v6e:2x2", (256, 1, 1, 512, "int8", 2**14)),  # rows that share a pool
+        ("v5p:2x2x1", (256, 1, 1, 512, "int4", 2**14)),
         ("v6e:2x2", (64, 8, 1, 64, "bf16", None)),  # rings of a chunk
+        ("v6e:2x2", (64, 8, 1, 64, "int4", None)),
     ],
 )
 def test_compiles_without_a_copy_of_the_pool(topology, shape):
@@ -63,12 +69,17 @@ def test_compiles_without_a_copy_of_the_pool(topology, shape):
 
 
 def test_int4_would_be_copied():
-    """Two values a byte make rows of half a vector, which XLA stores transposed."""
-    (device, *_), shapes = absent_tpus(TPUS[0]), arguments(1, 1, 1, 64, "int4")
-    chosen = functools.partial(decode_implementation, *shapes[:5], table=shapes[5], scale=1.0)
+    """Two values a byte make rows of half a vector, unless two keys share one."""
+    (device, *_), (q, k, v, *shapes) = absent_tpus(TPUS[0]), arguments(1, 1, 1, 64, "int4")
+    keys = jax.eval_shape(lambda *x: tuple(map(unpaired, x)), k, v)
+    chosen = functools.partial(
+        decode_implementation, q, *keys, *shapes[:2], table=shapes[2], scale=1.0
+    )
     with jax.sharding.use_abstract_mesh(mesh_of(device).abstract_mesh):
         assert chosen() == "xla"
-        with pytest.raises(ValueError, match="multiple of 128 stored numbers, not 128 of 64"):
+        with pytest.raises(
+            ValueError, match="multiple of 128 stored numbers, not 128 in rows of 64"
+        ):
             chosen(implementation="mosaic_tpu")
 
 

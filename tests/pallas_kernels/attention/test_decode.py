@@ -90,6 +90,7 @@ MOSAIC_TPU = Way(
     interpret=TPU_INTERPRET,
     checked=no_tpu_races,
 )
+MOSAIC_TPU_FLOAT32 = dataclasses.replace(MOSAIC_TPU, dtype="float32")
 WAYS = XLA, XLA_BFLOAT16, XLA_OF_FIXED_LENGTH, MOSAIC_GPU, MOSAIC_TPU
 every_way = pytest.mark.parametrize("way", WAYS, ids=str)
 
@@ -136,7 +137,8 @@ def check(way, case, cache, q=None, **changes):
     + runs(MOSAIC_GPU, ["int8", "fp8"], LENGTHS)
     + runs(MOSAIC_TPU, ["bfloat16"], CASES)
     + runs(MOSAIC_TPU, FORMATS, FEW)
-    + runs(MOSAIC_TPU, ["int8", "fp8"], LENGTHS),
+    + runs(MOSAIC_TPU, FORMATS, LENGTHS)
+    + runs(MOSAIC_TPU_FLOAT32, ["int4"], FEW[:1]),
 )
 def test_output(way, format, case):
     """Whatever the types, the log-sum-exp is exact, and shows each key too many or too few."""

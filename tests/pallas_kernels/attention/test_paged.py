@@ -171,8 +171,8 @@ REFUSED = {
     "another type of keys": ({"format": "float32"}, "and not a cache of float32"),
     "a large head": ({"size": 512}, "head sizes up to 256"),
     "heads that share keys": ({"heads": 128}, "128 query heads of 128 numbers for each key head"),
-    "short pages": ({"page": 64}, "pages of 128 keys, .* not 64 of 128"),
-    "int4": ({"format": "int4"}, "pages of 128 keys, .* not 128 of 64"),
+    "short pages": ({"page": 64}, "pages of 128 keys, .* not 64 in rows of 128"),
+    "int4 not in pairs": ({"format": "int4"}, "pages of 128 keys, .* not 128 in rows of 64"),
     "no TPU": ({}, "it needs a TPU, and this is cpu"),
 }
 

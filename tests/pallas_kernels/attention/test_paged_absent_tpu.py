@@ -8,13 +8,13 @@ import pytest
 
 from pallas_kernels.attention import Coords, paged_attention
 from pallas_kernels.compile.absent import absent_tpus, lower_for
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import in_pairs, quantize
 
 pytestmark = pytest.mark.absent_tpu
 
 QUERIES, KEYS, PAGE, SIZE = 8192, 2**20, 128, 128
 POOL = KEYS // PAGE + 1
-V5P, V6E = "v5p:2x2x1", "v6e:2x2"
+V5P, V6E, V7X = "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"
 
 
 def array(*shape, dtype="int32"):
@@ -24,9 +24,9 @@ def array(*shape, dtype="int32"):
 def arguments(heads, format, rows=1):
     """Queries, the cache, coordinates, and the pages of each row."""
     queries, pool = (rows, QUERIES // rows), (POOL, heads[1], PAGE)
-    k = v = array(*pool, SIZE, dtype=format)
-    if format == "int8":
-        k = v = Quantized(k, array(*pool, dtype="float32"), format)
+    k = v = array(*pool, SIZE, dtype="bfloat16")
+    if format != "bfloat16":
+        k = v = jax.eval_shape(lambda x: in_pairs(quantize(x, format)), k)
     coords = [Coords(array(*x), array(*x)) for x in (queries, (POOL, PAGE))]
     q = array(rows, heads[0], queries[1], SIZE, dtype="bfloat16")
     return q, k, v, *coords, array(rows, KEYS // PAGE // rows)
@@ -39,7 +39,8 @@ def attend(*arguments):
 @pytest.mark.parametrize(
     ("topology", "heads", "format", "rows"),
     [(V5P, heads, x, None) for heads in ((5, 1), (40, 8)) for x in ("bfloat16", "int8")]
-    + [(V5P, (5, 1), "int8", 4), (V6E, (5, 1), "bfloat16", 4)],
+    + [(V5P, (5, 1), "int8", 4), (V6E, (5, 1), "bfloat16", 4)]
+    + [(V5P, (40, 8), "int4", None), *((x, (5, 1), "int4", 4) for x in (V5P, V6E, V7X))],
 )
 def test_one_kernel_reads_the_pages_where_they_lie(topology, heads, format, rows):
     """Catches what does not fit on chip, loops over the cache, and copies of it or of its parts."""

@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels.compile.absent import absent_h100s, compiler_options, lower_for
 from pallas_kernels.compile.assembler import assembler_reports
-from pallas_kernels.quantized import quantize
+from pallas_kernels.quantized import in_pairs, quantize
 from pallas_kernels.step import (
     HeadPlan,
     add_rms_norm,
@@ -82,7 +82,7 @@ def test_a_tokens_keys_begin_where_tma_copies_from(format):
 @pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
 def test_heads(format, local):
     pages = shaped(100, 1, 64, d)
-    cache = jax.eval_shape(lambda x: quantize(x, format), pages) if format else pages
+    cache = jax.eval_shape(lambda x: in_pairs(quantize(x, format)), pages) if format else pages
     turned = HeadPlan(floats(64, d), floats(64, d), None, integers(20))
     plan = turned if local else HeadPlan(None, None, floats(64), integers(20))
     run = functools.partial(write_heads, heads=HEADS, norm_eps=1e-5 if local else None)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.compile.absent import absent_tpus, lower_for
-from pallas_kernels.quantized import quantize, quantize_matrix
+from pallas_kernels.quantized import in_pairs, quantize, quantize_matrix
 from pallas_kernels.step import (
     HeadPlan,
     add_rms_norm,
@@ -41,7 +41,7 @@ def temporaries(topology, function, *arguments):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("format", [None, "int8", "fp8"])
+@pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_products(topology, tokens, devices, format):
     """No matrix is widened or transposed in memory."""
@@ -53,7 +53,7 @@ def test_products(topology, tokens, devices, format):
     assert temporaries(topology, lambda x, w: matmul_few(x, (w,)), x, o) < 2**23
 
 
-@pytest.mark.parametrize("format", [None, "int8"])
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize(("experts", "devices"), [(16, 8), (128, 8), (16, 1)])
 def test_experts(topology, tokens, experts, devices, format):
     F, N = 8192 // devices, min(tokens, experts) + 1
@@ -70,13 +70,13 @@ def test_experts(topology, tokens, experts, devices, format):
     assert temporaries(topology, run, *arrays) < 2**22 + 2 * N * rows * F
 
 
-@pytest.mark.parametrize("format", [None, "int8", "fp8"])
+@pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
 @pytest.mark.parametrize("kv_heads", [1, 8])
 def test_heads_and_norm(topology, tokens, kv_heads, format):
     heads = 5 * kv_heads
     pool = shaped(1024, kv_heads, 128, d)
     if format is not None:
-        pool = jax.eval_shape(lambda x: quantize(x, format), pool)
+        pool = jax.eval_shape(lambda x: in_pairs(quantize(x, format)), pool)
     qkv = shaped(1, -(-tokens // 8) * 8, (heads + 2 * kv_heads) * d, dtype=jnp.float32)
     angle, slot = shaped(64, d, dtype=jnp.float32), shaped(tokens, dtype=jnp.int32)
 

@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.model.kv_cache.layer import write
 from jaxmoe.model.layers import rms_norm, rms_normalize, rotate
 from pallas_kernels.compile.absent import absent_h100s, lower_for
-from pallas_kernels.quantized import quantize
+from pallas_kernels.quantized import dequantize_matrix, in_pairs, quantize, quantize_matrix
 from pallas_kernels.step import (
     HeadPlan,
     add_rms_norm,
@@ -106,7 +106,7 @@ def test_norm(interpreted, tokens, adds):
 
 def empty(format, kv_heads):
     zeros = jnp.zeros((PAGES, kv_heads, PAGE, d), jnp.bfloat16)
-    return quantize(zeros, format) if format else zeros
+    return in_pairs(quantize(zeros, format)) if format else zeros
 
 
 def head_plan(tokens, local, place):
@@ -165,7 +165,7 @@ def feed_forward(x, routed, shared, expert, router_weight, shared_here=True, **r
     busy = jnp.zeros(1, jnp.int32)
     gate_up, down = None, None
     if routed:
-        busy = busy_experts(expert, len(routed[2]), shared_here)
+        busy = busy_experts(expert, routed[2].shape[0], shared_here)
         gate_up, down = routed[:2], routed[2]
     hidden = experts_gate_up(x, gate_up, shared[:2], expert, router_weight, busy, **run)
     return experts_down(hidden, down, shared[2], expert, busy, **run)
@@ -190,6 +190,7 @@ def gated(x, weights, router_weight=1.0):
         (4, [3, 4, 3], True),  # one token has no expert here
         (4, [2, 1, -1, 0, 0, 2, 0, 2, 3], True),  # more tokens than experts
         (4, [1, 1], False),  # another device has the shared expert
+        (4, [5, -1], False),  # and all others
         (0, [0, 0, 0], True),  # a dense layer
     ],
 )
@@ -208,6 +209,29 @@ def test_experts(interpreted, experts, expert, shared_here):
         if 0 <= e < experts:
             want[t] += gated(exact(x[t]), [w[e] for w in routed], router_weight[t])
     assert_close(exact(got)[:T], want, 1e-3)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_quantized_matrices(format):
+    """On TPUs, of several tiles; int4 has an odd number of groups in `down`, of 384 inputs."""
+    run = functools.partial(jax.jit, static_argnames="interpret")
+    x, heads = draw(0, 3, 512), [quantize_matrix(draw(i, 512, 256), format) for i in (1, 2)]
+    made = [draw(3, *s) * 0.05 for s in ((512, 384), (512, 384), (384, 512))]
+    shared = tuple(quantize_matrix(w, format) for w in made)
+    routed = tuple(quantize_matrix(jnp.stack([w[::-1], -w]), format) for w in made)
+    expert, weight = np.array([1, 0, 2], np.int32), np.array([0.5, 0.7, 1], np.float32)
+    with tpu.no_races():
+        qkv = run(lambda *a, interpret: matmul_few(x, a, interpret=interpret))(
+            *heads, interpret=tpu.INTERPRET
+        )
+        out = run(feed_forward)(x, routed, shared, expert, weight, interpret=tpu.INTERPRET)
+    want = np.concatenate([exact(x) @ exact(dequantize_matrix(w)) for w in heads], 1)
+    assert_close(exact(qkv[0])[:3], want, 1e-5)
+    shared, routed = ([exact(dequantize_matrix(w)) for w in kind] for kind in (shared, routed))
+    want = gated(exact(x), shared)
+    for t, e in enumerate(expert[:2]):
+        want[t] += gated(exact(x[t]), [w[e] for w in routed], weight[t])
+    assert_close(exact(out)[:3], want, 1e-3)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

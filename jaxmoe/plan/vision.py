@@ -1,0 +1,154 @@
+"""What images take: operations, memory and tokens of the vision tower, by formula.
+
+The tower runs as a program of its own before the step that reads its features, so that of their
+temporaries the larger ones count. Checked against the compilers in tests/plan/test_plan_vision.py.
+"""
+
+import collections
+import dataclasses
+import math
+
+from jaxmoe.config import Llama4Config, VisionConfig
+from jaxmoe.errors import UserError
+from jaxmoe.generation.features import BATCHES, TILES
+from jaxmoe.mesh import MeshConfig, activation_axes
+from jaxmoe.plan.work import Work, abstract_mesh, stored_params
+
+BF16, FP32 = 2, 4
+
+
+def tile_flops(config: Llama4Config) -> float:
+    """Operations of one tile: products with weights, and attention of all its patches to all."""
+    vision = _vision(config)
+    D, F, patches = vision.hidden_size, vision.intermediate_size, vision.patches_a_side**2
+    length, tokens = patches + 1, vision.tokens_per_tile
+    embedding = patches * vision.num_channels * vision.patch_size**2 * D
+    block = length * (4 * D * D + 2 * D * F) + 2 * length**2 * D
+    inner, outer = vision.projector_input_dim, vision.projector_output_dim
+    adapter = vision.patches_merged**2 * D * inner + inner * outer + outer * config.hidden_size
+    return 2.0 * (embedding + vision.num_hidden_layers * block + tokens * adapter)
+
+
+def tower_flops(work: Work, mesh: MeshConfig) -> float:
+    """Operations of a device for the tiles of a step."""
+    if not work.tiles:
+        return 0.0
+    batch = _batch(work)
+    here = _tiles_here(batch, mesh) / _sharing(batch, mesh)
+    return work.tiles / batch * here * tile_flops(work.config)
+
+
+def tower_reads(work: Work, mesh: MeshConfig) -> float:
+    """Bytes of the tower's weights that a device reads for the tiles of a step."""
+    return float(_batches(work) * sum(_parts(work, _at_use(work, mesh)).values()))
+
+
+def tower_sent(work: Work, mesh: MeshConfig) -> float:
+    """Bytes that a device sends for the tiles of a step: gathered weights, or float32 sums."""
+    if not work.tiles:
+        return 0.0
+    batch, at_use = _batch(work), _at_use(work, mesh)
+    sent = sum(_parts(work, at_use).values()) - sum(_parts(work, mesh).values())
+    if (n := _sharing(batch, mesh)) > 1:
+        sums = 2 * _vision(work.config).num_hidden_layers
+        sent += sums * 2 * (n - 1) / n * _stream(work, mesh) * FP32
+    return float(_batches(work) * sent)
+
+
+def tower_temporaries(work: Work, mesh: MeshConfig) -> int:
+    """Bytes of temporaries of the tower for one batch of tiles: feed-forward, or an all-reduce."""
+    if not work.tiles:
+        return 0
+    vision, stream = _vision(work.config), _stream(work, mesh)
+    sharing, at_use = _sharing(_batch(work), mesh), _at_use(work, mesh)
+    hidden = stream * vision.intermediate_size // vision.hidden_size // sharing
+    phases = [4 * stream * BF16 + hidden * (BF16 + FP32)]
+    if sharing > 1:  # an all-reduce has an input and an output, in float32
+        phases.append(stream * (4 * BF16 + 2 * FP32))
+    if at_use == mesh:
+        return max(phases)
+    parts = _parts(work, at_use)  # gathered: a block's beside the block's activations
+    return max(max(phases) + parts["layers 0"], *parts.values())
+
+
+def _stream(work: Work, mesh: MeshConfig) -> int:
+    """Elements of a batch's activations [tiles, patches, D] on one device."""
+    vision = _vision(work.config)
+    length = vision.patches_a_side**2 + 1
+    return _tiles_here(_batch(work), mesh) * length * vision.hidden_size
+
+
+def _parts(work: Work, mesh: MeshConfig) -> dict[str, int]:
+    """Bytes of weights on one device: of each block, of the adapter and of all else."""
+    parts: collections.Counter[str] = collections.Counter()
+    for stored in stored_params(work.config, work.format):
+        if stored.is_vision:
+            _, part, *rest = stored.name.split(".")
+            parts[f"{part} {rest[0]}" if part == "layers" else part] += stored.nbytes(mesh)
+    return parts
+
+
+def _at_use(work: Work, mesh: MeshConfig) -> MeshConfig:
+    """The mesh that shards the weights as they are when a batch is computed."""
+    tensor = _sharing(_batch(work), mesh)
+    return dataclasses.replace(mesh, fsdp=1, tensor=tensor)
+
+
+def _sharing(batch: int, mesh: MeshConfig) -> int:
+    """Devices along `tensor` that share the heads of the same tiles."""
+    axes = activation_axes(abstract_mesh(mesh), "tiles", batch)
+    return 1 if "tensor" in axes else mesh.tensor
+
+
+def _batches(work: Work) -> int:
+    return -(-work.tiles // max(1, _batch(work)))
+
+
+def training_bytes(work: Work, mesh: MeshConfig) -> int:
+    """Bytes of the tower's activations in training: each block's input, and one block's backward.
+
+    All tiles of a batch are computed at once.
+    """
+    if not work.tiles:
+        return 0
+    inputs = _vision(work.config).num_hidden_layers * _stream(work, mesh) * BF16
+    return inputs + 2 * tower_temporaries(work, mesh)
+
+
+def features_bytes(work: Work) -> int:
+    """Bytes of the engine's table of features, which every device has."""
+    if not work.tiles:
+        return 0
+    tokens = TILES * _vision(work.config).tokens_per_tile
+    return tokens * work.config.hidden_size * BF16
+
+
+def check_tiles(work: Work) -> None:
+    """Raises a UserError if the tiles of a step are more tokens than its rows have."""
+    if image_tokens(work) > work.rows * work.context:
+        raise UserError(
+            f"{work.tiles} tiles are {image_tokens(work)} tokens, more than {work.rows} row(s) of "
+            f"{work.context}; raise the context or lower the tiles."
+        )
+
+
+def image_tokens(work: Work) -> int:
+    """Tokens of the context that the tiles take, without separators."""
+    return work.tiles * _vision(work.config).tokens_per_tile if work.tiles else 0
+
+
+def _vision(config: Llama4Config) -> VisionConfig:
+    assert config.vision is not None  # `Work` refuses tiles without a tower
+    return config.vision
+
+
+def _batch(work: Work) -> int:
+    """Tiles that are computed at once."""
+    return work.tiles if work.task == "train" else min(work.tiles, BATCHES[0])
+
+
+def _tiles_here(tiles: int, mesh: MeshConfig) -> int:
+    """Tiles of a batch on one device."""
+    abstract = abstract_mesh(mesh)
+    axes = activation_axes(abstract, "tiles", tiles)
+    return tiles // math.prod(abstract.shape[axis] for axis in axes)
