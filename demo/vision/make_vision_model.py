@@ -11,7 +11,7 @@ import jax
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from demo.make_demo import DEMO, SPECIALS, generation_config, tokenizer_config, write_json
+from demo.make_demo import DEMO, SPECIALS, tokenizer_config, write_json
 from demo.vision import digit_pictures, vision_report, vision_training
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.export import export
@@ -80,7 +80,8 @@ def train(config: TrainConfig) -> None:
     check_ids(config, tokenizer)
     tokenizer.save(words)
     write_json(words / "tokenizer_config.json", tokenizer_config())
-    write_json(words / "generation_config.json", generation_config(text) | {"do_sample": False})
+    ids = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(words / "generation_config.json", ids | {"do_sample": False})
     model = from_hf(config.model, CONFIG)
     write_json(words / "preprocessor_config.json", preprocessor_config(model))
     print(f"{num_params(model):,} parameters", file=sys.stderr)
