@@ -1,5 +1,5 @@
 # make            the environment                make oracle   agreement with torch and transformers
-# make demo       a small Llama 4 writes text    make newest   main tests on the newest jax
+# make demo       small Llama 4s write and see   make newest   main tests on the newest jax
 # make check      lint and the quick tests       make bench    speed on this CPU
 # make test       every test but the oracle's    make lock     newest versions into requirements/
 # make lint       style, types, architecture     make clean    removes what was built
@@ -12,6 +12,7 @@ VENV_ORACLE = .venv-oracle
 VENV_NEWEST = .venv-newest
 BUILD = build
 
+picture = demo/vision/held-out/2x2.png
 python = $(VENV)/bin/python
 in_parallel = --numprocesses 2 --dist loadfile --no-loadscope-reorder  # small files come last
 newest_tests = tests/model/test_golden.py tests/generate/test_engine.py tests/train/test_trainer.py \
@@ -28,9 +29,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 venv: $(VENV)/.project
 
-demo: $(VENV)/.project $(BUILD)/demo.converted
+demo: $(VENV)/.project $(BUILD)/demo.converted $(BUILD)/demo-vision.converted
 	$(python) scripts/generate.py $(BUILD)/demo --prompt "In the beginning" \
 	    --mesh expert=4,sequence=2 --cpu-devices 8 --max-new-tokens 120 --temperature 0.8
+	@echo "A picture: $(picture)"
+	@$(python) scripts/generate.py $(BUILD)/demo-vision --chat --image $(picture) \
+	    --prompt "What is written?" --temperature 0 --max-new-tokens 20
 
 check: lint
 	$(python) -m pytest $(in_parallel) $(quick_tests)
@@ -63,10 +67,15 @@ clean:
 
 # The stamps below are written last, so that an interrupted step is done again.
 
-$(BUILD)/demo.converted: $(wildcard demo/model/* jaxmoe/checkpoint/*.py jaxmoe/checkpoint/*/*.py) | $(VENV)/.project
-	rm -rf $(BUILD)/demo $@
+converters = $(wildcard jaxmoe/checkpoint/*.py jaxmoe/checkpoint/*/*.py)
+$(BUILD)/demo.converted: $(wildcard demo/model/*)
+$(BUILD)/demo-vision.converted: $(wildcard demo/vision/model/*)
+$(BUILD)/demo.converted: source = demo/model
+$(BUILD)/demo-vision.converted: source = demo/vision/model
+$(BUILD)/demo.converted $(BUILD)/demo-vision.converted: %.converted: $(converters) | $(VENV)/.project
+	rm -rf $* $@
 	mkdir -p $(BUILD)
-	$(python) scripts/convert.py demo/model $(BUILD)/demo
+	$(python) scripts/convert.py $(source) $*
 	touch $@
 
 # new_venv(folder, variable, oldest, newest): an empty environment; an earlier one is cleared, so

@@ -1,20 +1,35 @@
 """Evaluates a checkpoint.
 
 `logits` writes the logits of given tokens, by any path; `needle` looks for a pass key hidden in
-long contexts; `loops` measures how much of its own text a model repeats; `quantized` measures what
-a cache or matrices of 8 or 4 bits cost.
+long contexts; `answers` grades answers to questions, with or without pictures; `loops` measures how
+much of its own text a model repeats; `quantized` measures what a cache or matrices of 8 or 4 bits
+cost.
 """
 
 import argparse
 
-from jaxmoe.cli import evaluate_logits, evaluate_loops, evaluate_needle, evaluate_quantized
+from jaxmoe.cli import (
+    evaluate_answers,
+    evaluate_logits,
+    evaluate_loops,
+    evaluate_needle,
+    evaluate_quantized,
+)
+
+COMMANDS = (
+    evaluate_logits,
+    evaluate_needle,
+    evaluate_answers,
+    evaluate_loops,
+    evaluate_quantized,
+)
 
 
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (evaluate_logits, evaluate_needle, evaluate_loops, evaluate_quantized):
+    for module in COMMANDS:
         module.add_parser(commands)
     args = parser.parse_args()
     args.run(args)

@@ -202,7 +202,7 @@ def _stream_text(stream, requests, tokenizer, args):
     times = []
     for token, record in jobs.finished(stream, tokenizer):
         if not times:  # printed only now, so that it does not precede a long compilation
-            print(args.prompt, end="", file=sys.stderr, flush=True)
+            print(args.prompt, end="\n" if args.chat else "", file=sys.stderr, flush=True)
         times.append(time.perf_counter())
         print(token.text, end="", flush=True)
         if record is not None:

@@ -50,6 +50,7 @@ def read_requests(
     default: Sampling | None = None,
     n: int = 1,
     images: ImageSettings | None = None,
+    ignored: tuple[str, ...] = (),
 ) -> list[Request | Refusal]:
     """Requests of a file whose lines are `{"id": ..., "prompt" | "messages" | "tokens": ...}`.
 
@@ -67,6 +68,7 @@ def read_requests(
         n: answers that a line asks for if it does not say.
         images: how pictures become tokens; None if the model has no vision tower. Relative paths
             begin at the file's folder.
+        ignored: keys that a line may have and that say nothing of the request.
 
     Raises:
         UserError: if the file cannot be read, or has no line that is a request; it then names the
@@ -77,9 +79,8 @@ def read_requests(
     if images is not None:
         pictures = PictureReader(images, Path() if str(path) == "-" else Path(path).parent)
     default = default or Sampling()
-    reader = _Reader(
-        str(path), tokenizer, max_new_tokens, check, parse_special, default, n, pictures
-    )
+    given = tokenizer, max_new_tokens, check, parse_special, default, n, pictures, ignored
+    reader = _Reader(str(path), *given)
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     read: list[Request | Refusal] = []
     for batch in itertools.batched(numbered, LINES):
@@ -123,6 +124,7 @@ class _Reader:
     default: Sampling
     n: int
     pictures: PictureReader | None
+    ignored: tuple[str, ...]
     seen: dict[str, int] = dataclasses.field(default_factory=dict)  # id -> number of its line
 
     def read(self, lines: Iterable[tuple[int, str]]) -> list[Request | Refusal]:
@@ -146,7 +148,7 @@ class _Reader:
             record = _record(line, where)
             found = record["id"]
             self._remember([found], where, number)
-            _check_keys(record, where)
+            _check_keys(record, where, self.ignored)
             settings = read_settings(record, self.default, where, self.n)
             answers = expand(Request(found, (), 1), settings.n)
             self._remember([answer.id for answer in answers], where, number)
@@ -207,10 +209,10 @@ def _record(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _check_keys(record: dict[str, Any], where: str) -> None:
+def _check_keys(record: dict[str, Any], where: str, ignored: tuple[str, ...]) -> None:
     if sum(kind in record for kind in KINDS) != 1:
         raise UserError(f"{where} must hold exactly one of {', '.join(KINDS)}.")
-    known = {"id", *KINDS, *KEYS, "images", *(("tools",) if "messages" in record else ())}
+    known = {"id", *KINDS, *KEYS, "images", *(("tools",) if "messages" in record else ()), *ignored}
     unknown = set(record) - known
     if unknown:
         raise UserError(f"{where} has the unknown key {min(unknown)!r}.")

@@ -140,7 +140,7 @@ def _built_in(
     for turn in turns:
         ids += _turn_ids(turn, mark, tokenizer)
     if add_generation_prompt:
-        ids += _header_ids("assistant", tokenizer) + tokenizer.encode("\n\n")
+        ids += header_ids("assistant", tokenizer) + tokenizer.encode("\n\n")
     return ids
 
 
@@ -155,7 +155,7 @@ def _check_chat_format(tokenizer: Tokenizer) -> None:
 
 
 def _turn_ids(turn: _Turn, picture: str | None, tokenizer: Tokenizer) -> list[int]:
-    ids = _header_ids(turn.role, tokenizer)
+    ids = header_ids(turn.role, tokenizer)
     if turn.calls:
         ids += [
             *tokenizer.encode("\n\n"),
@@ -170,7 +170,8 @@ def _turn_ids(turn: _Turn, picture: str | None, tokenizer: Tokenizer) -> list[in
     return [*ids, tokenizer.special(_END_OF_TURN)]
 
 
-def _header_ids(role: str, tokenizer: Tokenizer) -> list[int]:
+def header_ids(role: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that open a turn, up to the blank line after them."""
     start, end = tokenizer.special(_HEADER_START), tokenizer.special(_HEADER_END)
     return [start, *tokenizer.encode(role), end]
 

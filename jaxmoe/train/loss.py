@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.moe import RouterStats
 from jaxmoe.model.transformer import forward, positions_of, unembed
+from jaxmoe.model.vision import tile_features
 
 Loss = Callable[[Llama4Config, dict, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -32,6 +33,7 @@ class Losses(NamedTuple):
     total: Float[Array, ""]
     cross_entropy: Float[Array, ""]  # nats a target, mean
     balance: Float[Array, ""]  # load-balance loss, mean over MoE layers
+    right: Float[Array, ""]  # the share of targets that are the likeliest token
     health: RouterHealth
 
 
@@ -43,6 +45,8 @@ def losses(
     router_loss: float,
     remat: bool = False,
     forward: Callable = forward,
+    learned: Bool[Array, "B S"] | None = None,
+    features: Float[Array, "N D"] | None = None,
 ) -> Losses:
     """Runs the model and its losses.
 
@@ -50,13 +54,24 @@ def losses(
         router_loss: scales the load-balance loss.
         remat: as for `forward`.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
+        learned: the tokens that are targets; default: all.
+        features: of images, as for `forward`. Their places are no targets.
     """
     positions = positions_of(segment_ids)
-    out = forward(config, params, tokens, positions, segment_ids, remat=remat)
-    total, count = cross_entropy_sum(unembed(config, params, out.hidden), tokens, segment_ids)
+    given = {} if features is None else {"features": features}
+    out = forward(config, params, tokens, positions, segment_ids, remat=remat, **given)
+    logits = unembed(config, params, out.hidden)
+    if features is not None:
+        is_text = tokens < config.vocab_size
+        learned = is_text if learned is None else learned & is_text
+        tokens = jnp.where(is_text, tokens, config.image_token_id)
+    total, count = cross_entropy_sum(logits, tokens, segment_ids, learned)
     cross_entropy = total / jnp.maximum(count, 1)
+    targets, real = next_tokens(tokens, segment_ids, learned)
+    right = jnp.sum((jnp.argmax(logits, -1) == targets) & real) / jnp.maximum(count, 1)
     balance, health = router_losses(out.router_stats)
-    return Losses(cross_entropy + router_loss * balance, cross_entropy, balance, health)
+    total = cross_entropy + router_loss * balance
+    return Losses(total, cross_entropy, balance, right, health)
 
 
 def next_token_loss(
@@ -71,6 +86,34 @@ def next_token_loss(
         tokens, segment_ids = map(jnp.asarray, batch)
         found = losses(model, params, tokens, segment_ids, router_loss, remat, forward)
         return found.total, metrics(found)
+
+    return loss
+
+
+def picture_loss(
+    router_loss: float = 0.0,
+    remat: bool = False,
+    forward: Callable = forward,
+    encode: Callable = tile_features,
+) -> Loss:
+    """The loss of `train` for conversations with pictures, which runs the vision tower, too.
+
+    Its batches are `jaxmoe.train.pictures.PictureBatch`. A tower that is not trained, as
+    `trainable=lambda name: not name.startswith("vision.")` says, costs no backward pass.
+
+    Args:
+        router_loss, forward: as for `losses`.
+        remat: recompute layers of the decoder and of the tower in the backward pass.
+        encode: `tile_features`, or a fork's function of the same arguments.
+    """
+
+    def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
+        tokens, segment_ids, learned, pixels = map(jnp.asarray, batch)
+        features = encode(model, params["vision"], pixels, remat)
+        features = features.reshape(-1, features.shape[-1])
+        rows = tokens, segment_ids, router_loss, remat, forward
+        found = losses(model, params, *rows, learned=learned, features=features)
+        return found.total, metrics(found) | {"right": found.right}
 
     return loss
 
@@ -99,19 +142,33 @@ def summed_cross_entropy(
 
 
 def next_tokens(
-    tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
+    tokens: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    learned: Bool[Array, "B S"] | None = None,
 ) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
-    """Each token's successor, and whether it is one: real, and of the same segment."""
-    following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    return targets, (following == segment_ids) & (segment_ids != 0)
+    """Each token's successor, and whether it is a target: real, of the same segment, and learned.
+
+    Args:
+        learned: the tokens that may be targets; default: all.
+    """
+    following, targets = (_shifted(x) for x in (segment_ids, tokens))
+    real = (following == segment_ids) & (segment_ids != 0)
+    return targets, real if learned is None else real & _shifted(learned)
+
+
+def _shifted(x: Shaped[Array, "B S"]) -> Shaped[Array, "B S"]:
+    """What follows each place of a row; 0 after the last."""
+    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
 
 def cross_entropy_sum(
-    logits: Float[Array, "B S V"], tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
+    logits: Float[Array, "B S V"],
+    tokens: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    learned: Bool[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The cross entropy of all next tokens, summed in float32, and their number."""
-    targets, real = next_tokens(tokens, segment_ids)
+    """The cross entropy of the targets of `next_tokens`, summed in float32, and their number."""
+    targets, real = next_tokens(tokens, segment_ids, learned)
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen

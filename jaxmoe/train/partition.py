@@ -13,6 +13,11 @@ def everything(name: str) -> bool:
     return True
 
 
+def text_only(name: str) -> bool:
+    """The predicate that trains all parameters but those of a vision tower."""
+    return not name.startswith("vision.")
+
+
 def split(params: dict, trainable: Trainable) -> tuple[dict, dict]:
     """The parameters that are trained and the others, by their dotted names.
 

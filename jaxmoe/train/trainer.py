@@ -25,7 +25,7 @@ from jaxmoe.train import data
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.loss import Loss, next_token_loss, summed_cross_entropy
 from jaxmoe.train.optimizer import learning_rate, make_optimizer
-from jaxmoe.train.partition import Trainable, everything, join, split
+from jaxmoe.train.partition import Trainable, everything, join, split, text_only
 from jaxmoe.train.run_folder import RunFolder
 from jaxmoe.train.state import SavedStates, TrainState, abstract_state, random_params, state_of
 
@@ -42,7 +42,7 @@ def train(
     loss: Loss | None = None,
     batches: Batches | None = None,
     init: dict | str | Path | None = None,
-    trainable: Trainable = everything,
+    trainable: Trainable | None = None,
     evaluate: Evaluate | None = None,
     result: Callable[[dict], dict] | None = None,
 ) -> Iterator[Record]:
@@ -66,6 +66,7 @@ def train(
             wants that; or a checkpoint's folder. Default: `config.init`, or random ones.
         trainable: whether a parameter, by its dotted name such as `layers.3.attention.q`, is
             trained. The others stay as they are, and have no gradient and no optimizer state.
+            Default: everything, but with the default `loss` no vision tower, which it does not run.
         evaluate: `evaluate(params) -> record`, every `evaluate_every` steps. Default: the held-out
             loss where `loss` and `batches` are the default.
         result: makes of all parameters those of the finished checkpoint, if they are not the same.
@@ -87,6 +88,7 @@ def train(
         batches = functools.partial(_training_batch, config, model, training)
         if loss is None and evaluate is None:
             evaluate = functools.partial(held_out_loss, config, model, tokens=held_out)
+    trainable = trainable or (text_only if loss is None else everything)
     loss = loss or next_token_loss(config.router_loss, config.remat)
     optimizer = make_optimizer(config.optimizer, config.steps)
     shapes = init if isinstance(init, dict) else _shapes(model, mesh)
