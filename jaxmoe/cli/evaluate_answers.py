@@ -66,13 +66,15 @@ def main(args: argparse.Namespace) -> None:
     )
     requests = [line for line in lines if isinstance(line, Request)]
     answers = {str(line.id): line.record for line in lines if isinstance(line, jobs.Refusal)}
-    config, params = devices.load(args, mesh)
+    text_only = not any(request.pictures for request in requests)
+    config, params = devices.load(args, mesh, text_only)
     with jax.set_mesh(mesh):
         options = {"rows": args.rows, "tokenizer": tokenizer}
         options["stop_ids"] = stop_ids_of(model, tokenizer)
         stream = generate(config, params, requests, greedy, **options)
         answers |= _answers(stream, requests, tokenizer)
-    records = [_graded(answers[id_], line) for id_, line in expected.items()]
+    refused = {"error": "its id is neither text nor an integer"}
+    records = [_graded(answers.get(id_, refused), line) for id_, line in expected.items()]
     if args.json:
         write_json(args.json, {"summary": summary(records), "answers": records})
     _print_errors(records)
@@ -95,6 +97,10 @@ def read_expected(path: str | Path) -> dict[str, Record]:
             raise UserError(f'{where} has no "answer" that is text; write the right one.')
         if not isinstance(record.get("group", ""), str) or record.get("n", 1) != 1:
             raise UserError(f'{where} has a "group" that is no text, or "n"; remove it.')
+        if str(record.get("id")) in expected:
+            raise UserError(
+                f"{where} has the id {record.get('id')!r} of an earlier line; change it."
+            )
         expected[str(record.get("id"))] = record
     return expected
 
@@ -114,7 +120,7 @@ def _graded(answer: Record, line: Record) -> Record:
     """A question's record: what is expected, what was answered, and how right that is."""
     text, expected = answer.get("text", ""), line["answer"]
     error = {"error": answer["error"]} if "error" in answer else {}
-    about = {"id": line["id"], "group": line.get("group", "all"), "expected": expected}
+    about = {"id": line.get("id"), "group": line.get("group", "all"), "expected": expected}
     return about | {"text": text} | grade(expected, text) | error
 
 

@@ -82,6 +82,10 @@ def token_logits(
             f"{config.max_position_embeddings} tokens; shorten the tokens."
         )
     place = without_features
+    if not pictures and config.vision is not None and (tokens == config.image_token_id).any():
+        raise UserError(
+            f"the tokens have image tokens ({config.image_token_id}) and no pictures; give those."
+        )
     if pictures:
         references = References(config, FeatureTable(config, params))
         rows = enumerate(zip(tokens, pictures, strict=True))

@@ -56,6 +56,7 @@ class Completion:
             raise UserError(f"request {request.id!r} has stop strings, but there is no tokenizer.")
         self.request, self.sampling, self.matcher = request, sampling, matcher
         self.finish_reason: str | None = None
+        self.failure: str | None = None
         self.stop_reason: str | int | None = None
         self.count = 0
         self._end_ids = frozenset(() if sampling.ignore_eos else end_ids)
@@ -116,7 +117,8 @@ class Completion:
             logprob: its log-probability, where the sampling asks for it.
             top: the likeliest tokens in its place and their log-probabilities, the likeliest first.
         """
-        if token == NO_TOKEN or (self.matcher is not None and not self.matcher.accept(token)):
+        failed = token == NO_TOKEN or self.failure is not None
+        if failed or (self.matcher is not None and not self.matcher.accept(token)):
             return self._finish(ERROR)
         self._keep(token, logprob, top)
         repeats = self._repetition is not None and self._repetition.push(token)
@@ -195,6 +197,8 @@ class Completion:
         return [entry(one, self._tokenizer) for one in logprobs]
 
     def _error(self) -> str:
+        if self.failure is not None:
+            return f"request {self.request.id!r}: {self.failure}"
         if self.matcher is not None and self.matcher.error:
             return f"request {self.request.id!r}: its grammar cannot go on: {self.matcher.error}."
         return not_finite(self.request, self.count)

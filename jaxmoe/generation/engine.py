@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def generate(
     cache_tokens: int | None = None,
     document: Document | None = None,
     tokenizer: Tokenizer | None = None,
-    images: FeatureTable | None = None,
+    features: FeatureTable | None = None,
     forward: Callable = transformer.forward,
 ) -> Iterator[CompletionToken]:
     """Runs requests on the current mesh; yields tokens as they come, requests interleaved.
@@ -82,7 +82,7 @@ def generate(
         document: a text that each request comes after; its cache is used and used up, and `kv` and
             `cache_tokens` are the document's.
         tokenizer: makes text of the answers; needed for stop strings and grammars.
-        images: features of images that were computed before; default: an empty table.
+        features: of images that were computed before; default: an empty table.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
 
     Raises:
@@ -108,7 +108,7 @@ def generate(
         cache_tokens=cache_tokens,
         document=document,
         tokenizer=tokenizer,
-        images=images,
+        features=features,
         forward=forward,
     ).run()
 
@@ -158,7 +158,7 @@ class Engine:
         cache_tokens: int | None = None,
         document: Document | None = None,
         tokenizer: Tokenizer | None = None,
-        images: FeatureTable | None = None,
+        features: FeatureTable | None = None,
         forward: Callable = transformer.forward,
     ):
         """Takes one or more requests that fit the context and have their sampling.
@@ -170,7 +170,8 @@ class Engine:
         self._tokenizer, self._forward = tokenizer, forward
         self._references: References | None = None
         if any(request.pictures for request in requests):
-            self._references = References(config, images or FeatureTable(config, params))
+            table = features or FeatureTable(config, params)
+            self._references = References(config, table, keeps_lost=True)
             requests = [self._with_references(request) for request in requests]
         own = {id(request.sampling): request for request in requests}.values()  # hashes are slow
         self._samplings = {_sampling(request) for request in own}
@@ -233,8 +234,9 @@ class Engine:
             return None
         inputs, features = batch.inputs, None
         if self._references is not None:
-            tokens, features = self._references.place(np.asarray(inputs.tokens))
-            inputs = inputs._replace(tokens=jnp.asarray(tokens))
+            in_numpy: Any = inputs.tokens
+            placed: tuple[Any, Any] = self._references.place(in_numpy)
+            inputs, features = inputs._replace(tokens=placed[0]), placed[1]
         (chosen_from, hidden), cache = step(
             self._config,
             self._params,
@@ -307,6 +309,8 @@ class Engine:
             if completion is None:
                 continue  # it has ended, and this token was in vain
             row.known, i = written + 1, group * most + slot
+            if self._references is not None:
+                completion.failure = self._references.lost(completion.request.pictures)
             text = completion.push(int(chosen.token[i]), *_logprobs_of(chosen, i))
             if completion.finish_reason is not None:
                 self._scheduler.release(row)

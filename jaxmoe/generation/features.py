@@ -29,7 +29,7 @@ from jaxmoe.model import vision
 
 TILES = 128  # of a table; of Scout they take 188 MB in bfloat16
 BATCHES = (16, 4, 1)  # tiles that are computed at once: few sizes, since each is compiled
-DECODED = 2  # pictures whose pixels are kept
+DECODED = 32  # pictures whose pixels are kept: a step has new tiles of so many, at most
 
 Encode = Callable[[Llama4Config, dict, jax.Array], jax.Array]
 
@@ -45,8 +45,11 @@ class FeatureTable:
     """The features of the tiles that were read last.
 
     Attributes:
+        params: the vision tower's parameters that the features are computed by.
         table: [tiles * tokens of a tile, D], on every device.
         computed: how many tiles have been computed.
+        lost: why pictures could not be read again, by their digest; their features are those of
+            black tiles.
     """
 
     def __init__(
@@ -67,13 +70,19 @@ class FeatureTable:
             UserError: if the model has no vision tower.
         """
         self._vision = vision_of(config)
-        self._config, self._params, self._encode = config, params, encode
+        self._config, self._encode = config, encode
+        self.params, self._dtype = params["vision"], params["embed"].dtype
         self._slots: collections.OrderedDict[Tile, int] = collections.OrderedDict()
         self._pixels = functools.lru_cache(DECODED)(lambda picture: picture.tiles())
+        self.lost: dict[bytes, str] = {}
+        self.computed = 0
+        self._empty(tiles)
+
+    def _empty(self, tiles: int) -> None:
+        self._slots.clear()
         self._free: list[int] = []
         self._size = 0
         self.table: Float[Array, "N D"] | None = None
-        self.computed = 0
         self._grow(tiles)
 
     @property
@@ -89,6 +98,9 @@ class FeatureTable:
         """
         wanted = {Tile(picture.digest, i): (picture, i) for picture, i in tiles}
         self._grow(len(wanted))
+        for tile in [tile for tile in self._slots if tile.digest in self.lost]:
+            self._free.append(self._slots.pop(tile))  # they may be there again
+        self.lost.clear()
         for tile in wanted.keys() & self._slots.keys():
             self._slots.move_to_end(tile)
         missing = [place for tile, place in wanted.items() if tile not in self._slots]
@@ -108,16 +120,28 @@ class FeatureTable:
         return missing + coming[: min(self._size - wanted, -len(missing) % BATCHES[0])]
 
     def _compute(self, tiles: list[tuple[Picture, int]]) -> None:
-        for part in _batches(tiles):
-            pixels = np.stack([self._pixels(picture)[i] for picture, i in part])
-            slots = np.array([self._place() for _ in part], np.int32)
-            self.table = _write(
-                self._config, self._encode, self._params["vision"], pixels, self.table, slots
-            )
-            self._slots |= {
-                Tile(p.digest, i): int(n) for (p, i), n in zip(part, slots, strict=True)
-            }
-            self.computed += len(part)
+        try:
+            for part in batches(tiles):
+                pixels = np.stack([self._pixels_of(picture, i) for picture, i in part])
+                slots = np.array([self._place() for _ in part], np.int32)
+                self.table = _write(
+                    self._config, self._encode, self.params, pixels, self.table, slots
+                )
+                for (picture, i), slot in zip(part, slots.tolist(), strict=True):
+                    self._slots[Tile(picture.digest, i)] = slot
+                self.computed += len(part)
+        except BaseException:  # the table was donated, and places are taken that nothing has
+            self._empty(self._size)
+            raise
+
+    def _pixels_of(self, picture: Picture, i: int) -> np.ndarray:
+        """The pixels of a tile; black if the picture cannot be read again, which `lost` says."""
+        try:
+            return self._pixels(picture)[i]
+        except UserError as error:
+            self.lost[picture.digest] = str(error)
+            side = self._vision.image_size
+            return np.zeros((side, side, self._vision.num_channels), np.uint8)
 
     def _place(self) -> int:
         """A free place, or that of the tile that was read longest ago."""
@@ -128,7 +152,7 @@ class FeatureTable:
         if tiles <= self._size:
             return
         tiles = max(tiles, 2 * self._size)
-        width, dtype = self._config.hidden_size, self._params["embed"].dtype
+        width, dtype = self._config.hidden_size, self._dtype
         rows = (tiles - self._size) * self.tokens_per_tile
         more = _zeros((rows, width), dtype)
         self.table = more if self.table is None else _joined(self.table, more)
@@ -139,10 +163,17 @@ class FeatureTable:
 class References:
     """The tokens of a call's prompts, with a reference at each place of an image's feature."""
 
-    def __init__(self, config: Llama4Config, table: FeatureTable):
-        self._config, self._table = config, table
+    def __init__(self, config: Llama4Config, table: FeatureTable, *, keeps_lost: bool = False):
+        """No pictures yet.
+
+        Args:
+            keeps_lost: a picture that cannot be read again is black, which `lost` says; otherwise
+                that is an error.
+        """
+        self._config, self._table, self._keeps_lost = config, table, keeps_lost
         self._tiles: list[tuple[Picture, int]] = []
         self._first: dict[bytes, int] = {}  # a picture's first tile, by its digest
+        self._lost: dict[bytes, str] = {}
 
     def of(
         self, what: str, tokens: Sequence[int] | np.ndarray, pictures: Sequence[Picture]
@@ -156,17 +187,15 @@ class References:
             UserError: if the tokens have more or fewer places than the pictures have features.
         """
         found = np.array(tokens, np.int32)
-        places = np.flatnonzero(found == self._config.image_token_id)
+        places = np.count_nonzero(found == self._config.image_token_id)
         numbers = [self._numbers(picture) for picture in pictures]
         count = sum(map(len, numbers))
-        if len(places) != count:
+        if places != count:
             raise UserError(
-                f"{what} has {len(places)} image tokens for {len(pictures)} images of {count} "
+                f"{what} has {places} image tokens for {len(pictures)} images of {count} "
                 "features; make its tokens of its images by a chat, or by the images' layout."
             )
-        if numbers:
-            found[places] = self._config.vocab_size + np.concatenate(numbers)
-        return found
+        return with_references(self._config, found, np.concatenate([[], *numbers]))
 
     def _numbers(self, picture: Picture) -> np.ndarray:
         """The numbers of a picture's features."""
@@ -181,18 +210,36 @@ class References:
     ) -> tuple[Integer[np.ndarray, "*shape"], Float[Array, "N D"] | None]:
         """The tokens of a step, whose references are rows of the table, and the table.
 
-        The table is None where no token is a reference.
+        Raises:
+            UserError: if a picture cannot be read again, unless that is kept.
         """
         vocabulary, each = self._config.vocab_size, self._table.tokens_per_tile
         is_reference = tokens >= vocabulary
-        if not is_reference.any():
-            return tokens, None
+        if not is_reference.any():  # with the table all the same: each step is compiled once
+            return tokens, self._table.table
         tile, feature = np.divmod(tokens[is_reference] - vocabulary, each)
         numbers, inverse = np.unique(tile, return_inverse=True)
         slots = np.array(self._table.slots([self._tiles[n] for n in numbers]), np.int32)
+        self._lost |= self._table.lost
+        if self._lost and not self._keeps_lost:
+            raise UserError(next(iter(self._lost.values())))
         tokens = tokens.copy()
         tokens[is_reference] = vocabulary + slots[inverse] * each + feature
         return tokens, self._table.table
+
+    def lost(self, pictures: Sequence[Picture]) -> str | None:
+        """Why one of the pictures could not be read again in a step; None if all were."""
+        found = (self._lost.get(picture.digest) for picture in pictures)
+        return next(filter(None, found), None)
+
+
+def with_references(
+    config: Llama4Config, tokens: np.ndarray, numbers: np.ndarray
+) -> Integer[np.ndarray, "tokens"]:
+    """The tokens with `vocab_size + i` in place of each image token, i the next of the numbers."""
+    found = np.array(tokens, np.int32)
+    found[found == config.image_token_id] = config.vocab_size + np.asarray(numbers, np.int64)
+    return found
 
 
 def without_references(config: Llama4Config, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -215,7 +262,7 @@ def vision_of(config: Llama4Config) -> VisionConfig:
     return config.vision
 
 
-def _batches(tiles: list) -> Iterator[list]:
+def batches[T](tiles: Sequence[T]) -> Iterator[Sequence[T]]:
     """The tiles in as few batches as need no padding."""
     start = 0
     while start < len(tiles):

@@ -110,7 +110,7 @@ class LLM:
         sampling = sampling_of(checkpoint)
         for name in read_generation_config(checkpoint).unsupported:
             warnings.warn(f"{FILE} has {name}, which is not supported", stacklevel=2)
-        placed = default_mesh(checkpoint, dtype) if mesh is None else make_mesh(mesh)
+        placed = default_mesh(checkpoint, dtype, text_only) if mesh is None else make_mesh(mesh)
         config, params = store.load(checkpoint, placed, dtype, progress, text_only=text_only)
         engine = {"kv": kv, "cache_tokens": cache_tokens, "step_tokens": step_tokens}
         self._set(config, params, tokenizer, sampling, rows=rows, forward=forward, **engine)
@@ -151,6 +151,7 @@ class LLM:
         self.images = ImageSettings.of(config.vision) if config.vision is not None else None
         self._stop_ids = stop_ids_of(config, tokenizer)
         self._turns, self._background = Turns(), Background()
+        self._table: FeatureTable | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -359,14 +360,16 @@ class LLM:
             stop_ids=self._stop_ids,
             tokenizer=self._tokenizer,
             document=read,
-            images=self._images if any(request.pictures for request in requests) else None,
+            features=self._features if any(request.pictures for request in requests) else None,
             **self._engine,
         )
 
-    @functools.cached_property
-    def _images(self) -> FeatureTable:
+    @property
+    def _features(self) -> FeatureTable:
         """Features that calls share, so that an image is computed once in a conversation."""
-        return FeatureTable(self.config, self.params)
+        if self._table is None or self._table.params is not self.params["vision"]:
+            self._table = FeatureTable(self.config, self.params)
+        return self._table
 
     def _load_document(self, requests: list[Request], folder: str | Path) -> Document:
         room = max(request.length for request in requests)

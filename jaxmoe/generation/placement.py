@@ -11,21 +11,23 @@ from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 
 
-def default_mesh(checkpoint: str | Path, dtype: Any = None) -> jax.sharding.Mesh:
+def default_mesh(
+    checkpoint: str | Path, dtype: Any = None, text_only: bool = False
+) -> jax.sharding.Mesh:
     """All devices, with as little of the model on each as its sizes allow.
 
     The axis `tensor` is as large as it can be, `expert` has the other devices: on 8 GPUs Scout and
     Maverick get tensor=8. A model that cannot be split so gets data=-1, a copy on each device.
 
     Args:
-        dtype: as for `jaxmoe.load`.
+        dtype, text_only: as for `jaxmoe.load`.
     """
     count = len(jax.devices())
     for tensor in range(count, 0, -1):
         if count % tensor == 0:
             mesh = MeshConfig(tensor=tensor, expert=count // tensor).make()
             with contextlib.suppress(UserError):
-                store.abstract(checkpoint, mesh, dtype)
+                store.abstract(checkpoint, mesh, dtype, text_only)
                 return mesh
     return MeshConfig(data=-1).make()
 

@@ -127,6 +127,13 @@ def _check_pictures(config: Llama4Config, request: Request) -> None:
             f"request {request.id!r} has the picture {request.pictures[0].name}, and the "
             "checkpoint has no vision tower to see it."
         )
+    for picture in request.pictures:
+        if config.vision is not None and picture.settings.tile_size != config.vision.image_size:
+            raise UserError(
+                f"request {request.id!r} has the picture {picture.name} in tiles of "
+                f"{picture.settings.tile_size} pixels, and the tower's have "
+                f"{config.vision.image_size}; use `LLM.images` or `ImageSettings.of`."
+            )
     found = request.tokens.count(config.image_token_id) if config.vision is not None else 0
     wanted = sum(picture.num_features for picture in request.pictures)
     if found != wanted:

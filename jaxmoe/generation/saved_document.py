@@ -122,6 +122,11 @@ def read_document(
     if is_finished(output) and open_finished(Path(output), KEY, REMEDY).metadata == identity:
         yield len(tokens)
         return
+    place = without_features
+    if len(pictures):
+        references = References(config, FeatureTable(config, params))
+        tokens = references.of("the text", tokens, pictures)
+        place = references.place
     with Resumable(Path(output)) as workspace:
         saved = _saved(workspace, identity)
         with writable(workspace.output), Writer(workspace.path) as writer:
@@ -139,11 +144,6 @@ def read_document(
                 arrays = _create(config, document, len(tokens), interval, writer)
             yield saved
             chunks = {"prefill_chunk": prefill_chunk, "boundary": interval}
-            place = without_features
-            if len(pictures):
-                references = References(config, FeatureTable(config, params))
-                tokens = references.of("the text", tokens, pictures)
-                place = references.place
             steps = read(config, params, document, tokens, place=place, **chunks)
             for document in steps:
                 if document.length % interval == 0:

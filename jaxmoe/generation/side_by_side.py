@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jaxmoe.errors import UserError
 
-THREADS = max(2, min(16, os.cpu_count() or 1))
+THREADS = max(2, min(8, os.cpu_count() or 1))  # a large picture takes some 300 MB
 
 
 def outcomes[T, S](

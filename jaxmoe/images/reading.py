@@ -3,10 +3,11 @@
 import base64
 import binascii
 import dataclasses
+import hashlib
 import os
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from jaxmoe.errors import UserError
 from jaxmoe.images.decoding import prepare
+from jaxmoe.images.known import Known
 from jaxmoe.images.network import fetch
 from jaxmoe.images.picture import Picture, make_picture, picture_of
 from jaxmoe.images.settings import ImageSettings
@@ -28,7 +30,7 @@ _SHAPES = "a bool, uint8 or uint16 array [height, width], or a uint8 array [heig
 
 @dataclasses.dataclass(frozen=True)
 class PictureReader:
-    """Opens the pictures of one call or one job; a file that comes again is decoded once.
+    """Opens the pictures of one call or one job; what comes again is read and decoded once.
 
     Attributes:
         settings: how they become tiles.
@@ -37,7 +39,7 @@ class PictureReader:
 
     settings: ImageSettings
     folder: Path = Path()
-    _known: dict[tuple, Picture] = dataclasses.field(default_factory=dict, repr=False)
+    _known: Known = dataclasses.field(default_factory=Known, repr=False)
 
     def open(self, source: Any, where: str) -> Picture:
         """The picture from a source; arguments and errors are those of `open_picture`."""
@@ -49,7 +51,7 @@ def open_picture(
     settings: ImageSettings,
     where: str,
     folder: Path = Path(),  # a path cannot change
-    known: dict[tuple, Picture] | None = None,
+    known: Known | None = None,
 ) -> Picture:
     """The picture from a source, which is decoded once to check it.
 
@@ -60,7 +62,7 @@ def open_picture(
         settings: how it becomes tiles.
         where: the place of the source in the request, for error messages.
         folder: that relative paths begin at.
-        known: pictures of files that were opened before; it is added to.
+        known: pictures that were opened before; it is added to.
 
     Raises:
         UserError: if there is no picture that can be used, or it is to be fetched from a network
@@ -68,12 +70,17 @@ def open_picture(
     """
     if isinstance(source, Mapping):
         source = _of_mapping(source, where)
+    known = known or Known()
+    if isinstance(source, str) and source[:8].lower().startswith(_NETWORK):
+        return _of_network(source, settings, where, known)
     if isinstance(source, str):
-        source = _of_text(source, settings, where)
+        source = _of_text(source, where)
     if isinstance(source, os.PathLike):
         return _of_file(Path(folder, source).absolute(), settings, where, known)
     if isinstance(source, bytes | bytearray | memoryview):
-        return make_picture(bytes(source), where, settings)
+        content = bytes(source)
+        key = hashlib.sha256(content).digest(), settings
+        return _known_as(where, known, key, lambda: make_picture(content, where, settings))
     if isinstance(source, Image.Image):
         return picture_of(prepare(source, where, settings.exif), where, settings)
     if hasattr(source, "__array__"):
@@ -96,18 +103,26 @@ def _of_mapping(source: Mapping[str, Any], where: str) -> Any:
     return _of_mapping(value, where) if isinstance(value, Mapping) else value
 
 
-def _of_text(text: str, settings: ImageSettings, where: str) -> Path | bytes:
+def _known_as(name: str, known: Known, key: tuple, make: Callable[[], Picture]) -> Picture:
+    return dataclasses.replace(known.get(key, make), name=name)
+
+
+def _of_network(url: str, settings: ImageSettings, where: str, known: Known) -> Picture:
+    name = f"{where} ({url!r:.80})"
+    if not settings.allow_network:
+        raise UserError(
+            f"{where} is {url!r:.80}, and nothing is fetched from a network unless "
+            "--allow-network or ImageSettings(allow_network=True) says so."
+        )
+    key = url, settings
+    return _known_as(name, known, key, lambda: make_picture(fetch(url, name), where, settings))
+
+
+def _of_text(text: str, where: str) -> Path | bytes:
     """The path or the content that a text names."""
     scheme = text[:8].lower()
     if scheme.startswith("data:"):
         return _of_data_url(text, where)
-    if scheme.startswith(_NETWORK):
-        if not settings.allow_network:
-            raise UserError(
-                f"{where} is {text!r:.80}, and nothing is fetched from a network unless "
-                "--allow-network or ImageSettings(allow_network=True) says so."
-            )
-        return fetch(text, f"{where} ({text!r:.80})")
     if scheme.startswith("file:"):
         parts = urllib.parse.urlsplit(text)
         if parts.netloc not in ("", "localhost"):
@@ -132,9 +147,7 @@ def _from_base64(text: str, where: str) -> bytes:
         raise UserError(f"{where} is no base64 ({error}); encode the whole file.") from None
 
 
-def _of_file(
-    path: Path, settings: ImageSettings, where: str, known: dict[tuple, Picture] | None
-) -> Picture:
+def _of_file(path: Path, settings: ImageSettings, where: str, known: Known) -> Picture:
     name = f"{where} ({str(path)!r})"
     try:
         found = path.stat()
@@ -144,11 +157,7 @@ def _of_file(
     if not path.is_file():  # a pipe would never end
         raise UserError(f"{name} is no file; give the picture itself.")
     key = (path, found.st_mtime_ns, found.st_size, settings)
-    picture = known.get(key) if known is not None else None
-    picture = picture or make_picture(path, name, settings)
-    if known is not None:
-        known[key] = picture
-    return dataclasses.replace(picture, name=name)
+    return _known_as(name, known, key, lambda: make_picture(path, name, settings))
 
 
 def _of_array(pixels: np.ndarray, where: str) -> Image.Image:

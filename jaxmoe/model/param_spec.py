@@ -1,4 +1,4 @@
-"""What is said of one parameter."""
+"""The declaration of a parameter: shape, sharding and initial values."""
 
 import dataclasses
 import math

@@ -10,7 +10,7 @@ import math
 
 from jaxmoe.config import Llama4Config, VisionConfig
 from jaxmoe.errors import UserError
-from jaxmoe.generation.features import BATCHES, TILES
+from jaxmoe.generation.features import TILES, batches
 from jaxmoe.mesh import MeshConfig, activation_axes
 from jaxmoe.plan.work import Work, abstract_mesh, stored_params
 
@@ -31,36 +31,38 @@ def tile_flops(config: Llama4Config) -> float:
 
 def tower_flops(work: Work, mesh: MeshConfig) -> float:
     """Operations of a device for the tiles of a step."""
-    if not work.tiles:
-        return 0.0
-    batch = _batch(work)
-    here = _tiles_here(batch, mesh) / _sharing(batch, mesh)
-    return work.tiles / batch * here * tile_flops(work.config)
+    here = (_tiles_here(tiles, mesh) / _sharing(tiles, mesh) for tiles in _batches(work))
+    return sum(here) * tile_flops(work.config) if work.tiles else 0.0
 
 
 def tower_reads(work: Work, mesh: MeshConfig) -> float:
     """Bytes of the tower's weights that a device reads for the tiles of a step."""
-    return float(_batches(work) * sum(_parts(work, _at_use(work, mesh)).values()))
+    reads = (sum(_parts(work, _at_use(mesh, tiles)).values()) for tiles in _batches(work))
+    return float(sum(reads))
 
 
 def tower_sent(work: Work, mesh: MeshConfig) -> float:
     """Bytes that a device sends for the tiles of a step: gathered weights, or float32 sums."""
-    if not work.tiles:
-        return 0.0
-    batch, at_use = _batch(work), _at_use(work, mesh)
-    sent = sum(_parts(work, at_use).values()) - sum(_parts(work, mesh).values())
-    if (n := _sharing(batch, mesh)) > 1:
+    return float(sum(_batch_sent(work, mesh, tiles) for tiles in _batches(work)))
+
+
+def _batch_sent(work: Work, mesh: MeshConfig, tiles: int) -> float:
+    at_use = sum(_parts(work, _at_use(mesh, tiles)).values())
+    sent = float(at_use - sum(_parts(work, mesh).values()))
+    if (n := _sharing(tiles, mesh)) > 1:
         sums = 2 * _vision(work.config).num_hidden_layers
-        sent += sums * 2 * (n - 1) / n * _stream(work, mesh) * FP32
-    return float(_batches(work) * sent)
+        sent += sums * 2 * (n - 1) / n * _stream(work, mesh, tiles) * FP32
+    return sent
 
 
 def tower_temporaries(work: Work, mesh: MeshConfig) -> int:
-    """Bytes of temporaries of the tower for one batch of tiles: feed-forward, or an all-reduce."""
-    if not work.tiles:
-        return 0
-    vision, stream = _vision(work.config), _stream(work, mesh)
-    sharing, at_use = _sharing(_batch(work), mesh), _at_use(work, mesh)
+    """Bytes of temporaries of the tower for a batch of tiles: feed-forward, or an all-reduce."""
+    return max((_batch_temporaries(work, mesh, tiles) for tiles in _batches(work)), default=0)
+
+
+def _batch_temporaries(work: Work, mesh: MeshConfig, tiles: int) -> int:
+    vision, stream = _vision(work.config), _stream(work, mesh, tiles)
+    sharing, at_use = _sharing(tiles, mesh), _at_use(mesh, tiles)
     hidden = stream * vision.intermediate_size // vision.hidden_size // sharing
     phases = [4 * stream * BF16 + hidden * (BF16 + FP32)]
     if sharing > 1:  # an all-reduce has an input and an output, in float32
@@ -71,11 +73,11 @@ def tower_temporaries(work: Work, mesh: MeshConfig) -> int:
     return max(max(phases) + parts["layers 0"], *parts.values())
 
 
-def _stream(work: Work, mesh: MeshConfig) -> int:
+def _stream(work: Work, mesh: MeshConfig, tiles: int) -> int:
     """Elements of a batch's activations [tiles, patches, D] on one device."""
     vision = _vision(work.config)
     length = vision.patches_a_side**2 + 1
-    return _tiles_here(_batch(work), mesh) * length * vision.hidden_size
+    return _tiles_here(tiles, mesh) * length * vision.hidden_size
 
 
 def _parts(work: Work, mesh: MeshConfig) -> dict[str, int]:
@@ -88,20 +90,22 @@ def _parts(work: Work, mesh: MeshConfig) -> dict[str, int]:
     return parts
 
 
-def _at_use(work: Work, mesh: MeshConfig) -> MeshConfig:
-    """The mesh that shards the weights as they are when a batch is computed."""
-    tensor = _sharing(_batch(work), mesh)
-    return dataclasses.replace(mesh, fsdp=1, tensor=tensor)
+def _at_use(mesh: MeshConfig, tiles: int) -> MeshConfig:
+    """The mesh that shards the weights as they are when a batch of tiles is computed."""
+    return dataclasses.replace(mesh, fsdp=1, tensor=_sharing(tiles, mesh))
 
 
-def _sharing(batch: int, mesh: MeshConfig) -> int:
+def _sharing(tiles: int, mesh: MeshConfig) -> int:
     """Devices along `tensor` that share the heads of the same tiles."""
-    axes = activation_axes(abstract_mesh(mesh), "tiles", batch)
+    axes = activation_axes(abstract_mesh(mesh), "tiles", tiles)
     return 1 if "tensor" in axes else mesh.tensor
 
 
-def _batches(work: Work) -> int:
-    return -(-work.tiles // max(1, _batch(work)))
+def _batches(work: Work) -> list[int]:
+    """How many tiles are computed at once, one batch after the other."""
+    if work.task == "train":
+        return [work.tiles] if work.tiles else []
+    return [len(batch) for batch in batches(range(work.tiles))]
 
 
 def training_bytes(work: Work, mesh: MeshConfig) -> int:
@@ -111,7 +115,8 @@ def training_bytes(work: Work, mesh: MeshConfig) -> int:
     """
     if not work.tiles:
         return 0
-    inputs = _vision(work.config).num_hidden_layers * _stream(work, mesh) * BF16
+    stream = _stream(work, mesh, work.tiles)
+    inputs = _vision(work.config).num_hidden_layers * stream * BF16
     return inputs + 2 * tower_temporaries(work, mesh)
 
 
@@ -124,7 +129,9 @@ def features_bytes(work: Work) -> int:
 
 
 def check_tiles(work: Work) -> None:
-    """Raises a UserError if the tiles of a step are more tokens than its rows have."""
+    """Raises a UserError if a step cannot see so many tiles."""
+    if work.tiles and work.task == "decode":
+        raise UserError(f"{work.tiles} tiles are seen by no step of decoding; use --task prefill.")
     if image_tokens(work) > work.rows * work.context:
         raise UserError(
             f"{work.tiles} tiles are {image_tokens(work)} tokens, more than {work.rows} row(s) of "
@@ -140,11 +147,6 @@ def image_tokens(work: Work) -> int:
 def _vision(config: Llama4Config) -> VisionConfig:
     assert config.vision is not None  # `Work` refuses tiles without a tower
     return config.vision
-
-
-def _batch(work: Work) -> int:
-    """Tiles that are computed at once."""
-    return work.tiles if work.task == "train" else min(work.tiles, BATCHES[0])
 
 
 def _tiles_here(tiles: int, mesh: MeshConfig) -> int:

@@ -115,6 +115,7 @@ def picture_loss(
         found = losses(model, params, *rows, learned=learned, features=features)
         return found.total, metrics(found) | {"right": found.right}
 
+    loss.trains_vision = True  # pyrefly: ignore  # an attribute, which `train` asks for
     return loss
 
 

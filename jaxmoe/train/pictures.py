@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int32, UInt8
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generation.features import vision_of
+from jaxmoe.generation.features import vision_of, with_references
 from jaxmoe.images import PictureReader
 from jaxmoe.text import Tokenizer, render_chat
 from jaxmoe.text.chat import header_ids
@@ -125,18 +125,10 @@ def pack(
                 )
             break
         place = row, slice(used[row], used[row] + len(tokens))
-        batch.tokens[place] = with_references(config, tokens, shown * each)
+        numbers = np.arange(shown * each, end * each)
+        batch.tokens[place] = with_references(config, tokens, numbers)
         batch.segment_ids[place] = number
         batch.learned[place] = learned
         batch.pixels[shown:end] = pixels
         used[row], shown = place[1].stop, end
     return batch
-
-
-def with_references(
-    config: Llama4Config, tokens: Int32[np.ndarray, "tokens"], first: int
-) -> Int32[np.ndarray, "tokens"]:
-    """The tokens with `vocab_size + i` at the places of features, i counted from `first`."""
-    is_place = tokens == config.image_token_id
-    numbers = config.vocab_size + first + np.cumsum(is_place) - 1
-    return np.where(is_place, numbers, tokens).astype(np.int32)

@@ -88,7 +88,7 @@ def train(
         batches = functools.partial(_training_batch, config, model, training)
         if loss is None and evaluate is None:
             evaluate = functools.partial(held_out_loss, config, model, tokens=held_out)
-    trainable = trainable or (text_only if loss is None else everything)
+    trainable = trainable or (everything if getattr(loss, "trains_vision", False) else text_only)
     loss = loss or next_token_loss(config.router_loss, config.remat)
     optimizer = make_optimizer(config.optimizer, config.steps)
     shapes = init if isinstance(init, dict) else _shapes(model, mesh)

@@ -48,7 +48,7 @@ def of_places(result: Float[Array, "two_R n"], rows: int) -> list[Float[Array, "
 
 
 def own_numbers(sums: Float[Array, "two_R two_w"], rows: int) -> list[Float[Array, "rows w"]]:
-    """Of sums of values in pairs, those of the keys of each place."""
+    """The sums of values for the keys of each place, out of sums of values in pairs."""
     width = sums.shape[1] // PAIR
     return [
         x[:, place * width : (place + 1) * width] for place, x in enumerate(of_places(sums, rows))

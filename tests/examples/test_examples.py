@@ -9,10 +9,11 @@ import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from examples import batch, chat, document, evaluation, plan, score, structured, text
+from examples import batch, chat, document, evaluation, picture, plan, score, structured, text
 from jaxmoe.checkpoint.convert import convert
 
 DEMO = Path(__file__).parents[2] / "demo/model"
+SEES = DEMO.parent / "vision"
 GENESIS = "In the beginning God created the heaven and the earth. " * 8
 
 
@@ -41,7 +42,7 @@ def checkpoint(tmp_path_factory):
     return str(folder / "checkpoint")
 
 
-EXAMPLES = [batch, chat, document, evaluation, plan, score, structured, text]
+EXAMPLES = [batch, chat, document, evaluation, picture, plan, score, structured, text]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -57,6 +58,13 @@ def test_text(checkpoint, capsys):
 def test_chat(checkpoint, capsys):
     chat.main(checkpoint, ["Who made the earth?"])
     assert capsys.readouterr().out.strip()
+
+
+def test_picture(tmp_path, capsys):
+    convert(SEES / "model", tmp_path / "checkpoint")
+    questions = ["What is written?", "How many digits are there?"]
+    picture.main(str(tmp_path / "checkpoint"), str(SEES / "held-out/1x2.png"), questions)
+    assert capsys.readouterr().out.splitlines() == [f"{questions[0]} 33", f"{questions[1]} 2"]
 
 
 def test_document(checkpoint, tmp_path, capsys):

@@ -17,11 +17,13 @@ from jaxmoe.cli import generate, image_flags
 from jaxmoe.config import VisionConfig
 from jaxmoe.generation.answers import job_digest
 from jaxmoe.generation.checking import Checker
+from jaxmoe.generation.features import TILES, FeatureTable
 from jaxmoe.generation.jobs import Refusal, read_requests
 from jaxmoe.generation.request import fit_context
 from jaxmoe.hf_config import from_hf
 from jaxmoe.images import ImageSettings, ImageTokens, PictureReader, decoding, open_picture
 from jaxmoe.model.params import init_params
+from jaxmoe.model.vision import tile_features
 from jaxmoe.text import render, render_chat
 from tests.conftest import one_device
 from tests.generate.conftest import CONFIG
@@ -375,3 +377,45 @@ def test_an_encoded_picture_from_memory(llm):
     results = llm.generate([{"prompt": "<image>", "images": [x]} for x in sources], GREEDY,
                            max_new_tokens=3)  # fmt: skip
     assert len({result.tokens for result in results}) == 1
+
+
+def test_a_file_that_vanishes_ends_its_own_request_only(folder):
+    llm = LLM.from_parts(MODEL, init_params(MODEL, jax.random.key(0)), TOKENIZER, rows=1)
+    path = folder / "small.png"
+    picture = {"prompt": "<image>a", "images": [path]}
+    stream = llm.stream(["ab", picture, "cd"], GREEDY, max_new_tokens=3)
+    pieces = [next(stream)]
+    content = path.read_bytes()
+    path.unlink()
+    results = {piece.index: piece.result for piece in [*pieces, *stream] if piece.result}
+    assert [len(results[i].tokens) for i in range(3)] == [3, 0, 3]
+    assert results[0].error is None and results[2].error is None
+    assert "request '1'" in results[1].error and "small.png" in results[1].error
+    path.write_bytes(content)  # and its features are not those of the black tiles
+    again, memory = llm.generate([picture, picture | {"images": [SMALL]}], GREEDY, max_new_tokens=3)
+    assert again.tokens == memory.tokens and again.error is None
+
+
+def test_another_tower_sees_for_itself(llm):
+    own = LLM.from_parts(MODEL, llm.params, TOKENIZER)
+    asked = dataclasses.replace(GREEDY, logprobs=0), {"prompt": "<image>", "images": [SMALL]}
+    (before,) = own.generate(asked[1], asked[0], max_new_tokens=1)
+    tower = jax.tree.map(lambda x: x[::-1], llm.params["vision"]["projector"])
+    own.params = {**llm.params, "vision": {**llm.params["vision"], "projector": tower}}
+    (after,) = own.generate(asked[1], asked[0], max_new_tokens=1)
+    assert before.logprobs != after.logprobs
+
+
+def test_a_table_survives_a_tower_that_fails():
+    params = init_params(MODEL, jax.random.key(0))
+
+    def fails(config, params, pixels):
+        raise RuntimeError("out of memory")
+
+    table = FeatureTable(MODEL, params, encode=fails)
+    picture = PictureReader(SETTINGS).open(SMALL, "it")
+    for _ in range(2 * TILES):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            table.slots([(picture, 0)])
+    table._encode = tile_features
+    assert table.slots([(picture, 0)]) == [0] and not table.table.is_deleted()

@@ -154,7 +154,7 @@ def test_a_small_table_gives_the_same_answers(checkpoints):
     with jax.set_mesh(mesh):
         table = FeatureTable(config, params, tiles=3)
         requests = requests_of(golden)
-        options = {"rows": 4, "step_tokens": 24, "stop_ids": (), "images": table}
+        options = {"rows": 4, "step_tokens": 24, "stop_ids": (), "features": table}
         assert_greedy(golden, written_by(generate(config, params, requests, GREEDY, **options)))
 
 
@@ -163,7 +163,7 @@ def test_an_image_is_computed_once(checkpoints):
     requests = requests_of(golden, ("one tile", "several images", "images in several turns"))
     with jax.set_mesh(mesh):
         table = FeatureTable(config, params)
-        options = {"rows": 4, "stop_ids": (), "images": table}
+        options = {"rows": 4, "stop_ids": (), "features": table}
         for _ in range(2):  # the second call finds all of them
             assert_greedy(golden, written_by(generate(config, params, requests, GREEDY, **options)))
     different = {image for request in requests for image in images_of(request)}

@@ -80,6 +80,13 @@ def test_devices_with_tiles_of_their_own_send_less():
     assert whole < few / 3
 
 
+@pytest.mark.parametrize(("tiles", "here"), [(16, 2), (17, 3), (5, 5)])
+def test_batches_are_those_of_the_engine(tiles, here):
+    """Of 17 tiles one is computed alone, by all devices; 5 are 4 and 1, on all of them."""
+    planned = tower_flops(work(SEEING, tiles), MeshConfig(fsdp=8))
+    assert planned == pytest.approx(here * tile_flops(SEEING))
+
+
 def test_a_plan_with_images():
     target, mesh = parse_target("h100x8"), MeshConfig(tensor=8)
     seen = make_plan("scout", work(SEEING, 16), target, mesh).chosen
@@ -93,5 +100,8 @@ def test_a_plan_with_images():
 def test_tiles_that_cannot_be():
     with pytest.raises(UserError, match="vision tower"):
         work(SCOUT, 1)
+    with pytest.raises(UserError, match="no step of decoding"):
+        decoding = Work(config=SEEING, context=8192, tiles=1)
+        make_plan("scout", decoding, parse_target("h100x8"), None)
     with pytest.raises(UserError, match="8352 tokens, more than 1 row"):
         make_plan("scout", work(SEEING, 58), parse_target("h100x8"), None)

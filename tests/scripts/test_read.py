@@ -13,6 +13,7 @@ from jaxmoe.eval.needle import HAYSTACK, NEEDLE, QUESTION
 from tests.scripts import FOLDER, refuses, succeeds
 
 MODEL = Path(__file__).parents[2] / "demo/needle/model"
+SEES = Path(__file__).parents[2] / "demo/vision"
 KEY = "60718"
 
 
@@ -45,6 +46,22 @@ def kill_after_a_save(workspace, *command):
 
 def _read(path):
     return path.read_text() if path.exists() else ""
+
+
+def test_a_folder_of_pictures(tmp_path):
+    convert(SEES / "model", tmp_path / "checkpoint")
+    output = ("--output", tmp_path / "saved")
+    told = succeeds("read.py", tmp_path / "checkpoint", SEES / "held-out", *output)[1]
+    tiles = {"1x2.png": (1, 2), "2x2.png": (2, 2), "3x1.png": (3, 1)}
+    layouts = [3 + 4 * (rows * columns + 1) + rows * columns for rows, columns in tiles.values()]
+    assert f"Read {1 + sum(layouts)} tokens" in told
+    asked = ("--prompt", "What", "--max-new-tokens", 2, "--document", tmp_path / "saved")
+    succeeds("generate.py", tmp_path / "checkpoint", *asked)
+
+
+def test_pictures_for_a_model_that_does_not_see(checkpoint, tmp_path):
+    told = refuses("read.py", checkpoint, SEES / "held-out", "--output", tmp_path / "saved")
+    assert "no vision tower" in told and not (tmp_path / "saved").exists()
 
 
 def test_killed_continued_and_asked(checkpoint, text, tmp_path):
