@@ -231,7 +231,7 @@ def random_tensors(config, seed, dtype=np.float32):
         name: random_tensor(generator, name, shape).astype(dtype)
         for name, shape in tensor_shapes(config).items()
     }
-    if config["torch_dtype"] == "bfloat16":
+    if config["torch_dtype"] == "bfloat16" and dtype == np.float32:
         tensors = {name: upper_half(x) for name, x in tensors.items()}
     return tensors
 

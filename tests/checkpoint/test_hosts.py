@@ -97,7 +97,7 @@ def on_two_hosts(*arguments):
 def test_shares_of_many_devices():
     """Devices read at most twice their share of the experts, which are nearly all of a model."""
     specs = named_specs(SCOUT)
-    for group in expand(names.TEXT + names.FUSED + names.LAST, array_shapes(SCOUT, {}, specs)):
+    for group in expand(names.TEXT + names.FUSED + names.LAST, array_shapes(SCOUT, {})):
         if not names.has_experts(group.params[0]):
             continue
         chunk = arrays.even_part(group.array_block(2), 2, arrays.CHUNK_BYTES)
