@@ -36,6 +36,7 @@ HIGHEST = lax.Precision.HIGHEST
 MASKED = -1e30  # finite, so that exp(score - running_max) never meets inf - inf
 LN2 = math.log(2)
 GPU_BLOCK = 1024
+CPU_BYTES = 2**27  # of scores that a CPU computes at once where nothing is masked
 GPU_BYTES = 2**27  # of what one step of a loop on a GPU writes: scores, or widened keys and values
 
 
@@ -54,12 +55,17 @@ class FlashXlaConfig:
 
 def config_for(case) -> FlashXlaConfig:
     """Large blocks and loops of fixed length on GPUs, and where every query sees every key."""
-    if case.plain and not case.mask.causal and case.mask.span is None:
+    if _sees_all(case):
         return _whole(case)
     if target().platform != "gpu":
         return FlashXlaConfig()
     rows = GPU_BYTES // (4 * case.rows * case.heads * GPU_BLOCK)
     return FlashXlaConfig(power_of_two(rows, most=GPU_BLOCK), GPU_BLOCK, data_decides=False)
+
+
+def _sees_all(case) -> bool:
+    """Whether every query sees every key."""
+    return case.plain and not case.mask.causal and case.mask.span is None
 
 
 def _whole(case) -> FlashXlaConfig:
@@ -91,6 +97,11 @@ def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashX
     """Output [B, H, S, d] and log-sum-exp [B, H, S], both differentiable."""
     B, H, S, d = q.shape
     K = k.shape[1]
+    in_cache = 4 * B * H * S * k.shape[2] <= CPU_BYTES and target().platform == "cpu"
+    if _sees_all(case) and in_cache:
+        out, lse = _unmasked(case.scale, q.reshape(B, K, H // K, S, d), k, v)
+        dtype = jnp.float32 if case.return_lse else q.dtype
+        return out.reshape(q.shape).astype(dtype), lse.reshape(B, H, S)
     block_q, block_k = min(config.block_q, S), min(config.block_k, k.shape[2])
     rule = Rule.of(case, block_q, block_k, config.data_decides)
     dtype = "float32" if case.return_lse else case.dtype
@@ -100,6 +111,15 @@ def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashX
     k, v = (pad_axis(x, 2, block_k) for x in (k, v))
     out, lse = _flash(static, q_BKGSd, k, v, q_range, k_coords)
     return out.reshape(B, H, -1, d)[:, :, :S], lse.reshape(B, H, -1)[:, :, :S]
+
+
+def _unmasked(scale: float, q, k, v) -> tuple[jax.Array, jax.Array]:
+    """Output [B, K, G, S, d] and log-sum-exp in float32 of queries that see all keys, at once."""
+    scores = _dot("BKGqd,BKtd->BKGqt", q, k) * scale
+    top = lax.stop_gradient(scores.max(-1))
+    p = jnp.exp(scores - top[..., None])
+    total = p.sum(-1)
+    return _dot("BKGqt,BKtd->BKGqd", p.astype(v.dtype), v) / total[..., None], top + jnp.log(total)
 
 
 def _block(x: jax.Array, index: jax.Array, size: int, axis: int) -> jax.Array:

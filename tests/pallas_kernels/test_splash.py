@@ -16,6 +16,7 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.attention.flash_splash import FlashSplashConfig, _Slots
 from pallas_kernels.compile.absent import absent_tpus
+from tests.pallas_kernels.attention.test_guest_mask import Window
 
 TPUS = ["v5p:2x2x1", "v6e:2x2"]
 TOKENS, CHUNK = 16384, 8192
@@ -98,13 +99,13 @@ def test_tpus_get_splash(topology):
     [
         ({"dtype": "float16"}, "not float16"),
         ({"head_dim": 512}, "not 512"),
-        ({"causal": False}, "causal only"),
+        ({"mask": Window()}, "no windows"),
         ({"in_order": False}, "in_order"),
         ({"interpret": None}, "needs a TPU, and this is cpu"),
     ],
 )
 def test_says_why_not(change, reason):
-    options = {"causal": True, "in_order": True, "interpret": True}
+    options = {"mask": None, "in_order": True, "interpret": True}
     options |= {name: change[name] for name in options if name in change}
     shape = (1, 2, 8, change.get("head_dim", 8))
     x = jax.ShapeDtypeStruct(shape, change.get("dtype", "float32"))
