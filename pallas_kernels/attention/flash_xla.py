@@ -99,7 +99,7 @@ def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashX
     K = k.shape[1]
     in_cache = 4 * B * H * S * k.shape[2] <= CPU_BYTES and target().platform == "cpu"
     if _sees_all(case) and in_cache:
-        out, lse = _unmasked(case.scale, q.reshape(B, K, H // K, S, d), k, v)
+        out, lse = _unmasked(case.scale, q.reshape(B, K, -1, d), k, v)
         dtype = jnp.float32 if case.return_lse else q.dtype
         return out.reshape(q.shape).astype(dtype), lse.reshape(B, H, S)
     block_q, block_k = min(config.block_q, S), min(config.block_k, k.shape[2])
@@ -114,12 +114,12 @@ def flash_xla(q, k, v, q_range: KeyRange, k_coords: Coords, case, config: FlashX
 
 
 def _unmasked(scale: float, q, k, v) -> tuple[jax.Array, jax.Array]:
-    """Output [B, K, G, S, d] and log-sum-exp in float32 of queries that see all keys, at once."""
-    scores = _dot("BKGqd,BKtd->BKGqt", q, k) * scale
+    """Output [B, K, G * S, d] and log-sum-exp in float32 of queries that see all keys, at once."""
+    scores = _dot("BKnd,BKtd->BKnt", q, k) * scale
     top = lax.stop_gradient(scores.max(-1))
     p = jnp.exp(scores - top[..., None])
     total = p.sum(-1)
-    return _dot("BKGqt,BKtd->BKGqd", p.astype(v.dtype), v) / total[..., None], top + jnp.log(total)
+    return _dot("BKnt,BKtd->BKnd", p.astype(v.dtype), v) / total[..., None], top + jnp.log(total)
 
 
 def _block(x: jax.Array, index: jax.Array, size: int, axis: int) -> jax.Array:
