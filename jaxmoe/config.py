@@ -196,6 +196,20 @@ class Llama4Config:
         return tuple(self.attention_spec(kind) for kind in self.layers)
 
 
+def vision_of(config: Llama4Config) -> VisionConfig:
+    """The sizes of the model's vision tower.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if config.vision is None:
+        raise UserError(
+            "the model has no vision tower; use a multimodal checkpoint, converted without "
+            "--text-only."
+        )
+    return config.vision
+
+
 def layer_kinds(
     num_layers: int, nope_interval: int = 4, moe_step: int = 1
 ) -> tuple[LayerKind, ...]:

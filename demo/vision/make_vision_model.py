@@ -16,8 +16,7 @@ from demo.vision import digit_pictures, vision_report, vision_training
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.export import export
 from jaxmoe.cli import devices
-from jaxmoe.config import Llama4Config
-from jaxmoe.generation.features import vision_of
+from jaxmoe.config import Llama4Config, vision_of
 from jaxmoe.hf_config import from_hf
 from jaxmoe.images import ImageSettings
 from jaxmoe.model.params import num_params

@@ -10,8 +10,7 @@ import numpy as np
 
 from demo.vision import digit_pictures
 from demo.vision.digit_pictures import Drawing
-from jaxmoe.config import Llama4Config
-from jaxmoe.generation.features import vision_of
+from jaxmoe.config import Llama4Config, vision_of
 from jaxmoe.images import ImageSettings, PictureReader
 from jaxmoe.images.tiles import cut
 from jaxmoe.model.layers import rms_norm

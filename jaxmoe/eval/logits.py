@@ -4,6 +4,7 @@ And a greedy answer to a prompt of any length, with the logits that chose it, so
 be held against another.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,10 +16,10 @@ from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.document import PREFILL_CHUNK, check_length, new_document, read
-from jaxmoe.generation.features import FeatureTable, References
+from jaxmoe.generation.features import with_pictures
 from jaxmoe.images.picture import Picture
 from jaxmoe.model.kv_cache import init_cache, round_capacity
-from jaxmoe.model.steps import Inputs, hidden_states, prefill, step, without_features
+from jaxmoe.model.steps import Inputs, hidden_states, prefill, step
 from jaxmoe.model.transformer import forward, positions_of, unembed
 
 UNEMBED_TOKENS = 1024  # tokens of all rows whose logits are on the device at once
@@ -68,29 +69,24 @@ def token_logits(
         UserError: for tokens outside the vocabulary, positions outside the context, segments that
             are not contiguous, or pictures that are not those of the tokens.
     """
-    wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-    if wrong.size:
-        raise UserError(f"token {wrong[0]} is not in the vocabulary, 0 to {config.vocab_size - 1}.")
-    batch, length = tokens.shape
     segment_ids = np.ones_like(tokens) if segment_ids is None else segment_ids
-    check_contiguous(segment_ids)
     if positions is None:
         positions = np.asarray(positions_of(jnp.asarray(segment_ids)))
-    if positions.max(initial=0) >= config.max_position_embeddings:
-        raise UserError(
-            f"position {positions.max()} is past the model's context of "
-            f"{config.max_position_embeddings} tokens; shorten the tokens."
-        )
-    place = without_features
-    if not pictures and config.vision is not None and (tokens == config.image_token_id).any():
-        raise UserError(
-            f"the tokens have image tokens ({config.image_token_id}) and no pictures; give those."
-        )
-    if pictures:
-        references = References(config, FeatureTable(config, params))
-        rows = enumerate(zip(tokens, pictures, strict=True))
-        tokens = np.stack([references.of(f"row {i}", *row) for i, row in rows])
-        place = references.place
+    _check_tokens(config, tokens, segment_ids, positions)
+    batch, length = tokens.shape
+    texts = {f"row {i}": row for i, row in enumerate(tokens)}
+    rows, place = with_pictures(config, params, texts, pictures)
+    feed = functools.partial(
+        prefill,
+        config,
+        params,
+        np.stack(rows),
+        positions=positions,
+        segment_ids=segment_ids,
+        readout=hidden_states,
+        place=place,
+        forward=forward,
+    )
     out = np.zeros((batch, length, config.vocab_size), np.float32) if out is None else out
     cached = decode_from is not None or prefill_chunk is not None
     dtype = kv or params["embed"].dtype
@@ -98,25 +94,27 @@ def token_logits(
     prefilled = length if decode_from is None else min(decode_from, length)
     done = 0
     for chunk, stop in ((prefill_chunk or length, prefilled), (1, length)):
-        for fed in prefill(
-            config,
-            params,
-            tokens,
-            cache,
-            chunk=chunk,
-            start=done,
-            stop=stop,
-            positions=positions,
-            segment_ids=segment_ids,
-            readout=hidden_states,
-            place=place,
-            forward=forward,
-        ):
+        for fed in feed(cache, chunk=chunk, start=done, stop=stop):
             part = slice(done, fed.done)
             _write_logits(config, params, fed.output, segment_ids[:, part], out[:, part])
             report(fed.done - done)
             done, cache = fed.done, fed.cache
     return out
+
+
+def _check_tokens(
+    config: Llama4Config, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray
+) -> None:
+    """Raises a UserError if the model cannot be given such tokens, segments or positions."""
+    wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if wrong.size:
+        raise UserError(f"token {wrong[0]} is not in the vocabulary, 0 to {config.vocab_size - 1}.")
+    check_contiguous(segment_ids)
+    if positions.max(initial=0) >= config.max_position_embeddings:
+        raise UserError(
+            f"position {positions.max()} is past the model's context of "
+            f"{config.max_position_embeddings} tokens; shorten the tokens."
+        )
 
 
 def _write_logits(config: Llama4Config, params: dict, hidden, segment_ids, out) -> None:

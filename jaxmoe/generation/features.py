@@ -12,7 +12,7 @@ was read longest ago first.
 
 import collections
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,11 +21,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, UInt8
 
 from jaxmoe.compilation import KEEP_ROUNDINGS
-from jaxmoe.config import Llama4Config, VisionConfig
+from jaxmoe.config import Llama4Config, vision_of
 from jaxmoe.errors import UserError
 from jaxmoe.generation.choices import on_all_devices
 from jaxmoe.images.picture import Picture
 from jaxmoe.model import vision
+from jaxmoe.model.steps import Place, without_features
 
 TILES = 128  # of a table; of Scout they take 188 MB in bfloat16
 BATCHES = (16, 4, 1)  # tiles that are computed at once: few sizes, since each is compiled
@@ -233,6 +234,33 @@ class References:
         return next(filter(None, found), None)
 
 
+def with_pictures(
+    config: Llama4Config,
+    params: dict,
+    texts: Mapping[str, Sequence[int] | np.ndarray],
+    pictures: Sequence[Sequence[Picture]],
+) -> tuple[list[Integer[np.ndarray, "tokens"]], Place]:
+    """The tokens of texts with references to their pictures' features, and what places those.
+
+    Args:
+        texts: tokens, by what an error message calls them.
+        pictures: of each text, in order; none if no text has any.
+
+    Returns:
+        The tokens of each text, and the function that `jaxmoe.model.steps.prefill` takes for them.
+
+    Raises:
+        UserError: if a text has more or fewer image tokens than its pictures have features, or if
+            there are pictures and the model has no vision tower.
+    """
+    shown = any(map(len, pictures))
+    if config.vision is None and not shown:  # an image token is one like any other
+        return [np.asarray(tokens, np.int32) for tokens in texts.values()], without_features
+    references = References(config, FeatureTable(config, params, tiles=TILES if shown else 0))
+    rows = zip(texts.items(), pictures or [()] * len(texts), strict=True)
+    return [references.of(*text, of_text) for text, of_text in rows], references.place
+
+
 def with_references(
     config: Llama4Config, tokens: np.ndarray, numbers: np.ndarray
 ) -> Integer[np.ndarray, "tokens"]:
@@ -246,20 +274,6 @@ def without_references(config: Llama4Config, tokens: Sequence[int] | np.ndarray)
     """Tokens of the vocabulary: the image token in place of references."""
     found = np.asarray(tokens)
     return np.where(found >= config.vocab_size, config.image_token_id, found)
-
-
-def vision_of(config: Llama4Config) -> VisionConfig:
-    """The sizes of the model's vision tower.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if config.vision is None:
-        raise UserError(
-            "the model has no vision tower; use a multimodal checkpoint, converted without "
-            "--text-only."
-        )
-    return config.vision
 
 
 def batches[T](tiles: Sequence[T]) -> Iterator[Sequence[T]]:

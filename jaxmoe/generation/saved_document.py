@@ -10,8 +10,6 @@ the way ends with a chunk, where no later token sees anything that local layers 
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +37,8 @@ from jaxmoe.generation.document import (
     new_document,
     read,
 )
-from jaxmoe.generation.features import FeatureTable, References
+from jaxmoe.generation.document_identity import check_same, model_identity, text_identity
+from jaxmoe.generation.features import with_pictures
 from jaxmoe.images.picture import Picture
 from jaxmoe.mesh import current_mesh
 from jaxmoe.model.kv_cache import (
@@ -52,7 +51,6 @@ from jaxmoe.model.kv_cache import (
     pool_spec,
     slot_shards,
 )
-from jaxmoe.model.steps import without_features
 from pallas_kernels.attention import Coords
 
 KEY = "jaxmoe-document"  # of the custom metadata
@@ -113,35 +111,24 @@ def read_document(
         The number of tokens read, after each chunk; of a run that goes on, first what was saved.
 
     Raises:
-        UserError: for a text that does not fit the context, an output that exists, one that another
-            text or model is being read into, or a disk that is full.
+        UserError: for a text that does not fit the context, image tokens that are not those of the
+            pictures, an output that exists, one that another text or model is being read into, or a
+            disk that is full.
     """
     check_length(config, len(tokens))
     interval = _whole_chunks(config, interval)
-    identity = _identity(config, params, kv) | _text(tokens, pictures, params)
+    identity = model_identity(config, params, kv) | text_identity(tokens, pictures, params)
     if is_finished(output) and open_finished(Path(output), KEY, REMEDY).metadata == identity:
         yield len(tokens)
         return
-    place = without_features
-    if len(pictures):
-        references = References(config, FeatureTable(config, params))
-        tokens = references.of("the text", tokens, pictures)
-        place = references.place
+    (tokens,), place = with_pictures(config, params, {"the text": tokens}, [pictures])
     with Resumable(Path(output)) as workspace:
         saved = _saved(workspace, identity)
         with writable(workspace.output), Writer(workspace.path) as writer:
             if saved:
-                room = len(tokens) - saved
-                document = _restore(
-                    config, identity["kv"], lambda name, *_: writer.reopen(name), saved, room
-                )
-                parts = _parts(config, document.cache)
-                arrays = {part.name: writer.reopen(part.name) for part in parts}
+                document, arrays = _reopen(config, identity, saved, writer)
             else:
-                document = new_document(config, params, len(tokens), kv)
-                workspace.begin(sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)))
-                workspace.write_note(identity | {"saved": 0})
-                arrays = _create(config, document, len(tokens), interval, writer)
+                document, arrays = _begin(config, params, identity, interval, workspace, writer)
             yield saved
             chunks = {"prefill_chunk": prefill_chunk, "boundary": interval}
             steps = read(config, params, document, tokens, place=place, **chunks)
@@ -188,7 +175,7 @@ def load_document(
     """
     found = open_finished(Path(path), KEY, REMEDY)
     kv, length = found.field("kv", str), _length(found)
-    _check_same(found.metadata, _identity(config, params, kv), f"{path} was read")
+    check_same(found.metadata, model_identity(config, params, kv), f"{path} was read")
     check_length(config, length)
     room = min(room, config.max_position_embeddings - length)
     room = rows * room + (rows - 1) * PAGE * slot_shards()  # each may begin within a page
@@ -207,63 +194,6 @@ def _whole_chunks(config: Llama4Config, interval: int) -> int:
     return -(-interval // unit) * unit
 
 
-# What a saved document belongs to
-
-
-def _identity(config: Llama4Config, params: dict, kv: str | None) -> dict[str, Any]:
-    """What the keys and values of a text depend on beside it; a vision tower is no part of it."""
-    dtype = params["embed"].dtype.name
-    config = dataclasses.replace(config, vision=None)
-    params = {name: value for name, value in params.items() if name != "vision"}
-    return json.loads(json.dumps(store.model_metadata(config, dtype))) | {
-        "dtype": dtype,
-        "weights": _fingerprint(params),
-        "kv": {None: dtype, "bf16": "bfloat16"}.get(kv, kv),
-        "page": PAGE,
-    }
-
-
-def _text(tokens, pictures: Sequence[Picture], params: dict) -> dict[str, Any]:
-    digest = hashlib.sha256(np.asarray(tokens, "<i4").tobytes())
-    if len(pictures):
-        digest.update(_fingerprint(params.get("vision", {})).encode())
-    for picture in pictures:
-        digest.update(picture.digest)
-    return {"length": len(tokens), "text": digest.hexdigest()}
-
-
-def _fingerprint(params: dict) -> str:
-    """A digest of all parameters' bits. It sums integers, so it is the same on every mesh."""
-    sums = [int(x) for x in jax.tree.leaves(_sum_bits(params))]
-    return hashlib.sha256(np.asarray(sums, "<u4").tobytes()).hexdigest()
-
-
-@jax.jit
-def _sum_bits(params):
-    def bits(x):
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32))
-
-    return jax.tree.map(bits, params)
-
-
-DIFFERENCES = {  # by key of an identity, in the order in which they are told
-    "text": "another text",
-    "dtype": "with a model in {theirs}, not {ours}",
-    "config": "with a model of another config",
-    "weights": "with a model of other weights",
-    "kv": "into a {theirs} cache, not {ours}",
-    "page": "into pages of another number of tokens",
-}
-
-
-def _check_same(theirs: dict[str, Any], ours: dict[str, Any], subject: str) -> None:
-    for key, difference in DIFFERENCES.items():
-        if key in ours and theirs.get(key) != ours[key]:
-            found = difference.format(theirs=theirs.get(key), ours=ours[key])
-            raise UserError(f"{subject} {found}; use the same again, or another folder.")
-
-
 # Writing
 
 
@@ -272,20 +202,40 @@ def _saved(workspace: Resumable, identity: dict[str, Any]) -> int:
     if not workspace.note:
         return 0
     subject = f"{workspace.path} is left from an interrupted run, which read"
-    _check_same(workspace.note, identity, subject)
+    check_same(workspace.note, identity, subject)
     return workspace.note["saved"]
 
 
-def _create(config, document: Document, length: int, interval: int, writer: Writer):
-    """An array for each part: [pages of the text or of a ring, K, t, ...]."""
+def _begin(
+    config: Llama4Config,
+    params: dict,
+    identity: dict[str, Any],
+    interval: int,
+    workspace: Resumable,
+    writer: Writer,
+) -> tuple[Document, dict[str, StoredArray]]:
+    """An empty document, and an array for each part: [pages of text or ring, K, t, ...]."""
+    document = new_document(config, params, identity["length"], identity["kv"])
+    workspace.begin(sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)))
+    workspace.write_note(identity | {"saved": 0})
     arrays = {}
     for part in _parts(config, document.cache):
-        pages, *page = shape = _stored_shape(part, document.cache, length)
+        pages, *page = shape = _stored_shape(part, document.cache, identity["length"])
         block = min(pages, interval // PAGE) if part.is_full else pages
         arrays[part.name] = writer.create(
             part.name, shape, part.keys.dtype, (block, *page), (1, *page)
         )
-    return arrays
+    return document, arrays
+
+
+def _reopen(
+    config: Llama4Config, identity: dict[str, Any], saved: int, writer: Writer
+) -> tuple[Document, dict[str, StoredArray]]:
+    """The document of the first `saved` tokens, and the arrays that an interrupted run created."""
+    room = identity["length"] - saved
+    document = _restore(config, identity["kv"], lambda name, *_: writer.reopen(name), saved, room)
+    parts = _parts(config, document.cache)
+    return document, {part.name: writer.reopen(part.name) for part in parts}
 
 
 # Between a cache and the canonical order

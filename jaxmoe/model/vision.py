@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jaxmoe import mesh as meshes
-from jaxmoe.config import Llama4Config, VisionConfig
+from jaxmoe.config import Llama4Config, VisionConfig, vision_of
 from jaxmoe.model.layers import layer_norm, linear, rotate
 from jaxmoe.model.param_spec import SpecTree
 from jaxmoe.model.params import map_arrays
@@ -43,8 +43,11 @@ def tile_features(
         p: the parameters, as `vision_specs` declares them.
         pixels: of tiles: 0 to 255, or floats that are already scaled to -1 to 1.
         remat: recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        UserError: if the model has no vision tower.
     """
-    vision = _vision(config)
+    vision = vision_of(config)
     x = _scaled(pixels, p["projector"].dtype)
     outer = {name: w for name, w in p.items() if name != "layers"}
     p = p | _at_use(_outer_specs(config, vision), outer, len(x))
@@ -61,12 +64,6 @@ def tile_features(
     for matrix in (p["adapter"]["up"], p["adapter"]["down"]):
         x = _gelu(linear("NTD,DF->NTF", x, matrix))
     return linear("NTD,DE->NTE", x, p["projector"])
-
-
-def _vision(config: Llama4Config) -> VisionConfig:
-    if config.vision is None:
-        raise ValueError("the model has no vision tower: config.vision is None.")
-    return config.vision
 
 
 def _scaled(pixels, dtype) -> Float[Array, "N side side channels"]:

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 
-from jaxmoe.config import Llama4Config, VisionConfig
+from jaxmoe.config import Llama4Config, vision_of
 from jaxmoe.errors import UserError
 from jaxmoe.generation.features import TILES, batches
 from jaxmoe.mesh import MeshConfig, activation_axes
@@ -19,7 +19,7 @@ BF16, FP32 = 2, 4
 
 def tile_flops(config: Llama4Config) -> float:
     """Operations of one tile: products with weights, and attention of all its patches to all."""
-    vision = _vision(config)
+    vision = vision_of(config)
     D, F, patches = vision.hidden_size, vision.intermediate_size, vision.patches_a_side**2
     length, tokens = patches + 1, vision.tokens_per_tile
     embedding = patches * vision.num_channels * vision.patch_size**2 * D
@@ -50,7 +50,7 @@ def _batch_sent(work: Work, mesh: MeshConfig, tiles: int) -> float:
     at_use = sum(_parts(work, _at_use(mesh, tiles)).values())
     sent = float(at_use - sum(_parts(work, mesh).values()))
     if (n := _sharing(tiles, mesh)) > 1:
-        sums = 2 * _vision(work.config).num_hidden_layers
+        sums = 2 * vision_of(work.config).num_hidden_layers
         sent += sums * 2 * (n - 1) / n * _stream(work, mesh, tiles) * FP32
     return sent
 
@@ -61,7 +61,7 @@ def tower_temporaries(work: Work, mesh: MeshConfig) -> int:
 
 
 def _batch_temporaries(work: Work, mesh: MeshConfig, tiles: int) -> int:
-    vision, stream = _vision(work.config), _stream(work, mesh, tiles)
+    vision, stream = vision_of(work.config), _stream(work, mesh, tiles)
     sharing, at_use = _sharing(tiles, mesh), _at_use(mesh, tiles)
     hidden = stream * vision.intermediate_size // vision.hidden_size // sharing
     phases = [4 * stream * BF16 + hidden * (BF16 + FP32)]
@@ -75,7 +75,7 @@ def _batch_temporaries(work: Work, mesh: MeshConfig, tiles: int) -> int:
 
 def _stream(work: Work, mesh: MeshConfig, tiles: int) -> int:
     """Elements of a batch's activations [tiles, patches, D] on one device."""
-    vision = _vision(work.config)
+    vision = vision_of(work.config)
     length = vision.patches_a_side**2 + 1
     return _tiles_here(tiles, mesh) * length * vision.hidden_size
 
@@ -116,7 +116,7 @@ def training_bytes(work: Work, mesh: MeshConfig) -> int:
     if not work.tiles:
         return 0
     stream = _stream(work, mesh, work.tiles)
-    inputs = _vision(work.config).num_hidden_layers * stream * BF16
+    inputs = vision_of(work.config).num_hidden_layers * stream * BF16
     return inputs + 2 * tower_temporaries(work, mesh)
 
 
@@ -124,7 +124,7 @@ def features_bytes(work: Work) -> int:
     """Bytes of the engine's table of features, which every device has."""
     if not work.tiles:
         return 0
-    tokens = TILES * _vision(work.config).tokens_per_tile
+    tokens = TILES * vision_of(work.config).tokens_per_tile
     return tokens * work.config.hidden_size * BF16
 
 
@@ -141,12 +141,7 @@ def check_tiles(work: Work) -> None:
 
 def image_tokens(work: Work) -> int:
     """Tokens of the context that the tiles take, without separators."""
-    return work.tiles * _vision(work.config).tokens_per_tile if work.tiles else 0
-
-
-def _vision(config: Llama4Config) -> VisionConfig:
-    assert config.vision is not None  # `Work` refuses tiles without a tower
-    return config.vision
+    return work.tiles * vision_of(work.config).tokens_per_tile if work.tiles else 0
 
 
 def _tiles_here(tiles: int, mesh: MeshConfig) -> int:

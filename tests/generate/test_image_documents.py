@@ -7,6 +7,7 @@ import pytest
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert.conversion import convert
 from jaxmoe.errors import UserError
+from jaxmoe.eval.logits import token_logits
 from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.generation.saved_document import load_document, read_document
@@ -75,6 +76,19 @@ def test_other_images_are_another_text(checkpoint, tmp_path):
             list(
                 read_document(config, params, tokens, tmp_path / "saved", pictures=other, **options)
             )
+
+
+@pytest.mark.parametrize("shown", [0, 1])
+def test_image_tokens_of_other_pictures_are_refused(checkpoint, tmp_path, shown):
+    tokens, pictures = pages()
+    config, params = store.load(checkpoint, one_device())
+    words = rf"has {np.sum(tokens == config.image_token_id)} image tokens for {shown} images"
+    with pytest.raises(UserError, match=f"the text {words}"):
+        next(read_document(config, params, tokens, tmp_path / "out", pictures=pictures[:shown]))
+    assert not (tmp_path / "out").exists()
+    rows, shown_to = np.stack([np.zeros_like(tokens), tokens]), [(), pictures[:shown]]
+    with pytest.raises(UserError, match=f"row 1 {words}"):
+        token_logits(config, params, rows, pictures=shown_to if shown else ())
 
 
 def test_quantized_weights_leave_the_tower_as_it_is(checkpoint):
