@@ -16,7 +16,7 @@ picture = demo/vision/held-out/2x2.png
 python = $(VENV)/bin/python
 in_parallel = --numprocesses 2 --dist loadfile --no-loadscope-reorder  # small files come last
 newest_tests = tests/model/test_golden.py tests/generate/test_engine.py tests/train/test_trainer.py \
-    tests/checkpoint/test_convert.py tests/checkpoint/test_formats.py
+    tests/checkpoint/test_convert.py tests/checkpoint/test_refused_sources.py tests/checkpoint/test_formats.py
 quick_tests = tests/test_mesh_config.py tests/test_errors.py tests/test_parsing.py tests/test_hf_config.py \
     tests/test_reference.py tests/eval/test_needle.py tests/checkpoint/test_names.py tests/model/test_layers.py \
     tests/scripts/test_main.py tests/text/test_chat.py

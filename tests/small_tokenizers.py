@@ -4,6 +4,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from jaxmoe.text import Tokenizer
+from jaxmoe.text.meta_vocabulary import byte_pair_encoder
 
 CHAT = ["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]
 
@@ -31,3 +32,10 @@ def trained_backend(corpus: list[str], size: int, specials: list[str]) -> tokeni
     )
     backend.train_from_iterator(corpus, trainer)
     return backend
+
+
+def ranked_tokenizer(*merged: bytes) -> Tokenizer:
+    """A tokenizer of all single bytes, and `merged` in the order of their ranks."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {token: 256 + rank for rank, token in enumerate(merged)}
+    return Tokenizer(byte_pair_encoder(ranks, ["<|begin_of_text|>", "<|eot|>"]))

@@ -7,19 +7,18 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors
 
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import conversion, convert, verify
 from jaxmoe.checkpoint.export import export
 from jaxmoe.checkpoint.formats import params_json
-from jaxmoe.checkpoint.formats.tensor_files import DTYPES
 from jaxmoe.errors import UserError
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.hf_config import from_hf, read_config
 from jaxmoe.mesh import MeshConfig
 from pallas_kernels.quantized import QuantizedMatrix
 from tests import formats, tiny
+from tests.checkpoint.sources import assert_same_bytes, read_all
 from tests.conftest import one_device
 
 LIKE = {"scout": tiny.scout_like, "maverick": tiny.maverick_like}
@@ -43,23 +42,6 @@ def converted(folder, config, tensors, **options):
     tiny.write_checkpoint(folder / "hf", config, tensors)
     convert(folder / "hf", folder / "orbax", **options)
     return folder / "orbax"
-
-
-def read_all(folder):
-    """All tensors of a folder by the safetensors library, whose NumPy part has no float8."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in safetensors.deserialize(file.read_bytes()):
-            found[name] = np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]])
-            found[name] = found[name].reshape(tensor["shape"])
-    return found
-
-
-def assert_same_bytes(got, expected):
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape), name
-        assert got[name].tobytes() == tensor.tobytes(), name
 
 
 # Vision

@@ -20,7 +20,7 @@ from jaxmoe.checkpoint.formats.safetensors import SafetensorsFolder
 from jaxmoe.errors import UserError
 from jaxmoe.files.workspace import Resumable
 from tests import tiny
-from tests.checkpoint.test_convert import CONFIG, ROOT, checkpoint, weights
+from tests.checkpoint.sources import CONFIG, ROOT, checkpoint, weights
 from tests.conftest import one_device
 
 

@@ -1,69 +1,40 @@
-"""Pictures of requests, from Python, in files of requests and on the command line."""
+"""Pictures in files of requests and on the command line."""
 
 import base64
 import dataclasses
-import io
 import json
 import threading
 
 import jax
-import numpy as np
 import pytest
-from PIL import Image
 
-from jaxmoe import LLM, Request, Sampling, UserError
+from jaxmoe import LLM, Request, UserError
 from jaxmoe.checkpoint import store
 from jaxmoe.cli import generate, image_flags
-from jaxmoe.config import VisionConfig
 from jaxmoe.generation.answers import job_digest
 from jaxmoe.generation.checking import Checker
-from jaxmoe.generation.features import TILES, FeatureTable
 from jaxmoe.generation.jobs import Refusal, read_requests
 from jaxmoe.generation.request import fit_context
-from jaxmoe.hf_config import from_hf
-from jaxmoe.images import ImageSettings, ImageTokens, PictureReader, decoding, open_picture
-from jaxmoe.model.params import init_params
-from jaxmoe.model.vision import tile_features
+from jaxmoe.images import ImageSettings, PictureReader, decoding, open_picture
 from jaxmoe.text import render, render_chat
 from tests.conftest import one_device
-from tests.generate.conftest import CONFIG
-from tests.images.cases import TOKENS
+from tests.generate.conftest import CONTEXT
+from tests.generate.pictures import (
+    GREEDY,
+    IDS,
+    MODEL,
+    SETTINGS,
+    SMALL,
+    TOKENIZER,
+    WIDE,
+    noise,
+    random_params,
+    user,
+)
 from tests.scripts import succeeds
-from tests.small_tokenizers import CHAT, byte_tokenizer
+from tests.small_tokenizers import CHAT
 
-TOKENIZER = byte_tokenizer([*CHAT, *TOKENS])
-IDS = ImageTokens.of(TOKENIZER.specials)
-VISION = VisionConfig(
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=64,
-    image_size=24,
-    patch_size=4,
-    projector_input_dim=16,
-    projector_output_dim=16,
-    vision_output_dim=16,
-)
-CONTEXT = 384
-MODEL = dataclasses.replace(
-    from_hf(CONFIG | {"vocab_size": 320}, "tiny"), vision=VISION, image_token_id=IDS.patch
-)
 TEXT_MODEL = dataclasses.replace(MODEL, vision=None)
-SETTINGS = ImageSettings.of(VISION)
-GREEDY = Sampling(temperature=0.0, ignore_eos=True)
-
-
-def noise(seed, width=24, height=24):
-    draw = np.random.default_rng(seed)
-    return Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8))
-
-
-SMALL, WIDE = noise(0), noise(1, width=48)
-
-
-@pytest.fixture(scope="module")
-def llm():
-    return LLM.from_parts(MODEL, init_params(MODEL, jax.random.key(0)), TOKENIZER, rows=2)
 
 
 @pytest.fixture
@@ -87,10 +58,6 @@ def read(folder, *records, model=MODEL, **options):
 
 def of_small(where="x"):
     return open_picture(SMALL, SETTINGS, where)
-
-
-def user(*items):
-    return [{"role": "user", "content": list(items)}]
 
 
 # Files of requests
@@ -247,15 +214,15 @@ def test_a_job_is_named_by_what_its_pictures_look_like(folder):
     assert job_digest([], [text]) == job_digest([], [dataclasses.replace(text, pictures=())])
 
 
-# On the command line and from Python
+# On the command line
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, llm):
+def checkpoint(tmp_path_factory):
     """The model in a folder, which asks for one tile a picture."""
     folder = tmp_path_factory.mktemp("pictures") / "model"
     with jax.set_mesh(one_device()):
-        store.save(folder, MODEL, llm.params)
+        store.save(folder, MODEL, random_params())
     TOKENIZER.save(folder)
     (folder / "preprocessor_config.json").write_text('{"max_patches": 1}')
     return folder
@@ -333,89 +300,3 @@ def test_the_command_answers_about_pictures(checkpoint, folder):
         {"prompt": "<image>a", "images": [SMALL]}, GREEDY, max_new_tokens=3
     )
     assert first["tokens"] == list(result.tokens)
-
-
-def test_a_prompt_and_a_chat_see_pictures(llm):
-    other = {"prompt": "<image>a", "images": [np.asarray(noise(5))]}
-    again = llm.generate([{"prompt": "a"}, other, "b"], GREEDY, max_new_tokens=4)
-    assert [len(one.tokens) for one in again] == [4] * 3
-    assert [one.usage["prompt_tokens"] for one in again] == [2, 2 + 9 + 3, 2]
-    asked = dataclasses.replace(GREEDY, logprobs=0)
-    pair = llm.generate([{"prompt": "<image>a", "images": [x]} for x in (SMALL, WIDE)], asked,
-                        max_new_tokens=1)  # fmt: skip
-    assert pair[0].logprobs != pair[1].logprobs  # what the pictures show matters
-
-    messages = user({"type": "image", "image": WIDE}, {"type": "text", "text": "?"})
-    (chat,) = llm.chat(messages, GREEDY, max_new_tokens=4)
-    prompt = render_chat(messages, TOKENIZER, PictureReader(SETTINGS))
-    assert chat.usage["prompt_tokens"] == len(prompt.tokens) and chat.error is None
-
-
-def test_the_tokens_of_a_result_are_the_prompts(llm):
-    (result,) = llm.generate({"prompt": "<image>a", "images": [SMALL]}, GREEDY, max_new_tokens=1)
-    layout = IDS.layout((1, 1), SETTINGS.tokens_per_tile)
-    assert result.prompt_tokens == (TOKENIZER.bos_id, *layout, *TOKENIZER.encode("a"))
-
-
-def test_settings_of_the_llm_say_how_pictures_are_cut(llm, monkeypatch):
-    monkeypatch.setattr(llm, "images", dataclasses.replace(llm.images, max_tiles=1))
-    (result,) = llm.generate({"prompt": "<image>", "images": [WIDE]}, GREEDY, max_new_tokens=1)
-    assert result.usage["prompt_tokens"] == 1 + len(IDS.layout((1, 1), 9))
-
-
-def test_bad_pictures_are_results(llm):
-    prompts = ["a", {"prompt": "<image>", "images": [3]}, {"prompt": "", "image": SMALL}]
-    good, bad, unknown = llm.generate(prompts, GREEDY, max_new_tokens=1)
-    assert good.error is None and "images[0] is 3, which is no picture" in bad.error
-    assert "has other keys than prompt and images" in unknown.error
-
-
-def test_an_encoded_picture_from_memory(llm):
-    file = io.BytesIO()
-    SMALL.save(file, "PNG")
-    sources = [SMALL, file.getvalue(), {"bytes": file.getvalue(), "path": None}]
-    results = llm.generate([{"prompt": "<image>", "images": [x]} for x in sources], GREEDY,
-                           max_new_tokens=3)  # fmt: skip
-    assert len({result.tokens for result in results}) == 1
-
-
-def test_a_file_that_vanishes_ends_its_own_request_only(folder):
-    llm = LLM.from_parts(MODEL, init_params(MODEL, jax.random.key(0)), TOKENIZER, rows=1)
-    path = folder / "small.png"
-    picture = {"prompt": "<image>a", "images": [path]}
-    stream = llm.stream(["ab", picture, "cd"], GREEDY, max_new_tokens=3)
-    pieces = [next(stream)]
-    content = path.read_bytes()
-    path.unlink()
-    results = {piece.index: piece.result for piece in [*pieces, *stream] if piece.result}
-    assert [len(results[i].tokens) for i in range(3)] == [3, 0, 3]
-    assert results[0].error is None and results[2].error is None
-    assert "request '1'" in results[1].error and "small.png" in results[1].error
-    path.write_bytes(content)  # and its features are not those of the black tiles
-    again, memory = llm.generate([picture, picture | {"images": [SMALL]}], GREEDY, max_new_tokens=3)
-    assert again.tokens == memory.tokens and again.error is None
-
-
-def test_another_tower_sees_for_itself(llm):
-    own = LLM.from_parts(MODEL, llm.params, TOKENIZER)
-    asked = dataclasses.replace(GREEDY, logprobs=0), {"prompt": "<image>", "images": [SMALL]}
-    (before,) = own.generate(asked[1], asked[0], max_new_tokens=1)
-    tower = jax.tree.map(lambda x: x[::-1], llm.params["vision"]["projector"])
-    own.params = {**llm.params, "vision": {**llm.params["vision"], "projector": tower}}
-    (after,) = own.generate(asked[1], asked[0], max_new_tokens=1)
-    assert before.logprobs != after.logprobs
-
-
-def test_a_table_survives_a_tower_that_fails():
-    params = init_params(MODEL, jax.random.key(0))
-
-    def fails(config, params, pixels):
-        raise RuntimeError("out of memory")
-
-    table = FeatureTable(MODEL, params, encode=fails)
-    picture = PictureReader(SETTINGS).open(SMALL, "it")
-    for _ in range(2 * TILES):
-        with pytest.raises(RuntimeError, match="out of memory"):
-            table.slots([(picture, 0)])
-    table._encode = tile_features
-    assert table.slots([(picture, 0)]) == [0] and not table.table.is_deleted()
