@@ -13,7 +13,6 @@ import collections
 import contextlib
 import dataclasses
 import importlib.metadata
-import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxmoe.checkpoint.mapping.tensors import BLOCK_BYTES, Format, array_shapes, main_dtype
-from jaxmoe.checkpoint.zarr.arrays import StoredArray, even_part
+from jaxmoe.checkpoint.mapping.tensors import Format, array_shapes, main_dtype
+from jaxmoe.checkpoint.shares import block_shape, load_array, write_shares
+from jaxmoe.checkpoint.zarr.arrays import StoredArray
 from jaxmoe.checkpoint.zarr.manifest import FORMAT, Finished, open_finished
 from jaxmoe.checkpoint.zarr.writer import Writer
 from jaxmoe.config import Llama4Config
@@ -102,10 +101,10 @@ def save(path: str | Path, config: Llama4Config, params: dict) -> None:
         with writable(path), Writer(workspace, alone=jax.process_count() == 1) as writer:
             if first:
                 for name, array in arrays.items():
-                    writer.create(name, array.shape, array.dtype, _block(array))
+                    writer.create(name, array.shape, array.dtype, block_shape(array))
             _barrier("created")
             for name, array in arrays.items():
-                _write_shares(writer, writer.reopen(name), array)
+                write_shares(writer, writer.reopen(name), array)
             writer.wait()
             _barrier("written")
             writer.finish(arrays, KEY, metadata)
@@ -121,28 +120,6 @@ def _named_arrays(config: Llama4Config, params: dict) -> dict[str, jax.Array]:
         else:
             arrays[name] = w
     return arrays
-
-
-def _block(array: jax.Array) -> tuple[int, ...]:
-    """The shape of a file's block: a device's share, or an even part of it."""
-    share = array.sharding.shard_shape(array.shape)
-    return tuple(even_part(share, array.dtype.itemsize, BLOCK_BYTES))
-
-
-def _write_shares(writer: Writer, stored: StoredArray, array: jax.Array) -> None:
-    """Writes this host's shares of an array block by block, each replicated share once."""
-    block = stored.grid.block
-    for shard in array.addressable_shards:
-        if shard.replica_id:
-            continue
-        data = np.asarray(shard.data)
-        begin = [span.indices(n)[0] for span, n in zip(shard.index, array.shape, strict=True)]
-        blocks = []
-        for start in itertools.product(*map(range, (0,) * data.ndim, data.shape, block)):
-            part = tuple(slice(i, i + n) for i, n in zip(start, block, strict=True))
-            index = tuple(slice(b + s.start, b + s.stop) for b, s in zip(begin, part, strict=True))
-            blocks.append((stored, index, data[part]))
-        writer.write(blocks)
 
 
 def _barrier(name: str) -> None:
@@ -199,13 +176,16 @@ class Checkpoint:
         )
 
 
-def main_dtypes(path: str | Path) -> tuple[str, ...]:
+def main_dtypes(path: str | Path, text_only: bool = False) -> tuple[str, ...]:
     """The dtypes of the arrays that are not quantized; the first is the one to compute in.
+
+    Args:
+        text_only: as for `load`.
 
     Raises:
         UserError: as `load`.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, text_only)
     nbytes: dict[str, int] = collections.Counter()
     for name, array in checkpoint.open_arrays().items():
         if not name.endswith((".qvalue", ".scale")):
@@ -218,7 +198,7 @@ def read_checkpoint(path: str | Path, text_only: bool = False) -> Checkpoint:
     """Reads a checkpoint's metadata, and no arrays.
 
     Args:
-        text_only: as if there were no vision tower.
+        text_only: as if there were no vision tower, whose description may then be wrong.
 
     Raises:
         UserError: if `path` is no finished checkpoint, of a newer format, or damaged.
@@ -265,13 +245,13 @@ def _formats(finished: Finished, config: Llama4Config) -> dict[str, Format]:
     return formats
 
 
-def read_config(path: str | Path) -> Llama4Config:
-    """The configuration of a checkpoint, as `load` returns it.
+def read_config(path: str | Path, text_only: bool = False) -> Llama4Config:
+    """The configuration of a checkpoint, as `load` returns it; arguments as for `load`.
 
     Raises:
         UserError: as `read_checkpoint`.
     """
-    return with_stop_ids(read_checkpoint(path).config, path)
+    return with_stop_ids(read_checkpoint(path, text_only).config, path)
 
 
 def load(
@@ -293,7 +273,7 @@ def load(
         dtype: what to cast to while reading; None keeps the dtype of each array. Matrices that are
             stored in 8 or 4 bits stay so, with scales in float32.
         progress: called after every array with the bytes done and the bytes in all.
-        text_only: leaves a vision tower out.
+        text_only: leaves a vision tower out, and does not look at its description.
 
     Returns:
         The configuration, with the stop tokens of `generation_config.json` added to its own, and
@@ -309,7 +289,7 @@ def load(
     total = sum(array.nbytes for array in arrays.values())
     params, done = [], 0
     for target, array in zip(leaves, _in_order(checkpoint, arrays), strict=True):
-        params.append(_load_array(array, target))
+        params.append(load_array(array, target))
         done += array.nbytes
         progress(done, total)
     return with_stop_ids(checkpoint.config, path), structure.unflatten(params)
@@ -349,35 +329,6 @@ def _placed(checkpoint: Checkpoint, arrays: dict[str, StoredArray], mesh, dtype:
 def _in_order(checkpoint: Checkpoint, arrays: dict[str, StoredArray]) -> list[StoredArray]:
     """The arrays in the order of the leaves of the parameters' tree."""
     return [arrays[name] for name in checkpoint.shapes()]
-
-
-def _load_array(array: StoredArray, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """Reads an array into the dtype, sharding and shape of `target`, with zeros appended."""
-    sharding = target.sharding
-    devices_of = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(target.shape).items():
-        devices_of[index or ()].append(device)
-    shares = []
-    for index, devices in devices_of.items():
-        share = _read_share(array, index, target)
-        shares += jax.block_until_ready([jax.device_put(share, device) for device in devices])
-    return jax.make_array_from_single_device_arrays(target.shape, sharding, shares)
-
-
-def _read_share(
-    array: StoredArray, index: tuple[slice, ...], target: jax.ShapeDtypeStruct
-) -> np.ndarray:
-    """Reads a slice of `target`, which is the array with zeros appended along its axes."""
-    ranges = [axis.indices(size)[:2] for axis, size in zip(index, target.shape, strict=True)]
-    stored = [
-        slice(min(start, size), min(stop, size))
-        for (start, stop), size in zip(ranges, array.shape, strict=True)
-    ]
-    share = array.read(stored, dtype=jnp.dtype(target.dtype))
-    padding = [
-        (0, stop - start - size) for (start, stop), size in zip(ranges, share.shape, strict=True)
-    ]
-    return np.pad(share, padding) if any(map(any, padding)) else share
 
 
 def model_metadata(

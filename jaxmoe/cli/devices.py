@@ -89,7 +89,7 @@ def load(
 
     With --mesh it first prints how parameters are sharded, and with --self-test it checks them.
     """
-    dtype = args.dtype or _one_dtype(args.checkpoint)
+    dtype = args.dtype or _one_dtype(args.checkpoint, text_only)
     if args.mesh:
         config, params = store.abstract(args.checkpoint, mesh, dtype, text_only)
         Console(stderr=True).print(layout_table(config, params, mesh))
@@ -103,9 +103,9 @@ def load(
     return config, params
 
 
-def _one_dtype(checkpoint: str) -> str:
+def _one_dtype(checkpoint: str, text_only: bool) -> str:
     """The dtype to load all parameters in: the checkpoint's main one if it mixes several."""
-    dtype, *others = store.main_dtypes(checkpoint)
+    dtype, *others = store.main_dtypes(checkpoint, text_only)
     if others:
         stored = " and ".join([dtype, *others])
         print(f"[stored in {stored}; loaded in {dtype}, or as --dtype says]", file=sys.stderr)
@@ -117,3 +117,15 @@ def tokenizer(checkpoint: str) -> Tokenizer | None:
     if not os.path.isdir(checkpoint):
         raise UserError(f"{checkpoint} is no folder; give one that jaxmoe convert wrote.")
     return Tokenizer.load_if_any(checkpoint)
+
+
+def required_tokenizer(checkpoint: str) -> Tokenizer:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        UserError: if it has none.
+    """
+    found = tokenizer(checkpoint)
+    if found is None:
+        raise UserError(f"{checkpoint} has no tokenizer; copy the model's one there.")
+    return found

@@ -50,9 +50,7 @@ def main(args: argparse.Namespace) -> None:
     if args.json:
         check_writable(args.json)
     mesh = devices.start(args)
-    tokenizer = devices.tokenizer(args.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{args.checkpoint} has no tokenizer; copy the model's one there.")
+    tokenizer = devices.required_tokenizer(args.checkpoint)
     model, greedy = store.read_config(args.checkpoint), Sampling(temperature=0.0)
     expected = read_expected(args.questions)
     lines = jobs.read_requests(

@@ -50,10 +50,8 @@ def main(args: argparse.Namespace) -> None:
     if args.json:
         check_writable(args.json)
     mesh = devices.start(args)
-    tokenizer = devices.tokenizer(args.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{args.checkpoint} has no tokenizer; copy the model's one there.")
-    model = store.read_config(args.checkpoint)
+    tokenizer = devices.required_tokenizer(args.checkpoint)
+    model = store.read_config(args.checkpoint, text_only=True)
     requests = [
         fit_context(model, Request(i, tuple(tokenizer.encode(text, bos=True)), args.max_new_tokens))
         for i, text in enumerate(args.prompt or PROMPTS)

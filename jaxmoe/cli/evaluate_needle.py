@@ -85,11 +85,9 @@ def main(args: argparse.Namespace) -> None:
     _check_flags(args)
     cases = make_cases(read_lengths(args.lengths), read_depths(args.depths), args.trials)
     mesh = devices.start(args)
-    tokenizer = devices.tokenizer(args.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{args.checkpoint} has no tokenizer; copy the model's one there.")
+    tokenizer = devices.required_tokenizer(args.checkpoint)
     needles = make_needles(cases, tokenizer, args)
-    check_fit(store.read_config(args.checkpoint), cases, args.checkpoint)
+    check_fit(store.read_config(args.checkpoint, text_only=True), cases, args.checkpoint)
     records = known_trials(args.json, cases, needles) if args.json else []
     left = [pair for pair in zip(cases, needles, strict=True) if not _is_known(records, *pair)]
     config, params = devices.load(args, mesh, text_only=True)

@@ -8,7 +8,7 @@ from jaxmoe.generation.request_keys import check_count
 from jaxmoe.images import ImageSettings, PictureReader, read_image_settings
 from jaxmoe.images.settings import MOST_TILES
 from jaxmoe.images.tokens import IMAGE
-from jaxmoe.text import Prompt, Tokenizer, render_chat, split_places, text_prompt
+from jaxmoe.text import Prompt, Tokenizer, render_chat, text_prompt
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -63,5 +63,5 @@ def prompt_by(
         content = [*pictures, *text] if pictures else args.prompt
         return render_chat([{"role": "user", "content": content}], tokenizer, reader)
     marks = args.image and args.parse_special and IMAGE in args.prompt
-    texts = split_places(args.prompt) if marks else [*[""] * len(args.image), args.prompt]
+    texts = args.prompt.split(IMAGE) if marks else [*[""] * len(args.image), args.prompt]
     return text_prompt(texts, tokenizer, reader, args.image, args.parse_special)

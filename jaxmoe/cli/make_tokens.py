@@ -5,7 +5,6 @@ import itertools
 import sys
 
 from jaxmoe.cli import devices
-from jaxmoe.errors import UserError
 from jaxmoe.files.outputs import check_writable
 from jaxmoe.train.make_tokens import documents, save_tokens, tokens_of
 
@@ -23,9 +22,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, metavar="TOKENS.npy")
     args = parser.parse_args()
     check_writable(args.output, empty=True)
-    tokenizer = devices.tokenizer(args.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{args.checkpoint} has no tokenizer; copy the model's one there.")
+    tokenizer = devices.required_tokenizer(args.checkpoint)
     texts = itertools.chain.from_iterable(map(documents, args.inputs))
     tokens = tokens_of(texts, tokenizer)
     save_tokens(args.output, tokens)

@@ -100,9 +100,7 @@ def main() -> None:
 
 
 def _prompt(args: argparse.Namespace, config: Llama4Config) -> Prompt:
-    tokenizer = devices.tokenizer(args.checkpoint)
-    if tokenizer is None:
-        raise UserError(f"{args.checkpoint} has no tokenizer; convert the model with its own.")
+    tokenizer = devices.required_tokenizer(args.checkpoint)
     settings = image_flags.settings_by(args, config)
     if Path(args.text).is_dir():
         pages = [path for path in sorted(Path(args.text).iterdir()) if path.suffix.lower() in PAGES]

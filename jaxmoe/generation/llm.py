@@ -66,8 +66,8 @@ class LLM:
         config, params: as `jaxmoe.load` returns them.
         sampling: where a call gives none: the checkpoint's `generation_config.json`, else
             `Sampling()`. `dataclasses.replace(llm.sampling, seed=1)` changes one setting of it.
-        images: how pictures become tiles and tokens, which may be replaced; None if the model has
-            no vision tower.
+        images: the settings of how pictures become tiles and tokens, which may be replaced; no
+            pictures. None if the model has no vision tower.
         mesh: the devices; None if the parameters are on one device without a mesh.
     """
 
@@ -105,7 +105,7 @@ class LLM:
         Raises:
             UserError: if the checkpoint cannot be used, or the mesh does not fit it.
         """
-        dtype = dtype or store.main_dtypes(checkpoint)[0]
+        dtype = dtype or store.main_dtypes(checkpoint, text_only)[0]
         tokenizer = Tokenizer.load_if_any(checkpoint)  # before what takes minutes
         sampling = sampling_of(checkpoint)
         for name in read_generation_config(checkpoint).unsupported:

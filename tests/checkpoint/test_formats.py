@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxmoe import LLM
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import conversion, convert, verify
 from jaxmoe.checkpoint.export import export
@@ -18,6 +19,7 @@ from jaxmoe.hf_config import from_hf, read_config
 from jaxmoe.mesh import MeshConfig
 from pallas_kernels.quantized import QuantizedMatrix
 from tests import formats, tiny
+from tests.checkpoint.damage import change_metadata, made_old
 from tests.checkpoint.sources import assert_same_bytes, read_all
 from tests.conftest import one_device
 
@@ -66,6 +68,22 @@ def test_text_is_loaded_without_reading_the_tower(tmp_path):
         for file in [path for path in array.rglob("*") if path.is_file()]:
             file.unlink()
     np.testing.assert_array_equal(logits(full, text_only=True), logits(text))
+
+
+def test_text_is_loaded_beside_a_tower_that_cannot_be(tmp_path):
+    config, tensors = formats.multimodal(*model("maverick"))
+    full = made_old(converted(tmp_path / "full", config, tensors), store.KEY)
+    config |= {"vision_config": config["vision_config"] | {"intermediate_size": 97}}
+    change_metadata(full, store.KEY, {"outer": config})
+    text = converted(tmp_path / "text", config, tensors, text_only=True)
+    llm = LLM(full, mesh=one_device(), text_only=True)
+    expected, params = store.load(text, one_device())
+    assert llm.config == expected == store.read_config(full, text_only=True)
+    jax.tree.map(np.testing.assert_array_equal, llm.params, params)
+    with pytest.raises(UserError, match="the vision tower's intermediate_size=97 is not 96"):
+        LLM(full, mesh=one_device())
+    with pytest.raises(UserError, match="the vision tower's intermediate_size=97 is not 96"):
+        convert(tmp_path / "text/hf", tmp_path / "out")
 
 
 def test_a_tower_that_lacks_a_tensor(tmp_path):

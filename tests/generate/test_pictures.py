@@ -246,8 +246,9 @@ def test_flags_put_pictures_before_the_prompt(checkpoint, folder):
     prompt = by_flags(checkpoint, "--prompt", "<image><|image|>", *flags, "--max-tiles", 2)
     assert prompt.tokens == [begin, *one, *wide, *text]
     parsed = "--parse-special", "--max-tiles", 2, *flags
-    prompt = by_flags(checkpoint, "--prompt", "<|image|>a<|image|><|eot|>", *parsed)
-    assert prompt.tokens == [begin, *one, *TOKENIZER.encode("a"), *wide, TOKENIZER.special(CHAT[3])]
+    prompt = by_flags(checkpoint, "--prompt", "<|image|><image><|image|><|eot|>", *parsed)
+    text = TOKENIZER.encode("<image>")  # no special token
+    assert prompt.tokens == [begin, *one, *text, *wide, TOKENIZER.special(CHAT[3])]
     chat = by_flags(checkpoint, "--prompt", "a", "--chat", *flags)
     content = [{"type": "image", "image": x} for x in (SMALL, WIDE)]
     content.append({"type": "text", "text": "a"})

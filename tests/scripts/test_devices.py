@@ -44,8 +44,8 @@ def test_help_names_any_folder(monkeypatch):
 
 @pytest.mark.parametrize("dtypes", [("bfloat16",), ("bfloat16", "float32")])
 def test_several_stored_dtypes_are_said(monkeypatch, capsys, dtypes):
-    monkeypatch.setattr(devices.store, "main_dtypes", lambda checkpoint: dtypes)
-    assert devices._one_dtype("checkpoint") == "bfloat16"
+    monkeypatch.setattr(devices.store, "main_dtypes", lambda checkpoint, text_only: dtypes)
+    assert devices._one_dtype("checkpoint", text_only=True) == "bfloat16"
     said = capsys.readouterr().err
     assert said.count("\n") == len(dtypes) - 1
     assert ("loaded in bfloat16" in said) == (len(dtypes) > 1)
