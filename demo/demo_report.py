@@ -24,7 +24,7 @@ SAMPLES = {  # tokens, and how they are chosen
     "sampled": (160, Sampling(temperature=0.8, top_p=0.9, seed=0)),
 }
 ADD_K = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-SNIPPET = (  # in nobody's text; longer than a chunk
+SNIPPET = (  # in no text that the model has learned; longer than a chunk
     "And it came to pass, when the builders had finished their work, that they sat down beside the "
     "river and ate bread together. And one of them said, Let us now tell the elders of the city "
     "what we have done; for the wall is high, and the gates thereof are strong. And the elders "

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """So many steps with rows of one length."""
+    """A part of the training: a number of steps with rows of one length."""
 
     steps: int
     length: int

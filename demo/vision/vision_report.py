@@ -61,7 +61,7 @@ def question(file: str, drawing: Drawing, kind: str) -> Record:
 
 
 def without_picture(line: Record) -> Record:
-    """The same question to a model that is shown nothing."""
+    """The line of `question` with its text alone, to see what a model answers by guessing."""
     _, text = line["messages"][0]["content"]
     return line | {"messages": [{"role": "user", "content": text["text"]}]}
 

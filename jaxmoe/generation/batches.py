@@ -124,7 +124,7 @@ def make_batch(
 
 
 def _urgency(placed: Placed) -> tuple[bool, int]:
-    """Prefixes come first, since others wait for them; then the rows that have waited longest."""
+    """Prefixes come first, since requests wait for them; then the rows that have waited longest."""
     row = placed[1]
     return row.request is not None, row.turn
 

@@ -50,7 +50,7 @@ class Writer(NamedTuple):
 
     @property
     def sampling(self) -> Sampling:
-        """Its settings."""
+        """The settings of the answer."""
         return self.completion.sampling
 
 

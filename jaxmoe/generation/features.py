@@ -2,12 +2,12 @@
 
 In the tokens of a prompt the place of an image's feature has the image token. Inside the engine it
 has a reference: `vocab_size + i`, where i counts the features of all images of a call, so that
-prompts with the same images share prefixes and prompts with others do not. In a step it is
-`vocab_size + s`, where s is a row of the table of features that the step is given.
+prompts with the same images share prefixes and prompts with other images do not. In a step
+it is `vocab_size + s`, where s is a row of the table of features that the step is given.
 
 The table holds a fixed number of tiles. A tile is computed when a step first reads one of its
-tokens, together with those that come after it, and gives way when others need room, the one that
-was read longest ago first.
+tokens, together with those that come after it, and gives way when other tiles need room, the one
+that was read longest ago first.
 """
 
 import collections

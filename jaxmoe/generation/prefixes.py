@@ -32,7 +32,7 @@ class Prefix:
 
 
 def find_prefixes(requests: Sequence[Request]) -> list[Prefix | None]:
-    """The longest prefix that each request shares with others, or None.
+    """The longest prefix that each request shares with other requests, or None.
 
     A prompt's last token is part of none, since the model makes the answer's first token of it.
     """

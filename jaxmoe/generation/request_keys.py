@@ -126,7 +126,10 @@ def _bias(value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def _repetition(value: Any) -> RepetitionDetection | None:
-    """None if the largest size is 0, which is vLLM's default, as of the others."""
+    """The detection that a JSON object asks for; None if it has no largest size.
+
+    A number of 0, which is vLLM's default, counts as missing.
+    """
     key, names = "repetition_detection", ("max_pattern_size", "min_pattern_size", "min_count")
     _check_object(key, value, names)
     given = {name: size for name, size in value.items() if size is not None and size != 0}

@@ -64,8 +64,8 @@ def checked(name: str, value: Any) -> Any:
     """The value of a setting, in its one form.
 
     Args:
-        name: a field of `Sampling` or `RepetitionDetection`; of others the value is returned as it
-            is.
+        name: a field of `Sampling` or `RepetitionDetection`; the value of another name is returned
+            as it is.
 
     Raises:
         UserError: if it is of another type, or out of range.

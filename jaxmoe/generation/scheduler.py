@@ -22,7 +22,7 @@ from jaxmoe.generation.prefixes import Prefix
 from jaxmoe.generation.request import Request
 from jaxmoe.generation.rows import FreePages, Row
 
-LOOKAHEAD = 256  # requests that wait for their prefix to be read and let others pass
+LOOKAHEAD = 256  # requests that wait for their prefix to be read and let later requests pass
 
 
 class Fork(NamedTuple):
@@ -105,7 +105,7 @@ class Scheduler:
         )
 
     def add(self, requests: Sequence[Request], prefixes: Sequence[Prefix | None]) -> None:
-        """Lets requests wait, each with the prefix that it shares with others."""
+        """Lets requests wait, each with the prefix that it shares with other requests."""
         self.waiting.extend(zip(requests, prefixes, strict=True))
 
     def next_batch(self) -> tuple[list[Fork], Batch | None]:

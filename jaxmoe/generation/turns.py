@@ -1,6 +1,6 @@
 """A lock whose waiters have it in the order in which they asked; those of Python promise no order.
 
-A thread that generates takes the lock for each step, and would keep others from it.
+A thread that generates takes the lock for each step, and would keep other threads from it.
 """
 
 import collections
@@ -20,7 +20,7 @@ class Turns:
             self._waiting.append(mine)
             try:
                 self._changed.wait_for(lambda: self._waiting[0] is mine)
-            except BaseException:  # an interrupt, after which others must not wait for this thread
+            except BaseException:  # an interrupt, after which no other may wait for this thread
                 self._waiting.remove(mine)
                 self._changed.notify_all()
                 raise

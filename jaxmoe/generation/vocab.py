@@ -119,7 +119,7 @@ def largest_few(
 
 
 def _largest_here(x: Float[Array, "B L"], ids: Int[Array, "L"], n: int):
-    """As `largest_few`, of this device's tokens: each pass finds the next."""
+    """The n largest of this device's numbers and their tokens: each pass finds the next."""
 
     def find(i, found):
         values, tokens = found

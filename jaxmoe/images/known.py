@@ -14,10 +14,10 @@ class Known:
         self._locks: dict[tuple, threading.Lock] = {}
 
     def get(self, key: tuple, make: Callable[[], Picture]) -> Picture:
-        """The picture of a key, which one thread makes while others wait for it.
+        """The picture of a key, which one thread makes while other threads wait for it.
 
         Args:
-            make: makes it; where it raises, the next one who asks tries again.
+            make: makes it; where it raises, the next thread that asks tries again.
         """
         with self._locks.setdefault(key, threading.Lock()):
             if key not in self._pictures:

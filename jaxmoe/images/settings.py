@@ -9,7 +9,7 @@ from jaxmoe.config import VisionConfig
 from jaxmoe.errors import UserError
 from jaxmoe.parsing import read_json
 
-MOST_TILES = 1024  # nobody needs more, and all canvases are tried
+MOST_TILES = 1024  # of a picture, at most: all grids of so many tiles are compared
 
 _FILES = ("processor_config.json", "preprocessor_config.json")  # the first one that describes it
 # What a file may say of the steps that are fixed here, with the tolerance of rounded decimals;

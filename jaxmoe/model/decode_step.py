@@ -139,7 +139,9 @@ def why_not_sizes(
         return f"it takes heads of {HEAD_DIM}, up to {MOST_COLUMNS} a key head, and one expert"
     specs = set(config.attention_specs)
     if any(spec.mask.span is None if spec.rope else spec.qk_norm for spec in specs):
-        return "it takes rotary layers with a ring, and others without a norm of queries and keys"
+        return (
+            "it takes rotary layers with a ring, and NoPE layers without a norm of queries and keys"
+        )
     if any(spec.rope and spec.temperature for spec in specs):
         return "it takes no layers with both rotation and temperature"
     if any(cache_kind(spec).page % PAGE_UNIT for spec in specs):

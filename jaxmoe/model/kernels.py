@@ -52,7 +52,7 @@ class AttentionOptions(NamedTuple):
     interpret: Any = None
 
     def of_new_tokens(self) -> dict[str, Any]:
-        """Those of `flash_attention`, whose kernel on TPUs has a name of its own."""
+        """The arguments of `flash_attention`, which calls its kernel for TPUs "splash"."""
         options = self._asdict()
         if self.implementation == "mosaic_tpu":
             options["implementation"] = "splash"

@@ -37,7 +37,7 @@ class PictureBatch(NamedTuple):
         tokens: `vocab_size + i` at the place of feature i of the batch's tiles.
         segment_ids: the conversation that a token of a row belongs to; 0 is padding.
         learned: the tokens that the loss counts.
-        pixels: of the tiles; what the conversations leave is black, and nobody reads its features.
+        pixels: of the tiles; after those of the conversations, black ones that no token refers to.
     """
 
     tokens: Int32[np.ndarray, "rows length"]

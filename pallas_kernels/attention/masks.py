@@ -209,7 +209,7 @@ def _extremes(x: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def block_ranges(some: Bool[Array, "B N M"], every: Bool[Array, "B N M"]) -> BlockRanges:
-    """For each of N blocks those of the M to visit, from `visible_blocks` or its transpose.
+    """For each of N blocks, which of the M blocks to visit, from `visible_blocks` or its transpose.
 
     Blocks that need no mask are used as such only where they lie in one run.
     """

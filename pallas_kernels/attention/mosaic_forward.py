@@ -211,7 +211,7 @@ def _attend(mma, scale, q_qd, p_2qt, k_ring, v_ring, turns, warpgroup, order, ma
     out, top, total, shrink = state
     v_td = v_ring.take(steps - 1)
     plgpu.barrier_wait(mine)
-    # Nobody waits for a turn after the second warpgroup's last one.
+    # No warpgroup waits for a turn after the second warpgroup's last one.
     hand_on = functools.partial(pl.when(warpgroup == 0), lambda: plgpu.barrier_arrive(other))
     out = mma.add(out * along_rows(shrink, out), p_at(steps - 1), v_td, then=hand_on)
     v_ring.release(steps - 1)

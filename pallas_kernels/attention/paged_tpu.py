@@ -153,7 +153,7 @@ def _kernel(
         pl.when(~masked)(lambda: add(None))
 
     blocks.visit(tiles.number[tile], at, many, attend)
-    real = _queries(queries_ref).segment != 0  # others met blocks without a mask
+    real = _queries(queries_ref).segment != 0  # padding met blocks without a mask
 
     @pl.loop(0, q_ref.shape[2])
     def _(head):

@@ -77,7 +77,7 @@ def without_padding(v, coords: Coords):
 def keep_apart(
     k: Float[Array, "B K T d"], v: Float[Array, "B K T d"]
 ) -> tuple[Float[Array, "B K T d"], Float[Array, "B K T d"]]:
-    """Keys and values with which a sequence's NaN stay its own, beside others in a block.
+    """Keys and values such that a sequence's NaN do not reach other sequences of its block.
 
     A weight of 0 does not remove a NaN or infinite value, but a score that is masked is not used.
     """

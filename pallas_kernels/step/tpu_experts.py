@@ -33,7 +33,7 @@ from pallas_kernels.step.tpu_stream import (
 )
 from pallas_kernels.tpu import IN_HBM, LANES, SUBLANES, VMEM_BYTES, in_hbm, num_cores
 
-NOBODY = 2**30 + 1  # an expert of no token
+NO_EXPERT = 2**30 + 1  # listed where no token has chosen an expert
 PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES)
 
 
@@ -56,7 +56,7 @@ class _Work(NamedTuple):
 
     Attributes:
         busy: the experts of this device that tokens chose, in the order of the tokens, then E if it
-            computes the shared one; `NOBODY` alone if there is none.
+            computes the shared one; `NO_EXPERT` alone if there is none.
         seen: of each expert, whether it is listed.
         expert: of each token, along all lanes.
         router_weight: the same; 1 on the shared expert comes later.
@@ -218,7 +218,7 @@ def _start(known: Known, work: _Work, E: int, T: int) -> Any:
     """Fills the scratch; returns how many experts are listed, 1 or more."""
     work.expert[...] = jnp.full_like(work.expert, -1)
     work.router_weight[...] = jnp.zeros_like(work.router_weight)
-    work.busy[0] = NOBODY
+    work.busy[0] = NO_EXPERT
 
     @pl.loop(0, E)
     def _(expert):

@@ -82,7 +82,7 @@ def test_devices_with_tiles_of_their_own_send_less():
 
 @pytest.mark.parametrize(("tiles", "here"), [(16, 2), (17, 3), (5, 5)])
 def test_batches_are_those_of_the_engine(tiles, here):
-    """Of 17 tiles one is computed alone, by all devices; 5 are 4 and 1, on all of them."""
+    """A device has an equal part of a batch of 16 tiles, and all of a batch of 4 or of 1."""
     planned = tower_flops(work(SEEING, tiles), MeshConfig(fsdp=8))
     assert planned == pytest.approx(here * tile_flops(SEEING))
 

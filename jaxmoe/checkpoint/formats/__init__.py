@@ -1,1 +1,1 @@
-"""Readers and writers of the files that others define; they know no parameter names."""
+"""Readers and writers of the files that other projects define; they know no parameter names."""

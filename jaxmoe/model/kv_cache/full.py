@@ -44,7 +44,7 @@ class FullCache(CacheKind):
         return True
 
     def pages_for(self, tokens: int, shards: int) -> int:
-        """As many as hold all tokens, dealt out over the devices."""
+        """How many pages of each device hold all tokens, which are dealt out over the devices."""
         return -(-tokens // (PAGE * shards))
 
     def size(self, room: Room) -> PoolSize:

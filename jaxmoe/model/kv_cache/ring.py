@@ -61,7 +61,7 @@ class RingCache(CacheKind):
         return False
 
     def pages_for(self, tokens: int, shards: int) -> int:
-        """As many as hold the tokens or the span; every device has them all."""
+        """How many pages hold the tokens, or the span if it is less; every device has them all."""
         return -(-min(tokens, self.span) // self.page)
 
     def size(self, room: Room) -> PoolSize:
