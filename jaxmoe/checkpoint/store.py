@@ -45,11 +45,7 @@ from pallas_kernels.quantized import QuantizedMatrix
 KEY = "jaxmoe"  # names the metadata among Orbax's custom metadata
 REMEDY = "make one with jaxmoe convert"
 FLOATS = ("bfloat16", "float32", "float16")  # dtypes of arrays that are not quantized
-QVALUES = {
-    "int8": "int8",
-    "fp8": "float8_e4m3fn",
-    "int4": "int8",
-}  # dtypes of quantized arrays, by format
+QVALUES = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "int8"}  # of quantized ones, by format
 
 COMPANIONS = (  # files that travel with the weights
     "tokenizer.json",
