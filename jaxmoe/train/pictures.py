@@ -1,6 +1,6 @@
 """Conversations with pictures as training batches: packed rows of tokens, and tiles of pixels."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +10,7 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.features import vision_of, with_references
 from jaxmoe.images import PictureReader
-from jaxmoe.text import Tokenizer, render_chat
-from jaxmoe.text.chat import header_ids
+from jaxmoe.text import Learned, Tokenizer, render_learned
 
 type Json = Any  # a value from a JSON file
 
@@ -60,30 +59,16 @@ def read_conversation(
     Raises:
         UserError: if a message or a picture cannot be used.
     """
-    prompt = render_chat(messages, tokenizer, reader, add_generation_prompt=False, images=images)
+    return conversation_of(render_learned(messages, tokenizer, reader, images=images), reader)
+
+
+def conversation_of(rendered: Learned, reader: PictureReader) -> Conversation:
+    """A rendered conversation with the pixels of its pictures."""
     side = reader.settings.tile_size
     pixels = [np.zeros((0, side, side, 3), np.uint8)]
-    pixels += [picture.tiles() for picture in prompt.pictures]
-    learned = said_by_assistant(prompt.tokens, tokenizer)
-    return Conversation(np.array(prompt.tokens, np.int32), learned, np.concatenate(pixels))
-
-
-def said_by_assistant(tokens: Sequence[int], tokenizer: Tokenizer) -> Bool[np.ndarray, "tokens"]:
-    """Which tokens of a conversation the assistant writes: its turns' texts and their ends."""
-    header, gap = header_ids("assistant", tokenizer), tokenizer.encode("\n\n")
-    tokens, learned = list(tokens), np.zeros(len(tokens), bool)
-    opened = False
-    place = 0
-    while place < len(tokens):
-        if tokens[place : place + len(header)] == header:
-            place += len(header)
-            place += len(gap) if tokens[place : place + len(gap)] == gap else 0
-            opened = True
-            continue
-        learned[place] = opened
-        opened = opened and tokens[place] not in tokenizer.stop_ids
-        place += 1
-    return learned
+    pixels += [picture.tiles() for picture in rendered.prompt.pictures]
+    tokens = np.array(rendered.prompt.tokens, np.int32)
+    return Conversation(tokens, rendered.learned, np.concatenate(pixels))
 
 
 def pack(
