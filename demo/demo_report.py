@@ -1,6 +1,7 @@
 """Measures the demo model beside a bigram model, and puts the numbers into its README."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,8 +16,8 @@ from jaxmoe.model.params import num_params
 from jaxmoe.text import Tokenizer
 from jaxmoe.train import data
 from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.evaluation import held_out_loss
 from jaxmoe.train.loss import next_tokens
-from jaxmoe.train.trainer import held_out_loss
 
 PROMPT = "In the beginning"
 SAMPLES = {  # tokens, and how they are chosen
@@ -38,12 +39,12 @@ def measure(config: TrainConfig, checkpoint: Path) -> dict:
     mesh = MeshConfig.parse("data=-1").make()
     model, params = store.load(checkpoint, mesh, "float32")
     tokenizer = Tokenizer.load(checkpoint)
-    tokens = data.read_tokens(config.rows.tokens)
+    tokens = data.read_tokens(str(config.rows.tokens))
     training, held_out = data.split(tokens, model.bos_token_id, config.rows.held_out_every)
     pairs = target_pairs(config, model, held_out)
     bits = bits_per_byte(tokenizer, pairs)
     with jax.set_mesh(mesh):
-        nats = held_out_loss(config, model, params, tokens=held_out)["held_out_loss"]
+        nats = loss_of(config, model, params, held_out)
         snippet = snippet_loss(config, model, params, tokenizer)
         samples = continuations(model, params, tokenizer)
     k, bigram = best_bigram(training, pairs, model.vocab_size)
@@ -60,12 +61,23 @@ def measure(config: TrainConfig, checkpoint: Path) -> dict:
     }
 
 
+def loss_of(config: TrainConfig, model: Llama4Config, params: dict, tokens: np.ndarray) -> float:
+    found = held_out_loss(config, model, params, batches=batches_of(config, model, tokens))
+    return found["held_out_loss"]
+
+
+def batches_of(
+    config: TrainConfig, model: Llama4Config, tokens: np.ndarray
+) -> Iterator[data.Batch]:
+    rows = {"length": config.rows.length, "rows": config.rows.batch_size}
+    return data.held_out_batches(tokens, model.bos_token_id, **rows)
+
+
 def target_pairs(config: TrainConfig, model: Llama4Config, tokens: np.ndarray) -> np.ndarray:
     """[targets, 2]: each token that the held-out loss counts, after the one before it."""
     pairs = []
-    rows = {"length": config.rows.length, "rows": config.rows.batch_size}
-    for batch in data.held_out_batches(tokens, model.bos_token_id, **rows):
-        targets, real = map(np.asarray, next_tokens(*map(jax.numpy.asarray, batch)))
+    for batch in batches_of(config, model, tokens):
+        targets, real = map(np.asarray, next_tokens(*map(jax.numpy.asarray, batch[:2])))
         pairs.append(np.stack([batch.tokens[real], targets[real]], axis=1))
     return np.concatenate(pairs)
 
@@ -94,7 +106,7 @@ def snippet_loss(
     config: TrainConfig, model: Llama4Config, params: dict, tokenizer: Tokenizer
 ) -> float:
     tokens = np.array(tokenizer.encode(SNIPPET, bos=True))
-    return held_out_loss(config, model, params, tokens=tokens)["held_out_loss"]
+    return loss_of(config, model, params, tokens)
 
 
 def continuations(model: Llama4Config, params: dict, tokenizer: Tokenizer) -> dict[str, str]:

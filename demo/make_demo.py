@@ -69,7 +69,7 @@ def prepare(config: TrainConfig) -> None:
     seen = [text for i, text in enumerate(texts) if not is_held_out(i, every)]
     tokenizer = train_tokenizer(seen, config.model["vocab_size"])
     ids = tokens_of(texts, tokenizer)
-    tokens = Path(config.rows.tokens)
+    tokens = Path(str(config.rows.tokens))
     tokens.parent.mkdir(parents=True, exist_ok=True)
     np.save(tokens, ids)
     tokenizer.save(tokens.parent)

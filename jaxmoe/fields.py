@@ -1,7 +1,8 @@
 """Makes a dataclass from a mapping that a user wrote, such as the content of a YAML file.
 
 The types of the fields decide which values are accepted: plain types, `Literal`, either of these or
-None, other dataclasses, and numbers in a range, as in `Annotated[int, Range(1, 8)]`.
+None, other dataclasses, numbers in a range, as in `Annotated[int, Range(1, 8)]`, and lists of any
+of these, as in `tuple[str, ...]`.
 """
 
 import dataclasses
@@ -74,6 +75,8 @@ def _value(kind: Any, value: Any, source: str, key: str) -> Any:
     Raises:
         UserError: if it has another type or is out of range.
     """
+    if typing.get_origin(kind) is tuple:
+        return _list(typing.get_args(kind)[0], value, source, key)
     if dataclasses.is_dataclass(kind):
         return read_fields(typing.cast(type, kind), value, f"{source}, {key}")
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -91,6 +94,12 @@ def _value(kind: Any, value: Any, source: str, key: str) -> Any:
             f"{source} gives '{key}' the value {value!r:.80}; expected {_expected(kind, bounds)}."
         )
     return converted
+
+
+def _list(kind: Any, value: Any, source: str, key: str) -> tuple:
+    if not isinstance(value, list):
+        raise UserError(f"{source} gives '{key}' the value {value!r:.80}; expected a list.")
+    return tuple(_value(kind, item, source, f"{key}[{i}]") for i, item in enumerate(value))
 
 
 def _converted(kind: Any, value: Any) -> Any:

@@ -14,27 +14,72 @@ _Beta = Annotated[float, Range(0.0, 0.999999)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which tokens, and how they are cut into rows.
+class SourceConfig:
+    """A part of a mixture.
 
     Attributes:
-        tokens: a file of token ids: an `.npy` array [tokens], or raw numbers of `dtype`. Every
-            document begins with the model's `bos_token_id`. `jaxmoe make-tokens` makes one.
+        path: a file of rows, or a pattern such as `chats/*.jsonl`.
+        weight: its share of the rows, in proportion to the other sources' weights. Without weights
+            all files are one source.
+    """
+
+    path: str
+    weight: Annotated[float, Range(1e-6, 1e6)] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and how it gets into rows: `tokens`, `files` or `sources`.
+
+    Attributes:
+        files: files of rows, or patterns such as `chats/*.jsonl`: JSON Lines, also in gzip, arrays
+            of JSON, or Parquet. A row is a text, a conversation, or a prompt and its completion.
+        sources: instead of `files`, files and their weights.
+        held_out: more files, which are not trained on, for the held-out loss.
+        tokens: instead of `files`, a file of token ids: an `.npy` array [tokens], or raw numbers
+            of `dtype`. Every document begins with the model's `bos_token_id`. `jaxmoe make-tokens`
+            makes one.
         dtype: of raw numbers, such as nanoGPT's `.bin` of uint16; an `.npy` file names its own.
         length: tokens a row.
         batch_size: rows a step, over the whole mesh.
         held_out_every: of so many documents the last is held out; 0 holds out none.
+        too_long: what becomes of a document of more than `length` tokens: the run ends before it
+            begins, or the document loses its end, is cut into several, or is left out.
+        on_bad: whether a row that cannot be used stops the run before it begins, or is skipped
+            and counted.
+        tiles: of pictures, that a row has room for; None means as many as `length` has.
     """
 
-    tokens: str
+    files: tuple[str, ...] = ()
+    sources: tuple[SourceConfig, ...] = ()
+    held_out: tuple[str, ...] = ()
+    tokens: str | None = None
     dtype: Literal["uint16", "uint32", "int32"] | None = None
     length: Annotated[int, Range(2, 2**24)]
     batch_size: Annotated[int, Range(1, 2**20)]
     held_out_every: _Period = 0
+    too_long: Literal["error", "truncate", "split", "drop"] = "error"
+    on_bad: Literal["stop", "skip"] = "stop"
+    tiles: Annotated[int, Range(1, 2**20)] | None = None
 
     def __post_init__(self):
         if self.held_out_every == 1:
             raise UserError("held_out_every 1 leaves nothing to train on; use 2 or more, or 0.")
+        if [self.tokens is not None, bool(self.files), bool(self.sources)].count(True) != 1:
+            raise UserError("give one of 'files', 'sources' and 'tokens', which say what is read.")
+        if self.tokens is None and self.dtype is not None:
+            raise UserError("'dtype' is that of raw 'tokens'; leave it out.")
+        if self.tokens is not None and self.held_out:
+            raise UserError("'held_out' goes with 'files'; of 'tokens', use 'held_out_every'.")
+        if len({source.weight is None for source in self.sources}) == 2:
+            raise UserError("some of 'sources' have a 'weight'; give all of them one, or none.")
+
+    @property
+    def mixture(self) -> list[tuple[tuple[str, ...], float]]:
+        """The files of each source, and its weight."""
+        if any(source.weight is not None for source in self.sources):
+            return [((source.path,), source.weight or 1.0) for source in self.sources]
+        return [(self.files or tuple(source.path for source in self.sources), 1.0)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +116,8 @@ class TrainConfig:
         data: the tokens; None where `jaxmoe.train.trainer.train` is given batches.
         output: the run's folder: checkpoint, metrics, and what a killed run resumes from.
         steps: optimizer steps in all.
-        tokenizer: a folder whose tokenizer files go with the checkpoint; None takes `init`'s.
+        tokenizer: a folder whose tokenizer reads the rows of `data`, and whose files go with the
+            checkpoint; None takes `init`'s.
         mesh: axes and sizes, as in `expert=4,sequence=2`, or a YAML file; None means `data=-1`.
         cpu_devices: simulate so many devices on the CPU; None takes the devices that are there.
         seed: of the initial parameters and of the order of the data.
@@ -79,6 +125,7 @@ class TrainConfig:
         checkpoint_dtype: of the parameters in the finished checkpoint.
         router_loss: how much the load-balance loss counts beside the cross entropy.
         remat: recompute layers in the backward pass, to save memory.
+        train_vision: where rows have pictures, train the vision tower too; else it stays as it is.
         log_every: steps from record to record; 0 logs only the last.
         evaluate_every: steps from one held-out loss to the next; 0 evaluates only at the end.
         save_every: steps from one saved state to the next; 0 saves none.
@@ -98,6 +145,7 @@ class TrainConfig:
     checkpoint_dtype: Literal["float32", "bfloat16"] = "float32"
     router_loss: Annotated[float, Range(0.0, 100.0)] = 0.01
     remat: bool = False
+    train_vision: bool = True
     log_every: _Period = 10
     evaluate_every: _Period = 0
     save_every: _Period = 0

@@ -16,10 +16,14 @@ BLOCK = 2**24  # tokens looked at once
 
 
 class Batch(NamedTuple):
-    """Rows for `losses`: int32 [rows, length] each. Segment 0 is padding."""
+    """Rows for `losses`: int32 [rows, length] each, and which tokens are learned; None means all.
+
+    Segment 0 is padding.
+    """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
+    learned: np.ndarray | None = None
 
 
 def read_tokens(path: str | Path, dtype: str | None = None) -> Integer[np.ndarray, "tokens"]:

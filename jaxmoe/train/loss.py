@@ -14,6 +14,7 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.model.moe import RouterStats
 from jaxmoe.model.transformer import forward, positions_of, unembed
 from jaxmoe.model.vision import tile_features
+from jaxmoe.train.data import Batch
 
 Loss = Callable[[Llama4Config, dict, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -83,8 +84,9 @@ def next_token_loss(
     """
 
     def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
-        tokens, segment_ids = map(jnp.asarray, batch)
-        found = losses(model, params, tokens, segment_ids, router_loss, remat, forward)
+        tokens, segment_ids, learned = Batch(*batch)
+        rows = jnp.asarray(tokens), jnp.asarray(segment_ids), router_loss, remat, forward
+        found = losses(model, params, *rows, learned=learned)
         return found.total, metrics(found)
 
     return loss
@@ -137,9 +139,10 @@ def summed_cross_entropy(
     hidden: Float[Array, "B S D"],
     tokens: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
+    learned: Bool[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The readout of a step that returns what `cross_entropy_sum` does."""
-    return cross_entropy_sum(unembed(config, params, hidden), tokens, segment_ids)
+    return cross_entropy_sum(unembed(config, params, hidden), tokens, segment_ids, learned)
 
 
 def next_tokens(

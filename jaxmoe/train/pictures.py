@@ -10,8 +10,7 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.features import vision_of, with_references
 from jaxmoe.images import PictureReader
-from jaxmoe.text import Tokenizer, render_chat
-from jaxmoe.text.chat import header_ids
+from jaxmoe.text import Learned, Tokenizer, render_learned
 
 type Json = Any  # a value from a JSON file
 
@@ -60,30 +59,20 @@ def read_conversation(
     Raises:
         UserError: if a message or a picture cannot be used.
     """
-    prompt = render_chat(messages, tokenizer, reader, add_generation_prompt=False, images=images)
-    side = reader.settings.tile_size
-    pixels = [np.zeros((0, side, side, 3), np.uint8)]
-    pixels += [picture.tiles() for picture in prompt.pictures]
-    learned = said_by_assistant(prompt.tokens, tokenizer)
-    return Conversation(np.array(prompt.tokens, np.int32), learned, np.concatenate(pixels))
+    rendered = render_learned(messages, tokenizer, reader, images=images)
+    return conversation_of(rendered, reader.settings.tile_size)
 
 
-def said_by_assistant(tokens: Sequence[int], tokenizer: Tokenizer) -> Bool[np.ndarray, "tokens"]:
-    """Which tokens of a conversation the assistant writes: its turns' texts and their ends."""
-    header, gap = header_ids("assistant", tokenizer), tokenizer.encode("\n\n")
-    tokens, learned = list(tokens), np.zeros(len(tokens), bool)
-    opened = False
-    place = 0
-    while place < len(tokens):
-        if tokens[place : place + len(header)] == header:
-            place += len(header)
-            place += len(gap) if tokens[place : place + len(gap)] == gap else 0
-            opened = True
-            continue
-        learned[place] = opened
-        opened = opened and tokens[place] not in tokenizer.stop_ids
-        place += 1
-    return learned
+def conversation_of(rendered: Learned, side: int) -> Conversation:
+    """A rendered conversation with the pixels of its pictures, in tiles of `side` pixels."""
+    pixels = [no_tiles(side), *(picture.tiles() for picture in rendered.prompt.pictures)]
+    tokens = np.array(rendered.prompt.tokens, np.int32)
+    return Conversation(tokens, rendered.learned, np.concatenate(pixels))
+
+
+def no_tiles(side: int) -> UInt8[np.ndarray, "tiles side side 3"]:
+    """The pixels of a conversation without pictures."""
+    return np.zeros((0, side, side, 3), np.uint8)
 
 
 def pack(
@@ -106,16 +95,10 @@ def pack(
     Raises:
         UserError: if the first conversation is larger than that.
     """
-    vision = vision_of(config)
-    side, each = vision.image_size, vision.tokens_per_tile
-    batch = PictureBatch(
-        np.full((rows, length), config.pad_token_id, np.int32),
-        np.zeros((rows, length), np.int32),
-        np.zeros((rows, length), bool),
-        np.zeros((tiles, side, side, 3), np.uint8),
-    )
+    batch = _empty(config, rows, length, tiles)
     used, shown = np.zeros(rows, int), 0
-    for number, (tokens, learned, pixels) in enumerate(conversations, 1):
+    for number, conversation in enumerate(conversations, 1):
+        tokens, _, pixels = conversation
         row, end = int(np.argmax(used + len(tokens) <= length)), shown + len(pixels)
         if used[row] + len(tokens) > length or end > tiles:
             if number == 1:
@@ -124,11 +107,58 @@ def pack(
                     f"has room for {length} and {tiles}; give it more."
                 )
             break
-        place = row, slice(used[row], used[row] + len(tokens))
-        numbers = np.arange(shown * each, end * each)
-        batch.tokens[place] = with_references(config, tokens, numbers)
-        batch.segment_ids[place] = number
-        batch.learned[place] = learned
-        batch.pixels[shown:end] = pixels
-        used[row], shown = place[1].stop, end
+        _put(batch, conversation, config, number, row, used[row], shown)
+        used[row], shown = used[row] + len(tokens), end
     return batch
+
+
+def picture_batch(
+    config: Llama4Config, rows: Sequence[Sequence[Conversation]], *, length: int, tiles: int
+) -> PictureBatch:
+    """A batch of rows that are planned already.
+
+    Args:
+        config: of a model with a vision tower.
+        rows: the conversations of each, of at most `length` tokens.
+        length: of a row.
+        tiles: of the batch, at least those of all conversations.
+    """
+    batch = _empty(config, len(rows), length, tiles)
+    number, shown = 0, 0
+    for row, conversations in enumerate(rows):
+        used = 0
+        for conversation in conversations:
+            number += 1
+            _put(batch, conversation, config, number, row, used, shown)
+            used += len(conversation.tokens)
+            shown += len(conversation.pixels)
+    return batch
+
+
+def _empty(config: Llama4Config, rows: int, length: int, tiles: int) -> PictureBatch:
+    side = vision_of(config).image_size
+    return PictureBatch(
+        np.full((rows, length), config.pad_token_id, np.int32),
+        np.zeros((rows, length), np.int32),
+        np.zeros((rows, length), bool),
+        np.zeros((tiles, side, side, 3), np.uint8),
+    )
+
+
+def _put(
+    batch: PictureBatch,
+    conversation: Conversation,
+    config: Llama4Config,
+    number: int,
+    row: int,
+    start: int,
+    shown: int,
+) -> None:
+    """Writes a conversation into a batch, from a place of a row and behind the tiles shown."""
+    tokens, learned, pixels = conversation
+    each, end = vision_of(config).tokens_per_tile, shown + len(pixels)
+    place = row, slice(start, start + len(tokens))
+    batch.tokens[place] = with_references(config, tokens, np.arange(shown * each, end * each))
+    batch.segment_ids[place] = number
+    batch.learned[place] = learned
+    batch.pixels[shown:end] = pixels

@@ -17,6 +17,8 @@ from jaxmoe.files.outputs import PARTIAL, write_file
 from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_json, read_text
 from jaxmoe.train.config import TrainConfig
 
+DATA = "data"  # the folder of tokenized documents
+
 
 class RunFolder:
     """The files that a run writes. Nothing is written before `claimed`.
@@ -121,7 +123,8 @@ class RunFolder:
                     "output, delete it, or restore the config."
                 )
         elif self.path.exists():
-            if {path.name for path in self.path.iterdir()} - {file.name + PARTIAL}:
+            prepared = {file.name + PARTIAL, DATA, DATA + PARTIAL}  # before a run is claimed
+            if {path.name for path in self.path.iterdir()} - prepared:
                 raise UserError(
                     f"{self.path} exists and is no training run; choose another output."
                 )

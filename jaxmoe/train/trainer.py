@@ -18,12 +18,11 @@ from jaxmoe.checkpoint import store
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import from_hf
-from jaxmoe.model import transformer
 from jaxmoe.model.params import abstract_params
-from jaxmoe.model.steps import Inputs, step
-from jaxmoe.train import data
+from jaxmoe.train.batches import TrainingData, training_data
 from jaxmoe.train.config import TrainConfig
-from jaxmoe.train.loss import Loss, next_token_loss, summed_cross_entropy
+from jaxmoe.train.evaluation import held_out_loss
+from jaxmoe.train.loss import Loss, next_token_loss, picture_loss
 from jaxmoe.train.optimizer import learning_rate, make_optimizer
 from jaxmoe.train.partition import Trainable, everything, join, split, text_only
 from jaxmoe.train.run_folder import RunFolder
@@ -84,11 +83,14 @@ def train(
         return
     model = _model(config, source)
     if batches is None:
-        training, held_out = _tokens(config, model)
-        batches = functools.partial(_training_batch, config, model, training)
+        found = training_data(config, model)
+        batches = found.batches
         if loss is None and evaluate is None:
-            evaluate = functools.partial(held_out_loss, config, model, tokens=held_out)
-    trainable = trainable or (everything if getattr(loss, "trains_vision", False) else text_only)
+            evaluate = functools.partial(_held_out, config, model, found)
+        if loss is None and found.has_pictures:
+            loss = picture_loss(config.router_loss, config.remat)
+    trains_vision = getattr(loss, "trains_vision", False) and config.train_vision
+    trainable = trainable or (everything if trains_vision else text_only)
     loss = loss or next_token_loss(config.router_loss, config.remat)
     optimizer = make_optimizer(config.optimizer, config.steps)
     shapes = init if isinstance(init, dict) else _shapes(model, mesh)
@@ -178,29 +180,10 @@ def _evaluated(evaluate: Evaluate | None, frozen: dict, trained: dict) -> Record
     return {} if evaluate is None else evaluate(join(trained, frozen))
 
 
-def held_out_loss(
-    config: TrainConfig,
-    model: Llama4Config,
-    params: dict,
-    *,
-    tokens: np.ndarray,
-    forward: Callable = transformer.forward,
+def _held_out(
+    config: TrainConfig, model: Llama4Config, found: TrainingData, params: dict
 ) -> Record:
-    """Mean cross entropy in nats a token, in rows as in training; empty if there are no tokens."""
-    if not len(tokens):
-        return {}
-    params = _cast(params, config.dtype)
-    rows = config.rows
-    total, count = 0, 0
-    for batch in data.held_out_batches(
-        tokens, model.bos_token_id, length=rows.length, rows=rows.batch_size
-    ):
-        new, segment_ids = map(jnp.asarray, batch)
-        inputs = Inputs(new, None, segment_ids)
-        kept = {"readout": summed_cross_entropy, "arguments": (new, segment_ids)}
-        (nats, targets), _ = step(model, params, inputs, None, forward=forward, **kept)
-        total, count = total + nats, count + targets
-    return {"held_out_loss": float(total / count)}
+    return held_out_loss(config, model, params, batches=found.held_out())
 
 
 def _record(step: int, metrics: dict, norm: float, rate: Any) -> Record:
@@ -260,31 +243,6 @@ def _first_params(
     if folder is None:
         return random_params(model, mesh, config.seed)
     return store.load(folder, mesh, "float32")[1]
-
-
-def _tokens(config: TrainConfig, model: Llama4Config) -> tuple[np.ndarray, np.ndarray]:
-    """Training tokens and held-out tokens, checked to be in the vocabulary and enough."""
-    wanted, begin_id = config.rows, model.bos_token_id
-    tokens = data.read_tokens(wanted.tokens, wanted.dtype)
-    data.check_tokens(tokens, model.vocab_size, wanted.tokens)
-    data.check_documents(tokens, begin_id, wanted.held_out_every, wanted.tokens)
-    training, held_out = data.split(tokens, begin_id, wanted.held_out_every)
-    _training_batch(config, model, training, step=0)  # there are enough of them
-    return training, held_out
-
-
-def _training_batch(
-    config: TrainConfig, model: Llama4Config, tokens: np.ndarray, step: int
-) -> data.Batch:
-    rows = config.rows
-    return data.training_batch(
-        tokens,
-        model.bos_token_id,
-        length=rows.length,
-        rows=rows.batch_size,
-        seed=config.seed,
-        step=step,
-    )
 
 
 def _every(period: int, step: int) -> bool:

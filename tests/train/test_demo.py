@@ -16,7 +16,8 @@ from jaxmoe.model.params import num_params
 from jaxmoe.model.transformer import forward, positions_of, unembed
 from jaxmoe.text import Tokenizer
 from jaxmoe.train.config import read_train_config
-from jaxmoe.train.trainer import held_out_loss
+from jaxmoe.train.data import held_out_batches
+from jaxmoe.train.evaluation import held_out_loss
 from tests import reference
 from tests.conftest import one_device
 
@@ -44,7 +45,9 @@ def snippet():
 
 def test_the_snippet_costs_what_the_metrics_say(demo, snippet):
     config, params = demo
-    loss = held_out_loss(TRAINING, config, params, tokens=snippet)["held_out_loss"]
+    rows = {"length": TRAINING.rows.length, "rows": TRAINING.rows.batch_size}
+    batches = held_out_batches(snippet, config.bos_token_id, **rows)
+    loss = held_out_loss(TRAINING, config, params, batches=batches)["held_out_loss"]
     np.testing.assert_allclose(loss, METRICS["snippet"]["nats_per_token"], rtol=1e-5)
 
 

@@ -1,0 +1,271 @@
+"""Documents that are tokenized once, in files that are mapped into memory.
+
+A run's documents, in the order of their files, are in one folder:
+
+- `tokens.bin`: the ids of all documents, one after the other; `learned.bin`: a byte a token.
+- `documents.bin`: a record of `RECORD` a document.
+- `rows.bin`: the JSON of those rows that have pictures, which are read again for each batch.
+- `skipped.jsonl`: the first rows that could not be used, and why.
+- `index.json`: what the folder was made of, and the number of documents of each source.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from jaxmoe.errors import UserError
+from jaxmoe.files.atomic import locked, rename, writable
+from jaxmoe.files.outputs import PARTIAL, write_json
+from jaxmoe.images import ImageSettings, PictureReader
+from jaxmoe.parsing import read_json
+from jaxmoe.progress import byte_progress
+from jaxmoe.text import Learned, Prompt, Tokenizer, render_learned
+from jaxmoe.train.conversations import Text, example_of
+from jaxmoe.train.make_tokens import END_OF_TEXT
+from jaxmoe.train.sources import RawRow, place_of, read_rows
+
+VERSION = 1  # of the files' layout and of what makes tokens of a row
+LISTED = 1000  # rows that `skipped.jsonl` has at most
+UPDATE = 256  # rows from one update of the progress bar to the next
+SAMPLE = 2**20  # bytes at the beginning, the middle and the end of a file that tell it apart
+RECORD = np.dtype(
+    [
+        ("length", "<i8"),  # tokens
+        ("targets", "<i8"),  # learned tokens, but for the first, which nothing predicts
+        ("stored", "<i8"),  # bytes in rows.bin
+        ("tiles", "<i4"),
+        ("file", "<i4"),
+        ("number", "<i8"),  # of its line or row
+    ]
+)
+
+
+class Reading(NamedTuple):
+    """How rows become documents.
+
+    Attributes:
+        tokenizer: of the model.
+        images: how pictures become tiles; None if the model has no vision tower.
+        skips: whether a row that cannot be used is passed over, instead of stopping the run.
+    """
+
+    tokenizer: Tokenizer
+    images: ImageSettings | None = None
+    skips: bool = False
+
+    def render(self, row: RawRow) -> Learned:
+        """A row's tokens and pictures, and which tokens are learned.
+
+        Raises:
+            UserError: naming the file, the line and the key, if it cannot be used.
+        """
+        fields = row.parse()
+        try:
+            example = example_of(fields)
+            if isinstance(example, Text):
+                return _of_text(example, self.tokenizer)
+            reader = PictureReader(self.images, row.path.parent) if self.images else None
+            messages, tools, images = example
+            return render_learned(messages, self.tokenizer, reader, tools, images)
+        except UserError as error:
+            raise UserError(f"{row.where}: {str(error).rstrip('.')}.") from None
+
+
+def _of_text(example: Text, tokenizer: Tokenizer) -> Learned:
+    """The tokens of a text after the begin-of-text token, with the end-of-text token if any."""
+    end = [tokenizer.special(END_OF_TEXT)] if END_OF_TEXT in tokenizer.specials else []
+    given = tokenizer.encode(example.prompt or "", bos=True)
+    tokens = [*given, *tokenizer.encode(example.text), *end]
+    learned = np.arange(len(tokens)) >= (0 if example.prompt is None else len(given))
+    return Learned(Prompt(tokens), learned)
+
+
+class Documents:
+    """The documents of a folder that `build` made.
+
+    Attributes:
+        tokens: ids of all of them.
+        learned: which of these the loss counts.
+        records: an array of `RECORD`.
+        offsets: where each begins in `tokens`; one more.
+        files: that they come from.
+        sources: the documents of each source, as a range.
+        skipped: how many rows were passed over.
+    """
+
+    def __init__(self, folder: Path):
+        """Maps the files."""
+        index = read_json(folder / "index.json")
+        self.tokens = _mapped(folder / "tokens.bin", index["dtype"])
+        self.learned = _mapped(folder / "learned.bin", "bool")
+        self.records = _mapped(folder / "documents.bin", RECORD)
+        self.offsets = _starts(self.records["length"])
+        self.files = [Path(name) for name in index["files"]]
+        ends = np.cumsum([0, *index["counts"]]).tolist()
+        self.sources = [range(a, b) for a, b in itertools.pairwise(ends)]
+        self.skipped: int = index["skipped"]
+        self._rows = folder / "rows.bin"
+        self._row_offsets = _starts(self.records["stored"])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def where(self, document: int) -> str:
+        """The file and line of a document."""
+        record = self.records[document]
+        return place_of(self.files[record["file"]], int(record["number"]))
+
+    def row(self, document: int) -> RawRow:
+        """The row of a document with pictures."""
+        record = self.records[document]
+        with open(self._rows, "rb") as file:
+            file.seek(self._row_offsets[document])
+            content = file.read(int(record["stored"]))
+        return RawRow(self.files[record["file"]], int(record["number"]), content, 0)
+
+
+def _mapped(path: Path, dtype: Any) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def _starts(lengths: np.ndarray) -> Int64[np.ndarray, "documents_1"]:
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
+
+
+def documents_in(place: Path, sources: Sequence[Sequence[Path]], reading: Reading) -> Documents:
+    """The documents of sources, from the folder `place` if it has them, else built there.
+
+    After an error, and after a kill of the process, nothing is at `place`.
+
+    Raises:
+        UserError: if a row cannot be used and is not to be skipped, a file cannot be read, or the
+            folder holds what was made of other files or by another tokenizer.
+    """
+    made_of = _fingerprint(sources, reading)
+    if not (place / "index.json").exists():
+        with _prepared(place) as folder:
+            _build(folder, sources, reading, made_of)
+    elif read_json(place / "index.json")["made_of"] != made_of:
+        raise UserError(
+            f"{place} was made of other data: the files, the tokenizer or the chat template have "
+            "changed since; restore them, or choose another output."
+        )
+    return Documents(place)
+
+
+def _fingerprint(sources: Sequence[Sequence[Path]], reading: Reading) -> str:
+    """A digest of what documents depend on: of files, their sizes and samples of their content."""
+    templates = {name: x.source for name, x in reading.tokenizer.templates.items()}
+    files = [[_sampled(path) for path in paths] for paths in sources]
+    parts = [VERSION, files, reading.tokenizer.digest, templates, dict(reading.tokenizer.names)]
+    text = json.dumps([*parts, repr(reading.images), reading.skips], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sampled(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            digest = hashlib.sha256(str(size).encode())
+            for start in (0, size // 2, max(size - SAMPLE, 0)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _prepared(place: Path) -> Iterator[Path]:
+    """A folder beside `place` that becomes it at the end of the context; removed after an error."""
+    partial = place.with_name(place.name + PARTIAL)
+    is_new = not place.parent.exists()
+    with writable(place):
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial):
+            try:
+                for file in partial.iterdir():  # of a process that was killed
+                    file.unlink()
+                yield partial
+                rename(partial, place)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                if is_new:
+                    with contextlib.suppress(OSError):
+                        place.parent.rmdir()
+                raise
+
+
+def _build(folder: Path, sources: Sequence[Sequence[Path]], reading: Reading, made_of: str) -> None:
+    """Writes the files of `Documents`, with memory for one row at a time."""
+    files = [path for paths in sources for path in paths]
+    dtype = "uint16" if reading.tokenizer.vocab_size <= 2**16 else "uint32"
+    with contextlib.ExitStack() as stack:
+        writer = _Writer(stack, folder, dtype)
+        update = stack.enter_context(byte_progress("Tokenizing"))
+        total, before, counts = sum(path.stat().st_size for path in files), 0, []
+        number = itertools.count()
+        for paths in sources:
+            first = writer.count
+            for path in paths:
+                writer.file = next(number)
+                for row in read_rows(path):
+                    writer.add(row, reading)
+                    if not row.number % UPDATE:
+                        update(before + row.position, total)
+                before += path.stat().st_size
+            counts.append(writer.count - first)
+    index = {"made_of": made_of, "dtype": dtype, "counts": counts, "skipped": writer.skipped}
+    write_json(folder / "index.json", index | {"files": list(map(str, files))})
+
+
+class _Writer:
+    """Appends documents to the files of a folder, and counts them.
+
+    Attributes:
+        file: the number of the file that rows come from.
+        count: documents so far.
+        skipped: rows that could not be used.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack, folder: Path, dtype: str):
+        names = ("tokens.bin", "learned.bin", "documents.bin", "rows.bin", "skipped.jsonl")
+        files: list[BinaryIO] = [stack.enter_context(open(folder / x, "wb")) for x in names]
+        self._tokens, self._learned, self._records, self._rows, self._bad = files
+        self._dtype = dtype
+        self.file = self.count = self.skipped = 0
+
+    def add(self, row: RawRow, reading: Reading) -> None:
+        """Appends a row, or skips it if it cannot be used and that is wanted."""
+        try:
+            prompt, learned = reading.render(row)
+        except UserError as error:
+            if not reading.skips:
+                raise UserError(
+                    f"{error} Correct or remove it, or set data.on_bad to skip."
+                ) from None
+            self.skipped += 1
+            if self.skipped <= LISTED:
+                self._bad.write(
+                    json.dumps({"row": row.where, "error": str(error)}).encode() + b"\n"
+                )
+            return
+        stored = row.content if prompt.pictures else b""
+        tiles = sum(picture.num_tiles for picture in prompt.pictures)
+        targets = np.count_nonzero(learned[1:])
+        record = len(learned), targets, len(stored), tiles, self.file, row.number
+        self._tokens.write(np.array(prompt.tokens, self._dtype).tobytes())
+        self._learned.write(learned.tobytes())
+        self._records.write(np.array(record, RECORD).tobytes())
+        self._rows.write(stored)
+        self.count += 1

@@ -1,0 +1,58 @@
+"""The held-out loss: the mean cross entropy of batches that are not trained on."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.model import transformer
+from jaxmoe.model.steps import Inputs, step
+from jaxmoe.model.vision import tile_features
+from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.data import Batch
+from jaxmoe.train.loss import summed_cross_entropy
+from jaxmoe.train.pictures import PictureBatch
+
+
+def held_out_loss(
+    config: TrainConfig,
+    model: Llama4Config,
+    params: dict,
+    *,
+    batches: Iterable[Batch | PictureBatch],
+    forward: Callable = transformer.forward,
+) -> dict[str, Any]:
+    """Mean cross entropy in nats a target over all batches; empty if there are none."""
+    params = jax.tree.map(lambda p: p.astype(config.dtype), params)
+    sums = [_sum(model, params, batch, forward) for batch in batches]
+    if not sums:
+        return {}
+    nats, targets = np.sum(jax.device_get(sums), axis=0)
+    return {"held_out_loss": float(nats / targets)}
+
+
+def _sum(
+    model: Llama4Config, params: dict, batch: Batch | PictureBatch, forward: Callable
+) -> tuple[jax.Array, jax.Array]:
+    """The cross entropy of a batch's targets, and their number."""
+    tokens, segment_ids, learned = batch[:3]
+    targets, features = tokens, None
+    if isinstance(batch, PictureBatch):
+        features = _features(model, params["vision"], batch.pixels)
+        is_text = tokens < model.vocab_size  # the places of features are no targets
+        targets = np.where(is_text, tokens, model.image_token_id)
+        learned = batch.learned & is_text
+    rows = jax.tree.map(jnp.asarray, (targets, segment_ids, learned))
+    inputs = Inputs(jnp.asarray(tokens), None, rows[1])
+    kept = {"readout": summed_cross_entropy, "arguments": rows, "features": features}
+    return step(model, params, inputs, None, forward=forward, **kept)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(model: Llama4Config, params: dict, pixels: jax.Array) -> jax.Array:
+    features = tile_features(model, params, pixels)
+    return features.reshape(-1, features.shape[-1])

@@ -1,0 +1,217 @@
+"""Batches of packed documents: whole ones, each a segment of its row."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool, Int, Int64
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.generation.features import vision_of
+from jaxmoe.train.config import DataConfig
+from jaxmoe.train.data import Batch, is_held_out
+from jaxmoe.train.documents import Documents, Reading
+from jaxmoe.train.packing import Order, Pieces, Rows, cut, pack_rows
+from jaxmoe.train.pictures import (
+    Conversation,
+    PictureBatch,
+    conversation_of,
+    no_tiles,
+    picture_batch,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedData:
+    """Documents in rows of `wanted.length` tokens.
+
+    Attributes:
+        documents: of every source of `wanted.mixture`, then those of `wanted.held_out`.
+        wanted: how they are packed.
+        model: of whose pictures the rows have.
+        reading: how rows with pictures are read again.
+        seed: of the packing and of the rows' order.
+    """
+
+    documents: Documents
+    wanted: DataConfig
+    model: Llama4Config
+    reading: Reading
+    seed: int
+
+    def __post_init__(self):
+        """Plans all rows.
+
+        Raises:
+            UserError: for documents that are too long, or if there is nothing to learn.
+        """
+        if self.wanted.too_long == "error":
+            self._check_lengths()
+        if not all(map(len, self._sources)):
+            raise UserError(
+                f"data has a source without anything to learn: of its {len(self.documents):,} "
+                "documents none has a token that the loss counts, or all of them are left out."
+            )
+        if self.wanted.held_out_every and not len(self._held_out):
+            raise UserError(
+                f"held_out_every is {self.wanted.held_out_every}, but there are not as many "
+                "documents with something to learn; hold out none, or give more."
+            )
+
+    @functools.cached_property
+    def has_pictures(self) -> bool:
+        """Whether some document has pictures."""
+        return bool((self.documents.records["tiles"] > 0).any())
+
+    @functools.cached_property
+    def _tiles(self) -> int:
+        """Tiles that a row has room for."""
+        if self.wanted.tiles is not None or self.model.vision is None:
+            return self.wanted.tiles or 1
+        return max(self.wanted.length // self.model.vision.tokens_per_tile, 1)
+
+    @functools.cached_property
+    def _room(self) -> Int64[np.ndarray, "documents"]:
+        """Tokens that each document takes of a row, more if it would take too many tiles.
+
+        A document takes the larger of its shares of a row's tokens and tiles, so that rows with
+        room for it in one number have room in both.
+        """
+        records = self.documents.records
+        by_tiles = -(-records["tiles"].astype(np.int64) * self.wanted.length // self._tiles)
+        return np.maximum(records["length"], by_tiles)
+
+    @property
+    def _side(self) -> int:
+        return vision_of(self.model).image_size
+
+    def _check_lengths(self) -> None:
+        """Raises a UserError if a document has no room in a row."""
+        too_long = np.flatnonzero(self._room > self.wanted.length)
+        if not len(too_long):
+            return
+        worst = int(too_long[np.argmax(self._room[too_long])])
+        record = self.documents.records[worst]
+        tiles = f" and {record['tiles']} tiles" if record["tiles"] else ""
+        raise UserError(
+            f"{len(too_long):,} of {len(self.documents):,} documents are longer than data.length, "
+            f"{self.wanted.length}: {self.documents.where(worst)} has {record['length']:,} tokens"
+            f"{tiles}; raise 'length', or set 'too_long' to truncate, split or drop."
+        )
+
+    @functools.cached_property
+    def _split(self) -> tuple[list[Int64[np.ndarray, "_"]], Int64[np.ndarray, "held_out"]]:
+        """The documents that each source trains on, and those that are held out."""
+        *sources, extra = map(np.array, self.documents.sources)
+        held = [is_held_out(np.arange(len(x)), self.wanted.held_out_every) for x in sources]
+        trained = [x[~h].astype(np.int64) for x, h in zip(sources, held, strict=True)]
+        kept = [x[h] for x, h in zip(sources, held, strict=True)]
+        return trained, np.concatenate([*kept, extra]).astype(np.int64)
+
+    @functools.cached_property
+    def _sources(self) -> list[Rows]:
+        return [self._packed(chosen, i) for i, chosen in enumerate(self._split[0])]
+
+    @functools.cached_property
+    def _held_out(self) -> Rows:
+        return self._packed(self._split[1], len(self._split[0]))
+
+    def _packed(self, chosen: Int64[np.ndarray, "chosen"], number: int) -> Rows:
+        """Rows of the chosen documents; those without a target are left out."""
+        tiles = self.documents.records["tiles"][chosen]
+        lengths = np.where(tiles > 0, self._room[chosen], self.documents.records["length"][chosen])
+        pieces = cut(lengths, self.wanted.length, self.wanted.too_long, tiles == 0)
+        pieces = Pieces(chosen[pieces.document], pieces.start, pieces.stop)
+        pieces = pieces[self._has_targets(pieces)]
+        sizes = pieces.stop - pieces.start
+        stop = np.minimum(pieces.stop, self.documents.records["length"][pieces.document])
+        whole = Pieces(pieces.document, pieces.start, stop)
+        return pack_rows(whole, sizes, self.wanted.length, (self.seed, 0, number))
+
+    def _has_targets(self, pieces: Pieces) -> Bool[np.ndarray, "pieces"]:
+        """Whether the loss counts any token of a piece but its first, which nothing predicts."""
+        records, offsets = self.documents.records, self.documents.offsets
+        found = records["targets"][pieces.document] > 0
+        is_part = pieces.stop - pieces.start < records["length"][pieces.document]
+        for i in np.flatnonzero(found & is_part):
+            first = offsets[pieces.document[i]]
+            place = slice(first + pieces.start[i] + 1, first + pieces.stop[i])
+            found[i] = self.documents.learned[place].any()
+        return found
+
+    @functools.cached_property
+    def _order(self) -> Order:
+        weights = [weight for _, weight in self.wanted.mixture]
+        return Order([len(rows) for rows in self._sources], weights, self.seed)
+
+    @functools.cached_property
+    def summary(self) -> str:
+        """How many documents and rows there are, and how full these are."""
+        documents = sum(len(np.unique(rows.pieces.document)) for rows in self._sources)
+        rows = sum(map(len, self._sources))
+        tokens = sum(int((x.pieces.stop - x.pieces.start).sum()) for x in self._sources)
+        left_out = sum(map(len, self._split[0])) - documents
+        parts = [
+            f"{documents:,} documents in {rows:,} rows of {self.wanted.length:,} tokens",
+            f"{tokens / (rows * self.wanted.length):.1%} full",
+            f"{len(self._split[1]):,} held out" if len(self._split[1]) else "",
+            f"{left_out:,} too long or with nothing to learn" if left_out else "",
+            f"{self.documents.skipped:,} skipped" if self.documents.skipped else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+    def batch(self, step: int) -> Batch | PictureBatch:
+        """The rows of a step, counted from 0: a function of the seed and the step alone."""
+        size = self.wanted.batch_size
+        places = map(self._order.at, range(step * size, (step + 1) * size))
+        return self._batch([self._sources[source][row] for source, row in places])
+
+    def held_out(self) -> Iterator[Batch | PictureBatch]:
+        """All held-out rows once; what the last batch lacks is padding."""
+        size = self.wanted.batch_size
+        for start in range(0, len(self._held_out), size):
+            rows = [self._held_out[i] for i in range(start, min(start + size, len(self._held_out)))]
+            yield self._batch(rows + [self._held_out.pieces[:0]] * (size - len(rows)))
+
+    def example(self, place: int) -> tuple[Int[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]:
+        """A document of the row at a place of the run, and which of its tokens are learned."""
+        source, row = self._order.at(place)
+        return self._tokens(self._sources[source][row], 0)
+
+    def _tokens(
+        self, pieces: Pieces, index: int
+    ) -> tuple[Int[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]:
+        first = self.documents.offsets[pieces.document[index]]
+        place = slice(first + pieces.start[index], first + pieces.stop[index])
+        return self.documents.tokens[place].astype(np.int32), self.documents.learned[place]
+
+    def _batch(self, rows: list[Pieces]) -> Batch | PictureBatch:
+        if self.has_pictures:
+            tiles = len(rows) * self._tiles
+            talks = [[self._conversation(x, i) for i in range(len(x))] for x in rows]
+            return picture_batch(self.model, talks, length=self.wanted.length, tiles=tiles)
+        shape = len(rows), self.wanted.length
+        learned = np.zeros(shape, bool)
+        batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), learned)
+        for row, pieces in enumerate(rows):
+            used = 0
+            for index in range(len(pieces)):
+                tokens, counts = self._tokens(pieces, index)
+                place = row, slice(used, used + len(tokens))
+                batch.tokens[place], learned[place] = tokens, counts
+                batch.segment_ids[place] = index + 1
+                used += len(tokens)
+        return batch
+
+    def _conversation(self, pieces: Pieces, index: int) -> Conversation:
+        """A document with the pixels of its pictures, which are read again."""
+        tokens, learned = self._tokens(pieces, index)
+        document = int(pieces.document[index])
+        if not self.documents.records["tiles"][document]:
+            return Conversation(tokens, learned, no_tiles(self._side))
+        rendered = self.reading.render(self.documents.row(document))
+        if len(rendered.learned) != len(tokens):
+            raise UserError(f"{self.documents.where(document)} has a picture of another size now.")
+        return conversation_of(rendered, self._side)
