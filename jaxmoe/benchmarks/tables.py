@@ -127,7 +127,7 @@ def tpu_steps_grid(figures: dict) -> Grid:
         numbers = [f"{x:g}" for x in (*numbers, step["pool_copies"])]
         rows.append([_tpu_step(step), *numbers, *amounts, f"{ratio:.2f}"])
     names = "operations a layer", *kinds.values(), "scalars and others", "copies of page pools"
-    return Grid(("decoding", *names, "us", "us between", "us of the plan", "of the plan"), rows)
+    return Grid(("step", *names, "us", "us between", "us of the plan", "of the plan"), rows)
 
 
 def operations_grid(figures: dict) -> Grid:
@@ -142,11 +142,12 @@ def operations_grid(figures: dict) -> Grid:
         for each in step.get("most_expensive", [])
     ]  # fmt: skip
     names = "operation", "source", "a layer", "bundles", "MB", "us"
-    return Grid(("decoding", *names), rows)
+    return Grid(("step", *names), rows)
 
 
 def _tpu_step(step: dict) -> str:
-    return f"{step['model']}, {step['slice']}, {step['context'] // 10**6}M"
+    new = f"{step['tokens']:,} of " if step.get("tokens", 1) > 1 else ""
+    return f"{step['model']}, {step['slice']}, {new}{step['context'] // 10**6}M"
 
 
 def ceilings_text(figures: dict) -> str:

@@ -29,13 +29,13 @@ def schedule_factor(work: Work, mesh: MeshConfig, target: Target) -> float | Non
 
 
 def factors(figures: dict[str, Any]) -> dict[str, float]:
-    """The factor of each format of the cache, of the step that is furthest from its bound.
+    """The factor of each format of the cache, of the decode step furthest from its bound.
 
     Args:
         figures: those of `jaxmoe benchmark schedule` for a TPU.
     """
     found: dict[str, float] = {}
-    for step in figures["steps"]:
+    for step in (x for x in figures["steps"] if x.get("tokens", 1) == 1):
         seconds = step["seconds"]
         factor = (seconds["operations"] + seconds["between"]) / seconds["plan"]
         found[step["kv"]] = max(found.get(step["kv"], 1.0), round(factor, 3))

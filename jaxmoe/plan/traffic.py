@@ -72,6 +72,16 @@ class Traffic:
         """Bytes of each array of an instruction's result, on chip too."""
         return [size for size, _ in _sized(_type(self._instructions[name]))]
 
+    def operand_shapes(self, name: str) -> list[tuple[int, ...]]:
+        """The shapes of an instruction's operands that are arrays, in order."""
+        types = (_type(x) for x in self._operands(self._instructions[name]))
+        found = (_ARRAY.findall(text) for text in types)
+        return [
+            tuple(int(n) for n in arrays[0][1].split(",") if n)
+            for arrays in found
+            if len(arrays) == 1
+        ]
+
     def _of_whole(self, this: Instruction) -> int:
         aliases = _ALIAS.findall(_alias_text(this))
         results = self._arrays(this)

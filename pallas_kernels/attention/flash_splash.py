@@ -6,6 +6,7 @@ tokens in order, once every run of one segment and chunk is a segment of its own
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from typing import ClassVar
@@ -96,10 +97,21 @@ def _xla(case, config, q_range, k_coords, q, k, v):
     return out.astype(q.dtype), lse
 
 
+def computed_blocks(case, config: FlashSplashConfig) -> int:
+    """How many blocks of scores of a head the kernel computes; it steps over the others.
+
+    Args:
+        case: a `FlashCase` whose mask is causal.
+    """
+    block_q, block_k = _blocks(case, config)
+    length = case.queries + _extra(case, config)
+    mask = _Slots(length, case.mask, aligned=case.plain)
+    starts = itertools.product(range(0, length, block_q), range(0, length, block_k))
+    return sum(mask[slice(q, q + block_q), slice(k, k + block_k)].item() for q, k in starts)
+
+
 def _splash(case, config, q_range, k_coords, q, k, v):
-    S = case.queries
-    blocks = [_even_block(S, size) for size in (config.block_q, config.block_k)]
-    extra = -S % math.lcm(*blocks)
+    S, blocks, extra = case.queries, _blocks(case, config), _extra(case, config)
     q = (q.astype(jnp.float32) * case.scale).astype(q.dtype)
     real = (q_range.segment != 0)[:, None]
     # What padding holds may be NaN, which a probability of 0 does not undo.
@@ -110,6 +122,16 @@ def _splash(case, config, q_range, k_coords, q, k, v):
     # Padding sees itself in the kernel, which must not get a query that sees nothing.
     out = jnp.where(real[..., None], out[:, :, :S], 0)
     return out, jnp.where(real, lse[0][:, :, :S], -jnp.inf) if lse else None
+
+
+def _blocks(case, config: FlashSplashConfig) -> tuple[int, int]:
+    """Queries and keys of a block."""
+    return _even_block(case.queries, config.block_q), _even_block(case.queries, config.block_k)
+
+
+def _extra(case, config: FlashSplashConfig) -> int:
+    """Padding that makes whole blocks of the queries, and of the keys, which are as many."""
+    return -case.queries % math.lcm(*_blocks(case, config))
 
 
 def _even_block(length: int, largest: int) -> int:

@@ -31,6 +31,8 @@ _COMPARED = re.compile(r"(%\w+) = scmp\.ge\.s32\.totalorder (%\w+), (\d+)\b")
 _COUNTED = re.compile(r"(%\w+) = sadd\.s32 1, (%\w+)")
 _PHI = re.compile(r"(%\w+) = sphi (%\w+), (%\w+)")
 _MOVED = re.compile(r"(%\w+) = smov (?:\(!?%\w+\), )?(\d+)\b")
+_SPILLED = re.compile(r"= sst \[smem:\[(#\w+_spill)\]\] (%\w+)")
+_RELOADED = re.compile(r"(%\w+) = sld \[smem:\[(#\w+_spill)\]\]")
 _CORE = re.compile(r"(%\w+) = sld \[smem:\[#allocation\d+\]\] /\* megacore core id")
 
 
@@ -229,6 +231,8 @@ class Code:
     def _start(self, counter: str) -> int | None:
         """The number at which a loop's counter starts: that of the phi which is counted up."""
         phi = self._definitions.get(counter, ("",))[0]
+        while phi in self._definitions and len(self._definitions[phi]) == 1:  # it was spilled
+            (phi,) = self._definitions[phi]
         for name in self._definitions.get(phi, ()):
             constant = self._definitions.get(name, ("",))[0]
             if name != counter and constant.isdecimal():
@@ -239,6 +243,6 @@ class Code:
     def _definitions(self) -> dict[str, tuple[str, ...]]:
         """The operands of the scalars from which trips of loops are computed, by their names."""
         text = "\n".join(bundle.text for bundle in self._bundles)
-        patterns = _COMPARED, _COUNTED, _PHI, _MOVED
+        patterns = _COMPARED, _COUNTED, _PHI, _MOVED, _SPILLED, _RELOADED
         found = (match for pattern in patterns for match in pattern.finditer(text))
         return {match[1]: match.groups()[1:] for match in found}

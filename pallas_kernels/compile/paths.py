@@ -97,14 +97,38 @@ class Loop:
     @functools.cached_property
     def longest(self) -> Path:
         """The path with the most bundles."""
+        return self._longest(self._order)
+
+    @property
+    def longest_idle(self) -> Path:
+        """The path with the most bundles among those that multiply no matrices.
+
+        Raises:
+            KeyError: if all paths do.
+        """
+        return self._longest([node for node in self._order if not self.works[node].products])
+
+    def _longest(self, nodes: list[int]) -> Path:
         best: dict[int, Path] = {}
-        for node in reversed(self._order):
+        for node in reversed(nodes):
             behind = [best[x] for x in self._followers[node] if x in best]
             ends = self.header in self._followers[node] or not self._followers[node]
             if behind or ends:
                 after = max(behind, key=lambda path: path.work.bundles, default=Path((), Work()))
                 best[node] = Path((node, *after.nodes), self.works[node] + after.work)
         return best[self.header]
+
+    def entries(self, inner: "Loop") -> int:
+        """How often a loop in it is entered while it is entered once; unknown trips count as one.
+
+        Args:
+            inner: one of `all_inner`, or of another call of `whole` with the same code.
+        """
+        trips = self.trips or 1
+        around = [loop for loop in self.inner if inner.header in loop.body]
+        if not around or around[0].header == inner.header:
+            return trips
+        return trips * around[0].entries(inner)
 
     def cheapest(self, needs: Needs) -> Path:
         """The path with the fewest bundles among those that do most of what is needed."""

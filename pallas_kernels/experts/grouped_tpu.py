@@ -100,7 +100,7 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
     (R, D), F = x.shape, weights[0].shape[1 if transposed else 2]
     N, E = group_of_block.shape[0], weights[0].shape[0]
     config = case.config
-    n, columns = _tile(weights, F, config)
+    n, columns = tile(weights, F, config)
     sizes = {"inputs": config.inputs, "fp8": config.fp8}
     static = static_for(weights[0], columns, transposed=transposed, **sizes)
     x = x.reshape(N, R // N, D)
@@ -148,8 +148,13 @@ def _weight_specs(w, n: int, outputs_first: bool) -> Any:
     return pl.BlockSpec(shape, lambda tile, block, group: (group[block], 0, tile))
 
 
-def _tile(weights, F: int, config: GroupedTpuConfig) -> tuple[int, int]:
-    """How many outputs a tile has, and how many of them are multiplied at a time."""
+def tile(weights, F: int, config: GroupedTpuConfig) -> tuple[int, int]:
+    """n, how many outputs a tile has, and how many of them are multiplied at a time.
+
+    Args:
+        weights: the matrices of a call [E, D, F], or as `quantize_matrix` makes them.
+        F: how many outputs they have.
+    """
     values = [w.qvalue if isinstance(w, QuantizedMatrix) else w for w in weights]
     matrices = sum(x.size // x.shape[0] * x.dtype.itemsize for x in values)
     share = matrices // (TILES_OF_CORE * num_cores())

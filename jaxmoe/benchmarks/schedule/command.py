@@ -1,6 +1,8 @@
 """`jaxmoe benchmark schedule`: analyzes kernels and steps, compiled for an absent GPU or TPU."""
 
 import argparse
+from collections.abc import Set
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +16,7 @@ from jaxmoe.benchmarks.schedule import gpu, tpu
 from jaxmoe.benchmarks.schedule.cases import Case
 from jaxmoe.benchmarks.timing import git_commit, today, versions, write_json
 from jaxmoe.errors import UserError
+from jaxmoe.parsing import read_json
 from jaxmoe.plan.targets import Target, parse_target
 from jaxmoe.progress import task_progress
 
@@ -30,7 +33,11 @@ def add_parser(commands) -> None:
     parser.add_argument("--target", default="h100", help=" or ".join(TARGETS))
     parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
     parser.add_argument(
-        "--cases", metavar="PATTERN", nargs="+", default=["*"], help="such as 'flash-*'"
+        "--cases",
+        metavar="PATTERN",
+        nargs="+",
+        default=["*"],
+        help="such as 'flash-*'; what the output has of others is kept",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
 
@@ -72,17 +79,41 @@ def schedule(target: Target, chosen: list, output: str | None) -> dict[str, Any]
     Args:
         target: the device to compile for.
         chosen: cases and steps.
-        output: the file that is rewritten after every case, or None.
+        output: the file that is rewritten after every case, or None. What it has of other cases
+            is kept.
     """
     suite = suite_of(target)
-    figures = _header(target, suite) | {"kernels": [], "steps": []}
+    places = {case.name: place for place, case in enumerate(suite.all_cases(target))}
+    others = places.keys() - {case.name for case in chosen}
+    header = _header(target, suite)
+    figures = header | _kept(output, others, header["versions"])
     with task_progress("Compiling", len(chosen), "cases") as advance:
         for case in chosen:
             section = "kernels" if isinstance(case, Case) else "steps"
             figures[section].append(suite.figures(target, case))
+            figures[section].sort(key=lambda row: places.get(row["name"], len(places)))
             write_json(output, figures)
             advance(1)
     return figures
+
+
+def _kept(output: str | None, names: Set[str], versions: dict) -> dict[str, list]:
+    """The rows of these names that a file of figures has, by section.
+
+    Raises:
+        UserError: if there are any and they are of other versions.
+    """
+    rows: dict[str, list] = {"kernels": [], "steps": []}
+    if output is None or not Path(output).exists():
+        return rows
+    old = read_json(output)
+    rows = {section: [row for row in old[section] if row["name"] in names] for section in rows}
+    if any(rows.values()) and old["versions"] != versions:
+        raise UserError(
+            f"{output} has figures of other versions, {old['versions']}: analyze all cases, or "
+            "name another --output."
+        )
+    return rows
 
 
 def _header(target: Target, suite: ModuleType) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The steps of `jaxmoe benchmark schedule` for TPUs: decoding, operation by operation.
+"""The steps of `jaxmoe benchmark schedule` for TPUs, operation by operation.
 
 The least time of an operation is that of its bundles or that of its bytes of memory, whichever is
 longer. Their sum is the time of a step in which nothing waits and no two operations overlap.
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxmoe.benchmarks.schedule.steps import PERIOD
+from jaxmoe.benchmarks.schedule.tpu_prefill import Chunk
 from jaxmoe.config import PRESETS, Llama4Config
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.kv_cache import round_capacity
@@ -74,12 +75,14 @@ class Program:
         codes: the bundles of its operations by name.
         busy: the share of the experts that a step reads.
         core: the cores that run it.
+        chunk: what it prefills; None if it decodes.
     """
 
     text: str
     codes: dict[str, Code]
     busy: float
     core: Core
+    chunk: Chunk | None = None
 
     @functools.cached_property
     def operations(self) -> list[Operation]:
@@ -111,10 +114,16 @@ class Program:
         name = operation.name
         nbytes, bundles, loops = self.traffic.of(name), 0, 0
         if name in self.codes:
-            operands = self._operands.of(name)
-            bundles, loops = bundles_of(name, self.codes[name], operands, self.core)
+            bundles, loops = self._bundles(name)
         seconds = max(bundles / self.core.clock, nbytes / self.core.bandwidth)
         return Cost(bundles, nbytes, seconds, loops)
+
+    def _bundles(self, name: str) -> tuple[int, int]:
+        code = self.codes[name]
+        if self.chunk is not None:
+            hot = self.chunk.hot_bundles(name, code, self.traffic.operand_shapes(name))
+            return bundles_around(code, hot)
+        return bundles_of(name, code, self._operands.of(name), self.core)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -142,9 +151,10 @@ class Program:
 
 
 def bundles_of(name: str, code: Code, nbytes: int, core: Core) -> tuple[int, int]:
-    """Bundles of an operation, and how many loops count as if they ran once.
+    """Bundles of an operation of decoding, and how many loops count as if they ran once.
 
-    A kernel's hot loop, whose trips only a register knows, runs as often as its bytes need.
+    A kernel's hot loop, whose trips only a register knows, runs as often as its bytes need. It
+    counts once if only registers know the sizes of its copies too.
 
     Args:
         name: the operation's name.
@@ -154,7 +164,7 @@ def bundles_of(name: str, code: Code, nbytes: int, core: Core) -> tuple[int, int
     """
     once, hot = whole(code).run, hot_loop(code)
     copies = hot.total.copies
-    if hot.trips is not None or not copies:
+    if hot.trips is not None or not any(copies):
         return once.bundles, once.loops
     arrays = next((count for start, count in ARRAYS.items() if name.startswith(start)), 1)
     path = hot_paths(code, arrays * max(copies))[0]
@@ -163,16 +173,31 @@ def bundles_of(name: str, code: Code, nbytes: int, core: Core) -> tuple[int, int
     return once.bundles + (trips - 1) * path.work.bundles, once.loops - 1
 
 
+def bundles_around(code: Code, hot_bundles: int | None) -> tuple[int, int]:
+    """Bundles of an operation of prefill, and how many loops count as if they ran once.
+
+    Args:
+        code: its code.
+        hot_bundles: those of all iterations of its hot loop; None if the code alone says them.
+    """
+    every, hot = whole(code), hot_loop(code)
+    if hot_bundles is None:
+        return every.run.bundles, every.run.loops
+    counted = every.entries(hot) * hot.run.bundles
+    return every.run.bundles - counted + hot_bundles, every.run.loops - (hot.trips is None)
+
+
 @dataclasses.dataclass(frozen=True)
 class TpuStep:
-    """A decoding step: one new token for one row of a long context.
+    """A step of one row: a new token of decoding, or the last chunk of its prefill.
 
     Attributes:
         slice: the TPU slice, as `parse_target` reads it.
         mesh: how it is divided, as `MeshConfig.parse` reads it.
-        context: tokens of the row.
+        context: tokens of the row, new ones included.
         model: the name of a preset.
         kv: the format of the cache.
+        tokens: how many are new; more than one are a chunk of prefill.
     """
 
     slice: str
@@ -180,10 +205,20 @@ class TpuStep:
     context: int
     model: str = "scout"
     kv: str = "int8"
+    tokens: int = 1
 
     @property
     def name(self) -> str:
-        return f"step-{self.model}-{self.slice}"
+        return f"{'prefill' if self.is_prefill else 'step'}-{self.model}-{self.slice}"
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.tokens > 1
+
+    @property
+    def bound(self) -> str:
+        """Which of the plan's bounds the step is compared with."""
+        return "compute" if self.is_prefill else "memory"
 
     def config(self, layers: int) -> Llama4Config:
         """The model's first layers."""
@@ -192,7 +227,17 @@ class TpuStep:
 
     def work(self, layers: int) -> Work:
         """The step of so many layers, for the plan."""
-        return Work(config=self.config(layers), context=self.context, kv=self.kv)
+        sizes: dict[str, Any] = {"context": self.context, "kv": self.kv}
+        if self.is_prefill:
+            sizes |= {"task": "prefill", "prefill_chunk": self.tokens}
+        return Work(config=self.config(layers), **sizes)
+
+    def chunk(self) -> Chunk | None:
+        """What it prefills."""
+        if not self.is_prefill:
+            return None
+        target = parse_target(self.slice)
+        return Chunk(self.config(PERIOD), self.context, self.tokens, self.kv, target)
 
     def figures(self) -> dict[str, Any]:
         """The step's figures, each of a further layer on average."""
@@ -205,9 +250,10 @@ class TpuStep:
         return {
             **dataclasses.asdict(self),
             "name": self.name,
+            "bound": self.bound,
             "a_layer": marginal_operations(lambda n: programs[n].text, PERIOD),
             "pool_copies": after.pool_copies(last) / PERIOD,
-            "seconds": seconds | {"plan": self._bound(mesh)},
+            "seconds": seconds | self._plan(mesh),
             "by_layer": {
                 f"{kind.attention}, {kind.feed_forward}": len(of_layer(after.operations, i))
                 for i, kind in kinds
@@ -218,16 +264,20 @@ class TpuStep:
     def _program(self, layers: int, mesh: MeshConfig, core: Core) -> Program:
         work = self.work(layers)
         text, codes = dumped(_compiled, self, layers)
-        return Program(text, codes, busy_experts(work, mesh, device_share(work, mesh)), core)
+        busy = busy_experts(work, mesh, device_share(work, mesh))
+        return Program(text, codes, busy, core, self.chunk())
 
-    def _bound(self, mesh: MeshConfig) -> float:
-        """Seconds of a further layer by the plan's bound on memory."""
+    def _plan(self, mesh: MeshConfig) -> dict[str, float]:
+        """Seconds of a further layer by two of the plan's bounds: `bound`, and communication."""
         target = parse_target(self.slice)
         before, after = (
-            bounds(target, demand(self.work(layers), mesh)).memory
-            for layers in (PERIOD, 2 * PERIOD)
+            bounds(target, demand(self.work(layers), mesh)) for layers in (PERIOD, 2 * PERIOD)
         )
-        return (after - before) / PERIOD
+        names = {"plan": self.bound, "links": "communication"}
+        return {
+            key: (getattr(after, name) - getattr(before, name)) / PERIOD
+            for key, name in names.items()
+        }
 
 
 def _compiled(step: TpuStep, layers: int) -> str:
@@ -235,8 +285,8 @@ def _compiled(step: TpuStep, layers: int) -> str:
     jax.config.update("jax_platforms", "cpu")
     mesh = MeshConfig.parse(step.mesh).make(absent_devices(parse_target(step.slice)))
     config, capacity = step.config(layers), round_capacity(step.context, mesh)
-    sizes: dict[str, Any] = {"rows": 1, "tokens": 1, "capacity": capacity, "kv": step.kv}
-    lowered = lower_step(config, mesh, abstract_arguments(config, mesh, **sizes))
+    sizes: dict[str, Any] = {"rows": 1, "tokens": step.tokens, "capacity": capacity}
+    lowered = lower_step(config, mesh, abstract_arguments(config, mesh, **sizes, kv=step.kv))
     return lowered.compile().as_text() or ""
 
 
@@ -260,6 +310,7 @@ def all_steps(kind: str) -> list[TpuStep]:
     steps = (
         TpuStep("v5p-8", "tensor=4", 1_000_000),
         TpuStep("v5p-16", "tensor=8", 10_000_000),
+        TpuStep("v5p-16", "tensor=8", 1_000_000, tokens=8192),
         TpuStep("v6e-64", "sequence=8,tensor=8", 1_000_000),
     )
     return [step for step in steps if step.slice.startswith(f"{kind}-")]
