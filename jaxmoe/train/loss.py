@@ -84,8 +84,8 @@ def next_token_loss(
     """
 
     def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
-        tokens, segment_ids, learned = Batch(*batch)
-        rows = jnp.asarray(tokens), jnp.asarray(segment_ids), router_loss, remat, forward
+        tokens, segment_ids, learned = jax.tree.map(jnp.asarray, Batch(*batch))
+        rows = tokens, segment_ids, router_loss, remat, forward
         found = losses(model, params, *rows, learned=learned)
         return found.total, metrics(found)
 
