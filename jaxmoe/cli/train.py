@@ -4,18 +4,31 @@ import argparse
 import sys
 
 import jax
+from rich.console import Console
 
 from jaxmoe.cli import devices
+from jaxmoe.cli.show_data import show_examples, skipped_rows
+from jaxmoe.errors import UserError
 from jaxmoe.progress import task_progress
-from jaxmoe.train.config import read_train_config
+from jaxmoe.text import Tokenizer
+from jaxmoe.train.batches import TrainingData
+from jaxmoe.train.config import TrainConfig, read_train_config
 from jaxmoe.train.run_folder import RunFolder
-from jaxmoe.train.trainer import Record, train
+from jaxmoe.train.trainer import Record, data_of, train
 
 
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", metavar="CONFIG.yaml", help="fields of TrainConfig")
+    parser.add_argument(
+        "--show-data",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="print N examples of the data (3), what the loss counts in colour, and do not train",
+    )
     args = parser.parse_args()
     config = read_train_config(args.config)
     folder = RunFolder(config)
@@ -23,6 +36,14 @@ def main() -> None:
         print(f"{folder.checkpoint} is finished: nothing is left to do.")
         return
     mesh = devices.start(argparse.Namespace(mesh=config.mesh, cpu_devices=config.cpu_devices))
+    data = data_of(config, args.config)
+    if args.show_data is not None:
+        show(config, data, args.show_data, Console())
+        return
+    if data.summary:
+        print(f"Data: {data.summary}.", file=sys.stderr)
+        if sys.stderr.isatty():
+            show(config, data, 1, Console(stderr=True))
     tokens_a_step = config.rows.batch_size * config.rows.length
     show_lines = not sys.stderr.isatty()
     done = 0
@@ -36,6 +57,21 @@ def main() -> None:
             if show_lines:
                 print(line(record, config.steps), file=sys.stderr, flush=True)
     print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
+    if data.skipped:
+        print(skipped_rows(folder.path, data.skipped), file=sys.stderr)
+
+
+def show(config: TrainConfig, data: TrainingData, count: int, console: Console) -> None:
+    """Prints examples of a run's data.
+
+    Raises:
+        UserError: if there is no tokenizer to write them with.
+    """
+    folder = config.tokenizer_folder
+    tokenizer = Tokenizer.load_if_any(folder) if folder is not None else None
+    if tokenizer is None:
+        raise UserError("showing data needs a tokenizer; give 'tokenizer', a folder that has one.")
+    show_examples(data, tokenizer, count, console)
 
 
 def losses(record: Record) -> str:

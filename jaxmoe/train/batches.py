@@ -35,14 +35,14 @@ class TrainingData:
         held_out: the batches that are never trained on, each row once.
         has_pictures: whether batches are `PictureBatch`, else `Batch`.
         summary: what there is, in one line; empty for a file of tokens.
-        example: the tokens of a training document, from 0, and which of them are learned.
+        skipped: rows that could not be used.
     """
 
     batches: Callable[[int], AnyBatch]
     held_out: Callable[[], Iterator[AnyBatch]]
     has_pictures: bool = False
     summary: str = ""
-    example: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
+    skipped: int = 0
 
 
 def training_data(config: TrainConfig, model: Llama4Config) -> TrainingData:
@@ -57,9 +57,8 @@ def training_data(config: TrainConfig, model: Llama4Config) -> TrainingData:
     reading = _reading(config, model)
     documents = _documents(config, reading)
     packed = PackedData(documents, wanted, model, reading, config.seed)
-    return TrainingData(
-        packed.batch, packed.held_out, packed.has_pictures, packed.summary, packed.example
-    )
+    what = packed.has_pictures, packed.summary, documents.skipped
+    return TrainingData(packed.batch, packed.held_out, *what)
 
 
 def _of_tokens(config: TrainConfig, model: Llama4Config, path: str) -> TrainingData:

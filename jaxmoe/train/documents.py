@@ -32,8 +32,9 @@ from jaxmoe.train.conversations import Text, example_of
 from jaxmoe.train.make_tokens import END_OF_TEXT
 from jaxmoe.train.sources import RawRow, place_of, read_rows
 
+SKIPPED = "skipped.jsonl"
 VERSION = 1  # of the files' layout and of what makes tokens of a row
-LISTED = 1000  # rows that `skipped.jsonl` has at most
+LISTED = 1000  # rows that `SKIPPED` has at most
 UPDATE = 256  # rows from one update of the progress bar to the next
 SAMPLE = 2**20  # bytes at the beginning, the middle and the end of a file that tell it apart
 RECORD = np.dtype(
@@ -239,7 +240,7 @@ class _Writer:
     """
 
     def __init__(self, stack: contextlib.ExitStack, folder: Path, dtype: str):
-        names = ("tokens.bin", "learned.bin", "documents.bin", "rows.bin", "skipped.jsonl")
+        names = ("tokens.bin", "learned.bin", "documents.bin", "rows.bin", SKIPPED)
         files: list[BinaryIO] = [stack.enter_context(open(folder / x, "wb")) for x in names]
         self._tokens, self._learned, self._records, self._rows, self._bad = files
         self._dtype = dtype

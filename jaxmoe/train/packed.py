@@ -175,11 +175,6 @@ class PackedData:
             rows = [self._held_out[i] for i in range(start, min(start + size, len(self._held_out)))]
             yield self._batch(rows + [self._held_out.pieces[:0]] * (size - len(rows)))
 
-    def example(self, place: int) -> tuple[Int[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]:
-        """A document of the row at a place of the run, and which of its tokens are learned."""
-        source, row = self._order.at(place)
-        return self._tokens(self._sources[source][row], 0)
-
     def _tokens(
         self, pieces: Pieces, index: int
     ) -> tuple[Int[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]:

@@ -180,6 +180,11 @@ def _evaluated(evaluate: Evaluate | None, frozen: dict, trained: dict) -> Record
     return {} if evaluate is None else evaluate(join(trained, frozen))
 
 
+def data_of(config: TrainConfig, source: str = "the config") -> TrainingData:
+    """What `train` trains on if it is given no batches; arguments and errors are those of it."""
+    return training_data(config, _model(config, source))
+
+
 def _held_out(
     config: TrainConfig, model: Llama4Config, found: TrainingData, params: dict
 ) -> Record:
