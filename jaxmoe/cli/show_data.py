@@ -1,5 +1,6 @@
 """Prints examples of what a run trains on, with what the loss counts in colour."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +19,14 @@ LEARNED, GIVEN = "bold green", "dim"
 
 
 def show_examples(data: TrainingData, tokenizer: Tokenizer, count: int, console: Console) -> None:
-    """Prints the first documents of a run's first rows.
+    """Prints the first documents of a run.
 
     Where there are no colours, what the loss counts is in double brackets.
 
     Args:
         data: of the run.
         tokenizer: of the model.
-        count: how many rows to begin.
+        count: how many documents.
         console: to print to.
     """
     for number, (tokens, learned) in zip(range(count), _examples(data), strict=False):
@@ -34,16 +35,23 @@ def show_examples(data: TrainingData, tokenizer: Tokenizer, count: int, console:
 
 
 def _examples(data: TrainingData) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The first segment of each row, and which of its tokens are targets."""
-    step = 0
-    while True:
+    """The documents of a run in their order, and which of their tokens are targets."""
+    for step in itertools.count():
         tokens, segment_ids, learned = data.batches(step)[:3]
-        for row, ids in enumerate(segment_ids):
-            mine = ids == ids[0]
-            targets = mine[mine] if learned is None else learned[row][mine].copy()
-            targets[0] = False  # nothing predicts it
-            yield tokens[row][mine], targets
-        step += 1
+        learned = np.ones(tokens.shape, bool) if learned is None else learned
+        for row in zip(tokens, segment_ids, learned, strict=True):
+            yield from _segments(*row)
+
+
+def _segments(
+    tokens: Int[np.ndarray, "length"],
+    segment_ids: Int[np.ndarray, "length"],
+    learned: Bool[np.ndarray, "length"],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The segments of a row; the first token of each is no target, since nothing predicts it."""
+    for part in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(segment_ids)) + 1):
+        if segment_ids[part[0]]:
+            yield tokens[part], learned[part] & (part > part[0])
 
 
 def _coloured(

@@ -2,7 +2,6 @@
 
 import io
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -34,11 +33,9 @@ def test_an_example_marks_what_the_loss_counts(config):  # noqa: F811
 
 
 def test_a_picture_is_one_word(config_of_pictures):  # noqa: F811
-    text = "".join(shown(training_data(config_of_pictures, SEEING), OF_PICTURES, 4).split())
-    assert (
-        "<|image|><picture><|image_end|>0?" in text or "<|image|><picture><|image_end|>3?" in text
-    )
-    assert text.count("[[yes<|eot|>]]") == 4
+    text = "".join(shown(training_data(config_of_pictures, SEEING), OF_PICTURES, 5).split())
+    assert "<|image_start|><|image|><picture><|image_end|>0?<|eot|>" in text
+    assert text.count("[[yes<|eot|>]]") == 5
 
 
 @pytest.fixture
