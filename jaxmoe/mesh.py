@@ -179,6 +179,12 @@ def activation_axes(mesh, logical: str | None, size: int) -> tuple[str, ...]:
     return chosen
 
 
+def token_axes(mesh, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The mesh axes along which devices have different tokens of an activation [B, S, ...]."""
+    rows, length = zip(("batch", "length"), shape[:2], strict=True)
+    return activation_axes(mesh, *rows) + activation_axes(mesh, *length)
+
+
 def activation_spec(mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """The sharding of an activation or cache array, from its logical axes and shape."""
     return sharded_spec(

@@ -12,10 +12,12 @@ import numpy as np
 
 from demo.needle import needle_data
 from jaxmoe.config import Llama4Config
-from jaxmoe.model.transformer import forward, unembed
+from jaxmoe.model.transformer import forward
 from jaxmoe.train import trainer
 from jaxmoe.train.config import OptimizerConfig, TrainConfig
-from jaxmoe.train.loss import cross_entropy_sum, next_tokens, router_losses
+from jaxmoe.train.cross_entropy import token_losses
+from jaxmoe.train.loss import mean, next_tokens
+from jaxmoe.train.router_losses import router_losses
 
 OPTIMIZER = OptimizerConfig(peak_lr=0.003, warmup_steps=100, final_lr=0.05, weight_decay=0.01)
 ROUTER_LOSS = 0.01
@@ -98,14 +100,14 @@ def loss(model: Llama4Config, params: dict, batch: Batch):
     real = jnp.ones_like(tokens)
     out = forward(model, blunt(params, factor), tokens, positions, real)
     tokens, answer = tokens[:, -TAIL:], answer[:, -TAIL:]
-    logits = unembed(model, params, out.hidden[:, -TAIL:])
-    total, count = cross_entropy_sum(logits, tokens, answer)
-    balance, health = router_losses(out.router_stats)
     targets, counted = next_tokens(tokens, answer)
-    right = jnp.all((jnp.argmax(logits, -1) == targets) | ~counted, axis=1)
-    results = {"loss": total / count, "right": right.mean(), "router_peak": health.peak.max()}
+    found = token_losses(model, params, out.hidden[:, -TAIL:], targets)
+    cross_entropy = mean(found.nats, counted)
+    balance, health = router_losses(out.router_stats)
+    right = jnp.all(found.right | ~counted, axis=1)
+    results = {"loss": cross_entropy, "right": right.mean(), "router_peak": health.peak.max()}
     results["length"] = jnp.int32(length)
-    return total / count + ROUTER_LOSS * balance, results
+    return cross_entropy + ROUTER_LOSS * balance, results
 
 
 def blunt(params: dict, factor: jax.Array) -> dict:

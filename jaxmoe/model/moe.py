@@ -51,6 +51,7 @@ class RouterStats(NamedTuple):
     assignments: Int[Array, "E"]  # how many the router made to each expert
     mean_probability: Float[Array, "E"]  # of the softmax of its logits, float32; differentiable
     entropy: Float[Array, ""]  # of that softmax, mean over tokens, in nats
+    z: Float[Array, ""]  # squared log-sum-exp of the logits, mean over tokens; differentiable
     dropped: Int[Array, ""]  # assignments that came to no expert, counted where experts run
     tokens: Int[Array, ""]  # padding does not count here or above
 
@@ -127,11 +128,13 @@ def router_stats(
     """
     E, k = routing.logits.shape[-1], routing.expert.shape[-1]
     assignments = jnp.sum(jax.nn.one_hot(routing.expert, E, dtype=jnp.int32), axis=(0, 1, 2))
-    log_p = jax.nn.log_softmax(routing.logits.astype(jnp.float32))
+    logits = routing.logits.astype(jnp.float32)
+    log_p, log_sum_exp = jax.nn.log_softmax(logits), jax.nn.logsumexp(logits, axis=-1)
     p = jnp.exp(log_p)
     entropy = _mean_of_real(-jnp.sum(p * log_p, axis=-1), real)
     tokens = jnp.sum(real)
-    return RouterStats(assignments, _mean_of_real(p, real), entropy, k * tokens - reached, tokens)
+    means = _mean_of_real(p, real), entropy, _mean_of_real(log_sum_exp**2, real)
+    return RouterStats(assignments, *means, k * tokens - reached, tokens)
 
 
 def _mean_of_real(x: Float[Array, "B S *rest"], real: Bool[Array, "B S"]) -> Float[Array, "*rest"]:
@@ -164,7 +167,7 @@ def spread_over_mesh(
     p_spec = map_arrays(lambda w, axes: meshes.param_spec_at_use(axes), specs, p)
     modes = {"replicated": _replicated, "all_gather": _all_gather, "all_to_all": _all_to_all}
     exchange = modes[expert_exchange(mesh, x.shape)]
-    counted_over = {*_token_axes(mesh, x.shape), *meshes.RULES["expert"]}
+    counted_over = {*meshes.token_axes(mesh, x.shape), *meshes.RULES["expert"]}
 
     def body(p, *tokens):
         out, reached = exchange(run, p, *tokens)
@@ -193,14 +196,8 @@ def expert_exchange(mesh, shape: tuple[int, ...]) -> str:
     """
     if not set(meshes.RULES["expert"]) & set(meshes.activation_axes(mesh, "batch", shape[0])):
         return "replicated"
-    devices = math.prod(mesh.shape[axis] for axis in _token_axes(mesh, shape))
+    devices = math.prod(mesh.shape[axis] for axis in meshes.token_axes(mesh, shape))
     return "all_gather" if shape[0] * shape[1] // devices <= FEW_TOKENS else "all_to_all"
-
-
-def _token_axes(mesh, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """The mesh axes along which devices have different tokens."""
-    rows, length = zip(("batch", "length"), shape[:2], strict=True)
-    return meshes.activation_axes(mesh, *rows) + meshes.activation_axes(mesh, *length)
 
 
 def _replicated(run: Callable, p: dict, *tokens):

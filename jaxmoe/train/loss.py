@@ -1,9 +1,9 @@
-"""Losses of training, and measures of the routers' health.
+"""Losses of training: next tokens' cross entropy, and what is added to it.
 
-Shape letters: B rows, S tokens a row, V vocabulary, L MoE layers, E experts, k experts a token.
+Shape letters: B rows, S tokens a row, D embed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,21 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmoe.config import Llama4Config
-from jaxmoe.model.moe import RouterStats
-from jaxmoe.model.transformer import forward, positions_of, unembed
+from jaxmoe.model.transformer import forward, positions_of
 from jaxmoe.model.vision import tile_features
+from jaxmoe.model.transformer import forward, positions_of
+from jaxmoe.model.vision import tile_features
+from jaxmoe.train.cross_entropy import token_losses
 from jaxmoe.train.data import Batch
+from jaxmoe.train.router_losses import RouterHealth, router_losses, router_z
 
 Loss = Callable[[Llama4Config, dict, Any], tuple[jax.Array, dict[str, jax.Array]]]
-
-
-class RouterHealth(NamedTuple):
-    """How the tokens spread over the experts of each MoE layer; padding does not count."""
-
-    load: Float[Array, "L E"]  # fraction of the assignments that each expert gets
-    entropy: Float[Array, "L"]  # of the router's softmax, mean over tokens, in nats
-    peak: Float[Array, "L"]  # the largest load over the mean load: 1 is even, E is collapse
-    dropped: Int[Array, ""]  # assignments that reached no expert
 
 
 class Losses(NamedTuple):
@@ -34,8 +28,12 @@ class Losses(NamedTuple):
     total: Float[Array, ""]
     cross_entropy: Float[Array, ""]  # nats a target, mean
     balance: Float[Array, ""]  # load-balance loss, mean over MoE layers
+    z: Float[Array, ""]  # squared log-sum-exp of the logits, mean over targets
+    router_z: Float[Array, ""]  # likewise of the routers' logits, mean over tokens and MoE layers
     right: Float[Array, ""]  # the share of targets that are the likeliest token
+    targets: Int[Array, ""]  # how many there are
     health: RouterHealth
+    by_source: dict[str, Float[Array, ""]]  # each source's cross entropy and targets, to record
 
 
 def losses(
@@ -48,8 +46,17 @@ def losses(
     forward: Callable = forward,
     learned: Bool[Array, "B S"] | None = None,
     features: Float[Array, "N D"] | None = None,
+    *,
+    z_loss: float = 0.0,
+    router_z_loss: float = 0.0,
+    source: Int[Array, "B S"] | None = None,
+    sources: Sequence[str] = (),
 ) -> Losses:
     """Runs the model and its losses.
+
+    Means are over this batch's targets. Of a batch that is computed in parts, the loss and its
+    gradient are the parts' means, weighted by their `targets`; only the routers' losses, whose
+    loads are counted within a part, are then not those of the whole.
 
     Args:
         router_loss: scales the load-balance loss.
@@ -57,26 +64,37 @@ def losses(
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
         learned: the tokens that are targets; default: all.
         features: of images, as for `forward`. Their places are no targets.
+        z_loss: scales the mean of targets' squared log-sum-exp, the z-loss of PaLM (Chowdhery et
+            al. 2022, section 5).
+        router_z_loss: scales the routers' z-loss.
+        source: which of `sources` each token is of.
+        sources: names of parts of the data, whose cross entropies are told apart.
     """
     positions = positions_of(segment_ids)
     given = {} if features is None else {"features": features}
     out = forward(config, params, tokens, positions, segment_ids, remat=remat, **given)
-    logits = unembed(config, params, out.hidden)
     if features is not None:
         is_text = tokens < config.vocab_size
         learned = is_text if learned is None else learned & is_text
         tokens = jnp.where(is_text, tokens, config.image_token_id)
-    total, count = cross_entropy_sum(logits, tokens, segment_ids, learned)
-    cross_entropy = total / jnp.maximum(count, 1)
     targets, real = next_tokens(tokens, segment_ids, learned)
-    right = jnp.sum((jnp.argmax(logits, -1) == targets) & real) / jnp.maximum(count, 1)
+    found = token_losses(config, params, out.hidden, targets)
+    cross_entropy, z = mean(found.nats, real), mean(found.log_sum_exp**2, real)
     balance, health = router_losses(out.router_stats)
-    total = cross_entropy + router_loss * balance
-    return Losses(total, cross_entropy, balance, right, health)
+    of_routers = router_z(out.router_stats)
+    total = cross_entropy + z_loss * z + router_loss * balance + router_z_loss * of_routers
+    right, count = mean(found.right, real), jnp.sum(real)
+    of_sources = {} if source is None else by_source(found.nats, real, source, sources)
+    return Losses(total, cross_entropy, balance, z, of_routers, right, count, health, of_sources)
 
 
 def next_token_loss(
-    router_loss: float = 0.0, remat: bool = False, forward: Callable = forward
+    router_loss: float = 0.0,
+    remat: bool = False,
+    forward: Callable = forward,
+    *,
+    z_loss: float = 0.0,
+    router_z_loss: float = 0.0,
 ) -> Loss:
     """The loss of `train` that predicts each next token; arguments as for `losses`.
 
@@ -86,7 +104,8 @@ def next_token_loss(
     def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
         tokens, segment_ids, learned = jax.tree.map(jnp.asarray, Batch(*batch))
         rows = tokens, segment_ids, router_loss, remat, forward
-        found = losses(model, params, *rows, learned=learned)
+        scales = {"z_loss": z_loss, "router_z_loss": router_z_loss}
+        found = losses(model, params, *rows, learned=learned, **scales)
         return found.total, metrics(found)
 
     return loss
@@ -122,13 +141,19 @@ def picture_loss(
 
 
 def metrics(found: Losses) -> dict[str, jax.Array]:
-    """What is recorded of a batch: its losses, and of the routers the worst and each load."""
+    """What is recorded of a batch: its losses, and of the routers the worst and each load.
+
+    `targets`, their number, is the weight of a batch's losses in a mean over batches.
+    """
     health = found.health
-    recorded = {"loss": found.cross_entropy, "balance_loss": found.balance}
+    recorded = {"loss": found.cross_entropy, "z_loss": found.z, **found.by_source}
+    recorded |= {"balance_loss": found.balance, "targets": found.targets.astype(jnp.float32)}
     if len(health.peak):
+        recorded["router_z_loss"] = found.router_z
         recorded["router_peak"] = health.peak.max()
         recorded["router_entropy"] = health.entropy.min()
         recorded["router_load"] = health.load
+        recorded["router_dead"] = health.dead.sum()
         recorded["dropped"] = health.dropped
     return recorded
 
@@ -141,8 +166,13 @@ def summed_cross_entropy(
     segment_ids: Int[Array, "B S"],
     learned: Bool[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The readout of a step that returns what `cross_entropy_sum` does."""
-    return cross_entropy_sum(unembed(config, params, hidden), tokens, segment_ids, learned)
+    """The cross entropy of the targets of `next_tokens`, summed in float32, and their number.
+
+    A readout of `jaxmoe.model.steps.step`.
+    """
+    targets, real = next_tokens(tokens, segment_ids, learned)
+    nats = token_losses(config, params, hidden, targets).nats
+    return jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(real)
 
 
 def next_tokens(
@@ -165,39 +195,27 @@ def _shifted(x: Shaped[Array, "B S"]) -> Shaped[Array, "B S"]:
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
 
-def cross_entropy_sum(
-    logits: Float[Array, "B S V"],
-    tokens: Int[Array, "B S"],
-    segment_ids: Int[Array, "B S"],
-    learned: Bool[Array, "B S"] | None = None,
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The cross entropy of the targets of `next_tokens`, summed in float32, and their number."""
-    targets, real = next_tokens(tokens, segment_ids, learned)
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(real)
+def mean(x: Shaped[Array, "B S"], of: Bool[Array, "B S"]) -> Float[Array, ""]:
+    """The mean of `x` where `of` says so, in float32; 0 if it says so nowhere."""
+    return jnp.sum(jnp.where(of, x, 0), dtype=jnp.float32) / jnp.maximum(jnp.sum(of), 1)
 
 
-def router_losses(layers: tuple[RouterStats, ...]) -> tuple[Float[Array, ""], RouterHealth]:
-    """The load-balance loss, mean over MoE layers (0 if there are none), and the routers' health.
+def by_source(
+    nats: Float[Array, "B S"],
+    real: Bool[Array, "B S"],
+    source: Int[Array, "B S"],
+    sources: Sequence[str],
+) -> dict[str, Float[Array, ""]]:
+    """Of each source `loss/NAME`, the mean cross entropy of its targets, and `targets/NAME`.
 
-    A layer's loss is E * sum_e(fraction of assignments to e * mean softmax probability of e), which
-    is 1 where both are even. Equation 4 of Switch Transformer (Fedus et al. 2021), here over real
-    tokens only, and for top-k over all assignments.
+    Args:
+        nats: of each place's target.
+        real: which places have a target.
+        source: which of `sources` a place's token is of; its target, of the same document, too.
     """
-    if not layers:
-        empty = jnp.zeros((0,))
-        return jnp.float32(0), RouterHealth(jnp.zeros((0, 0)), empty, empty, jnp.int32(0))
-    stacked = [(_balance(stats), _health(stats)) for stats in layers]
-    balance, health = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
-    return balance.mean(), health._replace(dropped=health.dropped.sum())
-
-
-def _balance(stats: RouterStats) -> Float[Array, ""]:
-    """A layer's load-balance loss; only mean probabilities have a gradient."""
-    return stats.assignments.shape[0] * jnp.sum(stats.load * stats.mean_probability)
-
-
-def _health(stats: RouterStats) -> RouterHealth:
-    return RouterHealth(stats.load, stats.entropy, stats.peak, stats.dropped)
+    found = {}
+    for index, name in enumerate(sources):
+        here = real & (source == index)
+        found[f"loss/{name}"] = mean(nats, here)
+        found[f"targets/{name}"] = jnp.sum(here, dtype=jnp.float32)
+    return found

@@ -84,6 +84,8 @@ def test_a_row_lost_on_its_way_is_dropped(monkeypatch):
 )
 def test_load_and_peak(assignments, load, peak):
     zero = jnp.int32(0)
-    stats = moe.RouterStats(jnp.array(assignments), jnp.zeros(4), jnp.float32(0), zero, zero)
+    stats = moe.RouterStats(
+        jnp.array(assignments), jnp.zeros(4), *2 * (jnp.float32(0),), zero, zero
+    )
     np.testing.assert_array_equal(stats.load, np.broadcast_to(load, 4))
     assert stats.peak == peak
