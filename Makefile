@@ -12,6 +12,8 @@ VENV_ORACLE = .venv-oracle
 VENV_NEWEST = .venv-newest
 BUILD = build
 
+# The last PEFT before the two sides of experts' adapters were swapped; requirements/ has a newer one.
+older_peft = 0.18.1
 picture = demo/vision/held-out/2x2.png
 python = $(VENV)/bin/python
 in_parallel = --numprocesses 2 --dist loadfile --no-loadscope-reorder  # small files come last
@@ -99,4 +101,6 @@ $(VENV_ORACLE)/.locked: requirements/oracle.lock
 	@$(call new_venv,$(VENV_ORACLE),ORACLE_PYTHON,3.11,3.14)
 	@echo "Installing $< into $(VENV_ORACLE): torch and transformers, once."
 	@$(VENV_ORACLE)/bin/python -m pip install --quiet --requirement $<
+	@$(VENV_ORACLE)/bin/python -m pip install --quiet --no-deps peft==$(older_peft) \
+	    --target $(VENV_ORACLE)/peft-$(older_peft)
 	@touch $@

@@ -31,6 +31,7 @@ from jaxmoe.model.kv_cache import (
     row_axes,
     row_groups,
 )
+from jaxmoe.model.lora import is_lora
 from jaxmoe.model.moe import RouterStats, choose_experts, expert_exchange, router_stats
 from jaxmoe.model.packing import Packing
 from jaxmoe.model.params import layer_specs, map_arrays
@@ -108,6 +109,8 @@ def why_not_fused(
     if mesh is not None and expert_exchange(mesh, x.shape) != "replicated":
         return "it takes meshes on which tokens need not travel to their experts"
     tensor = 1 if mesh is None else meshes.axis_size(mesh, "ffn")
+    if any(map(is_lora, jax.tree.leaves(params["layers"], is_leaf=is_lora))):
+        return "it takes matrices without adapters; merge_adapters makes them so"
     weights = jax.tree.leaves(params["layers"], is_leaf=_is_matrix)
     kinds = {(w.format, w.group_size) for w in weights if _is_matrix(w)}
     if kinds and why_not_tpu(interpret) is not None:

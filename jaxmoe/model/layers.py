@@ -11,28 +11,39 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import Llama4Config, RopeScaling
+from jaxmoe.model.lora import LoraMatrix, lora_delta
 from jaxmoe.model.quantized import quantized_linear
 from pallas_kernels.attention import Mask
 from pallas_kernels.quantized import QuantizedMatrix
 
+Matrix = Float[Array, "..."] | QuantizedMatrix | LoraMatrix
+
 
 def linear(
-    subscripts: str,
-    x: Float[Array, "..."],
-    w: Float[Array, "..."] | QuantizedMatrix,
-    head_dim: int | None = None,
+    subscripts: str, x: Float[Array, "..."], w: Matrix, head_dim: int | None = None
 ) -> Float[Array, "..."]:
     """The einsum of `x` and a weight with float32 sums, rounded to the dtype of `x`.
 
     Args:
-        head_dim: of the heads that `w` makes; needed where it is quantized.
+        head_dim: of the heads that `w` makes; needed where it is quantized or has an adapter.
     """
     if isinstance(w, QuantizedMatrix):
         return quantized_linear(subscripts, x, w, head_dim)
-    out = jnp.einsum(
+    return product(subscripts, x, w, head_dim).astype(x.dtype)
+
+
+def product(
+    subscripts: str, x: Float[Array, "..."], w: Matrix, head_dim: int | None = None
+) -> Float[Array, "..."]:
+    """What `linear` rounds, in float32; of a quantized matrix it is rounded already."""
+    if isinstance(w, LoraMatrix):
+        base = product(subscripts, x, w.base, head_dim)
+        return base + lora_delta(subscripts, x, w, head_dim)
+    if isinstance(w, QuantizedMatrix):
+        return quantized_linear(subscripts, x, w, head_dim).astype(jnp.float32)
+    return jnp.einsum(
         subscripts, x, w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
-    return out.astype(x.dtype)
 
 
 def rms_normalize(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:

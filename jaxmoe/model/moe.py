@@ -18,12 +18,11 @@ from jaxmoe import mesh as meshes
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.kernels import FASTEST, Kernels
 from jaxmoe.model.layers import linear, swiglu
+from jaxmoe.model.lora import LoraMatrix, base_of, experts_gated, experts_matmul
 from jaxmoe.model.params import map_arrays, moe_specs
 from pallas_kernels.experts import (
     combine,
     dispatch,
-    gated_matmul,
-    grouped_matmul,
     make_group_metadata,
     plan_exchange,
     rows_of_blocks,
@@ -68,7 +67,7 @@ class RouterStats(NamedTuple):
 
 def route(
     config: Llama4Config,
-    router: Float[Array, "D E"],
+    router: Float[Array, "D E"] | LoraMatrix,
     x: Float[Array, "B S D"],
     real: Bool[Array, "B S"],
     choose: Callable[..., Routing] | None = None,
@@ -258,7 +257,8 @@ def run_experts(
     here = p["down"].shape[0]
     group = (expert - first).reshape(-1)
     group = jnp.where((group >= 0) & (group < here), group, here)
-    plan = make_group_metadata(group, here, rows_of_blocks(group.shape[0], num_experts, p["gate"]))
+    block = rows_of_blocks(group.shape[0], num_experts, base_of(p["gate"]))
+    plan = make_group_metadata(group, here, block)
     choices = (*expert.shape, x.shape[-1])
     items = jnp.broadcast_to(x[:, :, None], choices).reshape(-1, x.shape[-1])
     moves = {"implementation": kernels.dispatch, "interpret": kernels.interpret}
@@ -267,8 +267,8 @@ def run_experts(
     of_scores = "xla" if kernels.dispatch else None  # other kernels serve no columns
     scale = dispatch(plan, weight.reshape(-1, 1), implementation=of_scores)[:, 0]
     matrices = p["gate"], p["up"], plan.group_of_block, None if weigh_output else scale
-    hidden = gated_matmul(rows, *matrices, **products)
-    out = grouped_matmul(hidden, p["down"], plan.group_of_block, **products)
+    hidden = experts_gated(rows, *matrices, **products)
+    out = experts_matmul(hidden, p["down"], plan.group_of_block, **products)
     if weigh_output:
         out = (out * scale[:, None].astype(jnp.float32)).astype(out.dtype)
     out = combine(plan, out, **moves)

@@ -6,6 +6,7 @@ Dimension names: V vocabulary, D embed, H query heads, K key/value heads, d head
 F feed-forward width.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import PADDED, check_divides, padded_shape, param_spec, sharding
+from jaxmoe.model.lora import LoraMatrix, lora_axes
 from jaxmoe.model.param_spec import ParamSpec, SpecTree, is_spec
 from jaxmoe.model.quantized import matrix_axes
 from jaxmoe.model.vision_params import vision_specs
@@ -127,6 +129,8 @@ def init_params(config: Llama4Config, key: jax.Array, dtype=jnp.float32):
 
 def stored_axes(spec: ParamSpec, w):
     """The logical axes of each array that stores a parameter, in a tree like `w`."""
+    if isinstance(w, LoraMatrix):
+        return lora_axes(w, stored_axes(spec, w.base), spec.matrix_axes)
     return matrix_axes(w, *spec.matrix_axes) if isinstance(w, QuantizedMatrix) else spec.axes
 
 
@@ -142,10 +146,12 @@ def map_arrays(function: Callable, specs: SpecTree | ParamSpec, params):
 def quantize_params(config: Llama4Config, params: dict, format: str) -> dict:
     """The parameters with matrices in 8 or 4 bits.
 
-    Routers, norms, embeddings and the vision tower stay as they are.
+    Routers, norms, embeddings, the vision tower and adapters stay as they are.
     """
 
-    def stored(spec: ParamSpec, w):
+    def stored(spec: ParamSpec, w) -> Any:
+        if isinstance(w, LoraMatrix):
+            return dataclasses.replace(w, base=stored(spec, w.base))
         if not spec.quantizable or isinstance(w, QuantizedMatrix):
             return w
         return quantize_matrix(w.reshape(spec.matrix_shape), format)
@@ -199,7 +205,7 @@ def unpadded(config: Llama4Config, params: dict) -> dict:
     """The parameters without padding, whose dimension is then whole on every device."""
 
     def cut(spec: ParamSpec, w):
-        if isinstance(w, QuantizedMatrix) or w.shape == spec.shape:
+        if isinstance(w, QuantizedMatrix | LoraMatrix) or w.shape == spec.shape:
             return w
         axes = tuple(None if axis in PADDED else axis for axis in spec.axes)
         layout = sharding(w.sharding.mesh, param_spec(axes))

@@ -5,6 +5,7 @@ F feed-forward width.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,15 +50,34 @@ def quantized_linear(
         subscripts: such as "BSD,DHd->BSHd": what is summed, then what is not, as `w` has them.
         head_dim: d, where `w` makes heads, which it holds as one dimension.
     """
+    rows, axes, shaped = as_rows(subscripts, x, head_dim)
+    return shaped(_sharded_product(axes, rows, w))
+
+
+def as_rows(
+    subscripts: str, x: Float[Array, "..."], head_dim: int | None = None
+) -> tuple[Float[Array, "*lead inputs"], tuple[str | None, ...], Callable[[jax.Array], jax.Array]]:
+    """An einsum of `x` and a weight as a product of rows and a matrix [in, out].
+
+    Args:
+        subscripts, head_dim: as for `quantized_linear`.
+
+    Returns:
+        The rows [..., in]; the logical axes of their dimensions, then of the outputs; and a
+        function that gives the product [..., out] the einsum's shape.
+    """
     x_letters, w_letters, out_letters = subscripts.replace("->", ",").split(",")
     summed = "".join(letter for letter in w_letters if letter not in out_letters)
     kept = w_letters.removeprefix(summed)
     lead = out_letters.removesuffix(kept)
     x = jnp.einsum(f"{x_letters}->{lead}{summed}", x)
     outer = x.shape[: len(lead)]
-    axes = tuple(AXES[letter] for letter in (*lead, summed[0], kept[0]))
-    out = _sharded_product(axes, x.reshape(*outer, -1), w)
-    return out.reshape(*outer, -1, head_dim) if kept.endswith("d") else out
+    axes = tuple(AXES.get(letter) for letter in (*lead, summed[0], kept[0]))
+
+    def shaped(out: jax.Array) -> jax.Array:
+        return out.reshape(*outer, -1, head_dim) if kept.endswith("d") else out
+
+    return x.reshape(*outer, -1), axes, shaped
 
 
 def _sharded_product(axes: tuple[str | None, ...], x: jax.Array, w: QuantizedMatrix) -> jax.Array:

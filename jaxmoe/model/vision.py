@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxmoe import mesh as meshes
 from jaxmoe.config import Llama4Config, VisionConfig, vision_of
-from jaxmoe.model.layers import layer_norm, linear, rotate
+from jaxmoe.model.layers import layer_norm, linear, product, rotate
 from jaxmoe.model.param_spec import SpecTree
 from jaxmoe.model.params import map_arrays
 from jaxmoe.model.vision_params import vision_layer_specs, vision_specs
@@ -131,14 +131,7 @@ def pixel_shuffle(vision: VisionConfig, x: Float[Array, "N P D"]) -> Float[Array
 
 def _affine(x: Float[Array, "N S i"], p: dict) -> Float[Array, "N S o"]:
     """x @ weight + bias, rounded once."""
-    out = jnp.einsum(
-        "NSi,io->NSo",
-        x,
-        p["weight"],
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return (out + p["bias"]).astype(x.dtype)
+    return (product("NSi,io->NSo", x, p["weight"]) + p["bias"]).astype(x.dtype)
 
 
 def _gelu(x: jax.Array) -> jax.Array:

@@ -82,7 +82,8 @@ def static_for(
         inputs: how many are multiplied at a time, at most.
         fp8: the name of the fp8 type; None for that of the current device.
     """
-    format, D = getattr(matrix, "format", None), matrix.shape[-1 if transposed else -2]
+    D = matrix.shape[-1 if transposed else -2]
+    format = matrix.format if isinstance(matrix, QuantizedMatrix) else None  # arrays have one, too
     if format == "int4":
         step = largest_divisor(max(PAIR, D // PAIR * PAIR), inputs, PAIR)
     else:

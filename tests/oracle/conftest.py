@@ -1,5 +1,6 @@
 """A process of the oracle's environment, which answers requests of tests."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,13 +15,26 @@ NEW_TOKENS = 24
 @pytest.fixture(scope="module")
 def ask_oracle():
     """A function that sends a request (see server.py) and waits until it is done."""
+    with oracle() as ask:
+        yield ask
+
+
+@contextlib.contextmanager
+def oracle(**packages):
+    """The function of `ask_oracle`.
+
+    Args:
+        packages: packages, by name, that are taken in another version than the environment's, from
+            a folder in it.
+    """
     python = os.environ.get("JAXMOE_ORACLE_PYTHON")
     if not python:
         pytest.fail("JAXMOE_ORACLE_PYTHON is not set; run `make oracle`, which sets it")
+    folders = [Path(python).parents[1] / f"{name}-{version}" for name, version in packages.items()]
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     command = [python, str(Path(__file__).with_name("server.py"))]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes, text=True, env=found) as process:
 
         def ask(request):
             process.stdin.write(json.dumps(request) + "\n")

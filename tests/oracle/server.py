@@ -5,6 +5,8 @@ Runs in the oracle's environment. A request names `output`, and one of
 - `checkpoint`, `tokens` (npz), `decode_from` and `greedy`, for logits;
 - `checkpoint` and `tiles` (npz: of each image in order, and `tokens`), for features and logits;
 - `checkpoint`, `moe_layer` (its index) and `input` (npy), for one layer's output;
+- `checkpoint`, `tokens` (npz), `adapter` (a folder that PEFT reads, or with `lora`, arguments of
+  its `LoraConfig`, writes) and `peft` (the version that is meant), for logits;
 - `tokenizer` (a folder) and `chats` (JSON), for ids;
 - `grids` and `each`, for images in a text.
 
@@ -31,6 +33,8 @@ def answer(request):
         hf_chat.write_layouts(request["grids"], request["each"], request["output"])
     elif "tiles" in request:
         answer_images(request)
+    elif "adapter" in request:
+        answer_adapter(request)
     elif "moe_layer" in request:
         answer_layer(request)
     else:
@@ -41,6 +45,15 @@ def answer_layer(request):
     x = np.load(request["input"])
     out, logits = hf_moe.layer_outputs(request["checkpoint"], request["moe_layer"], x)
     np.savez(request["output"], out=out, logits=logits)
+
+
+def answer_adapter(request):
+    import hf_peft  # which takes seconds, and only some tests need
+
+    model, version = hf_logits.load(request["checkpoint"]), request["peft"]
+    adapted = hf_peft.with_adapter(model, request["adapter"], request.get("lora"), version)
+    tokens = hf_logits.read_tokens(request["tokens"])
+    np.save(request["output"], hf_logits.full_logits(adapted, tokens))
 
 
 def answer_images(request):
@@ -71,7 +84,7 @@ def main():
         try:
             answer(json.loads(line))
             print("{}", flush=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             print(json.dumps({"error": str(error)}), flush=True)
 
 

@@ -32,8 +32,12 @@ MAX_AXES = 32  # of a tensor; the published ones have at most 4
 class SafetensorsFolder(TensorFiles):
     """The tensors of `model.safetensors`, or of the shards that `INDEX` names."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, name: str = SINGLE):
         """Reads the index and the headers of all files.
+
+        Args:
+            folder: the folder.
+            name: of the one file.
 
         Raises:
             UserError: if a file is missing, cut short, outside the folder, or contradicts the
@@ -42,13 +46,13 @@ class SafetensorsFolder(TensorFiles):
         self.folder = Path(folder)
         self.tensors: dict[str, Entry] = {}
         self.files: list[dict[str, Any]] = []
-        single, index = self.folder / SINGLE, self.folder / INDEX
+        single, index = self.folder / name, self.folder / INDEX
         if single.exists():
             self._add_file(single)
         elif index.exists():
             self._add_shards(index)
         else:
-            raise UserError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; is it a model?")
+            raise UserError(f"{self.folder} holds neither {name} nor {INDEX}; is it a model?")
 
     def _add_shards(self, index: Path) -> None:
         weight_map = _read_weight_map(index)

@@ -1,0 +1,135 @@
+"""Adapters of a model (`jaxmoe.model.lora`): which matrices take one, making, adding and merging.
+
+The experts' `gate` and `up` are one matrix in PEFT's files, so their adapters share `a`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.mesh import check_divides, param_spec, sharding
+from jaxmoe.model.lora import LoraMatrix, merged_matrix
+from jaxmoe.model.param_spec import ParamSpec
+from jaxmoe.model.params import named_params, named_specs, unflatten_params
+from pallas_kernels.quantized import QuantizedMatrix
+
+
+class Adapter(NamedTuple):
+    """An adapter as a `LoraMatrix` holds it, in arrays or ShapeDtypeStructs.
+
+    Attributes:
+        a: [..., in, r]; None where it is the `a` of the experts' `gate`.
+        b: [..., r, out].
+        scale: what multiplies a @ b.
+    """
+
+    a: Any
+    b: Any
+    scale: float
+
+
+def adaptable(config: Llama4Config) -> dict[str, ParamSpec]:
+    """The specs of the parameters that can have an adapter, by dotted name.
+
+    They are all matrices of the decoder's layers and of the vision tower, its adapter and projector
+    included.
+    """
+    specs = named_specs(config).items()
+    return {name: spec for name, spec in specs if spec.inputs and name != "lm_head"}
+
+
+def abstract_adapters(
+    config: Llama4Config,
+    mesh: jax.sharding.Mesh,
+    ranks: Mapping[str, int],
+    dtype: Any = jnp.float32,
+) -> dict[str, tuple[Any, Any]]:
+    """The shapes and shardings of `a` and `b` of some parameters' adapters, by dotted name.
+
+    Inputs and outputs lie as those of the parameter, and the rank is on every device.
+
+    Args:
+        ranks: by dotted name.
+
+    Raises:
+        UserError: if the mesh does not divide a parameter.
+    """
+    specs = named_specs(config)
+
+    def placed(name: str, shape: tuple, axes: tuple) -> jax.ShapeDtypeStruct:
+        check_divides(f"the adapter of {name}", shape, axes, mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, param_spec(axes)))
+
+    def pair(name: str, rank: int) -> tuple[Any, Any]:
+        *outer, inputs, outputs = specs[name].matrix_shape
+        *axes, of_inputs, of_outputs = specs[name].matrix_axes
+        a = placed(name, (*outer, inputs, rank), (*axes, of_inputs, None))
+        b = placed(name, (*outer, rank, outputs), (*axes, None, of_outputs))
+        return None if shares_with(name) else a, b
+
+    return {name: pair(name, rank) for name, rank in ranks.items()}
+
+
+def init_adapters(abstract: Mapping[str, tuple[Any, Any]], key: jax.Array) -> dict:
+    """The first `a` and `b` by name: `a` uniform in +-1 / sqrt(in), and `b` zero.
+
+    So a model with new adapters computes what it did without them.
+    """
+    keys = dict(zip(abstract, jax.random.split(key, len(abstract)), strict=True))
+
+    def drawn(name: str, a: Any, b: Any) -> tuple[Any, Any]:
+        if a is not None:
+            bound = a.shape[-2] ** -0.5
+            a = jax.random.uniform(keys[name], a.shape, a.dtype, -bound, bound)
+        return a, jnp.zeros(b.shape, b.dtype)
+
+    def init() -> dict:
+        return {name: drawn(name, *pair) for name, pair in abstract.items()}
+
+    places = jax.tree.map(lambda x: x.sharding, dict(abstract))
+    return jax.jit(init, out_shardings=places)()
+
+
+def with_adapters(config: Llama4Config, params: dict, adapters: Mapping[str, Adapter]) -> dict:
+    """The parameters with adapters beside some of them, by dotted name."""
+    named = named_params(config, params).items()
+    added = [LoraMatrix(w, *adapters[name]) if name in adapters else w for name, (_, w) in named]
+    return unflatten_params(config, added)
+
+
+def merge_adapters(config: Llama4Config, params: dict, *, requantize: bool = False) -> dict:
+    """The parameters with each adapter added to its matrix: the model that serves fastest.
+
+    Sums are float32, rounded once to the dtype of the matrix.
+
+    Args:
+        requantize: whether sums with quantized matrices are quantized again, which rounds them to
+            8 or 4 bits.
+
+    Raises:
+        UserError: if a matrix is quantized and is not to be so again.
+    """
+    named = {name: w for name, (_, w) in named_params(config, params).items()}
+
+    def merged(name: str, w: Any) -> Any:
+        if not isinstance(w, LoraMatrix):
+            return w
+        if isinstance(w.base, QuantizedMatrix) and not requantize:
+            raise UserError(
+                f"{name} is in {w.base.format}, and adding its adapter would round it again; ask "
+                "for requantize, or keep the adapter beside it."
+            )
+        a = named[str(shares_with(name))].a if w.a is None else w.a
+        placed = jax.tree.map(lambda x: x.sharding, w.base)
+        return jax.jit(merged_matrix, out_shardings=placed)(w, a)
+
+    return unflatten_params(config, [merged(name, w) for name, w in named.items()])
+
+
+def shares_with(name: str) -> str | None:
+    """The name of the parameter whose `a` is this one's too: of experts' `up`, their `gate`."""
+    return name.removesuffix("up") + "gate" if name.endswith(".experts.up") else None
