@@ -13,8 +13,6 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.transformer import forward, positions_of
 from jaxmoe.model.vision import tile_features
-from jaxmoe.model.transformer import forward, positions_of
-from jaxmoe.model.vision import tile_features
 from jaxmoe.train.cross_entropy import token_losses
 from jaxmoe.train.data import Batch
 from jaxmoe.train.router_losses import RouterHealth, router_losses, router_z
