@@ -15,6 +15,7 @@ from jaxmoe.checkpoint.formats import compressed_tensors, safetensors
 from jaxmoe.checkpoint.formats.safetensors import INDEX, SINGLE, TensorToWrite
 from jaxmoe.checkpoint.mapping import names
 from jaxmoe.checkpoint.mapping.tensors import Block, Group, array_shapes, expand, main_dtype
+from jaxmoe.checkpoint.peft import Merging, PeftAdapter, read_adapter
 from jaxmoe.checkpoint.store import (
     Checkpoint,
     Progress,
@@ -38,6 +39,7 @@ def export(
     progress: Progress = no_progress,
     *,
     weights: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Report:
     """Writes a checkpoint in the Hugging Face layout that transformers reads.
 
@@ -51,13 +53,18 @@ def export(
         output: the model's folder, which must not exist or be empty.
         progress: called after every block with the bytes done and the bytes in all.
         weights: "bf16" or "float32" widens quantized matrices to that dtype.
+        adapter: a folder that PEFT or a run saved; its matrices are added in float32, and the sums
+            rounded once to the dtype of the tensors.
 
     Raises:
-        UserError: if the checkpoint is bad, its matrices have a format that the layout does not
-            have, or the output exists or cannot be written.
+        UserError: if the checkpoint or the adapter is bad, matrices have a format that the layout
+            does not have, or the output exists or cannot be written.
     """
     opened = read_checkpoint(checkpoint)
-    tensors = _tensors(opened, weights)
+    merging = (
+        None if adapter is None else Merging(_adapter(opened, adapter, weights), opened.config)
+    )
+    tensors = _tensors(opened, weights, merging)
     files = safetensors.shard(tensors, SHARD_BYTES)
     total = sum(tensor.nbytes for tensor in tensors)
     with prepared(Path(output)) as workspace:
@@ -72,10 +79,25 @@ def export(
             _write_json(folder / INDEX, safetensors.index_of(files, total))
         _write_json(folder / "config.json", _config(opened, _dtype(opened, tensors), weights))
         copy_companions(Path(checkpoint), folder)
-    return Report(len(tensors), total, left_out=0)
+    return Report(len(tensors), total, left_out=0, notes=merging.notes if merging else ())
 
 
-def _tensors(checkpoint: Checkpoint, weights: str | None) -> list[TensorToWrite]:
+def _adapter(opened: Checkpoint, folder: str | Path, weights: str | None) -> PeftAdapter:
+    """Opens the adapter to be added; refuses to round quantized matrices a second time."""
+    adapter = read_adapter(folder, opened.config)
+    if weights is None and (
+        quantized := [name for name in adapter.ranks if name in opened.formats]
+    ):
+        raise UserError(
+            f"{opened.path} holds {quantized[0]} in {opened.formats[quantized[0]].name}, to which "
+            "no adapter is added without rounding it again; use --weights bf16."
+        )
+    return adapter
+
+
+def _tensors(
+    checkpoint: Checkpoint, weights: str | None, merging: Merging | None
+) -> list[TensorToWrite]:
     """Every tensor to be written, in model order."""
     widens = weights is not None
     formats = {} if widens else checkpoint.formats
@@ -88,16 +110,22 @@ def _tensors(checkpoint: Checkpoint, weights: str | None) -> list[TensorToWrite]
     tensors = []
     for group in expand(_rows(formats), shapes):
         dtype, read = _reader(checkpoint, group, arrays, matrix, weights)
+        if merging is not None:
+            read = functools.partial(_merged, merging, group.params, dtype, read)
         for name, shape in group.tensors.items():
-            blocks = functools.partial(_blocks, group, name, dtype.itemsize, read)
+            blocks = functools.partial(_blocks, group, name, dtype, read)
             tensors.append(TensorToWrite(_full_name(checkpoint, name), shape, dtype, blocks))
     return tensors
 
 
-def _blocks(group: Group, tensor: str, itemsize: int, read) -> Iterator[np.ndarray]:
+def _blocks(group: Group, tensor: str, dtype: np.dtype, read) -> Iterator[np.ndarray]:
     """The stored blocks of one of a group's tensors, in order."""
-    for block in group.blocks(itemsize, tensor=tensor):
-        yield group.layout.join(read(block))
+    for block in group.blocks(dtype.itemsize, tensor=tensor):
+        yield group.layout.join([part.astype(dtype, copy=False) for part in read(block)])
+
+
+def _merged(merging: Merging, params, dtype: np.dtype, read, block: Block) -> list[np.ndarray]:
+    return merging.merged(params, block, read(block), dtype)
 
 
 def _rows(formats: Iterable[str]) -> tuple[names.Row, ...]:
@@ -129,13 +157,14 @@ def _check_formats(checkpoint: Checkpoint) -> None:
 def _reader(
     checkpoint: Checkpoint, group: Group, arrays: dict[str, StoredArray], matrix, weights
 ) -> tuple[np.dtype, Callable[[Block], list[np.ndarray]]]:
-    """The dtype of a group's tensors, and a function that reads a block of its parameters."""
+    """The dtype of a group's tensors, and a function that reads a block of its parameters.
+
+    What the function reads is to be rounded to that dtype.
+    """
     if group.params[0] in checkpoint.formats:
         assert weights is not None
         dtype = np.dtype(FLOATS[weights])
-        return dtype, lambda block: [
-            _widened(name, matrix, block).astype(dtype) for name in group.params
-        ]
+        return dtype, lambda block: [_widened(name, matrix, block) for name in group.params]
     stored = [arrays[name] for name in group.params]
     dtypes = {array.dtype for array in stored}
     if len(dtypes) > 1:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from jaxmoe.checkpoint.mapping.tensors import Format, array_shapes, main_dtype
+from jaxmoe.checkpoint.peft import read_adapter
 from jaxmoe.checkpoint.shares import block_shape, load_array, write_shares
 from jaxmoe.checkpoint.zarr.arrays import StoredArray
 from jaxmoe.checkpoint.zarr.manifest import FORMAT, Finished, open_finished
@@ -261,6 +262,7 @@ def load(
     progress: Progress = no_progress,
     *,
     text_only: bool = False,
+    adapter: str | Path | None = None,
 ) -> tuple[Llama4Config, dict]:
     """Loads a checkpoint straight into the sharding that `mesh` gives each parameter.
 
@@ -274,16 +276,21 @@ def load(
             stored in 8 or 4 bits stay so, with scales in float32.
         progress: called after every array with the bytes done and the bytes in all.
         text_only: leaves a vision tower out, and does not look at its description.
+        adapter: a folder that PEFT or a run with `adapter` saved, whose matrices stand beside those
+            of the checkpoint; `jaxmoe.merge_adapters` adds them up.
 
     Returns:
         The configuration, with the stop tokens of `generation_config.json` added to its own, and
         the parameters as `param_specs` declares them.
 
     Raises:
-        UserError: if the checkpoint is unfinished or damaged, or the mesh does not divide a
-            parameter.
+        UserError: if the checkpoint or adapter is unfinished, damaged or of another model, or the
+            mesh does not divide a parameter.
     """
     checkpoint = read_checkpoint(path, text_only)
+    found = None
+    if adapter is not None:
+        found = read_adapter(adapter, checkpoint.config, text_only=text_only)
     arrays = checkpoint.open_arrays()
     leaves, structure = jax.tree.flatten(_placed(checkpoint, arrays, mesh, dtype))
     total = sum(array.nbytes for array in arrays.values())
@@ -292,7 +299,10 @@ def load(
         params.append(load_array(array, target))
         done += array.nbytes
         progress(done, total)
-    return with_stop_ids(checkpoint.config, path), structure.unflatten(params)
+    loaded = structure.unflatten(params)
+    if found is not None:
+        loaded = found.added_to(loaded, mesh, dtype or loaded["embed"].dtype)
+    return with_stop_ids(checkpoint.config, path), loaded
 
 
 def abstract(

@@ -33,6 +33,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="compute in this; default: as stored"
     )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="run with an adapter that PEFT or jaxmoe train saved"
+    )
     default = str(compilation.default_folder()).replace("%", "%%")
     parser.add_argument(
         "--compilation-cache",
@@ -94,7 +97,9 @@ def load(
         config, params = store.abstract(args.checkpoint, mesh, dtype, text_only)
         Console(stderr=True).print(layout_table(config, params, mesh))
     with byte_progress("Loading") as progress:
-        config, params = store.load(args.checkpoint, mesh, dtype, progress, text_only=text_only)
+        config, params = store.load(
+            args.checkpoint, mesh, dtype, progress, text_only=text_only, adapter=args.adapter
+        )
     if args.self_test:
         with jax.set_mesh(mesh):
             result = self_test(config, params, tokenizer(args.checkpoint))

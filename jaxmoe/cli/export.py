@@ -18,12 +18,18 @@ def main() -> None:
     parser.add_argument(
         "--weights", choices=("bf16", "float32"), help="widen quantized matrices to this"
     )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="add an adapter that PEFT or jaxmoe train saved"
+    )
     args = parser.parse_args()
     start = time.perf_counter()
     with byte_progress("Exporting") as progress:
-        report = export(args.checkpoint, args.output, progress, weights=args.weights)
+        asked = {"weights": args.weights, "adapter": args.adapter}
+        report = export(args.checkpoint, args.output, progress, **asked)
     seconds = time.perf_counter() - start
     print(
         f"Exported {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB, to {args.output} "
         f"in {seconds:.1f} s ({report.nbytes / 1e9 / seconds:.2f} GB/s)."
     )
+    for note in report.notes:
+        print(note)

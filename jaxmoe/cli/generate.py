@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.peft import adapter_digest, read_adapter
 from jaxmoe.checkpoint.zarr.manifest import digest_of
 from jaxmoe.cli import devices, image_flags, sampling_flags
 from jaxmoe.cli.sampling_flags import sampling_by
@@ -96,6 +97,8 @@ def main() -> None:
     sampling = sampling_by(args)
     tokenizer = devices.tokenizer(args.checkpoint)
     model = store.read_config(args.checkpoint)
+    if args.adapter:
+        read_adapter(args.adapter, model)  # raises for an unusable one before anything else
     after = document_length(args.document) if args.document else 0
 
     checker = Checker(model, tokenizer, sampling, after, args.cache_tokens)
@@ -167,6 +170,7 @@ def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers
         return contextlib.nullcontext()
     folders = filter(None, (args.checkpoint, args.document))
     models = [digest_of(Path(folder)) for folder in folders]
+    models += [adapter_digest(args.adapter)] if args.adapter else []
     return Answers(output, job_digest([*settings, models], lines), lines)
 
 

@@ -15,6 +15,7 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.images.picture import Picture
 from jaxmoe.model.kv_cache import PAGE
+from jaxmoe.model.lora import is_lora
 
 DIFFERENCES = {  # by key of an identity, in the order in which they are told
     "text": "another text",
@@ -75,7 +76,10 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], subject: str) -> No
 def _fingerprint(params: dict) -> str:
     """A digest of all parameters' bits. It sums integers, so it is the same on every mesh."""
     sums = [int(x) for x in jax.tree.leaves(_sum_bits(params))]
-    return hashlib.sha256(np.asarray(sums, "<u4").tobytes()).hexdigest()
+    digest = hashlib.sha256(np.asarray(sums, "<u4").tobytes())
+    scales = [w.scale for w in jax.tree.leaves(params, is_leaf=is_lora) if is_lora(w)]
+    digest.update(np.asarray(scales, "<f8").tobytes())  # of adapters
+    return digest.hexdigest()
 
 
 @jax.jit

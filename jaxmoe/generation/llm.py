@@ -88,6 +88,7 @@ class LLM:
         cache_tokens: int | None = None,
         step_tokens: int = STEP_TOKENS,
         text_only: bool = False,
+        adapter: str | Path | None = None,
         forward: Callable = transformer.forward,
         progress: store.Progress = store.no_progress,
     ):
@@ -100,6 +101,7 @@ class LLM:
             dtype: to compute in; default: as stored.
             rows, kv, cache_tokens, step_tokens, forward: as for `jaxmoe.generate`.
             text_only: leaves a vision tower out.
+            adapter: as for `jaxmoe.load`.
             progress: called after every array with the bytes done and the bytes in all.
 
         Raises:
@@ -111,7 +113,8 @@ class LLM:
         for name in read_generation_config(checkpoint).unsupported:
             warnings.warn(f"{FILE} has {name}, which is not supported", stacklevel=2)
         placed = default_mesh(checkpoint, dtype, text_only) if mesh is None else make_mesh(mesh)
-        config, params = store.load(checkpoint, placed, dtype, progress, text_only=text_only)
+        kept = {"text_only": text_only, "adapter": adapter}
+        config, params = store.load(checkpoint, placed, dtype, progress, **kept)
         engine = {"kv": kv, "cache_tokens": cache_tokens, "step_tokens": step_tokens}
         self._set(config, params, tokenizer, sampling, rows=rows, forward=forward, **engine)
         if config.vision is not None:

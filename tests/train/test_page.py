@@ -16,6 +16,8 @@ def accepted(kind):
     """A field's type in words."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {accepted(typing.get_args(kind)[0])}"
     if typing.get_origin(kind) is typing.Annotated:
         kind, bounds = typing.get_args(kind)
         return {int: "a whole number ", float: "a number "}[kind] + str(bounds)
@@ -25,7 +27,7 @@ def accepted(kind):
 
 
 def default(field):
-    if field.default is not dataclasses.MISSING and field.default is not None:
+    if field.default not in (dataclasses.MISSING, None, ()):
         value = str(field.default)
         return f"`{value.lower() if isinstance(field.default, bool) else value}`"
     return "" if field.default is field.default_factory is dataclasses.MISSING else "none"
@@ -39,7 +41,8 @@ def rows(cls, prefix=""):
     for field in dataclasses.fields(cls):
         part = next(iter(typing.get_args(kinds[field.name])), kinds[field.name])
         if dataclasses.is_dataclass(part):
-            yield from rows(part, f"{prefix}{field.name}.")
+            of_list = "[]" if typing.get_origin(kinds[field.name]) is tuple else ""
+            yield from rows(part, f"{prefix}{field.name}{of_list}.")
         else:
             words = " ".join(said[field.name].split())
             cells = (f"`{prefix}{field.name}`", default(field), accepted(kinds[field.name]), words)
@@ -52,7 +55,7 @@ def test_every_field_is_in_the_table():
 
 
 def test_the_example_is_read(tmp_path):
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    block, *_ = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "run.yaml").write_text(block)
     config = read_train_config(tmp_path / "run.yaml")
     assert (config.init, config.optimizer.peak_lr) == ("checkpoint", 1e-5)

@@ -1,6 +1,7 @@
 """Reads adapters that PEFT, or `write_adapter`, saved."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +140,14 @@ def read_adapter(
     if not found:
         raise UserError(f"{folder} adapts nothing.")
     return PeftAdapter(folder, tuple(found), _layout(folder, files, found, settings), files, config)
+
+
+def adapter_digest(folder: str | Path) -> str:
+    """A SHA-256 of an adapter's files, which were opened before."""
+    digest = hashlib.sha256((Path(folder) / FILE).read_bytes())
+    with open(Path(folder) / TENSORS, "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _plain(key: str) -> str:
