@@ -1,15 +1,23 @@
-"""Trains a model as one YAML file says; run it again to resume (docs/training.md)."""
+"""Trains a model as one YAML file says; run it again to resume (docs/training.md).
+
+SIGTERM and SIGUSR1 end it after the step that is running, with its state saved and exit code 75.
+"""
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 
 import jax
 
 from jaxmoe.cli import devices
+from jaxmoe.cli.signals import asked_to_stop
 from jaxmoe.progress import task_progress
-from jaxmoe.train.config import read_train_config
+from jaxmoe.train.config import TrainConfig, read_train_config
+from jaxmoe.train.metrics import Record
+from jaxmoe.train.processes import is_first
 from jaxmoe.train.run_folder import RunFolder
-from jaxmoe.train.trainer import Record, train
+from jaxmoe.train.trainer import train
 
 
 def main() -> None:
@@ -18,24 +26,36 @@ def main() -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="fields of TrainConfig")
     args = parser.parse_args()
     config = read_train_config(args.config)
-    folder = RunFolder(config)
-    if folder.is_finished():
-        print(f"{folder.checkpoint} is finished: nothing is left to do.")
-        return
     mesh = devices.start(argparse.Namespace(mesh=config.mesh, cpu_devices=config.cpu_devices))
-    tokens_a_step = config.rows.batch_size * config.rows.length
+    folder, says = RunFolder(config), is_first()
+    if folder.is_finished():
+        if says:
+            print(f"{folder.checkpoint} is finished: nothing is left to do.")
+        return
+    with jax.set_mesh(mesh), asked_to_stop() as stop, _shown(config) as show:
+        for record in train(config, mesh, args.config, stop=stop):
+            if says:
+                show(record)
+    if says:
+        print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
+
+
+@contextlib.contextmanager
+def _shown(config: TrainConfig) -> Iterator[Callable[[Record], None]]:
+    """Yields a function that shows a record: in a progress bar, or as a line without one."""
+    tokens_a_step = config.rows.batch_size * config.rows.length * config.accumulate
     show_lines = not sys.stderr.isatty()
     done = 0
-    with (
-        jax.set_mesh(mesh),
-        task_progress("Training", config.steps * tokens_a_step, "tokens") as advance,
-    ):
-        for record in train(config, mesh, args.config):
+    with task_progress("Training", config.steps * tokens_a_step, "tokens") as advance:
+
+        def show(record: Record) -> None:
+            nonlocal done
             advance((record["step"] - done) * tokens_a_step, losses(record))
             done = record["step"]
             if show_lines:
                 print(line(record, config.steps), file=sys.stderr, flush=True)
-    print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
+
+        yield show
 
 
 def losses(record: Record) -> str:
@@ -45,10 +65,11 @@ def losses(record: Record) -> str:
 
 def line(record: Record, steps: int) -> str:
     """A record as one line of a log."""
-    shown = ("loss", "held_out_loss", "gradient_norm", "router_peak", "tokens_per_second")
+    shown = ("loss", "held_out_loss", "gradient_norm", "router_peak", "tokens_per_second", "mfu")
     return f"step {record['step']}/{steps}  " + numbers(record, shown)
 
 
 def numbers(record: Record, names: tuple[str, ...]) -> str:
     """Metrics as `name value`, those of `names` that the record has."""
-    return "  ".join(f"{name} {record[name]:.4g}" for name in names if name in record)
+    known = (name for name in names if record.get(name) is not None)
+    return "  ".join(f"{name} {record[name]:.4g}" for name in known)

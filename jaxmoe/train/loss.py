@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.moe import RouterStats
+from jaxmoe.model.remat import Remat
 from jaxmoe.model.transformer import forward, positions_of, unembed
 from jaxmoe.model.vision import tile_features
 from jaxmoe.train.data import Batch
@@ -44,7 +45,7 @@ def losses(
     tokens: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
     router_loss: float,
-    remat: bool = False,
+    remat: Remat = False,
     forward: Callable = forward,
     learned: Bool[Array, "B S"] | None = None,
     features: Float[Array, "N D"] | None = None,
@@ -76,7 +77,7 @@ def losses(
 
 
 def next_token_loss(
-    router_loss: float = 0.0, remat: bool = False, forward: Callable = forward
+    router_loss: float = 0.0, remat: Remat = False, forward: Callable = forward
 ) -> Loss:
     """The loss of `train` that predicts each next token; arguments as for `losses`.
 
@@ -94,7 +95,7 @@ def next_token_loss(
 
 def picture_loss(
     router_loss: float = 0.0,
-    remat: bool = False,
+    remat: Remat = False,
     forward: Callable = forward,
     encode: Callable = tile_features,
 ) -> Loss:
