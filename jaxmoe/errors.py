@@ -14,3 +14,7 @@ class UserError(ValueError):
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
         super().__init__(line)
+
+
+class Stopped(Exception):
+    """Work that was told to end early, and is saved: the same command goes on with it."""

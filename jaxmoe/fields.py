@@ -105,7 +105,8 @@ def _list(kind: Any, value: Any, source: str, key: str) -> tuple:
 def _converted(kind: Any, value: Any) -> Any:
     """A value converted to a Literal or a plain type; None if it is not of that type."""
     if typing.get_origin(kind) is Literal:
-        return value if value in typing.get_args(kind) else None
+        known = {(type(each), each) for each in typing.get_args(kind)}  # 1 is not True
+        return value if isinstance(value, str | bool) and (type(value), value) in known else None
     if kind is float and type(value) is int:
         return float(value)
     if kind is int and type(value) is float:  # as in `steps: 1e5`
@@ -126,7 +127,8 @@ def _is_name(text: str) -> bool:
 def _expected(kind: Any, bounds: Range | None) -> str:
     """A type and a range in words, for error messages."""
     if typing.get_origin(kind) is Literal:
-        return " or ".join(typing.get_args(kind))
+        words = (str(x).lower() if isinstance(x, bool) else x for x in typing.get_args(kind))
+        return " or ".join(words)
     return _NAMES[kind] + ("" if bounds is None else f" {bounds}")
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import cast
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import Stopped, UserError
 from pallas_kernels.compile.errors import CompilerError
 
 
@@ -14,7 +14,8 @@ def run(main: Callable[[], None]) -> None:
     """Runs a command, and exits the process if it fails.
 
     A mistake of the user is printed as one line, with exit code 1, and so are a full disk and lack
-    of memory; Ctrl-C ends with exit code 130.
+    of memory. Work that was told to end early ends with exit code 75, which says that running it
+    again goes on with it, and Ctrl-C with 130.
     """
     _open_closed()
     for stream in (sys.stdout, sys.stderr):  # a terminal may not be able to print all of Unicode
@@ -25,6 +26,9 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, CompilerError) as error:
         print(f"error: {UserError(str(error))}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
     except BrokenPipeError:  # the reader of stdout, such as `head`, has ended
         _forget_stdout()
         sys.exit(1)

@@ -1,20 +1,28 @@
-"""Trains a model as one YAML file says; run it again to resume (docs/training.md)."""
+"""Trains a model as one YAML file says; run it again to resume (docs/training.md).
+
+SIGTERM and SIGUSR1 end it after the step that is running, with its state saved and exit code 75.
+"""
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 
 import jax
 from rich.console import Console
 
 from jaxmoe.cli import devices
 from jaxmoe.cli.show_data import show_examples, skipped_rows
+from jaxmoe.cli.signals import asked_to_stop
 from jaxmoe.errors import UserError
 from jaxmoe.progress import task_progress
 from jaxmoe.text import Tokenizer
 from jaxmoe.train.batches import TrainingData
 from jaxmoe.train.config import TrainConfig, read_train_config
+from jaxmoe.train.metrics import Record
+from jaxmoe.train.processes import is_first
 from jaxmoe.train.run_folder import RunFolder
-from jaxmoe.train.trainer import Record, data_of, train
+from jaxmoe.train.trainer import data_of, train
 
 
 def main() -> None:
@@ -31,37 +39,38 @@ def main() -> None:
     )
     args = parser.parse_args()
     config = read_train_config(args.config)
-    folder = RunFolder(config)
-    if folder.is_finished():
-        print(f"{folder.checkpoint} is finished: nothing is left to do.")
-        return
     mesh = devices.start(argparse.Namespace(mesh=config.mesh, cpu_devices=config.cpu_devices))
+    folder, says = RunFolder(config), is_first()
+    if folder.is_finished():
+        if says:
+            print(f"{folder.checkpoint} is finished: nothing is left to do.")
+        return
     data = data_of(config, args.config)
     if args.show_data is not None:
-        show(config, data, args.show_data, Console())
+        if says:
+            show_some(config, data, args.show_data, Console())
         return
+    if says:
+        _tell(config, data)
+    with jax.set_mesh(mesh), asked_to_stop() as stop, _shown(config) as show:
+        for record in train(config, mesh, args.config, stop=stop):
+            if says:
+                show(record)
+    if says:
+        print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
+        if data.skipped:
+            print(skipped_rows(folder.path, data.skipped), file=sys.stderr)
+
+
+def _tell(config: TrainConfig, data: TrainingData) -> None:
+    """Says on stderr what there is to train on, with an example if people read it."""
     if data.summary:
         print(f"Data: {data.summary}.", file=sys.stderr)
         if sys.stderr.isatty():
-            show(config, data, 1, Console(stderr=True))
-    tokens_a_step = config.rows.batch_size * config.rows.length
-    show_lines = not sys.stderr.isatty()
-    done = 0
-    with (
-        jax.set_mesh(mesh),
-        task_progress("Training", config.steps * tokens_a_step, "tokens") as advance,
-    ):
-        for record in train(config, mesh, args.config):
-            advance((record["step"] - done) * tokens_a_step, losses(record))
-            done = record["step"]
-            if show_lines:
-                print(line(record, config.steps), file=sys.stderr, flush=True)
-    print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
-    if data.skipped:
-        print(skipped_rows(folder.path, data.skipped), file=sys.stderr)
+            show_some(config, data, 1, Console(stderr=True))
 
 
-def show(config: TrainConfig, data: TrainingData, count: int, console: Console) -> None:
+def show_some(config: TrainConfig, data: TrainingData, count: int, console: Console) -> None:
     """Prints examples of a run's data.
 
     Raises:
@@ -74,6 +83,24 @@ def show(config: TrainConfig, data: TrainingData, count: int, console: Console) 
     show_examples(data, tokenizer, count, console)
 
 
+@contextlib.contextmanager
+def _shown(config: TrainConfig) -> Iterator[Callable[[Record], None]]:
+    """Yields a function that shows a record: in a progress bar, or as a line without one."""
+    tokens_a_step = config.rows.batch_size * config.rows.length * config.accumulate
+    show_lines = not sys.stderr.isatty()
+    done = 0
+    with task_progress("Training", config.steps * tokens_a_step, "tokens") as advance:
+
+        def show(record: Record) -> None:
+            nonlocal done
+            advance((record["step"] - done) * tokens_a_step, losses(record))
+            done = record["step"]
+            if show_lines:
+                print(line(record, config.steps), file=sys.stderr, flush=True)
+
+        yield show
+
+
 def losses(record: Record) -> str:
     """The losses of a record in words, for a progress bar."""
     return numbers(record, ("loss", "held_out_loss"))
@@ -81,10 +108,11 @@ def losses(record: Record) -> str:
 
 def line(record: Record, steps: int) -> str:
     """A record as one line of a log."""
-    shown = ("loss", "held_out_loss", "gradient_norm", "router_peak", "tokens_per_second")
+    shown = ("loss", "held_out_loss", "gradient_norm", "router_peak", "tokens_per_second", "mfu")
     return f"step {record['step']}/{steps}  " + numbers(record, shown)
 
 
 def numbers(record: Record, names: tuple[str, ...]) -> str:
     """Metrics as `name value`, those of `names` that the record has."""
-    return "  ".join(f"{name} {record[name]:.4g}" for name in names if name in record)
+    known = (name for name in names if record.get(name) is not None)
+    return "  ".join(f"{name} {record[name]:.4g}" for name in known)

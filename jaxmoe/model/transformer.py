@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import LayerKind, Llama4Config
@@ -28,6 +29,7 @@ from jaxmoe.model.moe import RouterStats
 from jaxmoe.model.moe import moe as llama4_moe
 from jaxmoe.model.packing import Packing
 from jaxmoe.model.params import init_params, layer_specs, map_arrays
+from jaxmoe.model.remat import ATTENTION, FEED_FORWARD, Remat, with_remat
 from pallas_kernels.attention import Coords
 
 
@@ -47,7 +49,7 @@ def forward(
     segment_ids: Int[Array, "B S"],
     cache: Cache | None = None,
     *,
-    remat: bool = False,
+    remat: Remat = False,
     fused: bool = True,
     kernels: Kernels = FASTEST,
     moe: Callable | None = None,
@@ -62,7 +64,8 @@ def forward(
         segment_ids: which sequence a token belongs to; 0 is padding, anywhere in the row. Tokens
             see only their own segment. A segment is contiguous and may continue in the next call.
         cache: None for a whole forward pass; otherwise a cache with room for the new tokens.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: what the backward pass computes again instead of keeping it: nothing, each layer
+            (`full` or True), or a part of each, as `jaxmoe.model.remat.with_remat` says.
         fused: run a step of one new token a row by the kernels of `decode_step` where they serve.
         kernels: the implementations to run on; naming any turns `fused` off.
         moe: a mixture of experts of the same arguments as `jaxmoe.model.moe.moe`; default: that
@@ -78,10 +81,8 @@ def forward(
         x = with_features(config, x, tokens, features)
     x = constrain(x, "batch", "length", None)
     parts = {"kernels": kernels, "moe": llama4_moe if moe is None else moe}
-    run_layer: Callable = functools.partial(_jit_layer, **parts)
-    if remat:
-        layer = functools.partial(decoder_layer, **parts)
-        run_layer = jax.checkpoint(layer, static_argnums=(0, 1))
+    layer = functools.partial(decoder_layer, **parts)
+    run_layer: Callable = with_remat(layer, remat, (0, 1)) or functools.partial(_jit_layer, **parts)
     interpret = kernels.interpret
     fused = fused and moe is None and kernels.fastest
     fused = fused and why_not_fused(config, params, x, cache, interpret, packing) is None
@@ -121,13 +122,14 @@ def decoder_layer(
     p = map_arrays(constrain_param, layer_specs(config, kind), p)
     normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
     out, cache = attention(config, kind, p["attention"], normed, step, cache, kernels)
-    x = constrain(x + out, "batch", "length", None)
+    x = constrain(x + checkpoint_name(out, ATTENTION), "batch", "length", None)
     normed = rms_norm(x, p["feed_forward_norm"], config.rms_norm_eps)
     if kind.feed_forward == "moe":
         out, stats = moe(config, p["feed_forward"], normed, step.tokens.own.segment != 0, kernels)
     else:
         out, stats = swiglu(p["feed_forward"], normed), None
-    return constrain(x + out, "batch", "length", None), cache, stats
+    x = constrain(x + checkpoint_name(out, FEED_FORWARD), "batch", "length", None)
+    return x, cache, stats
 
 
 # Layers of one kind are traced once and called many times.

@@ -25,6 +25,7 @@ from jaxmoe.config import Llama4Config, VisionConfig, vision_of
 from jaxmoe.model.layers import layer_norm, linear, product, rotate
 from jaxmoe.model.param_spec import SpecTree
 from jaxmoe.model.params import map_arrays
+from jaxmoe.model.remat import Remat, with_remat
 from jaxmoe.model.vision_params import vision_layer_specs, vision_specs
 from pallas_kernels.attention import flash_attention
 
@@ -35,14 +36,14 @@ def tile_features(
     config: Llama4Config,
     p: dict,
     pixels: UInt8[Array, "N side side channels"] | Float[Array, "N side side channels"],
-    remat: bool = False,
+    remat: Remat = False,
 ) -> Float[Array, "N T E"]:
     """What stands in the text model's sequence for each tile, in the parameters' dtype.
 
     Args:
         p: the parameters, as `vision_specs` declares them.
         pixels: of tiles: 0 to 255, or floats that are already scaled to -1 to 1.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: as for `forward`, of each block; blocks name no outputs.
 
     Raises:
         UserError: if the model has no vision tower.
@@ -55,7 +56,7 @@ def tile_features(
     last = jnp.broadcast_to(p["class_embedding"].astype(x.dtype), (len(x), 1, x.shape[-1]))
     x = jnp.concatenate([x, last], axis=1) + p["position_embedding"].astype(x.dtype)
     x = _over_tiles(layer_norm(x, p["norm_before"], EPS))
-    block = _jit_block if not remat else jax.checkpoint(tower_block, static_argnums=0)
+    block = with_remat(tower_block, remat, (0,)) or _jit_block
     for i, layer in enumerate(p["layers"]):
         with jax.named_scope(f"vision_layer_{i}"):
             x = block(vision, layer, x)

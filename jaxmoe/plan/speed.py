@@ -80,7 +80,7 @@ def demand(work: Work, mesh: MeshConfig) -> Demand:
     if training:
         stored = stored_params(work.config, work.format)
         weights += OPTIMIZER_BYTES * sum(x.numbers(mesh) for x in stored)
-    flops = float(_matmul_flops(work, mesh, share) + _attention_flops(work, mesh, share))
+    flops = float(_matmul_flops(work, mesh, share) + attention_flops(work, mesh, share))
     flops += tower_flops(work, mesh)
     return Demand(
         weights=weights,
@@ -130,7 +130,7 @@ def _matmul_flops(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
     return total
 
 
-def _attention_flops(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
+def attention_flops(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
     """Operations of attention: two products for each query and each key that it sees."""
     position = np.arange(work.context - work.tokens, work.context, dtype=np.float64)
     pairs = {}

@@ -80,6 +80,7 @@ _TPUS: dict[str, dict[str, Any]] = {
     "v5p": {"memory": 95 * 2**30, "bandwidth": 2.765e12, "flops": 459e12, "interconnect": 600e9},
     "v6e": {"memory": 32 * 2**30, "bandwidth": 1.64e12, "flops": 918e12, "interconnect": 400e9},
 }
+_TPU_KINDS = {"tpu v5": "v5p", "tpu v5p": "v5p", "tpu v6 lite": "v6e", "tpu v6e": "v6e"}
 
 # TPU slices by Google's names: v5p counts TensorCores, two per chip; v6e counts chips.
 _SLICES = {
@@ -119,6 +120,19 @@ def parse_target(text: str) -> Target:
 
 def _chips(shape: str) -> int:
     return math.prod(int(side) for side in shape.split("x"))
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 operations per second of a device by the name that JAX gives its kind.
+
+    Returns:
+        None for a device that no target has, such as a CPU or a GPU's PCIe variant.
+    """
+    kind = device_kind.lower()
+    if kind in _TPU_KINDS:
+        return _TPUS[_TPU_KINDS[kind]]["flops"]
+    words = set() if "pcie" in kind else set(kind.split())
+    return next((figures["flops"] for gpu, figures in _GPUS.items() if gpu in words), None)
 
 
 def absent_devices(target: Target) -> list:

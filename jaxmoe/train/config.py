@@ -10,6 +10,7 @@ from jaxmoe.parsing import read_yaml
 
 _Period = Annotated[int, Range(0, 10**9)]  # in steps or documents; 0 means never
 _Fraction = Annotated[float, Range(0.0, 1.0)]
+_Dtype = Literal["float32", "bfloat16"]
 _Beta = Annotated[float, Range(0.0, 0.999999)]
 
 
@@ -84,23 +85,31 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up, a cosine decay and clipping by global norm.
+    """An optimizer with a linear warm-up, a cosine decay and clipping by global norm.
 
     Attributes:
+        name: `adamw`; `adafactor`, which keeps of each matrix's squared gradients the means of rows
+            and columns only, of each expert its own; or `muon`, which keeps one mean and
+            orthogonalizes it, and uses AdamW for embeddings, head, routers and vectors.
         peak_lr: the learning rate after the warm-up.
         warmup_steps: over which the learning rate rises from 0.
         final_lr: the learning rate of the last step, as a fraction of `peak_lr`.
-        beta1: how much of the gradients' running mean each step keeps.
-        beta2: likewise of their squares.
+        beta1: how much of the gradients' running mean each step keeps; `adafactor` has none.
+        beta2: likewise of their squares; `adafactor` keeps 1 - step^-0.8 instead.
+        moments: the dtype of the gradients' running mean; other statistics are float32.
+        offload: keep the optimizer's statistics in the host's memory between steps.
         weight_decay: of the matrices, times the learning rate; norms do not decay.
         clip_norm: gradients of a larger global norm are scaled down to it; 0 scales none.
     """
 
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     peak_lr: Annotated[float, Range(1e-12, 1.0)]
     warmup_steps: _Period = 100
     final_lr: _Fraction = 0.1
     beta1: _Beta = 0.9
     beta2: _Beta = 0.95
+    moments: _Dtype = "float32"
+    offload: bool = False
     weight_decay: Annotated[float, Range(0.0, 10.0)] = 0.1
     clip_norm: Annotated[float, Range(0.0, 1e6)] = 1.0
 
@@ -121,14 +130,25 @@ class TrainConfig:
         mesh: axes and sizes, as in `expert=4,sequence=2`, or a YAML file; None means `data=-1`.
         cpu_devices: simulate so many devices on the CPU; None takes the devices that are there.
         seed: of the initial parameters and of the order of the data.
-        dtype: of computation; the parameters being trained are float32.
+        dtype: of computation.
+        params_dtype: of the parameters being trained. `bfloat16` keeps no float32 copy: updates are
+            rounded up or down at random, so that small ones count on average.
         checkpoint_dtype: of the parameters in the finished checkpoint.
         router_loss: how much the load-balance loss counts beside the cross entropy.
-        remat: recompute layers in the backward pass, to save memory.
+        accumulate: batches whose gradients make one step. They run one after the other and count by
+            their targets, as if they were one batch, in the memory of one.
+        remat: what the backward pass computes again, to save memory: nothing, whole layers (`full`
+            or `true`), layers without the last product of attention and feed-forward (`outputs`),
+            or all but products with matrices (`dots`).
+        not_finite: what a step does whose loss or gradient is not finite: `stop` ends the run,
+            `skip` leaves it out, ten in a row end the run.
+        keep: `best` keeps, beside the last checkpoint, the one of the least held-out loss.
+        log_to: writes records to TensorBoard's files or W&B too, by `tensorboardX` or `wandb`.
         train_vision: where rows have pictures, train the vision tower too; else it stays as it is.
         log_every: steps from record to record; 0 logs only the last.
         evaluate_every: steps from one held-out loss to the next; 0 evaluates only at the end.
-        save_every: steps from one saved state to the next; 0 saves none.
+        save_every: steps from one saved state to the next; 0 saves only when the run is told to
+            stop.
     """
 
     model: dict = dataclasses.field(default_factory=dict)
@@ -141,10 +161,15 @@ class TrainConfig:
     mesh: str | None = None
     cpu_devices: Annotated[int, Range(1, 1024)] | None = None
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: _Dtype = "float32"
+    params_dtype: _Dtype = "float32"
+    checkpoint_dtype: _Dtype = "float32"
     router_loss: Annotated[float, Range(0.0, 100.0)] = 0.01
-    remat: bool = False
+    accumulate: Annotated[int, Range(1, 2**16)] = 1
+    remat: Literal["none", "full", "outputs", "dots", True, False] = "none"
+    not_finite: Literal["stop", "skip"] = "stop"
+    keep: Literal["last", "best"] = "last"
+    log_to: Literal["tensorboard", "wandb"] | None = None
     train_vision: bool = True
     log_every: _Period = 10
     evaluate_every: _Period = 0
@@ -153,6 +178,11 @@ class TrainConfig:
     def __post_init__(self):
         if bool(self.model) == (self.init is not None):
             raise UserError("give either 'model', a config.json, or 'init', a checkpoint.")
+        data = self.data
+        if self.keep == "best" and data and not (data.held_out_every or data.held_out):
+            raise UserError("keep best needs held-out documents: give data 'held_out_every'.")
+        if self.keep == "best" and not self.evaluate_every:
+            raise UserError("keep best needs 'evaluate_every', the steps between held-out losses.")
 
     @property
     def rows(self) -> DataConfig:

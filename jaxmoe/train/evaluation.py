@@ -16,6 +16,7 @@ from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch
 from jaxmoe.train.loss import summed_cross_entropy
 from jaxmoe.train.pictures import PictureBatch
+from jaxmoe.train.run_folder import HELD_OUT_LOSS
 
 
 def held_out_loss(
@@ -32,7 +33,7 @@ def held_out_loss(
     if not sums:
         return {}
     nats, targets = np.sum(jax.device_get(sums), axis=0)
-    return {"held_out_loss": float(nats / targets)}
+    return {HELD_OUT_LOSS: float(nats / targets)}
 
 
 def _sum(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmoe.config import Llama4Config
+from jaxmoe.model.remat import Remat
 from jaxmoe.model.transformer import forward, positions_of
 from jaxmoe.model.vision import tile_features
 from jaxmoe.train.cross_entropy import token_losses
@@ -40,7 +41,7 @@ def losses(
     tokens: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
     router_loss: float,
-    remat: bool = False,
+    remat: Remat = False,
     forward: Callable = forward,
     learned: Bool[Array, "B S"] | None = None,
     features: Float[Array, "N D"] | None = None,
@@ -88,7 +89,7 @@ def losses(
 
 def next_token_loss(
     router_loss: float = 0.0,
-    remat: bool = False,
+    remat: Remat = False,
     forward: Callable = forward,
     *,
     z_loss: float = 0.0,
@@ -111,7 +112,7 @@ def next_token_loss(
 
 def picture_loss(
     router_loss: float = 0.0,
-    remat: bool = False,
+    remat: Remat = False,
     forward: Callable = forward,
     encode: Callable = tile_features,
 ) -> Loss:

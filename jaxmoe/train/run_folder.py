@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,10 @@ from jaxmoe.files.atomic import locked, writable
 from jaxmoe.files.outputs import PARTIAL, write_file
 from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_json, read_text
 from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.curves import draw_losses
+from jaxmoe.train.processes import on_first
+
+HELD_OUT_LOSS = "held_out_loss"  # of a record: what `best` is the least of
 
 DATA = "data"  # the folder of tokenized documents
 
@@ -28,6 +34,7 @@ class RunFolder:
         checkpoint: the result, there once the run is finished.
         states: what a killed run resumes from.
         metrics: a record a line.
+        best: the checkpoint of the least held-out loss, where the config asks for it.
     """
 
     def __init__(self, config: TrainConfig):
@@ -42,6 +49,8 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint"
         self.states = self.path / "states"
         self.metrics = self.path / "metrics.jsonl"
+        self.best = self.path / "best"
+        self._least = math.inf  # held-out loss so far
         self._partial = self.path / "partial"  # the checkpoint, until it is whole
 
     def is_finished(self) -> bool:
@@ -50,6 +59,9 @@ class RunFolder:
         Raises:
             UserError: if the folder is not this run's.
         """
+        return on_first(self._is_finished)
+
+    def _is_finished(self) -> bool:
         with writable(self.path):
             self._check_owner()
             if not self.checkpoint.exists():
@@ -61,26 +73,33 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """A context in which this process owns the folder.
+        """A context in which this run's processes own the folder.
 
         Raises:
             UserError: if it is another's, or cannot be written.
         """
         with contextlib.ExitStack() as stack:
-            with writable(self.path):
-                self._check_owner()
-                self.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self.path))
-                self._check_owner()  # another process may have been faster
-                if self.checkpoint.exists():
-                    raise UserError(f"{self.path} was finished by another run; run again.")
-                write_file(self.path / "config.json", self._text)
+            on_first(lambda: self._claim(stack))
             yield
+
+    def _claim(self, stack: contextlib.ExitStack) -> None:
+        with writable(self.path):
+            self._check_owner()
+            self.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(self.path))
+            self._check_owner()  # another process may have been faster
+            if self.checkpoint.exists():
+                raise UserError(f"{self.path} was finished by another run; run again.")
+            write_file(self.path / "config.json", self._text)
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line to the metrics."""
+        on_first(lambda: self._append(json.dumps(record, allow_nan=False)))
+        self._least = min(self._least, record.get(HELD_OUT_LOSS, math.inf))
+
+    def _append(self, line: str) -> None:
         with writable(self.metrics), open(self.metrics, "a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(line + "\n")
 
     def cut_back(self, step: int) -> None:
         """Removes the records of steps that will be taken again, and a line cut short.
@@ -88,23 +107,61 @@ class RunFolder:
         Raises:
             UserError: if the metrics hold anything else.
         """
+        least = on_first(lambda: self._cut_back(step))
+        self._least = math.inf if least is None else least
+
+    def _cut_back(self, step: int) -> float | None:
+        """The least held-out loss of the records that stay; None without one."""
         if not self.metrics.exists():
-            return
+            return None
         lines = read_text(self.metrics, MAX_TEXT_BYTES).splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
-        kept = (line for i, line in enumerate(lines, 1) if self._step_of(line, i) <= step)
-        write_file(self.metrics, "".join(kept))
+        records = [self._record_of(line, i) for i, line in enumerate(lines, 1)]
+        kept = [record["step"] <= step for record in records]
+        write_file(self.metrics, "".join(itertools.compress(lines, kept)))
+        losses = (record.get(HELD_OUT_LOSS) for record in itertools.compress(records, kept))
+        return min((loss for loss in losses if isinstance(loss, float)), default=None)
+
+    def is_best(self, record: dict[str, Any]) -> bool:
+        """Whether a record that is not yet appended has a smaller held-out loss than all before."""
+        return record.get(HELD_OUT_LOSS, math.inf) < self._least
+
+    def keep_best(self, model: Llama4Config, params: dict) -> None:
+        """Replaces the checkpoint `best`; called before the record that says so is appended.
+
+        A run that is killed in between has neither, and takes the step again.
+        """
+        self._save(self._partial / "best", model, params)
+        on_first(lambda: self._publish(self._partial / "best", self.best))
 
     def finish(self, model: Llama4Config, params: dict) -> None:
-        """Writes the checkpoint that the other scripts read; nothing is left to resume from."""
+        """Writes the checkpoint that the other commands read, and draws the losses.
+
+        Nothing is left to resume from.
+        """
+        self._save(self._partial / "checkpoint", model, params)
+        on_first(self._finish)
+
+    def _save(self, path: Path, model: Llama4Config, params: dict) -> None:
+        """Saves a checkpoint with its tokenizer, by all processes together."""
+        on_first(lambda: shutil.rmtree(self._partial, ignore_errors=True))
+        store.save(path, model, params)
+
+    def _publish(self, source: Path, place: Path) -> None:
         with writable(self.path):
-            shutil.rmtree(self._partial, ignore_errors=True)
-            store.save(self._partial / "checkpoint", model, params)
             if self._config.tokenizer_folder is not None:
-                folder = Path(self._config.tokenizer_folder)
-                store.copy_companions(folder, self._partial / "checkpoint")
-            (self._partial / "checkpoint").rename(self.checkpoint)
+                store.copy_companions(Path(self._config.tokenizer_folder), source)
+            if place.exists():
+                shutil.rmtree(place)
+            source.rename(place)
+
+    def _finish(self) -> None:
+        with writable(self.path):
+            if self.metrics.exists():
+                draw_losses(self.metrics, self.path / "losses.png")
+        self._publish(self._partial / "checkpoint", self.checkpoint)
+        with writable(self.path):
             self._clear()
 
     def _clear(self) -> None:
@@ -135,11 +192,11 @@ class RunFolder:
         except UserError:  # it is of another version, or no config at all
             return False
 
-    def _step_of(self, line: str, number: int) -> int:
+    def _record_of(self, line: str, number: int) -> dict[str, Any]:
         record = parse_json(line, f"{self.metrics} line {number}")
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise UserError(f"{self.metrics} line {number} is no record of a step; delete it.")
-        return record["step"]
+        return record
 
 
 def _as_json(config: TrainConfig) -> str:

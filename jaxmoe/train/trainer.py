@@ -1,36 +1,38 @@
-"""The training loop: batches in, records of metrics out, a checkpoint at the end."""
+"""`train`: a run from its first files to its finished checkpoint."""
 
-import collections
+import dataclasses
 import functools
 import json
-import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxmoe.checkpoint import store
 from jaxmoe.config import Llama4Config
-from jaxmoe.errors import UserError
+from jaxmoe.errors import Stopped, UserError
 from jaxmoe.hf_config import from_hf
 from jaxmoe.model.params import abstract_params
 from jaxmoe.train.batches import TrainingData, training_data
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.evaluation import held_out_loss
+from jaxmoe.train.logs import log_package, open_log
+from jaxmoe.train.loop import Batches, Evaluate, Loop, Taken, every
 from jaxmoe.train.loss import Loss, next_token_loss, picture_loss
-from jaxmoe.train.optimizer import learning_rate, make_optimizer
+from jaxmoe.train.metrics import Meter, Record
+from jaxmoe.train.optimizer import make_optimizer
 from jaxmoe.train.partition import Trainable, everything, join, split, text_only
 from jaxmoe.train.run_folder import RunFolder
 from jaxmoe.train.state import SavedStates, TrainState, abstract_state, random_params, state_of
+from jaxmoe.train.step import cast_all, make_step
 
-Record = dict[str, Any]
-Batches = Callable[[int], Any]
-Evaluate = Callable[[dict], Record]
+
+def never() -> bool:
+    """The `stop` of a run that nothing ends early."""
+    return False
 
 
 def train(
@@ -44,6 +46,7 @@ def train(
     trainable: Trainable | None = None,
     evaluate: Evaluate | None = None,
     result: Callable[[dict], dict] | None = None,
+    stop: Callable[[], bool] = never,
 ) -> Iterator[Record]:
     """Trains, or goes on where a run of the same config was killed.
 
@@ -58,9 +61,10 @@ def train(
         loss: `loss(model, params, batch) -> (scalar, metrics)`, which is compiled: the model's
             config, parameters in `config.dtype`, and a dict of arrays for the records, those that
             end in `loss` first. Default: `next_token_loss` as the config says.
-        batches: `batches(step) -> batch`, a function of the step's number, from 0, and of nothing
-            else, which resuming relies on. A batch is a tree of arrays; the first is its tokens.
-            Default: rows of `config.data`.
+        batches: `batches(n) -> batch`, a function of the batch's number, from 0, and of nothing
+            else, which resuming relies on; a step takes `config.accumulate` of them. A batch is a
+            tree of arrays; the first is its tokens. All processes make the same batch. Default:
+            rows of `config.data`.
         init: the parameters to begin with, on the mesh and more of them than the model's if `loss`
             wants that; or a checkpoint's folder. Default: `config.init`, or random ones.
         trainable: whether a parameter, by its dotted name such as `layers.3.attention.q`, is
@@ -69,6 +73,7 @@ def train(
         evaluate: `evaluate(params) -> record`, every `evaluate_every` steps. Default: the held-out
             loss where `loss` and `batches` are the default.
         result: makes of all parameters those of the finished checkpoint, if they are not the same.
+        stop: asked before each step whether to end early, as a signal may want.
 
     Yields:
         Each record as it is written; nothing if the run was finished before.
@@ -76,11 +81,88 @@ def train(
     Raises:
         UserError: before anything is written, for a bad model or checkpoint, tokens that cannot be
             trained on, or an output that is not this run's; for a disk that fails; and at a step
-            whose loss or gradient is not finite, with the state before it saved.
+            whose loss or gradient is not finite, with the state before it saved; with
+            `not_finite: skip` at the tenth in a row.
+        Stopped: after the step at which `stop` said so, with the state saved.
     """
     folder = RunFolder(config)
     if folder.is_finished():
         return
+    package = log_package(config.log_to)
+    setup = _set_up(config, mesh, source, loss, batches, init, trainable, evaluate)
+    with folder.claimed(), open_log(config, package) as log:
+        with SavedStates.open(folder.states) as states:
+            state, frozen = setup.begin(states)
+            folder.cut_back(int(state.step))
+            finished = functools.partial(_finished, config, result, frozen)
+            for taken in setup.loop(frozen, stop).steps(state):
+                state = taken.state
+                if taken.record:
+                    if config.keep == "best" and folder.is_best(taken.record):
+                        folder.keep_best(setup.model, finished(state))
+                    folder.append(taken.record)
+                    log(taken.record)
+                    yield taken.record
+                _save(config, source, folder, states, taken)
+        folder.finish(setup.model, finished(state))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """A run before its first step: its functions, and what its state is like.
+
+    Attributes:
+        config, mesh, loss, batches, init, trainable, evaluate: as for `train`, with the defaults.
+        model: the model's config.
+        optimizer: of the run.
+        abstract: shapes and shardings of the state.
+        frozen: those of the parameters that are not trained.
+    """
+
+    config: TrainConfig
+    mesh: jax.sharding.Mesh
+    loss: Loss
+    batches: Batches
+    init: dict | str | Path | None
+    trainable: Trainable
+    evaluate: Evaluate | None
+    model: Llama4Config
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+    frozen: dict
+
+    def begin(self, states: SavedStates) -> tuple[TrainState, dict]:
+        """The state to go on from, and the parameters that are not trained."""
+        config, state = self.config, states.newest(self.abstract)
+        if state is not None and not jax.tree.leaves(self.frozen):
+            return state, self.frozen
+        params = _first_params(config, self.model, self.mesh, self.init)
+        trained, frozen = split(params, self.trainable)
+        return state or state_of(trained, self.optimizer, self.mesh, **_storage(config)), frozen
+
+    def loop(self, frozen: dict, stop: Callable[[], bool]) -> Loop:
+        """The steps of the run."""
+        step_fn = make_step(self.config, self.model, self.optimizer, self.loss, self.abstract)
+
+        def evaluated(trained: dict) -> Record:
+            return {} if self.evaluate is None else self.evaluate(join(trained, frozen))
+
+        meter = Meter(self.model, self.trainable, self.mesh)
+        step_fn = functools.partial(step_fn, frozen)
+        return Loop(self.config, step_fn, self.batches, meter, self.mesh, stop, evaluated)
+
+
+def _set_up(
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    source: str,
+    loss: Loss | None,
+    batches: Batches | None,
+    init: dict | str | Path | None,
+    trainable: Trainable | None,
+    evaluate: Evaluate | None,
+) -> _Setup:
+    """Puts the defaults in place of what is None, and checks the rest; writes nothing."""
     model = _model(config, source)
     if batches is None:
         found = training_data(config, model)
@@ -95,89 +177,37 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.steps)
     shapes = init if isinstance(init, dict) else _shapes(model, mesh)
     trained, frozen = split(shapes, trainable)
-    abstract = abstract_state(trained, optimizer, mesh)
-    with folder.claimed():
-        with SavedStates.open(folder.states) as states:
-            start = states.newest(abstract)
-            if start is None or jax.tree.leaves(frozen):
-                trained, frozen = split(_first_params(config, model, mesh, init), trainable)
-                start = start or state_of(trained, optimizer, mesh)
-            folder.cut_back(int(start.step))
-            step_fn = functools.partial(make_step(config, model, optimizer, loss), frozen)
-            evaluation = functools.partial(_evaluated, evaluate, frozen)
-            state = start
-            for done, state, record in _steps(config, step_fn, batches, evaluation, start):
-                if what := _not_finite(done, state, record):
-                    states.save(state)
-                    raise UserError(
-                        f"{source}: {what} is not finite at step {done}; the state after step "
-                        f"{state.step} is kept in {folder.states}, but the same config would fail "
-                        "again: lower 'peak_lr', or look at the data."
-                    )
-                if record:
-                    folder.append(record)
-                    yield record
-                if _every(config.save_every, done):
-                    states.save(state)
-        params = join(state.params, frozen)
-        params = params if result is None else result(params)
-        folder.finish(model, _cast(params, config.checkpoint_dtype))
+    abstract = abstract_state(trained, optimizer, mesh, **_storage(config))
+    functions = loss, batches, init, trainable, evaluate
+    return _Setup(config, mesh, *functions, model, optimizer, abstract, frozen)
 
 
-def _steps(
-    config: TrainConfig, step_fn: Callable, batches: Batches, evaluate: Evaluate, state: TrainState
-) -> Iterator[tuple[int, TrainState, Record]]:
-    """Each further step, the state after it, and a record; it is empty where none is due."""
-    rate = learning_rate(config.optimizer, config.steps)
-    tokens, start = 0, time.perf_counter()
-    for number in range(int(state.step), config.steps):
-        batch = batches(number)
-        state, metrics, norm = step_fn(state, batch)
-        tokens += jax.tree.leaves(batch)[0].size
-        done, record = number + 1, {}
-        if _every(config.log_every, done) or done == config.steps:
-            record = _record(done, jax.device_get(metrics), float(norm), rate(number))
-            record["tokens_per_second"] = round(tokens / (time.perf_counter() - start), 1)
-        if _every(config.evaluate_every, done) or done == config.steps:
-            record |= {"step": done} | evaluate(state.params)
-        if record:
-            tokens, start = 0, time.perf_counter()
-        yield done, state, record
+def _storage(config: TrainConfig) -> dict[str, Any]:
+    """How a run's state is stored, as arguments of `abstract_state`."""
+    return {"dtype": config.params_dtype, "offload": config.optimizer.offload}
 
 
-def make_step(
-    config: TrainConfig, model: Llama4Config, optimizer: optax.GradientTransformation, loss: Loss
-):
-    """The compiled step: (frozen, state, batch) -> (state, metrics, gradient norm).
+def _save(
+    config: TrainConfig, source: str, folder: RunFolder, states: SavedStates, taken: Taken
+) -> None:
+    """Saves the state after a step where it is due, and ends the run where the step says so.
 
-    Where the loss or the norm is not finite, the state stays what it was, its number of steps too.
-    The state is donated: its memory becomes the new state's. `frozen` are the parameters that are
-    not trained.
+    Raises:
+        UserError: if something is not finite.
+        Stopped: if the run is to end early.
     """
-
-    def total(trained: dict, frozen: dict, batch: Any):
-        value, metrics = loss(model, _cast(join(trained, frozen), config.dtype), batch)
-        return value, collections.OrderedDict(metrics)  # whose order compiled functions keep
-
-    def run(frozen: dict, state: TrainState, batch: Any):
-        gradients = jax.value_and_grad(total, has_aux=True)
-        (value, metrics), gradient = gradients(state.params, frozen, batch)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = cast(dict, optax.apply_updates(state.params, updates))
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        after = TrainState(params, moments, state.step + 1)
-        return jax.tree.map(functools.partial(jnp.where, finite), after, state), metrics, norm
-
-    return jax.jit(run, donate_argnums=1)
-
-
-def _cast(params: dict, dtype: str) -> dict:
-    return jax.tree.map(lambda p: p.astype(dtype), params)
-
-
-def _evaluated(evaluate: Evaluate | None, frozen: dict, trained: dict) -> Record:
-    return {} if evaluate is None else evaluate(join(trained, frozen))
+    state = taken.state
+    if taken.not_finite:
+        states.save(state._replace(in_a_row=jnp.zeros_like(state.in_a_row)))
+        raise UserError(
+            f"{source}: {taken.not_finite} is not finite at step {taken.done}; the state after "
+            f"step {state.step} is kept in {folder.states}, but the same config would fail "
+            "again: lower 'peak_lr', or look at the data."
+        )
+    if every(config.save_every, taken.done) or taken.stopped:
+        states.save(state)
+    if taken.stopped:
+        raise Stopped(f"the state after step {state.step} is kept in {folder.states}; run again.")
 
 
 def data_of(config: TrainConfig, source: str = "the config") -> TrainingData:
@@ -189,28 +219,6 @@ def _held_out(
     config: TrainConfig, model: Llama4Config, found: TrainingData, params: dict
 ) -> Record:
     return held_out_loss(config, model, params, batches=found.held_out())
-
-
-def _record(step: int, metrics: dict, norm: float, rate: Any) -> Record:
-    """The record of a step in plain numbers, its losses first."""
-    plain = {name: _plain(np.asarray(value)) for name, value in metrics.items()}
-    record = {"step": step} | {name: plain[name] for name in plain if name.endswith("loss")}
-    return record | {"gradient_norm": norm, "learning_rate": float(rate)} | plain
-
-
-def _plain(value: np.ndarray) -> Any:
-    """A Python number, or a list of them with four decimals."""
-    if value.ndim:
-        return np.round(value, 4).tolist()
-    return int(value) if value.dtype.kind in "iu" else float(value)
-
-
-def _not_finite(step: int, state: TrainState, record: Record) -> str | None:
-    """What is not finite, if anything; this waits for the step."""
-    if int(state.step) < step:
-        return "the loss or its gradient"
-    numbers = {key: value for key, value in record.items() if isinstance(value, float)}
-    return next((key for key, value in numbers.items() if not math.isfinite(value)), None)
 
 
 def _model(config: TrainConfig, source: str) -> Llama4Config:
@@ -250,5 +258,9 @@ def _first_params(
     return store.load(folder, mesh, "float32")[1]
 
 
-def _every(period: int, step: int) -> bool:
-    return period > 0 and step % period == 0
+def _finished(
+    config: TrainConfig, result: Callable[[dict], dict] | None, frozen: dict, state: TrainState
+) -> dict:
+    """The parameters of a checkpoint of this state."""
+    params = join(state.params, frozen)
+    return cast_all(params if result is None else result(params), config.checkpoint_dtype)

@@ -22,7 +22,8 @@ def accepted(kind):
         kind, bounds = typing.get_args(kind)
         return {int: "a whole number ", float: "a number "}[kind] + str(bounds)
     if typing.get_origin(kind) is typing.Literal:
-        return ", ".join(f"`{value}`" for value in typing.get_args(kind))
+        values = typing.get_args(kind)
+        return ", ".join(f"`{str(v).lower() if v in (True, False) else v}`" for v in values)
     return {bool: "`true`, `false`", str: "text", dict: "a mapping"}[kind]
 
 

@@ -14,7 +14,7 @@ from jaxmoe.train.state import SavedStates, TrainState
 
 
 def make_state(step):
-    return TrainState({"w": jnp.full((1000,), step / 2)}, (), jnp.int32(step))
+    return TrainState({"w": jnp.full((1000,), step / 2)}, (), *map(jnp.int32, (step, 0, 0)))
 
 
 @contextlib.contextmanager
