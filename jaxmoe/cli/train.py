@@ -48,14 +48,14 @@ def main() -> None:
     data = data_of(config, args.config)
     if args.show_data is not None:
         if says:
-            show_some(config, data, args.show_data, Console())
+            show(config, data, args.show_data, Console())
         return
     if says:
         _tell(config, data)
-    with jax.set_mesh(mesh), asked_to_stop() as stop, _shown(config) as show:
+    with jax.set_mesh(mesh), asked_to_stop() as stop, _shown(config) as show_record:
         for record in train(config, mesh, args.config, stop=stop):
             if says:
-                show(record)
+                show_record(record)
     if says:
         print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
         if data.skipped:
@@ -67,10 +67,10 @@ def _tell(config: TrainConfig, data: TrainingData) -> None:
     if data.summary:
         print(f"Data: {data.summary}.", file=sys.stderr)
         if sys.stderr.isatty():
-            show_some(config, data, 1, Console(stderr=True))
+            show(config, data, 1, Console(stderr=True))
 
 
-def show_some(config: TrainConfig, data: TrainingData, count: int, console: Console) -> None:
+def show(config: TrainConfig, data: TrainingData, count: int, console: Console) -> None:
     """Prints examples of a run's data.
 
     Raises:
@@ -91,14 +91,14 @@ def _shown(config: TrainConfig) -> Iterator[Callable[[Record], None]]:
     done = 0
     with task_progress("Training", config.steps * tokens_a_step, "tokens") as advance:
 
-        def show(record: Record) -> None:
+        def show_record(record: Record) -> None:
             nonlocal done
             advance((record["step"] - done) * tokens_a_step, losses(record))
             done = record["step"]
             if show_lines:
                 print(line(record, config.steps), file=sys.stderr, flush=True)
 
-        yield show
+        yield show_record
 
 
 def losses(record: Record) -> str:
