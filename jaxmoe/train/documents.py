@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxmoe.errors import UserError
-from jaxmoe.files.atomic import locked, rename, writable
+from jaxmoe.files.atomic import locked, rename, sync, writable
 from jaxmoe.files.outputs import PARTIAL, write_json
 from jaxmoe.images import ImageSettings, PictureReader
 from jaxmoe.parsing import read_json
@@ -32,7 +32,8 @@ from jaxmoe.train.conversations import Text, example_of
 from jaxmoe.train.make_tokens import END_OF_TEXT
 from jaxmoe.train.sources import RawRow, place_of, read_rows
 
-SKIPPED = "skipped.jsonl"
+SKIPPED, INDEX = "skipped.jsonl", "index.json"
+FILES = ("tokens.bin", "learned.bin", "documents.bin", "rows.bin", SKIPPED)
 VERSION = 1  # of the files' layout and of what makes tokens of a row
 LISTED = 1000  # rows that `SKIPPED` has at most
 UPDATE = 256  # rows from one update of the progress bar to the next
@@ -47,6 +48,7 @@ RECORD = np.dtype(
         ("number", "<i8"),  # of its line or row
     ]
 )
+_DAMAGED = "{} is damaged; delete it, and it is made again."
 
 
 class Reading(NamedTuple):
@@ -103,8 +105,12 @@ class Documents:
     """
 
     def __init__(self, folder: Path):
-        """Maps the files."""
-        index = read_json(folder / "index.json")
+        """Maps the files.
+
+        Raises:
+            UserError: if they are not as they were written.
+        """
+        index = _index(folder)
         self.tokens = _mapped(folder / "tokens.bin", index["dtype"])
         self.learned = _mapped(folder / "learned.bin", "bool")
         self.records = _mapped(folder / "documents.bin", RECORD)
@@ -115,6 +121,8 @@ class Documents:
         self.skipped: int = index["skipped"]
         self._rows = folder / "rows.bin"
         self._row_offsets = _starts(self.records["stored"])
+        if self.offsets[-1] != len(self.tokens) or ends[-1] != len(self.records):
+            raise UserError(_DAMAGED.format(folder))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -131,6 +139,28 @@ class Documents:
             file.seek(self._row_offsets[document])
             content = file.read(int(record["stored"]))
         return RawRow(self.files[record["file"]], int(record["number"]), content, 0)
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """What `_build` wrote last, of files that have the sizes that they had then.
+
+    Raises:
+        UserError: if it is damaged, or a file has another size.
+    """
+    match read_json(folder / INDEX):
+        case {"index": dict(index), "sha256": digest} if digest == _digest(index):
+            sizes = index["sizes"]
+            if all((folder / name).exists() for name in sizes) and sizes == _sizes(folder):
+                return index
+    raise UserError(_DAMAGED.format(folder))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for name in FILES}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _mapped(path: Path, dtype: Any) -> np.ndarray:
@@ -153,10 +183,10 @@ def documents_in(place: Path, sources: Sequence[Sequence[Path]], reading: Readin
             folder holds what was made of other files or by another tokenizer.
     """
     made_of = _fingerprint(sources, reading)
-    if not (place / "index.json").exists():
+    if not (place / INDEX).exists():
         with _prepared(place) as folder:
             _build(folder, sources, reading, made_of)
-    elif read_json(place / "index.json")["made_of"] != made_of:
+    elif _index(place)["made_of"] != made_of:
         raise UserError(
             f"{place} was made of other data: the files, the tokenizer or the chat template have "
             "changed since; restore them, or choose another output."
@@ -169,8 +199,7 @@ def _fingerprint(sources: Sequence[Sequence[Path]], reading: Reading) -> str:
     templates = {name: x.source for name, x in reading.tokenizer.templates.items()}
     files = [[_sampled(path) for path in paths] for paths in sources]
     parts = [VERSION, files, reading.tokenizer.digest, templates, dict(reading.tokenizer.names)]
-    text = json.dumps([*parts, repr(reading.images), reading.skips], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _digest([*parts, repr(reading.images), reading.skips])
 
 
 def _sampled(path: Path) -> str:
@@ -226,8 +255,11 @@ def _build(folder: Path, sources: Sequence[Sequence[Path]], reading: Reading, ma
                         update(before + row.position, total)
                 before += path.stat().st_size
             counts.append(writer.count - first)
+    for name in FILES:
+        sync(folder / name)
     index = {"made_of": made_of, "dtype": dtype, "counts": counts, "skipped": writer.skipped}
-    write_json(folder / "index.json", index | {"files": list(map(str, files))})
+    index |= {"files": list(map(str, files)), "sizes": _sizes(folder)}
+    write_json(folder / INDEX, {"index": index, "sha256": _digest(index)})
 
 
 class _Writer:
@@ -240,8 +272,7 @@ class _Writer:
     """
 
     def __init__(self, stack: contextlib.ExitStack, folder: Path, dtype: str):
-        names = ("tokens.bin", "learned.bin", "documents.bin", "rows.bin", SKIPPED)
-        files: list[BinaryIO] = [stack.enter_context(open(folder / x, "wb")) for x in names]
+        files: list[BinaryIO] = [stack.enter_context(open(folder / x, "wb")) for x in FILES]
         self._tokens, self._learned, self._records, self._rows, self._bad = files
         self._dtype = dtype
         self.file = self.count = self.skipped = 0

@@ -31,6 +31,8 @@ from jaxmoe.plan.targets import parse_target
 from jaxmoe.text import Tokenizer
 from jaxmoe.train.config import read_train_config
 from jaxmoe.train.data import read_tokens
+from jaxmoe.train.documents import Reading, documents_in
+from jaxmoe.train.sources import read_rows
 from tests import formats, tiny
 from tests.fuzz.runner import Kind
 from tests.images.cases import TOKENS
@@ -155,6 +157,36 @@ def _read_tokenizer(folder: Path) -> list:
     tokenizer = Tokenizer.load(folder)
     tokens = tokenizer.encode("naïve 日本 text", bos=True)
     return [tokens, tokenizer.decode(tokens), tokenizer.vocab_size, tokenizer.stop_ids]
+
+
+# Rows to train on
+
+
+def _write_rows(folder: Path) -> None:
+    says = {"role": "user", "content": "in?"}, {"role": "assistant", "content": "ha", "weight": 1}
+    rows = [
+        {"text": "the rain"},
+        {"messages": says, "tools": [{"name": "f"}]},
+        {"prompt": "a", "completion": "b"},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "a", "input": "", "output": "b", "history": [["c", "d"]]},
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _read_rows(folder: Path) -> list:
+    rows = [Reading(_tokenizer()).render(row) for row in read_rows(folder / "rows.jsonl")]
+    return [(row.prompt.tokens, row.learned.tolist()) for row in rows]
+
+
+def _write_documents(folder: Path) -> None:
+    _write_rows(folder)
+    documents_in(folder / "data", [[folder / "rows.jsonl"]], Reading(_tokenizer()))
+
+
+def _read_documents(folder: Path) -> list:
+    found = documents_in(folder / "data", [[folder / "rows.jsonl"]], Reading(_tokenizer()))
+    return [found.records.tolist(), found.tokens.tolist(), found.learned.tolist(), found.files]
 
 
 # Jobs and settings
@@ -329,6 +361,9 @@ KINDS = {
         Kind("document", _write_document, _read_document, _same_arrays, _all_files, checked=True),
         Kind("tokenizer", _write_tokenizer, _read_tokenizer, _equal, _all_files),
         Kind("jobs", _write_jobs, _read_jobs, _equal, _all_files),
+        Kind("rows", _write_rows, _read_rows, _equal, _all_files),
+        Kind("documents", _write_documents, _read_documents, _equal,
+             _named("data/index.json", "data/documents.bin")),
         Kind("answers", _write_answers, _read_answers, _equal, _all_files),
         Kind("training", _write_yaml("train.yaml", TRAINING),
              lambda folder: read_train_config(folder / "train.yaml"), _equal, _all_files),
