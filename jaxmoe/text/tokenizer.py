@@ -278,6 +278,9 @@ def _check_unicode(text: str) -> None:
 
 def _pieces(text: str) -> Iterator[str]:
     """The pieces of a text that are encoded one by one; see `Tokenizer.encode`."""
+    if 0 < len(text) <= _MAX_RUN:  # looking for runs would take as long as encoding
+        yield text
+        return
     for start in range(0, len(text), _MAX_PIECE):
         piece = text[start : start + _MAX_PIECE]
         cuts = (

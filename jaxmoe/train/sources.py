@@ -125,7 +125,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
                 position = size * number // file.metadata.num_rows
                 yield RawRow(path, number, _dumped(row), position)
     except (ValueError, TypeError) as error:  # what pyarrow raises of damaged files, and bytes
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{path} is no Parquet file of texts: {reason:.200}.") from None
 
 
