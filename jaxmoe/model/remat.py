@@ -25,13 +25,8 @@ def with_remat(layer: Callable, remat: Remat, static_argnums: tuple[int, ...]) -
             twice); `dots` keeps every product with a matrix that all rows share, which routed
             experts' are not; `none` or False keeps everything.
         static_argnums: which arguments are no arrays.
-
-    Raises:
-        ValueError: if `remat` is none of these.
     """
     name = {True: "full", False: "none"}.get(remat, remat)  # pyrefly: ignore  # a key of any type
     if name == "none":
         return None
-    if name not in _POLICIES:
-        raise ValueError(f"remat {remat!r} is none of none, {', '.join(_POLICIES)}.")
     return jax.checkpoint(layer, policy=_POLICIES[name], static_argnums=static_argnums)
