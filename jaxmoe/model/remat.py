@@ -5,13 +5,12 @@ from typing import Any, Literal
 
 import jax
 
-# Where layers name the results of their two halves with `checkpoint_name`.
-ATTENTION, FEED_FORWARD = "attention_output", "feed_forward_output"
+from pallas_kernels.attention import residuals
 
-Remat = bool | Literal["none", "full", "outputs", "dots"]
+Remat = bool | Literal["none", "full", "attention", "dots"]
 _POLICIES: dict[str, Any] = {
     "full": None,
-    "outputs": jax.checkpoint_policies.save_only_these_names(ATTENTION, FEED_FORWARD),
+    "attention": jax.checkpoint_policies.save_only_these_names(residuals.NAME),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -21,18 +20,13 @@ def with_remat(layer: Callable, remat: Remat, static_argnums: tuple[int, ...]) -
 
     Args:
         layer: a function of arrays.
-        remat: `full` or True keeps a layer's input only; `outputs` also what attention and the
-            feed-forward layer add to it, so that their last products and an exchange between
-            experts run once; `dots` also every product with a matrix that all rows share; `none` or
-            False keeps everything.
+        remat: `full` or True keeps a layer's input only; `attention` also the attention's output
+            and log-sum-exps, so that it runs once (on TPUs, whose kernel is JAX's own, it runs
+            twice); `dots` keeps every product with a matrix that all rows share, which routed
+            experts' are not; `none` or False keeps everything.
         static_argnums: which arguments are no arrays.
-
-    Raises:
-        ValueError: if `remat` is none of these.
     """
     name = {True: "full", False: "none"}.get(remat, remat)  # pyrefly: ignore  # a key of any type
     if name == "none":
         return None
-    if name not in _POLICIES:
-        raise ValueError(f"remat {remat!r} is none of none, {', '.join(_POLICIES)}.")
     return jax.checkpoint(layer, policy=_POLICIES[name], static_argnums=static_argnums)

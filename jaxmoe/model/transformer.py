@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import LayerKind, Llama4Config
@@ -29,7 +28,7 @@ from jaxmoe.model.moe import RouterStats
 from jaxmoe.model.moe import moe as llama4_moe
 from jaxmoe.model.packing import Packing
 from jaxmoe.model.params import init_params, layer_specs, map_arrays
-from jaxmoe.model.remat import ATTENTION, FEED_FORWARD, Remat, with_remat
+from jaxmoe.model.remat import Remat, with_remat
 from pallas_kernels.attention import Coords
 
 
@@ -122,14 +121,13 @@ def decoder_layer(
     p = map_arrays(constrain_param, layer_specs(config, kind), p)
     normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
     out, cache = attention(config, kind, p["attention"], normed, step, cache, kernels)
-    x = constrain(x + checkpoint_name(out, ATTENTION), "batch", "length", None)
+    x = constrain(x + out, "batch", "length", None)
     normed = rms_norm(x, p["feed_forward_norm"], config.rms_norm_eps)
     if kind.feed_forward == "moe":
         out, stats = moe(config, p["feed_forward"], normed, step.tokens.own.segment != 0, kernels)
     else:
         out, stats = swiglu(p["feed_forward"], normed), None
-    x = constrain(x + checkpoint_name(out, FEED_FORWARD), "batch", "length", None)
-    return x, cache, stats
+    return constrain(x + out, "batch", "length", None), cache, stats
 
 
 # Layers of one kind are traced once and called many times.

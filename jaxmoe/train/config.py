@@ -138,8 +138,8 @@ class TrainConfig:
         accumulate: batches whose gradients make one step. They run one after the other and count by
             their targets, as if they were one batch, in the memory of one.
         remat: what the backward pass computes again, to save memory: nothing, whole layers (`full`
-            or `true`), layers without the last product of attention and feed-forward (`outputs`),
-            or all but products with matrices (`dots`).
+            or `true`), layers but for their attention (`attention`), or all but products with
+            matrices (`dots`).
         not_finite: what a step does whose loss or gradient is not finite: `stop` ends the run,
             `skip` leaves it out, ten in a row end the run.
         keep: `best` keeps, beside the last checkpoint, the one of the least held-out loss.
@@ -166,7 +166,7 @@ class TrainConfig:
     checkpoint_dtype: _Dtype = "float32"
     router_loss: Annotated[float, Range(0.0, 100.0)] = 0.01
     accumulate: Annotated[int, Range(1, 2**16)] = 1
-    remat: Literal["none", "full", "outputs", "dots", True, False] = "none"
+    remat: Literal["none", "full", "attention", "dots", True, False] = "none"
     not_finite: Literal["stop", "skip"] = "stop"
     keep: Literal["last", "best"] = "last"
     log_to: Literal["tensorboard", "wandb"] | None = None

@@ -21,6 +21,8 @@ from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.curves import draw_losses
 from jaxmoe.train.processes import on_first
 
+# What may change from one start of a run to the next: its steps stay the same but for rounding.
+CHANGEABLE = ("mesh", "cpu_devices", "remat", "save_every", "log_to")
 HELD_OUT_LOSS = "held_out_loss"  # of a record: what `best` is the least of
 
 DATA = "data"  # the folder of tokenized documents
@@ -188,7 +190,9 @@ class RunFolder:
 
     def _is_own(self, file: Path) -> bool:
         try:
-            return _as_json(read_fields(TrainConfig, read_json(file), str(file))) == self._text
+            found = read_fields(TrainConfig, read_json(file), str(file))
+            same = {name: getattr(self._config, name) for name in CHANGEABLE}
+            return _as_json(dataclasses.replace(found, **same)) == self._text
         except UserError:  # it is of another version, or no config at all
             return False
 

@@ -11,6 +11,7 @@ from pallas_kernels.arrays import pad_axis
 from pallas_kernels.attention.masks import Coords, KeyRange
 from pallas_kernels.attention.mosaic_backward import BackwardConfig, flash_backward
 from pallas_kernels.attention.mosaic_forward import ForwardConfig, flash_forward
+from pallas_kernels.attention.residuals import named
 from pallas_kernels.choice import Implementation
 from pallas_kernels.mosaic import why_not_hopper
 
@@ -69,7 +70,7 @@ def _flash(static: _MosaicCall, q, k, v, q_range: KeyRange, k_coords: Coords):
 
 
 def _forward(static: _MosaicCall, q, k, v, q_range, k_coords):
-    out, lse = _flash(static, q, k, v, q_range, k_coords)
+    out, lse = named(*_flash(static, q, k, v, q_range, k_coords))
     return (out, lse), ((q, k, v, out, lse), q_range, k_coords)
 
 

@@ -29,6 +29,7 @@ from pallas_kernels.attention.block_pairs import (
     visible_pairs,
 )
 from pallas_kernels.attention.masks import Coords, KeyRange, pad_tokens, visible
+from pallas_kernels.attention.residuals import named
 from pallas_kernels.choice import Implementation
 from pallas_kernels.platform import target
 
@@ -275,7 +276,7 @@ def power_of_two_above(top: jax.Array) -> jax.Array:
 
 
 def _flash_forward(static, q, k, v, q_range, k_coords):
-    out, lse = _flash(static, q, k, v, q_range, k_coords)
+    out, lse = named(*_flash(static, q, k, v, q_range, k_coords))
     return (out, lse), (q, k, v, q_range, k_coords, out, lse)
 
 

@@ -13,15 +13,18 @@ from orbax.checkpoint import v1 as ocp
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.mapping.tensors import Format
 from jaxmoe.errors import UserError
+from jaxmoe.mesh import MeshConfig
 from jaxmoe.train import data, trainer
 from jaxmoe.train.config import DataConfig, OptimizerConfig, TrainConfig
 from jaxmoe.train.loss import next_token_loss
+from jaxmoe.train.optimizer import learning_rate
 from tests import tiny
 from tests.conftest import one_device
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 MODEL = tiny.scout_like(num_hidden_layers=1, hidden_size=16, intermediate_size=16, bos_token_id=0)
+BAD_ROWS = np.full((2, 8), 99)
 BAD = 99  # a token at which the loss is made NaN
 
 
@@ -56,7 +59,8 @@ def with_bad_token(config, step):
 
 def bad_loss(model, params, batch):
     total, metrics = next_token_loss()(model, params, batch)
-    return total * jnp.where(jnp.any(batch.tokens == BAD), jnp.nan, 1.0), metrics
+    factor = jnp.where(jnp.any(batch.tokens == BAD), jnp.nan, 1.0)
+    return total * factor, metrics | {"loss": metrics["loss"] * factor}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(config):
@@ -79,6 +83,82 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
     with pytest.raises(UserError, match="held_out_loss is not finite at step 1"):
         run(config)
     assert not (Path(config.output) / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ten_steps_in_a_row_end_a_run_that_skips(config, accumulate):
+    config = dataclasses.replace(config, steps=20, not_finite="skip", accumulate=accumulate)
+    with pytest.raises(UserError, match=r"is not finite at step 10; .* after step 9"):
+        run(config, loss=lambda *given: bad_loss(*given[:2], given[2]._replace(tokens=BAD_ROWS)))
+    records = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").open()]
+    assert [(r["step"], r["skipped"], r["loss"]) for r in records] == [
+        (step, step, None) for step in range(1, 10)
+    ]
+
+
+def test_a_step_that_is_skipped_is_followed_by_others(config):
+    """Its batch is not seen again, and the learning rate takes no step."""
+    config = dataclasses.replace(with_bad_token(config, step=3), not_finite="skip")
+    records = run(config, loss=bad_loss)
+    skipped = [r["skipped"] for r in records]
+    assert skipped[:3] == [0, 0, 0] and skipped[3] == 1 and records[3]["loss"] is None
+    bad = [i for i, r in enumerate(records) if r["loss"] is None]
+    assert skipped[-1] == len(bad) and [r["step"] for r in records] == list(range(1, 9))
+    assert records[4]["learning_rate"] == float(learning_rate(config.optimizer, 8)(3))
+
+
+def test_a_run_goes_on_on_another_mesh(config):
+    """What a config may change meanwhile: the mesh, and how layers are computed again."""
+    config = dataclasses.replace(config, steps=8, save_every=2, accumulate=2, mesh="data=4")
+    meshes = [
+        MeshConfig.parse(mesh).make(jax.devices()[:4]) for mesh in ("data=4", "tensor=2,fsdp=2")
+    ]
+    other = dataclasses.replace(config, mesh="tensor=2,fsdp=2", remat="attention")
+    undisturbed = dataclasses.replace(config, output=config.output + "-undisturbed")
+    with jax.set_mesh(meshes[0]):
+        wanted = list(trainer.train(undisturbed, meshes[0]))
+        killed = trainer.train(config, meshes[0])
+        assert [next(killed)["step"] for _ in range(5)] == [1, 2, 3, 4, 5]
+        killed.close()
+    with jax.set_mesh(meshes[1]):
+        resumed = list(trainer.train(other, meshes[1]))
+    assert [r["step"] for r in resumed] == [5, 6, 7, 8]
+    found = [[r["loss"] for r in records] for records in (resumed, wanted[4:])]
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    with pytest.raises(UserError, match="another config"):
+        run(dataclasses.replace(config, seed=3))
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(config):
+    """By the held-out loss, over a kill too, with the parameters of its step."""
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 0.5}
+    config = dataclasses.replace(
+        config, steps=8, save_every=2, keep="best", evaluate_every=2, data=None
+    )
+    seen = {}
+
+    def evaluate(params):
+        step = 2 * (len(seen) + 1)
+        seen[step] = np.asarray(params["embed"])
+        return {"held_out_loss": losses[step]}
+
+    rows = np.random.default_rng(0).integers(3, 90, (8, 2, 8)).astype(np.int32)
+    functions = {"batches": lambda n: data.Batch(rows[n], np.ones((2, 8), np.int32))}
+
+    def best():
+        return np.asarray(store.load(f"{config.output}/best", one_device())[1]["embed"])
+
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        killed = trainer.train(config, mesh, evaluate=evaluate, **functions)
+        for record in killed:
+            if record["step"] == 7:
+                break
+        killed.close()
+        np.testing.assert_array_equal(best(), seen[4])
+        losses[8] = 1.5
+        list(trainer.train(config, mesh, evaluate=evaluate, **functions))
+        np.testing.assert_array_equal(best(), seen[4])
 
 
 @pytest.fixture

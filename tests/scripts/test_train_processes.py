@@ -1,0 +1,43 @@
+"""A run of two processes: killed and resumed, it has the losses of one and one metrics file."""
+
+import numpy as np
+import pytest
+
+from tests.scripts import training
+
+RUN = {"steps": 20, "evaluate_every": 2, "keep": "best", "accumulate": 2}
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """What one process with all four devices logs."""
+    config = training.write_config(tmp_path, "alone", **RUN)
+    process = training.start(config)
+    assert process.wait() == 0, process.stderr.read()
+    return training.records(config)
+
+
+def run_together(config):
+    """Whether two processes ended well; what they said is in the message otherwise."""
+    processes = training.start_together(config, 2)
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return [out.count("Wrote ") for out, _ in said]
+
+
+def test_two_processes_train_as_one(tmp_path, alone):
+    config = training.write_config(tmp_path, "together", cpu_devices=2, **RUN)
+    killed = training.start_together(config, 2)
+    training.wait_for_steps(config, killed[0])
+    for process in killed:
+        process.kill()
+        process.communicate()
+    assert run_together(config) == [1, 0]
+    together = training.records(config)
+    assert [record["step"] for record in together] == list(range(1, 21))
+    for name in ("loss", "held_out_loss", "gradient_norm"):
+        found = [[r[name] for r in records if name in r] for records in (together, alone)]
+        np.testing.assert_allclose(*found, rtol=1e-5)
+    names = {path.name for path in (tmp_path / "together").iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "losses.png", "best", "checkpoint"}
+    assert run_together(config) == [0, 0]  # it is finished
