@@ -135,6 +135,11 @@ class TrainConfig:
             rounded up or down at random, so that small ones count on average.
         checkpoint_dtype: of the parameters in the finished checkpoint.
         router_loss: how much the load-balance loss counts beside the cross entropy.
+        router_z_loss: likewise the routers' z-loss, the mean squared log-sum-exp of their logits;
+            ST-MoE takes 0.001.
+        z_loss: likewise the z-loss, the mean squared log-sum-exp of the logits; PaLM takes 0.0001.
+        frozen: names of parameters that are not trained, or patterns such as
+            `layers.*.feed_forward.router`.
         accumulate: batches whose gradients make one step. They run one after the other and count by
             their targets, as if they were one batch, in the memory of one.
         remat: what the backward pass computes again, to save memory: nothing, whole layers (`full`
@@ -165,6 +170,9 @@ class TrainConfig:
     params_dtype: _Dtype = "float32"
     checkpoint_dtype: _Dtype = "float32"
     router_loss: Annotated[float, Range(0.0, 100.0)] = 0.01
+    router_z_loss: Annotated[float, Range(0.0, 100.0)] = 0.0
+    z_loss: Annotated[float, Range(0.0, 100.0)] = 0.0
+    frozen: tuple[str, ...] = ()
     accumulate: Annotated[int, Range(1, 2**16)] = 1
     remat: Literal["none", "full", "attention", "dots", True, False] = "none"
     not_finite: Literal["stop", "skip"] = "stop"

@@ -32,7 +32,7 @@ class Losses(NamedTuple):
     right: Float[Array, ""]  # the share of targets that are the likeliest token
     targets: Int[Array, ""]  # how many there are
     health: RouterHealth
-    by_source: dict[str, Float[Array, ""]]  # each source's cross entropy and targets, to record
+    by_source: dict[str, jax.Array]  # each source's cross entropy and targets, to record
 
 
 def losses(
@@ -103,8 +103,8 @@ def next_token_loss(
     def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
         tokens, segment_ids, learned = jax.tree.map(jnp.asarray, Batch(*batch))
         rows = tokens, segment_ids, router_loss, remat, forward
-        scales = {"z_loss": z_loss, "router_z_loss": router_z_loss}
-        found = losses(model, params, *rows, learned=learned, **scales)
+        options = {"z_loss": z_loss, "router_z_loss": router_z_loss}
+        found = losses(model, params, *rows, learned=learned, **options)
         return found.total, metrics(found)
 
     return loss
@@ -115,6 +115,9 @@ def picture_loss(
     remat: Remat = False,
     forward: Callable = forward,
     encode: Callable = tile_features,
+    *,
+    z_loss: float = 0.0,
+    router_z_loss: float = 0.0,
 ) -> Loss:
     """The loss of `train` for conversations with pictures, which runs the vision tower, too.
 
@@ -122,7 +125,7 @@ def picture_loss(
     `trainable=lambda name: not name.startswith("vision.")` says, costs no backward pass.
 
     Args:
-        router_loss, forward: as for `losses`.
+        router_loss, forward, z_loss, router_z_loss: as for `losses`.
         remat: recompute layers of the decoder and of the tower in the backward pass.
         encode: `tile_features`, or a fork's function of the same arguments.
     """
@@ -132,7 +135,8 @@ def picture_loss(
         features = encode(model, params["vision"], pixels, remat)
         features = features.reshape(-1, features.shape[-1])
         rows = tokens, segment_ids, router_loss, remat, forward
-        found = losses(model, params, *rows, learned=learned, features=features)
+        options = {"z_loss": z_loss, "router_z_loss": router_z_loss, "features": features}
+        found = losses(model, params, *rows, learned=learned, **options)
         return found.total, metrics(found) | {"right": found.right}
 
     loss.trains_vision = True  # pyrefly: ignore  # an attribute, which `train` asks for
@@ -204,7 +208,7 @@ def by_source(
     real: Bool[Array, "B S"],
     source: Int[Array, "B S"],
     sources: Sequence[str],
-) -> dict[str, Float[Array, ""]]:
+) -> dict[str, jax.Array]:
     """Of each source `loss/NAME`, the mean cross entropy of its targets, and `targets/NAME`.
 
     Args:
@@ -216,5 +220,5 @@ def by_source(
     for index, name in enumerate(sources):
         here = real & (source == index)
         found[f"loss/{name}"] = mean(nats, here)
-        found[f"targets/{name}"] = jnp.sum(here, dtype=jnp.float32)
+        found[f"targets/{name}"] = jnp.sum(here)
     return found

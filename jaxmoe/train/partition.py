@@ -1,9 +1,12 @@
 """Which parameters are trained: a tree in two, each with None where the other has an array."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+
+from jaxmoe.errors import UserError
 
 Trainable = Callable[[str], bool]
 
@@ -16,6 +19,33 @@ def everything(name: str) -> bool:
 def text_only(name: str) -> bool:
     """The predicate that trains all parameters but those of a vision tower."""
     return not name.startswith("vision.")
+
+
+def all_but(frozen: Sequence[str], trainable: Trainable, params: dict) -> Trainable:
+    """The predicate that trains what `trainable` says, without the names that a pattern matches.
+
+    Args:
+        frozen: patterns, in which `*` stands for anything, dots too.
+        trainable: another predicate.
+        params: a tree of arrays, or of their shapes, with a name for every pattern.
+
+    Raises:
+        UserError: if a pattern matches no name, or nothing is left to train.
+    """
+    names = [dotted(path) for path, _ in jax.tree.leaves_with_path(params)]
+    for pattern in frozen:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"'frozen' has {pattern!r:.80}, which is no parameter's name; there are names such "
+                f"as {names[0]} and {names[-1]}."
+            )
+
+    def trained(name: str) -> bool:
+        return trainable(name) and not any(fnmatchcase(name, pattern) for pattern in frozen)
+
+    if not any(map(trained, names)):
+        raise UserError("'frozen' leaves no parameter to train; leave out a pattern.")
+    return trained
 
 
 def split(params: dict, trainable: Trainable) -> tuple[dict, dict]:

@@ -24,7 +24,7 @@ from jaxmoe.train.loop import Batches, Evaluate, Loop, Taken, every
 from jaxmoe.train.loss import Loss, next_token_loss, picture_loss
 from jaxmoe.train.metrics import Meter, Record
 from jaxmoe.train.optimizer import make_optimizer
-from jaxmoe.train.partition import Trainable, everything, join, split, text_only
+from jaxmoe.train.partition import Trainable, all_but, everything, join, split, text_only
 from jaxmoe.train.run_folder import RunFolder
 from jaxmoe.train.state import SavedStates, TrainState, abstract_state, random_params, state_of
 from jaxmoe.train.step import cast_all, make_step
@@ -33,6 +33,9 @@ from jaxmoe.train.step import cast_all, make_step
 def never() -> bool:
     """The `stop` of a run that nothing ends early."""
     return False
+
+
+LOSS_OPTIONS = ("router_loss", "remat", "router_z_loss", "z_loss")  # fields that losses take
 
 
 def train(
@@ -70,6 +73,7 @@ def train(
         trainable: whether a parameter, by its dotted name such as `layers.3.attention.q`, is
             trained. The others stay as they are, and have no gradient and no optimizer state.
             Default: everything, but with the default `loss` no vision tower, which it does not run.
+            What `config.frozen` names is not trained in any case.
         evaluate: `evaluate(params) -> record`, every `evaluate_every` steps. Default: the held-out
             loss where `loss` and `batches` are the default.
         result: makes of all parameters those of the finished checkpoint, if they are not the same.
@@ -170,12 +174,13 @@ def _set_up(
         if loss is None and evaluate is None:
             evaluate = functools.partial(_held_out, config, model, found)
         if loss is None and found.has_pictures:
-            loss = picture_loss(config.router_loss, config.remat)
+            loss = picture_loss(**_loss_options(config))
     trains_vision = getattr(loss, "trains_vision", False) and config.train_vision
     trainable = trainable or (everything if trains_vision else text_only)
-    loss = loss or next_token_loss(config.router_loss, config.remat)
+    loss = loss or next_token_loss(**_loss_options(config))
     optimizer = make_optimizer(config.optimizer, config.steps)
     shapes = init if isinstance(init, dict) else _shapes(model, mesh)
+    trainable = all_but(config.frozen, trainable, shapes)
     trained, frozen = split(shapes, trainable)
     abstract = abstract_state(trained, optimizer, mesh, **_storage(config))
     functions = loss, batches, init, trainable, evaluate
@@ -208,6 +213,10 @@ def _save(
         states.save(state)
     if taken.stopped:
         raise Stopped(f"the state after step {state.step} is kept in {folder.states}; run again.")
+
+
+def _loss_options(config: TrainConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in LOSS_OPTIONS}
 
 
 def data_of(config: TrainConfig, source: str = "the config") -> TrainingData:

@@ -8,7 +8,8 @@ from jaxmoe.checkpoint.mapping.tensors import array_shapes, expand
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.moe import Routing, router_stats
 from jaxmoe.model.params import named_specs
-from jaxmoe.train.loss import cross_entropy_sum, losses, next_tokens, router_losses
+from jaxmoe.train.loss import by_source, losses, metrics, next_tokens, summed_cross_entropy
+from jaxmoe.train.router_losses import router_losses, router_z
 from tests import reference
 
 SEGMENTS = jnp.array([[0, 0, 1, 1, 1, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 0, 0]])
@@ -35,15 +36,30 @@ def test_targets_stay_within_their_segment():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cross_entropy_equals_numpy_in_float64(dtype):
+def test_cross_entropy_equals_numpy_in_float64(small, dtype):
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(size=(2, 9, 50)) * 5, dtype)
-    tokens = jnp.asarray(rng.integers(50, size=(2, 9)))
-    total, count = cross_entropy_sum(logits, tokens, SEGMENTS)
-    wanted, wanted_count = numpy_cross_entropy(np.asarray(logits), tokens, SEGMENTS)
+    hidden = jnp.asarray(rng.normal(size=(2, 9, 64)), dtype)
+    head = jnp.asarray(rng.normal(size=(64, 128)), dtype)
+    tokens = jnp.asarray(rng.integers(128, size=(2, 9)))
+    total, count = summed_cross_entropy(small.config, {"lm_head": head}, hidden, tokens, SEGMENTS)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
+    wanted, wanted_count = numpy_cross_entropy(logits, tokens, SEGMENTS)
     assert total.dtype == jnp.float32
     assert count == wanted_count == 11
     np.testing.assert_allclose(total, wanted, rtol=1e-6)
+
+
+def test_sources_are_told_apart():
+    nats, real = jnp.arange(18.0).reshape(2, 9), SEGMENTS != 0
+    found = by_source(nats, real, jnp.where(SEGMENTS == 3, 1, 0), ["one", "two", "none"])
+    assert found == {
+        "loss/one": np.mean([2, 3, 4, 5, 6, 7, 8]),
+        "targets/one": 7,
+        "loss/two": np.mean([9, 10, 11, 12, 13, 14, 15]),
+        "targets/two": 7,
+        "loss/none": 0,
+        "targets/none": 0,
+    }
 
 
 def random_routing(rng, k, E=4):
@@ -78,8 +94,34 @@ def test_router_losses_equal_numpy(k):
         np.testing.assert_allclose(health.load[i], load, rtol=1e-6)
         np.testing.assert_allclose(health.peak[i], load.max() / load.mean(), rtol=1e-6)
         np.testing.assert_allclose(health.entropy[i], -(p * np.log(p)).sum(-1).mean(), rtol=1e-5)
+        assert health.dead[i] == np.sum(load == 0)
     np.testing.assert_allclose(balance, np.mean(wanted), rtol=1e-6)
     assert health.dropped == 0
+
+
+def test_router_z_loss_and_its_gradient_equal_numpy():
+    """The gradient is 2 * lse * softmax / tokens in each layer, and 0 on padding."""
+    rng, real = np.random.default_rng(4), np.asarray(SEGMENTS != 0)
+    layers = [random_routing(rng, k=1) for _ in range(3)]
+
+    def z(logits):
+        return router_z(
+            tuple(stats_of(r._replace(logits=x)) for r, x in zip(layers, logits, strict=True))
+        )
+
+    found, gradient = jax.value_and_grad(z)([layer.logits for layer in layers])
+    exact = [np.asarray(layer.logits, np.float64) for layer in layers]
+    log_sum_exp = [np.log(np.exp(x).sum(-1)) for x in exact]
+    np.testing.assert_allclose(found, np.mean([x[real] ** 2 for x in log_sum_exp]), rtol=1e-6)
+    for x, lse, d in zip(exact, log_sum_exp, gradient, strict=True):
+        wanted = 2 * lse[..., None] * softmax(x) / real.sum() / 3
+        np.testing.assert_allclose(d, np.where(real[..., None], wanted, 0), atol=1e-6)
+
+
+def test_an_expert_without_tokens_is_dead():
+    expert = jnp.array([0, 0, 2, 0]).reshape(1, 4, 1)
+    routing = Routing(jnp.zeros((1, 4, 4)), expert, jnp.ones((1, 4, 1)))
+    assert router_losses((stats_of(routing, jnp.ones((1, 4), bool)),))[1].dead == 2
 
 
 def test_an_even_router_has_balance_loss_one():
@@ -108,7 +150,7 @@ def test_balance_gradient_is_that_of_the_probabilities_alone():
 
 def test_dense_models_have_no_router_loss():
     balance, health = router_losses(())
-    assert balance == 0 and health.dropped == 0
+    assert balance == 0 and health.dropped == 0 and router_z(()) == 0
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +167,13 @@ def gradient(model, batch, remat):
     return gradient_and_losses(model, model.params, batch, remat, router_loss=0.0)[0]
 
 
-def gradient_and_losses(model, params, batch, remat, router_loss):
-    def loss(params):
-        result = losses(model.config, params, *batch, router_loss, remat)
+def gradient_and_losses(model, params, batch, remat, router_loss, learned=None, **options):
+    def loss(params, batch, learned):
+        rows = *batch, router_loss, remat
+        result = losses(model.config, params, *rows, learned=learned, **options)
         return result.total, result
 
-    found, result = jax.jit(jax.grad(loss, has_aux=True))(params)
+    found, result = jax.jit(jax.grad(loss, has_aux=True))(params, batch, learned)
     leaves = map(np.asarray, jax.tree.leaves(found))
     return dict(zip(named_specs(model.config), leaves, strict=True)), result
 
@@ -172,12 +215,13 @@ def test_remat_does_not_change_the_gradient(small, packed):
         np.testing.assert_allclose(recomputed[name], value, atol=1e-6, err_msg=name)
 
 
-def test_the_balance_loss_on_a_mesh_and_recomputed(small, packed):
-    """Statistics of routers go through `jax.checkpoint` and over devices; the loss is large."""
-    wanted, on_one = gradient_and_losses(small, small.params, packed, False, router_loss=5.0)
+def test_added_losses_on_a_mesh_and_recomputed(small, packed):
+    """Statistics of routers go through `jax.checkpoint` and over devices; the losses are large."""
+    large = {"router_loss": 5.0, "z_loss": 0.1, "router_z_loss": 1.0}
+    wanted, on_one = gradient_and_losses(small, small.params, packed, False, **large)
     mesh = MeshConfig.parse("fsdp=2,sequence=2,tensor=2").make()
     with jax.set_mesh(mesh):
-        found, on_mesh = gradient_and_losses(small, small.on(mesh), packed, True, router_loss=5.0)
+        found, on_mesh = gradient_and_losses(small, small.on(mesh), packed, True, **large)
     for one, other in zip(jax.tree.leaves(on_one), jax.tree.leaves(on_mesh), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-5)
     for name, value in wanted.items():
@@ -186,3 +230,23 @@ def test_the_balance_loss_on_a_mesh_and_recomputed(small, packed):
     plain = gradient(small, packed, remat=False)
     routers = [name for name in plain if name.endswith("router")]
     assert all(abs(wanted[name] - plain[name]).max() > 1e-3 for name in routers)
+
+
+def test_a_batch_in_parts_weighted_by_their_targets_is_the_whole(small, packed):
+    """Rows with 37 and 11 targets: the mean of the rows' means would be another loss."""
+    tokens, segments = packed
+    learned = jnp.ones_like(tokens, bool).at[1, 12:].set(False)
+
+    def part(rows):
+        batch, options = (tokens[rows], segments[rows]), {"learned": learned[rows], "z_loss": 0.1}
+        gradient, found = gradient_and_losses(small, small.params, batch, False, 0.0, **options)
+        return gradient, found.total, float(metrics(found)["targets"])
+
+    (one, at_one, n), (other, at_other, m), (whole, at_whole, count) = (
+        part(slice(*rows)) for rows in ((0, 1), (1, 2), (0, 2))
+    )
+    assert n > m and n + m == count
+    np.testing.assert_allclose((n * at_one + m * at_other) / count, at_whole, rtol=1e-6)
+    for name, value in whole.items():
+        mean = (n * one[name] + m * other[name]) / count
+        np.testing.assert_allclose(mean, value, atol=1e-6, err_msg=name)

@@ -94,8 +94,9 @@ def test_training_learns_and_a_killed_run_resumes_to_the_same_parameters(config)
     assert records[0]["loss"] > 3 > 0.5 > records[-1]["loss"]  # ln(32) = 3.47
     assert records[-1]["held_out_loss"] < 0.5
     assert all(r["dropped"] == 0 for r in records)
-    router = ["router_peak", "router_entropy", "router_load", "dropped"]
-    numbers = ["step", "loss", "balance_loss", "gradient_norm", "learning_rate", *router]
+    router = ["router_peak", "router_entropy", "router_load", "router_dead", "dropped"]
+    numbers = ["step", "loss", "z_loss", "balance_loss", "router_z_loss", "gradient_norm"]
+    numbers += ["learning_rate", "targets", *router]
     assert list(records[-1]) == [*numbers, *SPEED, "model_flops", "held_out_loss"]
 
     run(killed, stop_after=17)
