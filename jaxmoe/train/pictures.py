@@ -107,7 +107,7 @@ def pack(
                     f"has room for {length} and {tiles}; give it more."
                 )
             break
-        _put(batch, conversation, config, number, row, used[row], shown)
+        _put(batch, conversation, config, number, row, int(used[row]), shown)
         used[row], shown = used[row] + len(tokens), end
     return batch
 
