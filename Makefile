@@ -60,6 +60,7 @@ newest: $(VENV_NEWEST)/.project
 bench: $(VENV)/.project $(VENV_ORACLE)/.locked
 	$(with_oracle) $(python) scripts/benchmark.py cpu
 	$(with_oracle) $(python) scripts/benchmark.py vision
+	$(with_oracle) $(python) scripts/benchmark.py train
 
 lock:
 	.ci/lock $(BUILD)

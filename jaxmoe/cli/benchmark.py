@@ -13,6 +13,7 @@ from jaxmoe.benchmarks.engine import add_parser as add_engine
 from jaxmoe.benchmarks.moe.suite import run_moe
 from jaxmoe.benchmarks.schedule.command import add_parser as add_schedule
 from jaxmoe.benchmarks.step import add_parser as add_step
+from jaxmoe.benchmarks.train import add_parser as add_train
 from jaxmoe.benchmarks.vision import run_vision
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     add_convert(commands)
     add_schedule(commands)
     add_step(commands)
+    add_train(commands)
     for name, start, subject in (
         ("attention", run_attention, "attention"),
         ("moe", run_moe, "the mixture of experts"),
