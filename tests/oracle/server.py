@@ -4,6 +4,7 @@ Runs in the oracle's environment. A request names `output`, and one of
 
 - `checkpoint`, `tokens` (npz), `decode_from` and `greedy`, for logits;
 - `checkpoint` and `tiles` (npz: of each image in order, and `tokens`), for features and logits;
+- `checkpoint`, `training` (npz: tokens, segments and labels) and `z_loss`, for gradients;
 - `checkpoint`, `moe_layer` (its index) and `input` (npy), for one layer's output;
 - `checkpoint`, `tokens` (npz), `adapter` (a folder that PEFT reads, or with `lora`, arguments of
   its `LoraConfig`, writes) and `peft` (the version that is meant), for logits;
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import hf_chat
 import hf_logits
 import hf_moe
+import hf_train
 import hf_vision
 
 
@@ -35,6 +37,8 @@ def answer(request):
         answer_images(request)
     elif "adapter" in request:
         answer_adapter(request)
+    elif "training" in request:
+        answer_training(request)
     elif "moe_layer" in request:
         answer_layer(request)
     else:
@@ -54,6 +58,14 @@ def answer_adapter(request):
     adapted = hf_peft.with_adapter(model, request["adapter"], request.get("lora"), version)
     tokens = hf_logits.read_tokens(request["tokens"])
     np.save(request["output"], hf_logits.full_logits(adapted, tokens))
+
+
+def answer_training(request):
+    with np.load(request["training"]) as file:
+        rows = [file[name] for name in file.files]
+    model = hf_logits.load(request["checkpoint"])
+    loss, gradients = hf_train.gradients(model, *rows, request["z_loss"])
+    np.savez(request["output"], loss=loss, **gradients)
 
 
 def answer_images(request):

@@ -80,7 +80,7 @@ def logged(config):
     return [json.loads(line) for line in lines]
 
 
-SPEED = ["tokens_per_second", "seconds_per_step"]
+SPEED = ["tokens_per_second", "targets_per_second", "seconds_per_step"]
 
 
 def without_speed(records):
