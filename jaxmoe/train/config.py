@@ -115,6 +115,43 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """LoRA: small matrices beside the model's, which alone are trained.
+
+    Patterns are of dotted names, as `layers.3.attention.q`, `*.experts.*`, `*.shared.*`,
+    `*.router` or `vision.*`.
+
+    Attributes:
+        rank: of the product that is added to a matrix.
+        alpha: over the rank, it scales the product.
+        targets: patterns of the matrices that get an adapter.
+        ranks: other ranks, by a pattern; the first that matches counts.
+        rslora: scale by `alpha` over the root of the rank.
+        init: an adapter to go on from, whose ranks, scales and targets count instead.
+        layout: the version of PEFT that reads the experts' adapters, whose two sides are swapped
+            from 0.19 on.
+    """
+
+    rank: Annotated[int, Range(1, 4096)] = 16
+    alpha: Annotated[float, Range(1e-3, 1e6)] = 32.0
+    targets: tuple[str, ...] = ("layers.*.attention.*",)
+    ranks: dict = dataclasses.field(default_factory=dict)
+    rslora: bool = False
+    init: str | None = None
+    layout: Literal["peft-0.18", "peft-0.19"] = "peft-0.19"
+
+    def __post_init__(self):
+        if not self.targets:
+            raise UserError("adapter 'targets' is empty; leave it out, or name matrices.")
+        for pattern, rank in self.ranks.items():
+            if type(pattern) is not str or type(rank) is not int or not 1 <= rank <= 4096:
+                raise UserError(
+                    f"adapter 'ranks' gives {pattern!r:.80} the rank {rank!r:.80}; expected a "
+                    "whole number from 1 to 4096."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run.
 
@@ -123,6 +160,8 @@ class TrainConfig:
         init: instead of `model`, a checkpoint of `jaxmoe convert` or of another run: the run
             begins with its weights.
         data: the tokens; None where `jaxmoe.train.trainer.train` is given batches.
+        adapter: train adapters of the model `init` instead of its parameters, and write them as
+            PEFT does.
         output: the run's folder: checkpoint, metrics, and what a killed run resumes from.
         steps: optimizer steps in all.
         tokenizer: a folder whose tokenizer reads the rows of `data`, and whose files go with the
@@ -160,6 +199,7 @@ class TrainConfig:
     init: str | None = None
     data: DataConfig | None
     optimizer: OptimizerConfig
+    adapter: AdapterConfig | None = None
     output: str
     steps: Annotated[int, Range(1, 10**9)]
     tokenizer: str | None = None
@@ -186,6 +226,8 @@ class TrainConfig:
     def __post_init__(self):
         if bool(self.model) == (self.init is not None):
             raise UserError("give either 'model', a config.json, or 'init', a checkpoint.")
+        if self.adapter is not None and self.init is None:
+            raise UserError("'adapter' needs 'init', the checkpoint that it is for.")
         data = self.data
         if self.keep == "best" and data and not (data.held_out_every or data.held_out):
             raise UserError("keep best needs held-out documents: give data 'held_out_every'.")

@@ -17,6 +17,7 @@ from jaxmoe.train.data import Batch
 from jaxmoe.train.loss import summed_cross_entropy
 from jaxmoe.train.pictures import PictureBatch
 from jaxmoe.train.run_folder import HELD_OUT_LOSS
+from jaxmoe.train.step import cast_all
 
 
 def held_out_loss(
@@ -28,7 +29,7 @@ def held_out_loss(
     forward: Callable = transformer.forward,
 ) -> dict[str, Any]:
     """Mean cross entropy in nats a target over all batches; empty if there are none."""
-    params = jax.tree.map(lambda p: p.astype(config.dtype), params)
+    params = cast_all(params, config.dtype)
     sums = [_sum(model, params, batch, forward) for batch in batches]
     if not sums:
         return {}

@@ -75,5 +75,6 @@ def join(trained: dict, frozen: dict) -> dict:
 
 
 def dotted(path: tuple) -> str:
-    """The name of a leaf of a tree of dicts and lists, such as `layers.3.attention.q`."""
-    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    """The name of a leaf of a tree of dicts, lists and dataclasses, as `layers.3.attention.q`."""
+    parts = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
+    return ".".join(map(str, parts))

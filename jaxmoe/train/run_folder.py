@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.peft import write_adapter
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.fields import read_fields
@@ -33,7 +34,7 @@ class RunFolder:
 
     Attributes:
         path: the folder; in it `config.json` says which run it is.
-        checkpoint: the result, there once the run is finished.
+        checkpoint: the result, there once the run is finished; of a run with `adapter`, its folder.
         states: what a killed run resumes from.
         metrics: a record a line.
         best: the checkpoint of the least held-out loss, where the config asks for it.
@@ -48,7 +49,7 @@ class RunFolder:
         self._config = config
         self._text = _as_json(config)
         self.path = Path(config.output)
-        self.checkpoint = self.path / "checkpoint"
+        self.checkpoint = self.path / ("checkpoint" if config.adapter is None else "adapter")
         self.states = self.path / "states"
         self.metrics = self.path / "metrics.jsonl"
         self.best = self.path / "best"
@@ -146,13 +147,16 @@ class RunFolder:
         on_first(self._finish)
 
     def _save(self, path: Path, model: Llama4Config, params: dict) -> None:
-        """Saves a checkpoint with its tokenizer, by all processes together."""
+        """Saves a checkpoint or an adapter, by all processes together."""
         on_first(lambda: shutil.rmtree(self._partial, ignore_errors=True))
-        store.save(path, model, params)
+        if (adapter := self._config.adapter) is not None:
+            write_adapter(path, model, params, rslora=adapter.rslora, layout=adapter.layout)
+        else:
+            store.save(path, model, params)
 
     def _publish(self, source: Path, place: Path) -> None:
         with writable(self.path):
-            if self._config.tokenizer_folder is not None:
+            if self._config.adapter is None and self._config.tokenizer_folder is not None:
                 store.copy_companions(Path(self._config.tokenizer_folder), source)
             if place.exists():
                 shutil.rmtree(place)

@@ -16,6 +16,7 @@ from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.loss import Loss
 from jaxmoe.train.partition import join
 from jaxmoe.train.state import TrainState
+from pallas_kernels.quantized import QuantizedMatrix
 
 MOST_SKIPPED = 10  # steps in a row that may be skipped before the run ends
 TARGETS = "targets"  # the metric that says how much a batch counts
@@ -96,8 +97,12 @@ def make_step(
 
 
 def cast_all(params: dict, dtype: str) -> dict:
-    """The parameters in another dtype."""
-    return jax.tree.map(lambda p: p.astype(dtype), params)
+    """The parameters in another dtype; quantized matrices stay as they are."""
+
+    def cast_one(p: Any) -> Any:
+        return p if isinstance(p, QuantizedMatrix) else p.astype(dtype)
+
+    return jax.tree.map(cast_one, params, is_leaf=lambda p: isinstance(p, QuantizedMatrix))
 
 
 def _on_device(state: TrainState, abstract: TrainState) -> TrainState:

@@ -16,6 +16,7 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import Stopped, UserError
 from jaxmoe.hf_config import from_hf
 from jaxmoe.model.params import abstract_params
+from jaxmoe.train.adapters import AdapterPlan, adapter_plan, adapters_among
 from jaxmoe.train.batches import TrainingData, training_data
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.evaluation import held_out_loss
@@ -24,10 +25,19 @@ from jaxmoe.train.loop import Batches, Evaluate, Loop, Taken, every
 from jaxmoe.train.loss import Loss, next_token_loss, picture_loss
 from jaxmoe.train.metrics import Meter, Record
 from jaxmoe.train.optimizer import make_optimizer
-from jaxmoe.train.partition import Trainable, all_but, everything, join, split, text_only
+from jaxmoe.train.partition import (
+    Trainable,
+    all_but,
+    dotted,
+    everything,
+    join,
+    split,
+    text_only,
+)
 from jaxmoe.train.run_folder import RunFolder
 from jaxmoe.train.state import SavedStates, TrainState, abstract_state, random_params, state_of
 from jaxmoe.train.step import cast_all, make_step
+from pallas_kernels.quantized import QuantizedMatrix
 
 
 def never() -> bool:
@@ -73,10 +83,12 @@ def train(
         trainable: whether a parameter, by its dotted name such as `layers.3.attention.q`, is
             trained. The others stay as they are, and have no gradient and no optimizer state.
             Default: everything, but with the default `loss` no vision tower, which it does not run.
+            With `config.adapter`, the parameters whose adapters are trained.
             What `config.frozen` names is not trained in any case.
         evaluate: `evaluate(params) -> record`, every `evaluate_every` steps. Default: the held-out
             loss where `loss` and `batches` are the default.
-        result: makes of all parameters those of the finished checkpoint, if they are not the same.
+        result: makes of all parameters those of the finished checkpoint, if they are not the same;
+            not with `config.adapter`.
         stop: asked before each step whether to end early, as a signal may want.
 
     Yields:
@@ -89,6 +101,8 @@ def train(
             `not_finite: skip` at the tenth in a row.
         Stopped: after the step at which `stop` said so, with the state saved.
     """
+    if result is not None and config.adapter is not None:
+        raise ValueError("a run with adapters writes these, and makes no other result.")
     folder = RunFolder(config)
     if folder.is_finished():
         return
@@ -118,6 +132,7 @@ class _Setup:
     Attributes:
         config, mesh, loss, batches, init, trainable, evaluate: as for `train`, with the defaults.
         model: the model's config.
+        plan: of the adapters; None for a run without.
         optimizer: of the run.
         abstract: shapes and shardings of the state.
         frozen: those of the parameters that are not trained.
@@ -131,6 +146,7 @@ class _Setup:
     trainable: Trainable
     evaluate: Evaluate | None
     model: Llama4Config
+    plan: AdapterPlan | None
     optimizer: optax.GradientTransformation
     abstract: TrainState
     frozen: dict
@@ -141,6 +157,8 @@ class _Setup:
         if state is not None and not jax.tree.leaves(self.frozen):
             return state, self.frozen
         params = _first_params(config, self.model, self.mesh, self.init)
+        if self.plan is not None:
+            params = self.plan.first(self.model, params, self.mesh, config.seed)
         trained, frozen = split(params, self.trainable)
         return state or state_of(trained, self.optimizer, self.mesh, **_storage(config)), frozen
 
@@ -179,12 +197,16 @@ def _set_up(
     trainable = trainable or (everything if trains_vision else text_only)
     loss = loss or next_token_loss(**_loss_options(config))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    shapes = init if isinstance(init, dict) else _shapes(model, mesh)
-    trainable = all_but(config.frozen, trainable, shapes)
+    shapes = init if isinstance(init, dict) else _shapes(config, model, mesh, init)
+    trainable, plan = all_but(config.frozen, trainable, shapes), None
+    if config.adapter is not None:
+        plan, trainable = adapter_plan(config.adapter, model, source), adapters_among(trainable)
+        shapes = plan.abstract(model, shapes, mesh)
     trained, frozen = split(shapes, trainable)
+    _check_trained(trained, source)
     abstract = abstract_state(trained, optimizer, mesh, **_storage(config))
     functions = loss, batches, init, trainable, evaluate
-    return _Setup(config, mesh, *functions, model, optimizer, abstract, frozen)
+    return _Setup(config, mesh, *functions, model, plan, optimizer, abstract, frozen)
 
 
 def _storage(config: TrainConfig) -> dict[str, Any]:
@@ -238,18 +260,29 @@ def _model(config: TrainConfig, source: str) -> Llama4Config:
     if config.init is None:
         as_json = json.loads(json.dumps(config.model))  # YAML has keys that are no text
         return from_hf(as_json, f"{source}, model")
-    checkpoint = store.read_checkpoint(config.init)
-    if checkpoint.formats:
-        raise UserError(
-            f"{config.init} has matrices in 8 or 4 bits, which cannot be trained; export it with "
-            "--weights bf16 and convert that."
-        )
-    return checkpoint.config
+    return store.read_checkpoint(config.init).config
 
 
-def _shapes(model: Llama4Config, mesh: jax.sharding.Mesh) -> dict:
-    """The model's own parameters as ShapeDtypeStructs on the mesh."""
-    return abstract_params(model, mesh, jnp.float32, pads=False)
+def _shapes(
+    config: TrainConfig, model: Llama4Config, mesh: jax.sharding.Mesh, init: str | Path | None
+) -> dict:
+    """The model's own parameters as ShapeDtypeStructs on the mesh, as they are stored."""
+    shapes = abstract_params(model, mesh, jnp.float32, pads=False)
+    folder = config.init if init is None else init
+    return shapes if folder is None else store.abstract(folder, mesh)[1]
+
+
+def _check_trained(trained: dict, source: str) -> None:
+    """Refuses to train nothing, or matrices in 8 or 4 bits."""
+    if not jax.tree.leaves(trained):
+        raise UserError(f"{source} trains nothing; let its adapter or `trainable` name something.")
+    leaves = jax.tree.leaves_with_path(trained, is_leaf=lambda w: isinstance(w, QuantizedMatrix))
+    for path, w in leaves:
+        if isinstance(w, QuantizedMatrix) and jax.tree.leaves(w):
+            raise UserError(
+                f"{source} trains {dotted(path)}, which `init` has in {w.format}; train an adapter "
+                "instead, or export it with --weights bf16 and convert that."
+            )
 
 
 def _first_params(
@@ -264,12 +297,14 @@ def _first_params(
     folder = config.init if init is None else str(init)
     if folder is None:
         return random_params(model, mesh, config.seed)
-    return store.load(folder, mesh, "float32")[1]
+    return store.load(folder, mesh)[1]
 
 
 def _finished(
     config: TrainConfig, result: Callable[[dict], dict] | None, frozen: dict, state: TrainState
 ) -> dict:
-    """The parameters of a checkpoint of this state."""
+    """The parameters of a checkpoint of this state; of a run with adapters, these alone."""
+    if config.adapter is not None:
+        return cast_all(state.params, config.checkpoint_dtype)
     params = join(state.params, frozen)
     return cast_all(params if result is None else result(params), config.checkpoint_dtype)

@@ -51,7 +51,7 @@ def read(folder, **options):
     return {n: w for n, (_, w) in named_params(CONFIG, params).items() if isinstance(w, LoraMatrix)}
 
 
-@pytest.mark.parametrize("layout", ["0.18", "0.19"])
+@pytest.mark.parametrize("layout", ["peft-0.18", "peft-0.19"])
 @pytest.mark.parametrize("names", [ALL, ROUTED[:2], ROUTED[2:]], ids=["all", "gate and up", "down"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_what_is_written_is_read(tmp_path, layout, names, rslora):
@@ -71,9 +71,11 @@ def test_experts_lie_by_rows_and_by_columns(tmp_path):
     params = random_adapters()
     experts = params["layers"][1]["feed_forward"]["experts"]
     up, down = experts["up"], experts["down"]
-    for layout in ("0.18", "0.19"):
+    for layout in ("peft-0.18", "peft-0.19"):
         write_adapter(tmp_path / layout, CONFIG, params, layout=layout)
-    older, newer = (load_file(tmp_path / x / "adapter_model.safetensors") for x in ("0.18", "0.19"))
+    older, newer = (
+        load_file(tmp_path / x / "adapter_model.safetensors") for x in ("peft-0.18", "peft-0.19")
+    )
     e, i = 1, 1
     A, B = older[f"{EXPERTS}.lora_A.weight"], older[f"{EXPERTS}.lora_B.weight"]
     assert (A.shape, B.shape) == ((E * R, F), (D, R * E))
@@ -88,7 +90,7 @@ def test_experts_lie_by_rows_and_by_columns(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_adapter(tmp_path / "adapter", CONFIG, random_adapters(), layout="0.18")
+    write_adapter(tmp_path / "adapter", CONFIG, random_adapters(), layout="peft-0.18")
     return tmp_path / "adapter"
 
 
@@ -137,9 +139,9 @@ def square(folder, version):
 
 def test_the_version_decides_where_widths_do_not(folder):
     assert [square(folder, v).layout for v in ("0.18.1", "0.19.0", "1.0")] == [
-        "0.18",
-        "0.19",
-        "0.19",
+        "peft-0.18",
+        "peft-0.19",
+        "peft-0.19",
     ]
     with pytest.raises(UserError, match="give its peft_version"):
         square(folder, None)

@@ -105,7 +105,7 @@ def test_adapters_written_here_mean_the_same_in_peft(ask, version, model, rslora
         rank = ranks[name]
         new[name] = adapters.Adapter(a, b, 8 / rank**0.5 if rslora else 8 / rank)
     adapted = adapters.with_adapters(config, params, new)
-    layout = "0.18" if version == OLDER else "0.19"
+    layout = "peft-0.18" if version == OLDER else "peft-0.19"
     write_adapter(tmp_path / "adapter", config, adapted, rslora=rslora, layout=layout)
     theirs = their_logits(ask, folder, version, tmp_path / "adapter")
     ours = token_logits(config, adapted, tokens)

@@ -56,7 +56,8 @@ def test_every_field_is_in_the_table():
 
 
 def test_the_example_is_read(tmp_path):
-    block, *_ = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    (tmp_path / "run.yaml").write_text(block)
+    block, adapter, *_ = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(block + adapter)
     config = read_train_config(tmp_path / "run.yaml")
     assert (config.init, config.optimizer.peak_lr) == ("checkpoint", 1e-5)
+    assert config.adapter.ranks == {"*.experts.*": 2}

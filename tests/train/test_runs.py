@@ -11,7 +11,6 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.mapping.tensors import Format
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.train import data, trainer
@@ -206,13 +205,3 @@ def test_what_is_refused_before_anything_is_written(config, tmp_path):
     np.save(config.data.tokens, np.where(np.arange(800) == 321, -100, 5))
     with pytest.raises(UserError, match=r"holds -100 at index 321.*without marks such as -100"):
         run(config)
-
-
-@pytest.mark.usefixtures("untouched")
-def test_matrices_in_few_bits_are_not_trained(config, small, monkeypatch):
-    checkpoint = dataclasses.replace(
-        store.read_checkpoint(small.checkpoint), formats={"layers.0.attention.q": Format("int8", 8)}
-    )
-    monkeypatch.setattr(store, "read_checkpoint", lambda path: checkpoint)
-    with pytest.raises(UserError, match="8 or 4 bits, which cannot be trained; export it"):
-        run(dataclasses.replace(config, model={}, init="int8"))

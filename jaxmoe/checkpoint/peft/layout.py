@@ -20,8 +20,8 @@ from jaxmoe.model.adapters import adaptable
 
 PREFIX = "base_model.model."
 INNER = ".base_layer"  # the experts' gate and up, where their down has an adapter, too
-OLDER, NEWER = "0.18", "0.19"
-ExpertLayout = Literal["0.18", "0.19"]
+OLDER, NEWER = "peft-0.18", "peft-0.19"
+ExpertLayout = Literal["peft-0.18", "peft-0.19"]
 
 
 class Target(NamedTuple):
