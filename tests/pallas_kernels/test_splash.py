@@ -14,7 +14,8 @@ from pallas_kernels.attention import (
     make_mask,
     visible,
 )
-from pallas_kernels.attention.flash_splash import FlashSplashConfig, _Slots
+from pallas_kernels.attention.flash import FlashCase
+from pallas_kernels.attention.flash_splash import FlashSplashConfig, _Slots, computed_blocks
 from pallas_kernels.compile.absent import absent_tpus
 from tests.pallas_kernels.attention.test_guest_mask import Window
 
@@ -130,6 +131,17 @@ def test_meets_only_blocks_that_some_token_needs(blocks, chunk, aligned):
     edges = [[slice(i, i + size) for i in range(0, 96, size)] for size in blocks]
     met = [[mask[q, k].item() for k in edges[1]] for q in edges[0]]
     np.testing.assert_array_equal(met, needed)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "expected"),
+    [(8192, 8192, 36), (8192, None, 36), (8192, 2048, 1 + 2 + 6 * 3), (2560, 8192, 6)],
+)
+def test_how_many_blocks_are_computed(tokens, chunk, expected):
+    """A triangle of blocks of 1,024, or a band of it; 2,560 tokens are three blocks of 896."""
+    sizes = 1, 5, 1, tokens, tokens, 128
+    case = FlashCase(*sizes, "bfloat16", 1.0, make_mask(chunk=chunk), in_order=True)
+    assert computed_blocks(case, FlashSplashConfig()) == expected
 
 
 def block_needed(start, chunk, block_q, block_k):

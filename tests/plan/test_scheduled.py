@@ -51,6 +51,8 @@ def test_the_factor_is_that_of_the_worst_step():
 
     figures = {"steps": [step(11.0), step(12.0), step(8.0, "bf16")]}
     assert factors(figures) == {"int8": 1.25, "bf16": 1.0}
+    prefill = step(20.0) | {"tokens": 8192}
+    assert factors({"steps": [*figures["steps"], prefill]}) == {"int8": 1.25, "bf16": 1.0}
 
 
 def test_a_step_that_is_not_fused_has_no_factor():

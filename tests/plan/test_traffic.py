@@ -102,3 +102,9 @@ def test_parameters_and_moved_arrays():
         "params['experts']": 2 * 16 * 8 * 128,
     }
     assert traffic.moved("copy-start") == [2 * 64 * 128] * 2 + [4]
+
+
+def test_shapes_of_operands():
+    assert Traffic(TEXT).operand_shapes("kernel") == [(16, 8, 128), (64, 128), (64, 128)]
+    assert Traffic(TEXT).operand_shapes("cut") == [(64, 128), (), (8,)]
+    assert not Traffic(TEXT).operand_shapes("copy-done")  # which is of three arrays

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import write_tables
 from jaxmoe.benchmarks import tables
-from jaxmoe.benchmarks.schedule import command, gpu
+from jaxmoe.benchmarks.schedule import command, gpu, tpu
 from jaxmoe.benchmarks.schedule.cases import OURS, Case, all_cases
 from jaxmoe.benchmarks.schedule.steps import Step
 from jaxmoe.benchmarks.schedule.tpu_cases import TpuCase
@@ -25,7 +25,7 @@ FIGURES = {
     name: json.loads((ROOT / "benchmarks" / f"schedule-{name}.json").read_text())
     for name in ("h100", "v5p", "v6e")
 }
-H100 = parse_target("h100x1")
+H100, V5P = parse_target("h100x1"), parse_target("v5p-8")
 
 
 def cases_of(name):
@@ -140,6 +140,25 @@ def test_figures_of_tpu_kernels(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_run_of_some_cases_keeps_the_others(tmp_path, monkeypatch):
+    """In their order, unless they are gone or of other versions."""
+    output = tmp_path / "figures.json"
+    first, second, third, *_ = (x for x in cases_of("v5p") if isinstance(x, TpuCase))
+    header = command._header(V5P, command.suite_of(V5P))
+    kept = [{"name": "gone"}, {"name": third.name, "old": 1}, {"name": second.name, "old": 2}]
+    output.write_text(json.dumps(header | {"kernels": kept, "steps": []}))
+    monkeypatch.setattr(tpu, "figures", lambda target, case: {"name": case.name})
+    figures = command.schedule(V5P, [first, third], str(output))
+    assert json.loads(output.read_text()) == figures
+    assert figures["kernels"] == [{"name": first.name}, kept[2], {"name": third.name}]
+    header["versions"]["libtpu"] = "0.0.1"
+    output.write_text(json.dumps(header | {"kernels": kept, "steps": []}))
+    with pytest.raises(UserError, match=r"figures of other versions, .*0\.0\.1.*: analyze all"):
+        command.schedule(V5P, [first], str(output))
+    figures = command.schedule(V5P, cases_of("v5p"), str(output))
+    assert figures["kernels"][1] == {"name": second.name}
+
+
 @pytest.mark.absent_gpu
 def test_the_last_kernel_is_meant():
     """Catches JAX's kernels without names that are taken for one another."""
@@ -170,8 +189,8 @@ def test_the_document_is_made_from_the_figures():
     text = (ROOT / "docs" / "schedule.md").read_text()
     assert write_tables.filled(text) == text
     assert write_tables.schedule_markdown(FIGURES["h100"]) in text
-    for tpu in ("v5p", "v6e"):
-        assert write_tables.bundles_markdown(FIGURES[tpu]) in text
+    for name in ("v5p", "v6e"):
+        assert write_tables.bundles_markdown(FIGURES[name]) in text
 
 
 def test_the_plan_has_the_figures():

@@ -2,18 +2,26 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
 from jaxmoe.benchmarks import tables
 from jaxmoe.benchmarks.schedule import command, tpu, tpu_steps
-from jaxmoe.benchmarks.schedule.tpu_steps import Program, TpuStep, bundles_of, core_of
+from jaxmoe.benchmarks.schedule.tpu_steps import (
+    Program,
+    TpuStep,
+    bundles_around,
+    bundles_of,
+    core_of,
+)
 from jaxmoe.plan.operations import entry_operations
 from jaxmoe.plan.targets import parse_target
+from pallas_kernels.compile.bundles import parse_code
 from pallas_kernels.compile.paths import whole
 from pallas_kernels.compile.tpu_dump import TOP
 from pallas_kernels.compile.tpu_schedule import Core
-from tests.pallas_kernels.compile.masked_sums import BLOCK, recorded
+from tests.pallas_kernels.compile.masked_sums import BLOCK, FILE, recorded
 
 CORE = Core.of("v5p", 2, 459e12, 2.765e12)
 STEP = TpuStep("v5p-8", "tensor=4", 1_000_000)
@@ -75,6 +83,20 @@ def test_a_loop_of_operations_counts_once():
     assert each.cost([inside]).bundles == 2 * each.cost([operation]).bundles
 
 
+def test_a_loop_whose_copies_no_one_knows_counts_once():
+    """Catches a division by the bytes of copies whose sizes are in registers."""
+    texts = [FILE.with_suffix(x).read_text() for x in (".bundles", ".utilization")]
+    in_registers = re.sub(r"(/\*size_in_granules=\*/)\d+", r"\1%s9_s9", texts[0])
+    assert bundles_of("sums", parse_code(in_registers, texts[1]), 10 * BLOCK, CORE) == (ONCE, 1)
+
+
+def test_a_hot_loop_that_something_else_counts():
+    """Its bundles take the place of those that it has if it runs once."""
+    (loop,) = whole(recorded()).inner
+    assert bundles_around(recorded(), None) == (ONCE, 1)
+    assert bundles_around(recorded(), 1000) == (ONCE - loop.longest.work.bundles + 1000, 0)
+
+
 @pytest.mark.absent_tpu
 def test_figures_of_a_step(monkeypatch):
     """What a further layer adds, beside the plan's bound of it."""
@@ -98,6 +120,22 @@ def test_figures_of_a_step(monkeypatch):
     assert row[:10] == ["scout, v5p-8, 1M", "4", "1", "0", "2", "0", "0", "0", "1", "2"]
     first, *_ = tables.operations_grid(figures).rows
     assert first[1:4] == ["copied", "", "2"]
+
+
+@pytest.mark.absent_tpu
+def test_figures_of_a_chunk_of_prefill(monkeypatch):
+    """Beside the plan's bound on compute; a kernel without a rule takes what its code says."""
+    monkeypatch.setattr(tpu_steps, "dumped", lambda compile_program, step, layers: program(layers))
+    chunk = TpuStep("v5p-16", "tensor=8", 1_000_000, tokens=8192)
+    figures = command.schedule(parse_target("v5p-8"), [chunk], None)
+    (step,) = figures["steps"]
+    assert (step["name"], step["bound"]) == ("prefill-scout-v5p-16", "compute")
+    seconds = step["seconds"]
+    assert seconds["bundles"] == pytest.approx(ONCE / CORE.clock)
+    assert seconds["plan"] == pytest.approx(12.92e-3, rel=1e-3)
+    assert seconds["links"] == pytest.approx(1.223e-3, rel=1e-3)
+    (row,) = tables.tpu_steps_grid(figures).rows
+    assert row[0] == "scout, v5p-16, 8,192 of 1M" and row[-2] == "12922.9"
 
 
 def test_a_step_that_fails_is_recorded(monkeypatch):

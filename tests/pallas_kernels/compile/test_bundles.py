@@ -1,6 +1,7 @@
 """Bundles and paths: of a small kernel that libtpu 0.0.48 compiled, and of synthetic code."""
 
 import collections
+import re
 
 import pytest
 
@@ -92,6 +93,23 @@ def test_trips_of_a_counting_loop(trips):
     assert once.run.loops == 0
 
 
+def test_trips_of_a_loop_whose_counter_is_spilled():
+    """What is counted up has the name of a register that was reloaded, not that of the phi."""
+    head, phi, *rest = counting(12)
+    spilled = [
+        head,
+        "%s2_s1 = sphi %s1_s0, %s3_s2 @ 5",
+        "%7 = sst [smem:[#allocation9_spill]] %s2_s1",
+        "%s6_s4 = sld [smem:[#allocation9_spill]] /* phi copy */  ;;  %s3_s2 = sadd.s32 1, %s6_s4",
+        *rest,
+    ]
+    assert phi not in spilled
+    (loop,) = whole(code(*spilled)).inner
+    assert loop.trips == 12
+    (loop,) = whole(code(*(x.replace("9_spill]] %s2", "9_spill]] %s8") for x in spilled))).inner
+    assert loop.trips is None  # the spilled register is another one
+
+
 def test_a_loop_of_unknown_trips_counts_once():
     work = whole(code(*counting("%s8_s3"))).run
     assert (work.bundles, work.loops) == (9, 1)
@@ -104,6 +122,31 @@ def test_loops_in_loops():
     (loop,) = outer.inner
     assert [each.trips for each in outer.all_inner] == [None, 4]
     assert loop.longest.work.bundles == 1 + 7 * 4 + 1 + 5
+
+
+def nested(number, *others):
+    """The bundles of a loop of some trips, which has one of other trips in it, and so on."""
+    begin, phi, *rest = counting(number)
+    if not others:
+        return [begin, phi, *rest]
+    inner = [re.sub(r"%s|%p|region|@ ", r"\g<0>9", bundle) for bundle in nested(*others)]
+    return [begin, phi, *inner, *rest]
+
+
+def test_how_often_a_loop_is_entered():
+    program = whole(code(*nested(2, 3, 4)))
+    outer, middle, inner = program.all_inner
+    assert [loop.trips for loop in (outer, middle, inner)] == [2, 3, 4]
+    assert [program.entries(loop) for loop in (program, outer, middle, inner)] == [1, 1, 2, 6]
+    program = whole(code(*nested(2, "%s8_s3", 4)))
+    assert [program.entries(loop) for loop in program.all_inner] == [1, 2, 2]
+
+
+def test_the_longest_path_that_multiplies_nothing():
+    product = "%1 = vmatmul.bf16 %v1"
+    program = whole(code(*branch(1), product, "", "", " @ 1", *branch(2), "", " @ 2"))
+    assert program.longest.work.bundles == 16 and program.longest.work.products == 1
+    assert program.longest_idle.work.bundles == 13 and program.longest_idle.work.products == 0
 
 
 def test_work_of_a_bundle():
