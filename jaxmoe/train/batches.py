@@ -18,12 +18,9 @@ from jaxmoe.text import Tokenizer
 from jaxmoe.train import data
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.documents import Documents, Reading, documents_in
-from jaxmoe.train.packed import PackedData
-from jaxmoe.train.pictures import PictureBatch
+from jaxmoe.train.packed import AnyBatch, PackedData
 from jaxmoe.train.run_folder import DATA
 from jaxmoe.train.sources import files_of
-
-AnyBatch = data.Batch | PictureBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,4 +117,4 @@ def _reading(config: TrainConfig, model: Llama4Config) -> Reading:
             f"{model.vocab_size}; use the model's own."
         )
     images = read_image_settings(folder, model.vision) if model.vision is not None else None
-    return Reading(tokenizer, images, config.rows.on_bad == "skip")
+    return Reading(tokenizer, images, config.rows.on_bad == "skip", config.preference is not None)

@@ -152,6 +152,23 @@ class AdapterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Training on pairs of a chosen and a rejected answer (docs/training.md).
+
+    Attributes:
+        objective: the loss of a pair, as of `jaxmoe.train.preferences.pair_losses`.
+        beta: how much a change from the reference costs.
+        label_smoothing: the share of pairs that are labelled wrongly, for "sigmoid".
+        sft_loss: how much the cross entropy of the chosen answers counts beside it.
+    """
+
+    objective: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    beta: Annotated[float, Range(1e-6, 1e3)] = 0.1
+    label_smoothing: Annotated[float, Range(0.0, 0.5)] = 0.0
+    sft_loss: Annotated[float, Range(0.0, 100.0)] = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run.
 
@@ -160,6 +177,7 @@ class TrainConfig:
         init: instead of `model`, a checkpoint of `jaxmoe convert` or of another run: the run
             begins with its weights.
         data: the tokens; None where `jaxmoe.train.trainer.train` is given batches.
+        preference: that the rows of `data` are pairs of answers, and how they are trained on.
         adapter: train adapters of the model `init` instead of its parameters, and write them as
             PEFT does.
         output: the run's folder: checkpoint, metrics, and what a killed run resumes from.
@@ -198,6 +216,7 @@ class TrainConfig:
     model: dict = dataclasses.field(default_factory=dict)
     init: str | None = None
     data: DataConfig | None
+    preference: PreferenceConfig | None = None
     optimizer: OptimizerConfig
     adapter: AdapterConfig | None = None
     output: str

@@ -28,13 +28,13 @@ from jaxmoe.images import ImageSettings, PictureReader
 from jaxmoe.parsing import read_json
 from jaxmoe.progress import byte_progress
 from jaxmoe.text import Learned, Prompt, Tokenizer, render_learned
-from jaxmoe.train.conversations import Text, example_of
+from jaxmoe.train.conversations import Example, Text, example_of, pair_of
 from jaxmoe.train.make_tokens import END_OF_TEXT
 from jaxmoe.train.sources import RawRow, place_of, read_rows
 
 SKIPPED, INDEX = "skipped.jsonl", "index.json"
 FILES = ("tokens.bin", "learned.bin", "documents.bin", "rows.bin", SKIPPED)
-VERSION = 1  # of the files' layout and of what makes tokens of a row
+VERSION = 2  # of the files' layout and of what makes tokens of a row
 LISTED = 1000  # rows that `SKIPPED` has at most
 UPDATE = 256  # rows from one update of the progress bar to the next
 SAMPLE = 2**20  # bytes at the beginning, the middle and the end of a file that tell it apart
@@ -46,6 +46,7 @@ RECORD = np.dtype(
         ("tiles", "<i4"),
         ("file", "<i4"),
         ("number", "<i8"),  # of its line or row
+        ("second", "<i8"),  # tokens before the rejected answer's of a pair; 0 if it is no pair
     ]
 )
 _DAMAGED = "{} is damaged; delete it, and it is made again."
@@ -58,11 +59,13 @@ class Reading(NamedTuple):
         tokenizer: of the model.
         images: how pictures become tiles; None if the model has no vision tower.
         skips: whether a row that cannot be used is passed over, instead of stopping the run.
+        pairs: whether a row is a chosen and a rejected answer.
     """
 
     tokenizer: Tokenizer
     images: ImageSettings | None = None
     skips: bool = False
+    pairs: bool = False
 
     def render(self, row: RawRow) -> Learned:
         """A row's tokens and pictures, and which tokens are learned.
@@ -70,16 +73,45 @@ class Reading(NamedTuple):
         Raises:
             UserError: naming the file, the line and the key, if it cannot be used.
         """
-        fields = row.parse()
-        try:
-            example = example_of(fields)
-            if isinstance(example, Text):
-                return _of_text(example, self.tokenizer)
-            reader = PictureReader(self.images, row.path.parent) if self.images else None
-            messages, tools, images = example
-            return render_learned(messages, self.tokenizer, reader, tools, images)
-        except UserError as error:
-            raise UserError(f"{row.where}: {str(error).rstrip('.')}.") from None
+        with _named(row):
+            return self._rendered(example_of(row.parse()), row)
+
+    def render_pair(self, row: RawRow) -> tuple[Learned, int]:
+        """The chosen answer after its prompt, then the rejected one after the same prompt.
+
+        Returns:
+            Both as one, and how many tokens the first has.
+
+        Raises:
+            UserError: as `render`, also if an answer has no tokens to learn, or a prompt pictures.
+        """
+        with _named(row):
+            both = [self._rendered(example, row) for example in pair_of(row.parse())]
+            for name, (prompt, learned) in zip(("chosen", "rejected"), both, strict=True):
+                if prompt.pictures:
+                    raise UserError(f"its '{name}' has pictures, which preferences do not take")
+                if not learned[1:].any():
+                    raise UserError(f"its '{name}' has no answer of the assistant's")
+        tokens = [token for prompt, _ in both for token in prompt.tokens]
+        learned = np.concatenate([learned for _, learned in both])
+        return Learned(Prompt(tokens), learned), len(both[0].learned)
+
+    def _rendered(self, example: Example, row: RawRow) -> Learned:
+        if isinstance(example, Text):
+            return _of_text(example, self.tokenizer)
+        reader = PictureReader(self.images, row.path.parent) if self.images else None
+        messages, tools, images = example
+        return render_learned(messages, self.tokenizer, reader, tools, images)
+
+
+@contextlib.contextmanager
+def _named(row: RawRow) -> Iterator[None]:
+    """Within it, errors name the row."""
+    try:
+        yield
+    except UserError as error:
+        where = "" if str(error).startswith(row.where) else f"{row.where}: "
+        raise UserError(f"{where}{str(error).rstrip('.')}.") from None
 
 
 def _of_text(example: Text, tokenizer: Tokenizer) -> Learned:
@@ -199,7 +231,7 @@ def _fingerprint(sources: Sequence[Sequence[Path]], reading: Reading) -> str:
     templates = {name: x.source for name, x in reading.tokenizer.templates.items()}
     files = [[_sampled(path) for path in paths] for paths in sources]
     parts = [VERSION, files, reading.tokenizer.digest, templates, dict(reading.tokenizer.names)]
-    return _digest([*parts, repr(reading.images), reading.skips])
+    return _digest([*parts, repr(reading.images), reading.skips, reading.pairs])
 
 
 def _sampled(path: Path) -> str:
@@ -280,7 +312,9 @@ class _Writer:
     def add(self, row: RawRow, reading: Reading) -> None:
         """Appends a row, or skips it if it cannot be used and that is wanted."""
         try:
-            prompt, learned = reading.render(row)
+            (prompt, learned), second = (
+                reading.render_pair(row) if reading.pairs else (reading.render(row), 0)
+            )
         except UserError as error:
             if not reading.skips:
                 raise UserError(
@@ -295,7 +329,7 @@ class _Writer:
         stored = row.content if prompt.pictures else b""
         tiles = sum(picture.num_tiles for picture in prompt.pictures)
         targets = np.count_nonzero(learned[1:])
-        record = len(learned), targets, len(stored), tiles, self.file, row.number
+        record = len(learned), targets, len(stored), tiles, self.file, row.number, second
         self._tokens.write(np.array(prompt.tokens, self._dtype).tobytes())
         self._learned.write(learned.tobytes())
         self._records.write(np.array(record, RECORD).tobytes())

@@ -21,6 +21,9 @@ from jaxmoe.train.pictures import (
     no_tiles,
     picture_batch,
 )
+from jaxmoe.train.preferences import PreferenceBatch
+
+AnyBatch = Batch | PictureBatch | PreferenceBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +125,8 @@ class PackedData:
         """Rows of the chosen documents; those without a target are left out."""
         tiles = self.documents.records["tiles"][chosen]
         lengths = np.where(tiles > 0, self._room[chosen], self.documents.records["length"][chosen])
-        pieces = cut(lengths, self.wanted.length, self.wanted.too_long, tiles == 0)
+        divisible = (tiles == 0) & (self.documents.records["second"][chosen] == 0)
+        pieces = cut(lengths, self.wanted.length, self.wanted.too_long, divisible)
         pieces = Pieces(chosen[pieces.document], pieces.start, pieces.stop)
         pieces = pieces[self._has_targets(pieces)]
         sizes = pieces.stop - pieces.start
@@ -162,13 +166,21 @@ class PackedData:
         ]
         return ", ".join(filter(None, parts))
 
-    def batch(self, step: int) -> Batch | PictureBatch:
+    @functools.cached_property
+    def _pairs(self) -> int:
+        """The most documents that a row has, if they are pairs; else 0."""
+        if not self.reading.pairs:
+            return 0
+        packed = [*self._sources, self._held_out]
+        return max(int(np.diff(rows.offsets).max(initial=0)) for rows in packed)
+
+    def batch(self, step: int) -> AnyBatch:
         """The rows of a step, counted from 0: a function of the seed and the step alone."""
         size = self.wanted.batch_size
         places = map(self._order.at, range(step * size, (step + 1) * size))
         return self._batch([self._sources[source][row] for source, row in places])
 
-    def held_out(self) -> Iterator[Batch | PictureBatch]:
+    def held_out(self) -> Iterator[AnyBatch]:
         """All held-out rows once; what the last batch lacks is padding."""
         size = self.wanted.batch_size
         for start in range(0, len(self._held_out), size):
@@ -182,7 +194,7 @@ class PackedData:
         place = slice(first + pieces.start[index], first + pieces.stop[index])
         return self.documents.tokens[place].astype(np.int32), self.documents.learned[place]
 
-    def _batch(self, rows: list[Pieces]) -> Batch | PictureBatch:
+    def _batch(self, rows: list[Pieces]) -> AnyBatch:
         if self.has_pictures:
             tiles = len(rows) * self._tiles
             talks = [[self._conversation(x, i) for i in range(len(x))] for x in rows]
@@ -196,9 +208,22 @@ class PackedData:
                 tokens, counts = self._tokens(pieces, index)
                 place = row, slice(used, used + len(tokens))
                 batch.tokens[place], learned[place] = tokens, counts
-                batch.segment_ids[place] = index + 1
+                batch.segment_ids[place] = self._segments(pieces, index)
                 used += len(tokens)
-        return batch
+        if not self._pairs:
+            return batch
+        documents = np.full((len(rows), self._pairs), -1, np.int32)
+        for row, pieces in enumerate(rows):
+            documents[row, : len(pieces)] = pieces.document
+        return PreferenceBatch(batch.tokens, batch.segment_ids, learned, documents)
+
+    def _segments(self, pieces: Pieces, index: int) -> int | Int[np.ndarray, "tokens"]:
+        """The segment of each token of a piece of a row; an answer of a pair is one of its own."""
+        if not self._pairs:
+            return index + 1
+        document = pieces.document[index]
+        length, second = (int(self.documents.records[x][document]) for x in ("length", "second"))
+        return 2 * index + 1 + (np.arange(length) >= second).astype(np.int32)
 
     def _conversation(self, pieces: Pieces, index: int) -> Conversation:
         """A document with the pixels of its pictures, which are read again."""

@@ -6,13 +6,38 @@ log-probabilities are sums over segments.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer
 
-Objective = Literal["sigmoid", "ipo", "hinge"]
+from jaxmoe.config import Llama4Config
+from jaxmoe.model.lora import without_adapters
+from jaxmoe.model.transformer import forward, positions_of
+from jaxmoe.train.config import PreferenceConfig
+from jaxmoe.train.cross_entropy import token_losses
+from jaxmoe.train.loss import Loss, mean, next_tokens
+
+
+class PreferenceBatch(NamedTuple):
+    """Rows for `preference_loss`.
+
+    Attributes:
+        tokens: of the answers, each after its prompt.
+        segment_ids: 2i + 1 for the chosen and 2i + 2 for the rejected answer of a row's pair i.
+        learned: the tokens of the answers, without their prompts.
+        document: the number of each pair among all; -1 for none.
+        reference: the reference's log-probabilities in nats of the chosen and the rejected answer;
+            None if the reference is the model without its adapters.
+    """
+
+    tokens: Integer[np.ndarray, "rows length"]
+    segment_ids: Integer[np.ndarray, "rows length"]
+    learned: Bool[np.ndarray, "rows length"]
+    document: Integer[np.ndarray, "rows pairs"]
+    reference: Float[np.ndarray, "rows pairs 2"] | None = None
 
 
 class Pairs(NamedTuple):
@@ -53,7 +78,7 @@ def pair_losses(
     policy: Pairs,
     reference: Pairs,
     beta: float,
-    objective: Objective = "sigmoid",
+    objective: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Float[Array, "B pairs"]:
     """The loss of each pair.
@@ -102,3 +127,49 @@ def pair_metrics(policy: Pairs, reference: Pairs, beta: float) -> dict[str, Floa
 def mean_of_pairs(x: Float[Array, "B pairs"], real: Bool[Array, "B pairs"]) -> Float[Array, ""]:
     """The mean over the pairs that are there; 0 if there are none."""
     return jnp.sum(jnp.where(real, x, 0.0)) / jnp.maximum(jnp.sum(real), 1)
+
+
+def preference_loss(
+    wanted: PreferenceConfig, remat: bool = False, forward: Callable = forward
+) -> Loss:
+    """The loss of `train` for pairs of answers, whose batches are `PreferenceBatch`.
+
+    Args:
+        wanted: the objective.
+        remat, forward: as for `jaxmoe.train.loss.losses`.
+    """
+
+    def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
+        batch = jax.tree.map(jnp.asarray, PreferenceBatch(*batch))
+        policy, sft = log_probabilities(model, params, batch, remat, forward)
+        reference = _reference(model, params, batch, policy, forward)
+        options = wanted.beta, wanted.objective, wanted.label_smoothing
+        found = mean_of_pairs(pair_losses(policy, reference, *options), policy.real)
+        recorded = {"loss": found, "sft_loss": sft, "targets": jnp.sum(policy.real)}
+        recorded |= pair_metrics(policy, reference, wanted.beta)
+        return found + wanted.sft_loss * sft, recorded
+
+    return loss
+
+
+def log_probabilities(
+    model: Llama4Config, params: dict, batch: Any, remat: bool = False, forward: Callable = forward
+) -> tuple[Pairs, Float[Array, ""]]:
+    """The log-probabilities of a batch's answers, and the mean cross entropy of the chosen ones."""
+    tokens, segment_ids, learned, document, _ = batch
+    positions = positions_of(segment_ids)
+    out = forward(model, params, tokens, positions, segment_ids, remat=remat)
+    targets, real = next_tokens(tokens, segment_ids, learned)
+    nats = token_losses(model, params, out.hidden, targets).nats
+    pairs = answer_log_probabilities(nats, real, segment_ids, document.shape[1])
+    return pairs, mean(nats, real & (segment_ids % 2 == 1))
+
+
+def _reference(
+    model: Llama4Config, params: dict, batch: Any, policy: Pairs, forward: Callable
+) -> Pairs:
+    """The reference's log-probabilities, as the batch has them or without the adapters."""
+    if batch.reference is None:
+        frozen = jax.lax.stop_gradient(without_adapters(params))
+        return log_probabilities(model, frozen, batch, forward=forward)[0]
+    return Pairs(batch.reference[..., 0], batch.reference[..., 1], policy.real)
