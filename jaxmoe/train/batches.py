@@ -33,6 +33,8 @@ class TrainingData:
         has_pictures: whether batches are `PictureBatch`, else `Batch`.
         summary: what there is, in one line; empty for a file of tokens.
         skipped: rows that could not be used.
+        everything: of pairs, the batches of all rows once; None of what is no pairs.
+        pairs: how many there are, held-out ones too.
     """
 
     batches: Callable[[int], AnyBatch]
@@ -40,6 +42,8 @@ class TrainingData:
     has_pictures: bool = False
     summary: str = ""
     skipped: int = 0
+    everything: Callable[[], Iterator[AnyBatch]] | None = None
+    pairs: int = 0
 
 
 def training_data(config: TrainConfig, model: Llama4Config) -> TrainingData:
@@ -50,12 +54,17 @@ def training_data(config: TrainConfig, model: Llama4Config) -> TrainingData:
     """
     wanted = config.rows
     if wanted.tokens is not None:
+        if config.preference is not None:
+            raise UserError("pairs of answers are read from data.files; data.tokens has none.")
         return _of_tokens(config, model, wanted.tokens)
     reading = _reading(config, model)
     documents = _documents(config, reading)
     packed = PackedData(documents, wanted, model, reading, config.seed)
     what = packed.has_pictures, packed.summary, documents.skipped
-    return TrainingData(packed.batch, packed.held_out, *what)
+    found = TrainingData(packed.batch, packed.held_out, *what)
+    if not reading.pairs:
+        return found
+    return dataclasses.replace(found, everything=packed.everything, pairs=len(documents))
 
 
 def _of_tokens(config: TrainConfig, model: Llama4Config, path: str) -> TrainingData:

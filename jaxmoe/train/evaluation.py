@@ -25,7 +25,7 @@ def held_out_loss(
     model: Llama4Config,
     params: dict,
     *,
-    batches: Iterable[Batch | PictureBatch],
+    batches: Iterable[Any],
     forward: Callable = transformer.forward,
 ) -> dict[str, Any]:
     """Mean cross entropy in nats a target over all batches; empty if there are none."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -182,10 +183,17 @@ class PackedData:
 
     def held_out(self) -> Iterator[AnyBatch]:
         """All held-out rows once; what the last batch lacks is padding."""
-        size = self.wanted.batch_size
-        for start in range(0, len(self._held_out), size):
-            rows = [self._held_out[i] for i in range(start, min(start + size, len(self._held_out)))]
-            yield self._batch(rows + [self._held_out.pieces[:0]] * (size - len(rows)))
+        return self._in_batches([self._held_out])
+
+    def everything(self) -> Iterator[AnyBatch]:
+        """All rows once, those that are held out last; what the last batch lacks is padding."""
+        return self._in_batches([*self._sources, self._held_out])
+
+    def _in_batches(self, packed: list[Rows]) -> Iterator[AnyBatch]:
+        size, empty = self.wanted.batch_size, self._held_out.pieces[:0]
+        rows = (part[i] for part in packed for i in range(len(part)))
+        for some in itertools.batched(rows, size):
+            yield self._batch([*some, *[empty] * (size - len(some))])
 
     def _tokens(
         self, pieces: Pieces, index: int

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.lora import without_adapters
+from jaxmoe.model.remat import Remat
 from jaxmoe.model.transformer import forward, positions_of
 from jaxmoe.train.config import PreferenceConfig
 from jaxmoe.train.cross_entropy import token_losses
@@ -130,7 +131,7 @@ def mean_of_pairs(x: Float[Array, "B pairs"], real: Bool[Array, "B pairs"]) -> F
 
 
 def preference_loss(
-    wanted: PreferenceConfig, remat: bool = False, forward: Callable = forward
+    wanted: PreferenceConfig, remat: Remat = False, forward: Callable = forward
 ) -> Loss:
     """The loss of `train` for pairs of answers, whose batches are `PreferenceBatch`.
 
@@ -153,7 +154,7 @@ def preference_loss(
 
 
 def log_probabilities(
-    model: Llama4Config, params: dict, batch: Any, remat: bool = False, forward: Callable = forward
+    model: Llama4Config, params: dict, batch: Any, remat: Remat = False, forward: Callable = forward
 ) -> tuple[Pairs, Float[Array, ""]]:
     """The log-probabilities of a batch's answers, and the mean cross entropy of the chosen ones."""
     tokens, segment_ids, learned, document, _ = batch

@@ -34,6 +34,7 @@ from jaxmoe.train.partition import (
     split,
     text_only,
 )
+from jaxmoe.train.references import SavedReferences, preference_run
 from jaxmoe.train.run_folder import RunFolder
 from jaxmoe.train.state import SavedStates, TrainState, abstract_state, random_params, state_of
 from jaxmoe.train.step import cast_all, make_step
@@ -136,6 +137,7 @@ class _Setup:
         optimizer: of the run.
         abstract: shapes and shardings of the state.
         frozen: those of the parameters that are not trained.
+        references: of a run on pairs whose reference is what it begins with.
     """
 
     config: TrainConfig
@@ -150,17 +152,24 @@ class _Setup:
     optimizer: optax.GradientTransformation
     abstract: TrainState
     frozen: dict
+    references: SavedReferences | None
 
     def begin(self, states: SavedStates) -> tuple[TrainState, dict]:
         """The state to go on from, and the parameters that are not trained."""
         config, state = self.config, states.newest(self.abstract)
+        first = functools.cache(self._first_params)
+        if self.references is not None:
+            self.references.fill(first, begun=state is not None)
         if state is not None and not jax.tree.leaves(self.frozen):
             return state, self.frozen
-        params = _first_params(config, self.model, self.mesh, self.init)
-        if self.plan is not None:
-            params = self.plan.first(self.model, params, self.mesh, config.seed)
-        trained, frozen = split(params, self.trainable)
+        trained, frozen = split(first(), self.trainable)
         return state or state_of(trained, self.optimizer, self.mesh, **_storage(config)), frozen
+
+    def _first_params(self) -> dict:
+        params = _first_params(self.config, self.model, self.mesh, self.init)
+        if self.plan is None:
+            return params
+        return self.plan.first(self.model, params, self.mesh, self.config.seed)
 
     def loop(self, frozen: dict, stop: Callable[[], bool]) -> Loop:
         """The steps of the run."""
@@ -186,13 +195,16 @@ def _set_up(
 ) -> _Setup:
     """Puts the defaults in place of what is None, and checks the rest; writes nothing."""
     model = _model(config, source)
+    references = None
     if batches is None:
         found = training_data(config, model)
         batches = found.batches
-        if loss is None and evaluate is None:
-            evaluate = functools.partial(_held_out, config, model, found)
-        if loss is None and found.has_pictures:
-            loss = picture_loss(**_loss_options(config))
+        if loss is None and config.preference is not None:
+            loss, batches, judge, references = preference_run(config, model, mesh, found)
+            evaluate = evaluate or judge
+        elif loss is None:
+            evaluate = evaluate or functools.partial(_held_out, config, model, found)
+            loss = picture_loss(**_loss_options(config)) if found.has_pictures else None
     trains_vision = getattr(loss, "trains_vision", False) and config.train_vision
     trainable = trainable or (everything if trains_vision else text_only)
     loss = loss or next_token_loss(**_loss_options(config))
@@ -206,7 +218,7 @@ def _set_up(
     _check_trained(trained, source)
     abstract = abstract_state(trained, optimizer, mesh, **_storage(config))
     functions = loss, batches, init, trainable, evaluate
-    return _Setup(config, mesh, *functions, model, plan, optimizer, abstract, frozen)
+    return _Setup(config, mesh, *functions, model, plan, optimizer, abstract, frozen, references)
 
 
 def _storage(config: TrainConfig) -> dict[str, Any]:

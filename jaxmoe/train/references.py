@@ -1,0 +1,163 @@
+"""The reference of training on pairs: its log-probabilities, computed once and kept in a file."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
+from jaxmoe.files.atomic import writable
+from jaxmoe.files.outputs import PARTIAL
+from jaxmoe.progress import task_progress
+from jaxmoe.train.batches import TrainingData
+from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.loss import Loss
+from jaxmoe.train.preferences import PreferenceBatch, log_probabilities, preference_loss
+from jaxmoe.train.processes import on_first
+from jaxmoe.train.step import TARGETS, cast_all
+
+FILE = "reference.npy"
+
+
+@dataclasses.dataclass
+class SavedReferences:
+    """The log-probabilities of the model that a run begins with.
+
+    Attributes:
+        config, model, mesh: of the run.
+        pairs: how many there are.
+        rows: all of them once, in batches.
+        table: [pairs, 2], of the chosen and the rejected answers; None until `fill`.
+    """
+
+    config: TrainConfig
+    model: Llama4Config
+    mesh: jax.sharding.Mesh
+    pairs: int
+    rows: Callable[[], Iterator[PreferenceBatch]]
+    table: Float[np.ndarray, "pairs 2"] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file, in the run's folder."""
+        return Path(self.config.output) / FILE
+
+    def fill(self, params: Callable[[], dict], *, begun: bool) -> None:
+        """Reads the table, or computes and writes it.
+
+        Args:
+            params: makes the parameters that the run begins with.
+            begun: whether the run has taken steps before, and so must have the file.
+
+        Raises:
+            UserError: if the file is missing or damaged, or cannot be written.
+        """
+        if self.path.exists():
+            self.table = self._read()
+        elif begun:
+            raise UserError(f"{self.path} is missing; restore it, or delete the run to begin anew.")
+        else:
+            table = self.table = self._compute(params())
+            on_first(lambda: self._write(table))
+
+    def attached(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """The batch with the reference's log-probabilities of its pairs; 0 where there is none."""
+        assert self.table is not None, "`fill` comes first"
+        found = np.where((batch.document >= 0)[..., None], self.table[batch.document], 0.0)
+        return batch._replace(reference=found.astype(np.float32))
+
+    def _compute(self, params: dict) -> Float[np.ndarray, "pairs 2"]:
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        run = jax.jit(functools.partial(_both, self.model), out_shardings=everywhere)
+        params = cast_all(params, self.config.dtype)
+        table = np.zeros((self.pairs, 2), np.float32)
+        with task_progress("Reference", self.pairs, "pairs") as advance:
+            for batch in self.rows():
+                found = np.asarray(run(params, jax.tree.map(jnp.asarray, batch)))
+                real = batch.document >= 0
+                table[batch.document[real]] = found[real]
+                advance(int(real.sum()))
+        return table
+
+    def _read(self) -> Float[np.ndarray, "pairs 2"]:
+        try:
+            table = np.load(self.path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{self.path} cannot be read: {error}; restore it.") from None
+        if table.shape != (self.pairs, 2) or table.dtype != np.float32:
+            raise UserError(f"{self.path} is not of this run's {self.pairs} pairs; restore it.")
+        return table
+
+    def _write(self, table: Float[np.ndarray, "pairs 2"]) -> None:
+        partial = self.path.with_name(FILE + PARTIAL)
+        with writable(self.path):
+            with open(partial, "wb") as file:
+                np.save(file, table)
+            partial.replace(self.path)
+
+
+def _both(model: Llama4Config, params: dict, batch: Any) -> Float[jax.Array, "rows pairs 2"]:
+    """The log-probabilities of the chosen and the rejected answer of each pair."""
+    pairs, _ = log_probabilities(model, params, batch)
+    return jnp.stack([pairs.chosen, pairs.rejected], -1)
+
+
+def held_out_preferences(
+    config: TrainConfig,
+    model: Llama4Config,
+    loss: Loss,
+    batches: Callable[[], Iterator[PreferenceBatch]],
+    params: dict,
+) -> dict[str, Any]:
+    """The metrics of a preference loss over held-out pairs; empty if there are none.
+
+    Each has `held_out_` before its name, as in `held_out_loss`.
+    """
+    params = cast_all(params, config.dtype)
+    run = jax.jit(lambda params, batch: loss(model, params, batch)[1])
+    found = [jax.device_get(run(params, jax.tree.map(jnp.asarray, x))) for x in batches()]
+    total = sum(float(one[TARGETS]) for one in found)
+    names = [name for name in found[0] if name != TARGETS] if found else []
+    return {
+        f"held_out_{name}": sum(float(one[name]) * float(one[TARGETS]) for one in found) / total
+        for name in names
+    }
+
+
+class PreferenceRun(NamedTuple):
+    """What a run on pairs takes in place of the defaults of `train`."""
+
+    loss: Loss
+    batches: Callable[[int], PreferenceBatch]
+    evaluate: Callable[[dict], dict[str, Any]]
+    references: SavedReferences | None
+
+
+def preference_run(
+    config: TrainConfig, model: Llama4Config, mesh: jax.sharding.Mesh, found: TrainingData
+) -> PreferenceRun:
+    """The parts of a run with `config.preference`.
+
+    The reference is the model without adapters, if the run's adapters begin as nothing, and else
+    what the run begins with, as `SavedReferences` keep it.
+    """
+    wanted = config.preference
+    assert wanted is not None and found.everything is not None
+    loss = preference_loss(wanted, config.remat)
+    batches, held_out, references = found.batches, found.held_out, None
+    if config.adapter is None or config.adapter.init is not None:
+        rows = cast(Any, found.everything)
+        references = SavedReferences(config, model, mesh, found.pairs, rows)
+        attached = references.attached
+        batches = lambda number: attached(cast(Any, found.batches(number)))  # noqa: E731
+        held_out = lambda: map(attached, cast(Any, found.held_out()))  # noqa: E731
+    evaluate = functools.partial(held_out_preferences, config, model, loss, cast(Any, held_out))
+    return PreferenceRun(loss, cast(Any, batches), evaluate, references)
