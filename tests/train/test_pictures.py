@@ -192,8 +192,8 @@ def first_losses(mesh, trainable=everything, steps=3):
         step = make_step(config, CONFIG, optimizer, picture_loss(config.router_loss))
         results = []
         for _ in range(steps):
-            state, found, norm = step(frozen, state, batch())
-            results.append([float(found["loss"]), float(norm)])
+            state, outcome = step(frozen, state, batch())
+            results.append([float(outcome.metrics["loss"]), float(outcome.norm)])
     return np.array(results), state
 
 
