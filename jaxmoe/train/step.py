@@ -134,30 +134,45 @@ def _found(
         return found(batch)
 
     def add(sums: Found, batch: Any):
-        part = found(batch)
-        return jax.tree.map(jnp.add, sums, _times(part, part.targets)), None
+        return jax.tree.map(jnp.add, sums, _scaled(found(batch), _weight)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
     nothing = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(lambda b: _times(part := found(b), part.targets), first),
+        jax.eval_shape(lambda b: _scaled(found(b), _weight), first),
     )
     sums, _ = jax.lax.scan(add, nothing, batch)
-    return _times(sums, 1 / jnp.where(sums.targets > 0, sums.targets, 1.0))
+    return _scaled(sums, _share)
 
 
-def _times(found: Found, factor: jax.Array) -> Found:
-    """Means times a factor, which are sums then, or the reverse; counts stay as they are."""
+def _scaled(found: Found, scale: Callable[[jax.Array], jax.Array]) -> Found:
+    """Means made into sums or the reverse; counts stay as they are.
+
+    Args:
+        found: what `loss/NAME` is in its metrics is a mean over `targets/NAME`, if they are there.
+        scale: of a number of targets, what a mean over them is multiplied by.
+    """
 
     def of_metric(name: str, x: jax.Array) -> jax.Array:
-        is_count = name == TARGETS or not jnp.issubdtype(x.dtype, jnp.floating)
-        return x if is_count else factor * x
+        kind, _, source = name.partition("/")
+        if kind == TARGETS or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return x * scale(found.metrics.get(f"{TARGETS}/{source}", found.targets))
 
     metrics = collections.OrderedDict(
         (name, of_metric(name, x)) for name, x in found.metrics.items()
     )
+    factor = scale(found.targets)
     gradient = jax.tree.map(lambda g: factor * g, found.gradient)
     return Found(gradient, factor * found.loss, metrics, found.targets)
+
+
+def _weight(targets: jax.Array) -> jax.Array:
+    return targets
+
+
+def _share(targets: jax.Array) -> jax.Array:
+    return 1 / jnp.where(targets > 0, targets, 1.0)
 
 
 def _updated(

@@ -41,7 +41,8 @@ def counted_loss(model, params, batch):
     ids = batch.segment_ids
     targets = jnp.sum((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)).astype(jnp.float32)
     bad = jnp.any(batch.tokens == BAD)
-    return value * jnp.where(bad, jnp.nan, 1.0), metrics | {"targets": targets}
+    of_first = {"loss/first": batch.tokens[0, 0] / 1.0, "targets/first": targets + 2.0}
+    return value * jnp.where(bad, jnp.nan, 1.0), metrics | {"targets": targets} | of_first
 
 
 def rows(seed, real):
@@ -77,6 +78,10 @@ def test_batches_with_unequal_targets_count_as_one():
     assert float(seen.targets) == float(summed.targets) == summed.metrics["targets"] == 17
     np.testing.assert_allclose(summed.metrics["loss"], seen.metrics["loss"], rtol=1e-6)
     assert summed.metrics["dropped"] == 0
+    counts, firsts = np.array([14, 3, 0]) + 2, whole.tokens[::2, 0]  # of the three batches
+    assert summed.metrics["targets/first"] == counts.sum()
+    mean = (counts * firsts).sum() / counts.sum()
+    np.testing.assert_allclose(summed.metrics["loss/first"], mean, rtol=1e-6)
     np.testing.assert_allclose(summed.norm, seen.norm, rtol=1e-5)
 
 
