@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxmoe.errors import UserError
+from pallas_kernels.quantized import QuantizedMatrix
 
 Trainable = Callable[[str], bool]
 
@@ -32,7 +33,8 @@ def all_but(frozen: Sequence[str], trainable: Trainable, params: dict) -> Traina
     Raises:
         UserError: if a pattern matches no name, or nothing is left to train.
     """
-    names = [dotted(path) for path, _ in jax.tree.leaves_with_path(params)]
+    leaves = jax.tree.leaves_with_path(params, is_leaf=is_quantized)
+    names = [dotted(path) for path, _ in leaves]
     for pattern in frozen:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
@@ -48,6 +50,11 @@ def all_but(frozen: Sequence[str], trainable: Trainable, params: dict) -> Traina
     return trained
 
 
+def is_quantized(w: Any) -> bool:
+    """Whether a parameter is a QuantizedMatrix, whose arrays are no parameters of their own."""
+    return isinstance(w, QuantizedMatrix)
+
+
 def split(params: dict, trainable: Trainable) -> tuple[dict, dict]:
     """The parameters that are trained and the others, by their dotted names.
 
@@ -60,7 +67,7 @@ def split(params: dict, trainable: Trainable) -> tuple[dict, dict]:
         def kept(path: tuple, x: Any) -> Any:
             return x if trainable(dotted(path)) == wanted else None
 
-        return jax.tree.map_with_path(kept, params)
+        return jax.tree.map_with_path(kept, params, is_leaf=is_quantized)
 
     return part(True), part(False)
 
