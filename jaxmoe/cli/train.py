@@ -15,6 +15,8 @@ from jaxmoe.cli import devices
 from jaxmoe.cli.show_data import show_examples, skipped_rows
 from jaxmoe.cli.signals import asked_to_stop
 from jaxmoe.errors import UserError
+from jaxmoe.plan.targets import parse_target
+from jaxmoe.plan.work import STORAGE_FORMATS
 from jaxmoe.progress import task_progress
 from jaxmoe.text import Tokenizer
 from jaxmoe.train.batches import TrainingData
@@ -37,8 +39,25 @@ def main() -> None:
         metavar="N",
         help="print N examples of the data (3), what the loss counts in colour, and do not train",
     )
+    parser.add_argument(
+        "--plan",
+        metavar="TARGET",
+        help="compile the step for hardware that need not be there, such as h100x8, print the "
+        "memory that it takes, and do not train",
+    )
+    parser.add_argument(
+        "--model", help="with --plan: scout, maverick or a folder, where `init` is not there yet"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=STORAGE_FORMATS,
+        help="with --plan: what matrices that are not trained are stored in",
+    )
     args = parser.parse_args()
     config = read_train_config(args.config)
+    if args.plan is not None:
+        plan_run(config, args)
+        return
     mesh = devices.start(argparse.Namespace(mesh=config.mesh, cpu_devices=config.cpu_devices))
     folder, says = RunFolder(config), is_first()
     if folder.is_finished():
@@ -60,6 +79,29 @@ def main() -> None:
         print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
         if data.skipped:
             print(skipped_rows(folder.path, data.skipped), file=sys.stderr)
+
+
+def plan_run(config: TrainConfig, args: argparse.Namespace) -> None:
+    """Prints what a step of the run takes on a target.
+
+    Raises:
+        UserError: if it does not fit.
+    """
+    from jaxmoe.train.fits import compile_run, memory_table  # imports the compilers
+
+    jax.config.update("jax_platforms", "cpu")  # which plans need no more than
+    model = args.model or config.init
+    if model is None:
+        raise UserError("--plan needs --model, or a config with 'init'; name a model.")
+    weights = None if args.weights == "bf16" else args.weights
+    found = compile_run(config, parse_target(args.plan), model, weights)
+    Console().print(memory_table(found))
+    if not found.fits:
+        raise UserError(
+            f"a step takes {found.peak / 1e9:.1f} GB, but a device has "
+            f"{found.target.limit / 1e9:.1f} GB; use more devices, shorter rows, another mesh, "
+            "`remat: full` or `accumulate`."
+        )
 
 
 def _tell(config: TrainConfig, data: TrainingData) -> None:

@@ -69,7 +69,7 @@ def compile_step(work: Work, mesh: MeshConfig, target: Target) -> Compiled:
         kv=work.kv_dtype,
     )
     lowered = lower_step(work.config, devices, arguments)
-    analysis: Any = _compile(lowered, target).memory_analysis()
+    analysis: Any = compile_lowered(lowered, target).memory_analysis()
     tower = device_bytes(arguments[0].get("vision", {}))  # no argument of a step, but it stays
     return Compiled(
         weights=device_bytes(arguments[0]),
@@ -82,7 +82,12 @@ def compile_step(work: Work, mesh: MeshConfig, target: Target) -> Compiled:
     )
 
 
-def _compile(lowered: jax.stages.Lowered, target: Target) -> jax.stages.Compiled:
+def compile_lowered(lowered: jax.stages.Lowered, target: Target) -> jax.stages.Compiled:
+    """The step compiled as the target runs it.
+
+    Raises:
+        UserError: if it does not fit into a device's memory.
+    """
     try:
         return lowered.compile({} if target.is_tpu else compiler_options())
     except jax.errors.JaxRuntimeError as error:

@@ -20,6 +20,7 @@ from pallas_kernels.experts.group_metadata import rows_of_whole_groups
 BF16, FP32 = 2, 4
 LARGEST_BLOCK = {"bf16": 128, "fp8": 128, "int8": 128, "int4": 64}  # rows, of Llama 4's experts
 SEARCHED = 6  # arrays as large as the logits, while a token is chosen
+LOSS_CHUNK_BYTES, LOSS_CHUNK = 2**27, 2048  # of logits that training makes at once; least tokens
 LEAST_ROWS = 64  # XLA pads the rows of a product to a multiple of this
 
 
@@ -120,14 +121,18 @@ def training_temporaries(work: Work, mesh: MeshConfig) -> int:
     """Bytes of temporaries of a training step with recomputed layers.
 
     They are float32 gradients and bfloat16 weights, both sharded as the parameters; the input of
-    every layer; and the backward pass of one layer or of the logits, whichever is larger.
+    every layer; and the backward pass of one layer or of the loss, whichever is larger. The loss
+    keeps a float32 gradient of the last hidden states and a chunk of logits, as
+    `jaxmoe.train.cross_entropy` makes them.
     """
     config, share = work.config, device_share(work, mesh)
     stored = stored_params(config, None)
     parameters = sum(x.numbers(mesh) for x in stored)
     stream = share.tokens * config.hidden_size * BF16
     layer = max(_layer(work, mesh, share, kind) for kind in dict.fromkeys(config.layers))
-    logits = 3 * share.tokens * _row_of_logits(work, mesh)  # logits, softmax and their gradient
+    of_row = min(LOSS_CHUNK * FP32, _row_of_logits(work, mesh))
+    chunk = max(LOSS_CHUNK_BYTES, share.tokens * of_row)
+    loss = share.tokens * config.hidden_size * FP32 + 3 * chunk  # logits, softmax, their gradient
     backward = 2 * layer + 2 * _gathered(work, mesh)  # values and gradients
     inputs = len(config.layers) * stream
-    return parameters * (FP32 + BF16) + inputs + max(backward, logits)
+    return parameters * (FP32 + BF16) + inputs + max(backward, loss)

@@ -108,7 +108,8 @@ def train(
     if folder.is_finished():
         return
     package = log_package(config.log_to)
-    setup = _set_up(config, mesh, source, loss, batches, init, trainable, evaluate)
+    model = _model(config, source)
+    setup = set_up(config, model, mesh, source, loss, batches, init, trainable, evaluate)
     with folder.claimed(), open_log(config, package) as log:
         with SavedStates.open(folder.states) as states:
             state, frozen = setup.begin(states)
@@ -127,7 +128,7 @@ def train(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Setup:
+class Setup:
     """A run before its first step: its functions, and what its state is like.
 
     Attributes:
@@ -183,18 +184,21 @@ class _Setup:
         return Loop(self.config, step_fn, self.batches, meter, self.mesh, stop, evaluated)
 
 
-def _set_up(
+def set_up(
     config: TrainConfig,
+    model: Llama4Config,
     mesh: jax.sharding.Mesh,
     source: str,
-    loss: Loss | None,
-    batches: Batches | None,
-    init: dict | str | Path | None,
-    trainable: Trainable | None,
-    evaluate: Evaluate | None,
-) -> _Setup:
-    """Puts the defaults in place of what is None, and checks the rest; writes nothing."""
-    model = _model(config, source)
+    loss: Loss | None = None,
+    batches: Batches | None = None,
+    init: dict | str | Path | None = None,
+    trainable: Trainable | None = None,
+    evaluate: Evaluate | None = None,
+) -> Setup:
+    """Puts the defaults of `train` in place of what is None, and checks the rest.
+
+    Writes nothing but tokens of the data. `init` may be shapes, for a step that is only compiled.
+    """
     references = None
     if batches is None:
         found = training_data(config, model)
@@ -218,7 +222,7 @@ def _set_up(
     _check_trained(trained, source)
     abstract = abstract_state(trained, optimizer, mesh, **_storage(config))
     functions = loss, batches, init, trainable, evaluate
-    return _Setup(config, mesh, *functions, model, plan, optimizer, abstract, frozen, references)
+    return Setup(config, mesh, *functions, model, plan, optimizer, abstract, frozen, references)
 
 
 def _storage(config: TrainConfig) -> dict[str, Any]:
