@@ -55,6 +55,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     config = read_train_config(args.config)
+    if args.plan is None and (args.model or args.weights):
+        parser.error("--model and --weights go with --plan.")
     if args.plan is not None:
         plan_run(config, args)
         return
@@ -89,18 +91,16 @@ def plan_run(config: TrainConfig, args: argparse.Namespace) -> None:
     """
     from jaxmoe.train.fits import compile_run, memory_table  # imports the compilers
 
-    jax.config.update("jax_platforms", "cpu")  # which plans need no more than
-    model = args.model or config.init
-    if model is None:
-        raise UserError("--plan needs --model, or a config with 'init'; name a model.")
+    jax.config.update("jax_platforms", "cpu")  # plans need no accelerator
     weights = None if args.weights == "bf16" else args.weights
-    found = compile_run(config, parse_target(args.plan), model, weights)
+    model = args.model or config.init
+    found = compile_run(config, parse_target(args.plan), model, weights, args.config)
     Console().print(memory_table(found))
     if not found.fits:
         raise UserError(
             f"a step takes {found.peak / 1e9:.1f} GB, but a device has "
-            f"{found.target.limit / 1e9:.1f} GB; use more devices, shorter rows, another mesh, "
-            "`remat: full` or `accumulate`."
+            f"{found.target.limit / 1e9:.1f} GB; use more devices, another mesh, shorter or fewer "
+            "rows (with `accumulate`), or `remat: full`."
         )
 
 

@@ -78,6 +78,15 @@ def without_adapters(params: dict) -> dict:
     return jax.tree.map(base_of, params, is_leaf=is_lora)
 
 
+def adding_nothing(params: dict) -> dict:
+    """The parameters with adapters whose `b` is zero."""
+
+    def of_one(w: Any) -> Any:
+        return dataclasses.replace(w, b=jnp.zeros_like(w.b)) if is_lora(w) else w
+
+    return jax.tree.map(of_one, params, is_leaf=is_lora)
+
+
 def lora_axes(w: LoraMatrix, base: Any, matrix_axes: tuple[str | None, ...]) -> LoraMatrix:
     """The logical axes of the arrays, from those of `base` and of the matrix [..., in, out]."""
     *outer, inputs, outputs = matrix_axes

@@ -30,11 +30,12 @@ class TrainingData:
     Attributes:
         batches: the batch of each step, counted from 0.
         held_out: the batches that are never trained on, each row once.
-        has_pictures: whether batches are `PictureBatch`, else `Batch`.
+        has_pictures: whether batches are `PictureBatch`.
         summary: what there is, in one line; empty for a file of tokens.
         skipped: rows that could not be used.
-        everything: of pairs, the batches of all rows once; None of what is no pairs.
-        pairs: how many there are, held-out ones too.
+        everything: the batches of all rows once, where rows are pairs of answers; else None.
+        pairs: how many pairs there are, held-out ones too.
+        made_of: a digest of the files that the pairs were read from.
     """
 
     batches: Callable[[int], AnyBatch]
@@ -44,6 +45,7 @@ class TrainingData:
     skipped: int = 0
     everything: Callable[[], Iterator[AnyBatch]] | None = None
     pairs: int = 0
+    made_of: str = ""
 
 
 def training_data(config: TrainConfig, model: Llama4Config) -> TrainingData:
@@ -64,7 +66,9 @@ def training_data(config: TrainConfig, model: Llama4Config) -> TrainingData:
     found = TrainingData(packed.batch, packed.held_out, *what)
     if not reading.pairs:
         return found
-    return dataclasses.replace(found, everything=packed.everything, pairs=len(documents))
+    return dataclasses.replace(
+        found, everything=packed.everything, pairs=len(documents), made_of=documents.made_of
+    )
 
 
 def _of_tokens(config: TrainConfig, model: Llama4Config, path: str) -> TrainingData:

@@ -122,7 +122,7 @@ class AdapterConfig:
     `*.router` or `vision.*`.
 
     Attributes:
-        rank: of the product that is added to a matrix.
+        rank: the rank of the product that is added to a matrix.
         alpha: over the rank, it scales the product.
         targets: patterns of the matrices that get an adapter.
         ranks: other ranks, by a pattern; the first that matches counts.
@@ -167,6 +167,13 @@ class PreferenceConfig:
     label_smoothing: Annotated[float, Range(0.0, 0.5)] = 0.0
     sft_loss: Annotated[float, Range(0.0, 100.0)] = 0.0
 
+    def __post_init__(self):
+        if self.label_smoothing and self.objective != "sigmoid":
+            raise UserError(
+                f"'label_smoothing' is for the objective sigmoid, not {self.objective}; leave it "
+                "out."
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -177,7 +184,7 @@ class TrainConfig:
         init: instead of `model`, a checkpoint of `jaxmoe convert` or of another run: the run
             begins with its weights.
         data: the tokens; None where `jaxmoe.train.trainer.train` is given batches.
-        preference: that the rows of `data` are pairs of answers, and how they are trained on.
+        preference: train on pairs of a chosen and a rejected answer, which the rows of `data` are.
         adapter: train adapters of the model `init` instead of its parameters, and write them as
             PEFT does.
         output: the run's folder: checkpoint, metrics, and what a killed run resumes from.

@@ -75,6 +75,8 @@ def pair_of(row: dict[str, Json]) -> tuple[Example, Example]:
     """
     chosen, rejected = (_needed(row, key, str | list) for key in ("chosen", "rejected"))
     prompt = row.get("prompt")
+    if prompt is not None and all(_begins_with(x, prompt) for x in (chosen, rejected)):
+        prompt = None  # it stands in both conversations
     if prompt is None:
         if not (isinstance(chosen, list) and isinstance(rejected, list)):
             raise UserError("it has no 'prompt', and 'chosen' and 'rejected' are not both messages")
@@ -82,9 +84,26 @@ def pair_of(row: dict[str, Json]) -> tuple[Example, Example]:
         common = next((i for i, same in enumerate(alike) if not same), None)
         common = min(len(chosen), len(rejected)) if common is None else common
         prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
+    elif type(prompt) in (str, list) and not type(chosen) is type(rejected) is type(prompt):
+        raise UserError(
+            "it has 'prompt', 'chosen' and 'rejected' that are not all texts or all messages"
+        )
     base = row | {"prompt": prompt}
     first, second = (_completion(base | {"completion": x}) for x in (chosen, rejected))
     return first, second
+
+
+def _begins_with(conversation: Json, prompt: Json) -> bool:
+    """Whether messages begin with those of a prompt, or with one of the user that is its text."""
+    if not isinstance(conversation, list):
+        return False
+    if isinstance(prompt, str):
+        first = conversation[0] if conversation else None
+        return isinstance(first, dict) and (first.get("role"), first.get("content")) == (
+            "user",
+            prompt,
+        )
+    return isinstance(prompt, list) and bool(prompt) and conversation[: len(prompt)] == prompt
 
 
 def _messages(row: dict[str, Json]) -> Chat:

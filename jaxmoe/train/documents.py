@@ -134,6 +134,7 @@ class Documents:
         files: that they come from.
         sources: the documents of each source, as a range.
         skipped: how many rows were passed over.
+        made_of: a digest of what they depend on.
     """
 
     def __init__(self, folder: Path):
@@ -151,6 +152,7 @@ class Documents:
         ends = np.cumsum([0, *index["counts"]]).tolist()
         self.sources = [range(a, b) for a, b in itertools.pairwise(ends)]
         self.skipped: int = index["skipped"]
+        self.made_of: str = index["made_of"]
         self._rows = folder / "rows.bin"
         self._row_offsets = _starts(self.records["stored"])
         if self.offsets[-1] != len(self.tokens) or ends[-1] != len(self.records):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,17 +11,20 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from rich.table import Table
 
+from jaxmoe.checkpoint import store
+from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.hf_config import from_hf
 from jaxmoe.mesh import MeshConfig, activation_spec, sharding
 from jaxmoe.model.params import abstract_params
 from jaxmoe.plan.compiled import compile_lowered
 from jaxmoe.plan.layout import device_bytes
-from jaxmoe.plan.models import read_model
+from jaxmoe.plan.models import PRESETS, read_model
 from jaxmoe.plan.planner import resolved
 from jaxmoe.plan.targets import Target, absent_devices
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch
-from jaxmoe.train.preferences import PreferenceBatch, preference_loss
+from jaxmoe.train.preferences import PreferenceBatch
 from jaxmoe.train.step import make_step
 from jaxmoe.train.trainer import Setup, set_up
 
@@ -61,15 +65,21 @@ class StepMemory:
 
 
 def compile_run(
-    config: TrainConfig, target: Target, model: str, weights: str | None = None
+    config: TrainConfig,
+    target: Target,
+    model: str | None,
+    weights: str | None = None,
+    source: str = "the config",
 ) -> StepMemory:
-    """Compiles the step of a run for a target; needs neither its data nor its checkpoint.
+    """Compiles the step of a run on texts for a target; needs neither its data nor its checkpoint.
 
     Args:
         config: the run, whose `mesh` has to form the target's devices.
         target: the devices.
-        model: a preset such as `scout`, a folder of Hugging Face's, or a checkpoint.
+        model: a preset such as `scout`, a folder of Hugging Face's, or a checkpoint; None takes the
+            config's `model`.
         weights: the format of the matrices that are not trained, such as `int4`; None for bfloat16.
+        source: what error messages call the config.
 
     Raises:
         UserError: if the mesh does not divide the model, no compiler serves the target, or the
@@ -77,15 +87,14 @@ def compile_run(
     """
     mesh = resolved(MeshConfig.parse(config.mesh or "data=-1"), target)
     devices, start = mesh.make(absent_devices(target)), time.perf_counter()
-    architecture = read_model(model)
+    architecture = from_hf(config.model, f"{source}, model") if model is None else read_model(model)
     if config.rows.length > architecture.max_position_embeddings:
         raise UserError(
             f"data.length {config.rows.length} is more than the "
-            f"{architecture.max_position_embeddings} tokens of {model}."
+            f"{architecture.max_position_embeddings} tokens of the model."
         )
-    shapes = abstract_params(architecture, devices, jnp.bfloat16, weights, pads=False)
-    loss = None if config.preference is None else preference_loss(config.preference, config.remat)
-    setup = set_up(config, architecture, devices, model, loss, _no_batch, shapes)
+    shapes = _shapes(architecture, devices, model, weights)
+    setup = set_up(config, architecture, devices, source, None, _no_batch, shapes)
     analysis: Any = _compiled(setup, target).memory_analysis()
     state = setup.abstract
     return StepMemory(
@@ -93,12 +102,27 @@ def compile_run(
         mesh=mesh,
         frozen=device_bytes(setup.frozen),
         trained=device_bytes(state.params),
-        optimizer=device_bytes(state.optimizer),
+        optimizer=device_bytes(_on_devices(state.optimizer)),
         temporaries=analysis.temp_size_in_bytes
         + analysis.output_size_in_bytes
         - analysis.alias_size_in_bytes,
         seconds=time.perf_counter() - start,
     )
+
+
+def _shapes(
+    architecture: Llama4Config, mesh: jax.sharding.Mesh, model: str | None, weights: str | None
+) -> dict:
+    """The parameters' shapes, as a checkpoint stores them or in the wanted format."""
+    if model is None or model in PRESETS or (Path(model) / "config.json").exists() or weights:
+        return abstract_params(architecture, mesh, jnp.bfloat16, weights, pads=False)
+    return store.abstract(model, mesh)[1]
+
+
+def _on_devices(optimizer: Any) -> list:
+    """The statistics that are not in the host's memory."""
+    leaves = jax.tree.leaves(optimizer)
+    return [x for x in leaves if x.sharding.memory_kind != "pinned_host"]
 
 
 def _no_batch(number: int) -> Any:
@@ -118,7 +142,9 @@ def _abstract_batch(setup: Setup) -> Any:
     parts = () if setup.config.accumulate == 1 else (setup.config.accumulate,)
 
     def array(dtype: Any, *shape: int) -> Any:
-        of_rows = activation_spec(setup.mesh, ("batch", "length"), (rows, length))
+        axes = ("batch", "length", None)[: len(shape)]
+        axes = axes if shape[1] == length else ("batch", *[None] * (len(shape) - 1))
+        of_rows = activation_spec(setup.mesh, axes, shape)
         spec = PartitionSpec(*[None] * len(parts), *of_rows)
         return jax.ShapeDtypeStruct((*parts, *shape), dtype, sharding=sharding(setup.mesh, spec))
 
@@ -126,7 +152,7 @@ def _abstract_batch(setup: Setup) -> Any:
     if setup.config.preference is None:
         return Batch(tokens, tokens, learned)
     document, reference = array(jnp.int32, rows, 1), None
-    if setup.plan is None:
+    if setup.plan is None or setup.plan.opened is not None:
         reference = array(jnp.float32, rows, 1, 2)
     return PreferenceBatch(tokens, tokens, learned, document, reference)
 

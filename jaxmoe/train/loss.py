@@ -16,7 +16,7 @@ from jaxmoe.model.transformer import forward, positions_of
 from jaxmoe.model.vision import tile_features
 from jaxmoe.train.cross_entropy import token_losses
 from jaxmoe.train.data import Batch
-from jaxmoe.train.router_losses import RouterHealth, router_losses, router_z
+from jaxmoe.train.router_losses import RouterHealth, router_losses, router_metrics, router_z
 
 Loss = Callable[[Llama4Config, dict, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -148,17 +148,9 @@ def metrics(found: Losses) -> dict[str, jax.Array]:
 
     `targets`, their number, is the weight of a batch's losses in a mean over batches.
     """
-    health = found.health
     recorded = {"loss": found.cross_entropy, "z_loss": found.z, **found.by_source}
     recorded |= {"balance_loss": found.balance, "targets": found.targets.astype(jnp.float32)}
-    if len(health.peak):
-        recorded["router_z_loss"] = found.router_z
-        recorded["router_peak"] = health.peak.max()
-        recorded["router_entropy"] = health.entropy.min()
-        recorded["router_load"] = health.load
-        recorded["router_dead"] = health.dead.sum()
-        recorded["dropped"] = health.dropped
-    return recorded
+    return recorded | router_metrics(found.router_z, found.health)
 
 
 def summed_cross_entropy(

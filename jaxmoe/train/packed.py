@@ -34,7 +34,7 @@ class PackedData:
     Attributes:
         documents: of every source of `wanted.mixture`, then those of `wanted.held_out`.
         wanted: how they are packed.
-        model: of whose pictures the rows have.
+        model: the model's config, which says what pictures become.
         reading: how rows with pictures are read again.
         seed: of the packing and of the rows' order.
     """

@@ -14,12 +14,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmoe.config import Llama4Config
-from jaxmoe.model.lora import without_adapters
+from jaxmoe.errors import UserError
+from jaxmoe.model.lora import adding_nothing, is_lora
+from jaxmoe.model.moe import RouterStats
 from jaxmoe.model.remat import Remat
 from jaxmoe.model.transformer import forward, positions_of
 from jaxmoe.train.config import PreferenceConfig
 from jaxmoe.train.cross_entropy import token_losses
 from jaxmoe.train.loss import Loss, mean, next_tokens
+from jaxmoe.train.router_losses import router_losses, router_metrics, router_z
+from jaxmoe.train.step import TARGETS
 
 
 class PreferenceBatch(NamedTuple):
@@ -31,7 +35,7 @@ class PreferenceBatch(NamedTuple):
         learned: the tokens of the answers, without their prompts.
         document: the number of each pair among all; -1 for none.
         reference: the reference's log-probabilities in nats of the chosen and the rejected answer;
-            None if the reference is the model without its adapters.
+            None if the reference is the model without what its adapters add.
     """
 
     tokens: Integer[np.ndarray, "rows length"]
@@ -70,7 +74,7 @@ def answer_log_probabilities(
     """
     counted = jnp.where(targets, segment_ids, 0)
     is_answer = counted[..., None] == jnp.arange(1, 2 * pairs + 1)
-    sums = -jnp.einsum("BS,BSn->Bn", nats, is_answer.astype(nats.dtype))
+    sums = -jnp.sum(jnp.where(is_answer, nats[..., None], 0.0), axis=1)
     there = is_answer.any(1)
     return Pairs(sums[:, 0::2], sums[:, 1::2], there[:, 0::2] & there[:, 1::2])
 
@@ -130,47 +134,90 @@ def mean_of_pairs(x: Float[Array, "B pairs"], real: Bool[Array, "B pairs"]) -> F
     return jnp.sum(jnp.where(real, x, 0.0)) / jnp.maximum(jnp.sum(real), 1)
 
 
+class Answers(NamedTuple):
+    """What a model says of a batch of pairs.
+
+    Attributes:
+        pairs: the log-probabilities of the answers.
+        sft: the mean cross entropy of the chosen ones, in nats a token.
+        z: the mean squared log-sum-exp of the logits at all answers' tokens.
+        router_stats: of the MoE layers.
+    """
+
+    pairs: Pairs
+    sft: Float[Array, ""]
+    z: Float[Array, ""]
+    router_stats: tuple[RouterStats, ...]
+
+
 def preference_loss(
-    wanted: PreferenceConfig, remat: Remat = False, forward: Callable = forward
+    wanted: PreferenceConfig,
+    router_loss: float = 0.0,
+    remat: Remat = False,
+    forward: Callable = forward,
+    *,
+    z_loss: float = 0.0,
+    router_z_loss: float = 0.0,
 ) -> Loss:
     """The loss of `train` for pairs of answers, whose batches are `PreferenceBatch`.
 
+    Its metric `targets`, the weight of a batch, is its number of pairs.
+
     Args:
         wanted: the objective.
-        remat, forward: as for `jaxmoe.train.loss.losses`.
+        router_loss, remat, forward, z_loss, router_z_loss: as for `jaxmoe.train.loss.losses`.
     """
 
     def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
         batch = jax.tree.map(jnp.asarray, PreferenceBatch(*batch))
-        policy, sft = log_probabilities(model, params, batch, remat, forward)
+        policy, sft, z, stats = answers(model, params, batch, remat, forward)
         reference = _reference(model, params, batch, policy, forward)
         options = wanted.beta, wanted.objective, wanted.label_smoothing
         found = mean_of_pairs(pair_losses(policy, reference, *options), policy.real)
-        recorded = {"loss": found, "sft_loss": sft, "targets": jnp.sum(policy.real)}
-        recorded |= pair_metrics(policy, reference, wanted.beta)
-        return found + wanted.sft_loss * sft, recorded
+        balance, health = router_losses(stats)
+        of_routers = router_z(stats)
+        targets = jnp.sum(policy.real, dtype=jnp.float32)
+        recorded = {"loss": found, "sft_loss": sft, "z_loss": z, "balance_loss": balance}
+        recorded |= {TARGETS: targets, **pair_metrics(policy, reference, wanted.beta)}
+        total = found + wanted.sft_loss * sft + z_loss * z
+        total += router_loss * balance + router_z_loss * of_routers
+        return total, recorded | router_metrics(of_routers, health)
 
     return loss
 
 
-def log_probabilities(
-    model: Llama4Config, params: dict, batch: Any, remat: Remat = False, forward: Callable = forward
-) -> tuple[Pairs, Float[Array, ""]]:
-    """The log-probabilities of a batch's answers, and the mean cross entropy of the chosen ones."""
-    tokens, segment_ids, learned, document, _ = batch
-    positions = positions_of(segment_ids)
-    out = forward(model, params, tokens, positions, segment_ids, remat=remat)
-    targets, real = next_tokens(tokens, segment_ids, learned)
-    nats = token_losses(model, params, out.hidden, targets).nats
-    pairs = answer_log_probabilities(nats, real, segment_ids, document.shape[1])
-    return pairs, mean(nats, real & (segment_ids % 2 == 1))
+def answers(
+    model: Llama4Config,
+    params: dict,
+    batch: PreferenceBatch,
+    remat: Remat = False,
+    forward: Callable = forward,
+) -> Answers:
+    """Runs the model on a batch's answers."""
+    positions = positions_of(batch.segment_ids)  # pyrefly: ignore  # traced arrays, as below
+    out = forward(model, params, batch.tokens, positions, batch.segment_ids, remat=remat)
+    targets, real = next_tokens(batch.tokens, batch.segment_ids, batch.learned)  # pyrefly: ignore
+    found = token_losses(model, params, out.hidden, targets)
+    rows = real, batch.segment_ids, batch.document.shape[1]
+    pairs = answer_log_probabilities(found.nats, *rows)  # pyrefly: ignore
+    sft = mean(found.nats, real & (batch.segment_ids % 2 == 1))  # pyrefly: ignore
+    return Answers(pairs, sft, mean(found.log_sum_exp**2, real), out.router_stats)
 
 
 def _reference(
-    model: Llama4Config, params: dict, batch: Any, policy: Pairs, forward: Callable
+    model: Llama4Config, params: dict, batch: PreferenceBatch, policy: Pairs, forward: Callable
 ) -> Pairs:
-    """The reference's log-probabilities, as the batch has them or without the adapters."""
-    if batch.reference is None:
-        frozen = jax.lax.stop_gradient(without_adapters(params))
-        return log_probabilities(model, frozen, batch, forward=forward)[0]
-    return Pairs(batch.reference[..., 0], batch.reference[..., 1], policy.real)
+    """The reference's log-probabilities, as the batch has them or with adapters that add nothing.
+
+    The adapters stay in place, so that the reference is rounded where the policy is.
+    """
+    if batch.reference is not None:
+        chosen, rejected = batch.reference[..., 0], batch.reference[..., 1]
+        return Pairs(chosen, rejected, policy.real)  # pyrefly: ignore  # traced arrays
+    if not any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora))):
+        raise UserError(
+            "pairs need a reference: train adapters, or let `train` read the pairs from the "
+            "config's data, which computes one."
+        )
+    frozen = jax.lax.stop_gradient(adding_nothing(params))
+    return answers(model, frozen, batch, forward=forward).pairs

@@ -1,7 +1,10 @@
 """The reference of training on pairs: its log-probabilities, computed once and kept in a file."""
 
+import contextlib
 import dataclasses
 import functools
+import io
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,11 +23,11 @@ from jaxmoe.progress import task_progress
 from jaxmoe.train.batches import TrainingData
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.loss import Loss
-from jaxmoe.train.preferences import PreferenceBatch, log_probabilities, preference_loss
-from jaxmoe.train.processes import on_first
+from jaxmoe.train.preferences import PreferenceBatch, answers
+from jaxmoe.train.processes import is_first, on_first
 from jaxmoe.train.step import TARGETS, cast_all
 
-FILE = "reference.npy"
+FILE = "reference.npz"
 
 
 @dataclasses.dataclass
@@ -35,6 +38,7 @@ class SavedReferences:
         config, model, mesh: of the run.
         pairs: how many there are.
         rows: all of them once, in batches.
+        made_of: a digest of what they were read from.
         table: [pairs, 2], of the chosen and the rejected answers; None until `fill`.
     """
 
@@ -43,6 +47,7 @@ class SavedReferences:
     mesh: jax.sharding.Mesh
     pairs: int
     rows: Callable[[], Iterator[PreferenceBatch]]
+    made_of: str
     table: Float[np.ndarray, "pairs 2"] | None = None
 
     @property
@@ -79,7 +84,8 @@ class SavedReferences:
         run = jax.jit(functools.partial(_both, self.model), out_shardings=everywhere)
         params = cast_all(params, self.config.dtype)
         table = np.zeros((self.pairs, 2), np.float32)
-        with task_progress("Reference", self.pairs, "pairs") as advance:
+        bar = task_progress("Reference", self.pairs, "pairs")
+        with bar if is_first() else contextlib.nullcontext(lambda done: None) as advance:
             for batch in self.rows():
                 found = np.asarray(run(params, jax.tree.map(jnp.asarray, batch)))
                 real = batch.document >= 0
@@ -88,76 +94,89 @@ class SavedReferences:
         return table
 
     def _read(self) -> Float[np.ndarray, "pairs 2"]:
+        """The table of the file, which has to be of this run's rows."""
         try:
-            table = np.load(self.path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            with np.load(self.path, allow_pickle=False) as file:
+                table, made_of = file["table"], str(file["made_of"])
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.path} cannot be read: {error}; restore it.") from None
-        if table.shape != (self.pairs, 2) or table.dtype != np.float32:
-            raise UserError(f"{self.path} is not of this run's {self.pairs} pairs; restore it.")
+        if made_of != self.made_of or table.shape != (self.pairs, 2):
+            raise UserError(
+                f"{self.path} is of other pairs than data has now; restore them, or delete the run "
+                "to begin anew."
+            )
         return table
 
     def _write(self, table: Float[np.ndarray, "pairs 2"]) -> None:
-        partial = self.path.with_name(FILE + PARTIAL)
+        content = io.BytesIO()
+        np.savez(content, table=table, made_of=self.made_of)
         with writable(self.path):
-            with open(partial, "wb") as file:
-                np.save(file, table)
+            partial = self.path.with_name(FILE + PARTIAL)
+            partial.write_bytes(content.getvalue())
             partial.replace(self.path)
 
 
 def _both(model: Llama4Config, params: dict, batch: Any) -> Float[jax.Array, "rows pairs 2"]:
     """The log-probabilities of the chosen and the rejected answer of each pair."""
-    pairs, _ = log_probabilities(model, params, batch)
+    pairs = answers(model, params, batch).pairs
     return jnp.stack([pairs.chosen, pairs.rejected], -1)
 
 
 def held_out_preferences(
     config: TrainConfig,
-    model: Llama4Config,
-    loss: Loss,
+    measure: Callable[[dict, Any], dict[str, jax.Array]],
     batches: Callable[[], Iterator[PreferenceBatch]],
     params: dict,
 ) -> dict[str, Any]:
     """The metrics of a preference loss over held-out pairs; empty if there are none.
 
     Each has `held_out_` before its name, as in `held_out_loss`.
+
+    Args:
+        config: of the run.
+        measure: the metrics of a batch, of the parameters in `config.dtype`; compiled.
+        batches: the held-out pairs.
+        params: all parameters.
     """
     params = cast_all(params, config.dtype)
-    run = jax.jit(lambda params, batch: loss(model, params, batch)[1])
-    found = [jax.device_get(run(params, jax.tree.map(jnp.asarray, x))) for x in batches()]
-    total = sum(float(one[TARGETS]) for one in found)
-    names = [name for name in found[0] if name != TARGETS] if found else []
-    return {
-        f"held_out_{name}": sum(float(one[name]) * float(one[TARGETS]) for one in found) / total
-        for name in names
+    found = [jax.device_get(measure(params, jax.tree.map(jnp.asarray, x))) for x in batches()]
+    weights = np.array([float(one[TARGETS]) for one in found])
+    means = {
+        name: np.average([one[name] for one in found], axis=0, weights=weights)
+        for name in (found[0] if found else {})
+        if name != TARGETS and not np.ndim(found[0][name])
     }
+    return {f"held_out_{name}": float(x) for name, x in means.items()}
 
 
 class PreferenceRun(NamedTuple):
     """What a run on pairs takes in place of the defaults of `train`."""
 
-    loss: Loss
     batches: Callable[[int], PreferenceBatch]
     evaluate: Callable[[dict], dict[str, Any]]
     references: SavedReferences | None
 
 
 def preference_run(
-    config: TrainConfig, model: Llama4Config, mesh: jax.sharding.Mesh, found: TrainingData
+    config: TrainConfig,
+    model: Llama4Config,
+    mesh: jax.sharding.Mesh,
+    found: TrainingData,
+    loss: Loss,
 ) -> PreferenceRun:
-    """The parts of a run with `config.preference`.
+    """The batches, evaluation and reference of a run with `config.preference`.
 
     The reference is the model without adapters, if the run's adapters begin as nothing, and else
     what the run begins with, as `SavedReferences` keep it.
     """
-    wanted = config.preference
-    assert wanted is not None and found.everything is not None
-    loss = preference_loss(wanted, config.remat)
+    assert found.everything is not None
     batches, held_out, references = found.batches, found.held_out, None
     if config.adapter is None or config.adapter.init is not None:
         rows = cast(Any, found.everything)
-        references = SavedReferences(config, model, mesh, found.pairs, rows)
+        references = SavedReferences(config, model, mesh, found.pairs, rows, found.made_of)
         attached = references.attached
         batches = lambda number: attached(cast(Any, found.batches(number)))  # noqa: E731
         held_out = lambda: map(attached, cast(Any, found.held_out()))  # noqa: E731
-    evaluate = functools.partial(held_out_preferences, config, model, loss, cast(Any, held_out))
-    return PreferenceRun(loss, cast(Any, batches), evaluate, references)
+    measure = jax.jit(lambda params, batch: loss(model, params, batch)[1])
+    evaluate = functools.partial(held_out_preferences, config, measure, cast(Any, held_out))
+    return PreferenceRun(cast(Any, batches), evaluate, references)

@@ -47,6 +47,24 @@ def router_z(layers: tuple[RouterStats, ...]) -> Float[Array, ""]:
     return jnp.stack([stats.z for stats in layers]).mean() if layers else jnp.float32(0)
 
 
+def router_metrics(z: Float[Array, ""], health: RouterHealth) -> dict[str, jax.Array]:
+    """What is recorded of routers: the worst layer's health and each load; nothing without any.
+
+    Args:
+        z: the routers' z-loss.
+    """
+    if not len(health.peak):
+        return {}
+    return {
+        "router_z_loss": z,
+        "router_peak": health.peak.max(),
+        "router_entropy": health.entropy.min(),
+        "router_load": health.load,
+        "router_dead": health.dead.sum().astype(jnp.float32),  # a mean, where batches make a step
+        "dropped": health.dropped,
+    }
+
+
 def _balance(stats: RouterStats) -> Float[Array, ""]:
     """A layer's load-balance loss; only mean probabilities have a gradient."""
     return stats.assignments.shape[0] * jnp.sum(stats.load * stats.mean_probability)

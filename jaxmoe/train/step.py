@@ -11,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.loss import Loss
@@ -93,7 +94,9 @@ def make_step(
     if abstract is not None:
         everywhere = NamedSharding(abstract.step.sharding.mesh, PartitionSpec())  # pyrefly: ignore
         layouts["out_shardings"] = (jax.tree.map(lambda x: x.sharding, abstract), everywhere)
-    return jax.jit(run, donate_argnums=1, **layouts)
+    # The policy and its reference differ by what was learned, not by where a compiler rounds.
+    options = None if config.preference is None else KEEP_ROUNDINGS
+    return jax.jit(run, donate_argnums=1, compiler_options=options, **layouts)
 
 
 def cast_all(params: dict, dtype: str) -> dict:

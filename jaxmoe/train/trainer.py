@@ -15,7 +15,7 @@ from jaxmoe.checkpoint import store
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import Stopped, UserError
 from jaxmoe.hf_config import from_hf
-from jaxmoe.model.params import abstract_params
+from jaxmoe.model.params import abstract_params, param_specs
 from jaxmoe.train.adapters import AdapterPlan, adapter_plan, adapters_among
 from jaxmoe.train.batches import TrainingData, training_data
 from jaxmoe.train.config import TrainConfig
@@ -34,6 +34,7 @@ from jaxmoe.train.partition import (
     split,
     text_only,
 )
+from jaxmoe.train.preferences import preference_loss
 from jaxmoe.train.references import SavedReferences, preference_run
 from jaxmoe.train.run_folder import RunFolder
 from jaxmoe.train.state import SavedStates, TrainState, abstract_state, random_params, state_of
@@ -138,7 +139,7 @@ class Setup:
         optimizer: of the run.
         abstract: shapes and shardings of the state.
         frozen: those of the parameters that are not trained.
-        references: of a run on pairs whose reference is what it begins with.
+        references: the reference's log-probabilities, of a run on pairs that begins with it.
     """
 
     config: TrainConfig
@@ -200,11 +201,14 @@ def set_up(
     Writes nothing but tokens of the data. `init` may be shapes, for a step that is only compiled.
     """
     references = None
+    check_names(config, model, source)
+    if config.preference is not None:
+        loss = loss or preference_loss(config.preference, **_loss_options(config))
     if batches is None:
         found = training_data(config, model)
         batches = found.batches
-        if loss is None and config.preference is not None:
-            loss, batches, judge, references = preference_run(config, model, mesh, found)
+        if config.preference is not None and loss is not None:
+            batches, judge, references = preference_run(config, model, mesh, found, loss)
             evaluate = evaluate or judge
         elif loss is None:
             evaluate = evaluate or functools.partial(_held_out, config, model, found)
@@ -258,8 +262,24 @@ def _loss_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def data_of(config: TrainConfig, source: str = "the config") -> TrainingData:
-    """What `train` trains on if it is given no batches; arguments and errors are those of it."""
-    return training_data(config, _model(config, source))
+    """What `train` trains on if it is given no batches.
+
+    Args:
+        config, source: as for `train`.
+
+    Raises:
+        UserError: as `train`, for what concerns the data.
+    """
+    model = _model(config, source)
+    check_names(config, model, source)
+    return training_data(config, model)
+
+
+def check_names(config: TrainConfig, model: Llama4Config, source: str) -> None:
+    """Raises a UserError if the config names parameters that are not there, before data is read."""
+    all_but(config.frozen, everything, param_specs(model))
+    if config.adapter is not None:
+        adapter_plan(config.adapter, model, source)
 
 
 def _held_out(

@@ -53,9 +53,14 @@ def test_a_whole_model_has_float32_parameters_and_two_moments(model):
 
 
 def test_adapters_of_pairs_keep_the_model_as_it_is_stored(model):
-    wide = make_config(adapter=AdapterConfig(rank=4), preference=PreferenceConfig(), accumulate=2)
+    wide = make_config(
+        adapter=AdapterConfig(rank=4),
+        preference=PreferenceConfig(),
+        accumulate=2,
+        mesh="sequence=2",
+    )
     found = compile_run(wide, parse_target("h100x2"), model, "int8")
-    whole = compile_run(make_config(), parse_target("h100x2"), model)
+    whole = compile_run(make_config(mesh="sequence=2"), parse_target("h100x2"), model)
     assert found.trained < whole.trained / 10
     assert whole.trained / 4 < found.frozen < whole.trained / 2  # int8 and bfloat16, not float32
 

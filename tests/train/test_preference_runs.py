@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from jaxmoe.train.config import (
     PreferenceConfig,
     TrainConfig,
 )
+from jaxmoe.train.conversations import pair_of
+from jaxmoe.train.preferences import preference_loss
 from jaxmoe.train.trainer import train
 from tests import tiny
 from tests.conftest import load_tiny, one_device
@@ -64,7 +67,6 @@ def config(model, tmp_path):
         optimizer=OptimizerConfig(peak_lr=0.01, warmup_steps=1),
         output=str(tmp_path / "run"),
         steps=6,
-        router_loss=0.0,
         log_every=1,
         save_every=2,
     )
@@ -90,7 +92,51 @@ def test_adapters_begin_at_ln_2_and_their_reference_is_the_base(config, tmp_path
     assert records[-1]["rewards/accuracies"] == 1
     assert records[-1]["held_out_loss"] < 0.6
     assert records[-1]["held_out_rewards/accuracies"] == 1
-    assert not (tmp_path / "run" / "reference.npy").exists()
+    assert not (tmp_path / "run" / "reference.npz").exists()
+
+
+@pytest.mark.parametrize("objective", ["sigmoid", "ipo"])
+def test_adapters_of_experts_are_rounded_as_their_reference_is(config, objective):
+    """In bfloat16 too: adapters that add nothing leave no margin."""
+    config = dataclasses.replace(
+        config,
+        adapter=AdapterConfig(rank=4, targets=("*.experts.*", "layers.*.attention.q")),
+        preference=PreferenceConfig(objective=objective, beta=0.5),
+        dtype="bfloat16",
+        steps=1,
+        save_every=0,
+    )
+    (record,) = run(config)
+    assert record["loss"] == (LN_2 if objective == "sigmoid" else 1.0)  # (1 / (2 beta))^2
+    assert record["rewards/margins"] == 0
+    assert record["router_peak"] >= 1 and record["balance_loss"] > 0
+
+
+def test_batches_of_a_step_are_one_batch(config):
+    parts = dataclasses.replace(config.data, batch_size=2)
+    accumulated = dataclasses.replace(
+        config, data=parts, accumulate=2, output=config.output + "-parts"
+    )
+    losses_of = [
+        losses(run(dataclasses.replace(c, router_loss=0.0))) for c in (config, accumulated)
+    ]
+    np.testing.assert_allclose(*losses_of, rtol=1e-5)
+
+
+def test_a_loss_of_a_fork_has_the_reference_of_the_run(config):
+    changed = dataclasses.replace(config, output=config.output + "-fork", router_loss=0.0)
+    loss = preference_loss(config.preference, forward=forward)
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        found = list(train(changed, mesh, loss=loss))
+    assert found[-1]["loss"] < 0.5
+
+
+def test_pairs_without_a_reference_are_refused(config, model):
+    loss = preference_loss(config.preference)
+    batch = next(training_data(config, model.config).held_out())
+    with pytest.raises(UserError, match="pairs need a reference"):
+        loss(model.config, model.params, batch)
 
 
 def test_a_whole_model_keeps_its_first_log_probabilities_and_resumes(config, model, tmp_path):
@@ -101,7 +147,7 @@ def test_a_whole_model_keeps_its_first_log_probabilities_and_resumes(config, mod
     run(killed, stop_after=4)
     assert losses(run(killed)) == losses(records)[4:]
 
-    table = np.load(tmp_path / "run" / "reference.npy")
+    table = np.load(tmp_path / "run" / "reference.npz")["table"]
     documents = training_data(config, model.config)
     expected = np.concatenate([alone(model, batch) for batch in documents.everything()])
     order = np.concatenate([b.document[b.document >= 0] for b in documents.everything()])
@@ -140,11 +186,28 @@ def test_meshes_take_the_same_steps(config, spec):
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "line 2.*'rejected'.*3"),
         (pair("a", "b", "c") | {"rejected": []}, "line 2.*'rejected' has no answer"),
         ({"text": "abc"}, "line 2.*'chosen'"),
+        (pair("a", "b", "c") | {"chosen": "b"}, "line 2.*not all texts or all messages"),
     ],
 )
 def test_a_row_that_is_no_pair_is_named(config, tmp_path, row, said):
     write(tmp_path / "pairs.jsonl", [ROWS[0], row])
     with pytest.raises(UserError, match=said):
+        run(config)
+
+
+@pytest.mark.parametrize("given", [None, "the prompt's messages", "its text"])
+def test_whole_conversations_have_their_prompt_once(given):
+    row = pair("a", "b", "c")
+    whole = {name: row["prompt"] + row[name] for name in ("chosen", "rejected")}
+    prompt = {"the prompt's messages": row["prompt"], "its text": "a"}.get(given)
+    assert pair_of(whole | {"prompt": prompt}) == pair_of(row)
+
+
+def test_a_reference_of_other_pairs_is_refused(config, tmp_path):
+    run(config, stop_after=4)
+    write(tmp_path / "pairs.jsonl", [pair("other", "a", "b"), *ROWS[1:]])
+    shutil.rmtree(tmp_path / "run" / "data")
+    with pytest.raises(UserError, match="is of other pairs"):
         run(config)
 
 
@@ -169,6 +232,6 @@ def test_a_file_of_tokens_has_no_pairs(config, tmp_path):
 
 def test_a_lost_reference_ends_a_run_that_has_begun(config, tmp_path):
     run(config, stop_after=4)
-    (tmp_path / "run" / "reference.npy").unlink()
-    with pytest.raises(UserError, match=r"reference\.npy is missing"):
+    (tmp_path / "run" / "reference.npz").unlink()
+    with pytest.raises(UserError, match=r"reference\.npz is missing"):
         run(config)
