@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +48,8 @@ def open_log(config: TrainConfig, package: Any) -> Iterator[Callable[[Record], N
         with contextlib.closing(writer):
             yield lambda record: _add_scalars(writer, record)
     else:
-        name = Path(config.output).resolve().name
+        path = Path(config.output).resolve()  # runs of the same name are told apart by the rest
+        name = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         settings = dataclasses.asdict(config)
         with package.init(project="jaxmoe", id=name, resume="allow", config=settings) as run:
             yield lambda record: run.log(scalars(record), step=record["step"])

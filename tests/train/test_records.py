@@ -101,9 +101,13 @@ def test_wandb_gets_the_numbers_and_goes_on_with_its_run(tmp_path, monkeypatch):
         yield run
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    with open_log(make_config(tmp_path, "wandb"), log_package("wandb")) as log:
-        log(RECORD)
-    assert said == [("run", "allow", 1), ({"loss": 1.5, "dropped": 0}, 3)]
+    for folder in ("", "", "other"):  # a run, the same again, and one of the same name elsewhere
+        with open_log(make_config(tmp_path / folder, "wandb"), log_package("wandb")) as log:
+            log(RECORD)
+    assert said[1::2] == 3 * [({"loss": 1.5, "dropped": 0}, 3)]
+    (first, *rest), again, other = said[0::2]
+    assert first.startswith("run-") and rest == ["allow", 1]
+    assert again[0] == first != other[0]
 
 
 def test_a_package_that_is_missing_is_one_sentence(monkeypatch):
