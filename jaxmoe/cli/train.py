@@ -74,7 +74,7 @@ def main() -> None:
     if says:
         _tell(config, data)
     with jax.set_mesh(mesh), asked_to_stop() as stop, _shown(config) as show_record:
-        for record in train(config, mesh, args.config, stop=stop):
+        for record in train(config, mesh, args.config, data=data, stop=stop):
             if says:
                 show_record(record)
     if says:

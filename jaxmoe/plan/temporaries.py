@@ -15,12 +15,12 @@ from jaxmoe.config import LayerKind
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.share import DeviceShare, device_share
 from jaxmoe.plan.work import Work, stored_params
+from jaxmoe.train.cross_entropy import chunk_size
 from pallas_kernels.experts.group_metadata import rows_of_whole_groups
 
 BF16, FP32 = 2, 4
 LARGEST_BLOCK = {"bf16": 128, "fp8": 128, "int8": 128, "int4": 64}  # rows, of Llama 4's experts
 SEARCHED = 6  # arrays as large as the logits, while a token is chosen
-LOSS_CHUNK_BYTES, LOSS_CHUNK = 2**27, 2048  # of logits that training makes at once; least tokens
 LEAST_ROWS = 64  # XLA pads the rows of a product to a multiple of this
 
 
@@ -130,9 +130,9 @@ def training_temporaries(work: Work, mesh: MeshConfig) -> int:
     parameters = sum(x.numbers(mesh) for x in stored)
     stream = share.tokens * config.hidden_size * BF16
     layer = max(_layer(work, mesh, share, kind) for kind in dict.fromkeys(config.layers))
-    of_row = min(LOSS_CHUNK * FP32, _row_of_logits(work, mesh))
-    chunk = max(LOSS_CHUNK_BYTES, share.tokens * of_row)
-    loss = share.tokens * config.hidden_size * FP32 + 3 * chunk  # logits, softmax, their gradient
+    width = chunk_size(config.vocab_size // mesh.tensor, share.tokens, config.hidden_size)
+    # A gradient of the last hidden states; logits of a chunk, their softmax and gradient.
+    loss = share.tokens * (config.hidden_size + 3 * width) * FP32
     backward = 2 * layer + 2 * _gathered(work, mesh)  # values and gradients
     inputs = len(config.layers) * stream
     return parameters * (FP32 + BF16) + inputs + max(backward, loss)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
@@ -19,6 +18,7 @@ from jaxmoe.train import data
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.documents import Documents, Reading, documents_in
 from jaxmoe.train.packed import AnyBatch, PackedData
+from jaxmoe.train.processes import on_first
 from jaxmoe.train.run_folder import DATA
 from jaxmoe.train.sources import files_of
 
@@ -96,27 +96,13 @@ def _documents(config: TrainConfig, reading: Reading) -> Documents:
     sources = [[file for name in names for file in files_of(name)] for names in patterns]
     place = Path(config.output) / DATA
     build = functools.partial(documents_in, place, sources, reading)
-    return build() if jax.process_count() == 1 else _once(place, build)
-
-
-def _once(place: Path, build: Callable[[], Documents]) -> Documents:
-    """What `build` returns, which process 0 calls first; the others find it done, or fail too."""
-    from jax.experimental import multihost_utils
-
-    found, failure = None, None
-    if jax.process_index() == 0:
-        try:
-            found = build()
-        except UserError as error:
-            failure = error
-    is_done = bool(multihost_utils.broadcast_one_to_all(np.array(failure is None)))
-    if failure is not None:
-        raise failure
-    if not is_done:
-        raise UserError("the data cannot be used; process 0 says why.")
-    if not place.exists():
-        raise UserError(f"{place} is not seen by process {jax.process_index()}; share the output.")
-    return found or build()
+    if jax.process_count() > 1:
+        on_first(lambda: len(build()))  # the others find it done
+        if not place.exists():
+            raise UserError(
+                f"{place} is not seen by process {jax.process_index()}; share the output."
+            )
+    return build()
 
 
 def _reading(config: TrainConfig, model: Llama4Config) -> Reading:

@@ -139,7 +139,7 @@ class _Chunk(NamedTuple):
     counts: Bool[Array, "C"]  # neither padding nor of the chunk before
 
 
-def _chunk_size(length: int, tokens: int, embed: int) -> int:
+def chunk_size(length: int, tokens: int, embed: int) -> int:
     """How much of a device's vocabulary, of the given length, is a chunk."""
     most = max(LEAST_CHUNK, CHUNK_BYTES // (4 * max(tokens, embed)))
     even = math.ceil(length / math.ceil(length / most))
@@ -150,7 +150,7 @@ def _loop(head: _Head, matrix, rows: Float[Array, "T D"], add: Callable, start: 
     """Folds `add(carry, chunk)` over the chunks of a device; the last may overlap with another."""
     axis = head.axis("vocab")
     length = matrix.shape[axis]
-    size = _chunk_size(length, *rows.shape)
+    size = chunk_size(length, *rows.shape)
     embed, vocab = meshes.sharded_axes("embed"), meshes.sharded_axes("vocab")
     first_token = lax.axis_index(vocab) * length if vocab else 0
 

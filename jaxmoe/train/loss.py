@@ -201,7 +201,7 @@ def by_source(
     source: Int[Array, "B S"],
     sources: Sequence[str],
 ) -> dict[str, jax.Array]:
-    """Of each source `loss/NAME`, the mean cross entropy of its targets, and `targets/NAME`.
+    """`loss/NAME`, the mean cross entropy of a source's targets, and `targets/NAME`, their number.
 
     Args:
         nats: of each place's target.

@@ -170,13 +170,20 @@ def preference_run(
     what the run begins with, as `SavedReferences` keep it.
     """
     assert found.everything is not None
-    batches, held_out, references = found.batches, found.held_out, None
+    references = None
     if config.adapter is None or config.adapter.init is not None:
         rows = cast(Any, found.everything)
         references = SavedReferences(config, model, mesh, found.pairs, rows, found.made_of)
-        attached = references.attached
-        batches = lambda number: attached(cast(Any, found.batches(number)))  # noqa: E731
-        held_out = lambda: map(attached, cast(Any, found.held_out()))  # noqa: E731
+
+    def attached(batch: Any) -> PreferenceBatch:
+        return batch if references is None else references.attached(batch)
+
+    def batches(number: int) -> PreferenceBatch:
+        return attached(found.batches(number))
+
+    def held_out() -> Iterator[PreferenceBatch]:
+        return map(attached, found.held_out())
+
     measure = jax.jit(lambda params, batch: loss(model, params, batch)[1])
-    evaluate = functools.partial(held_out_preferences, config, measure, cast(Any, held_out))
-    return PreferenceRun(cast(Any, batches), evaluate, references)
+    evaluate = functools.partial(held_out_preferences, config, measure, held_out)
+    return PreferenceRun(batches, evaluate, references)

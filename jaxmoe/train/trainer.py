@@ -60,6 +60,7 @@ def train(
     init: dict | str | Path | None = None,
     trainable: Trainable | None = None,
     evaluate: Evaluate | None = None,
+    data: TrainingData | None = None,
     result: Callable[[dict], dict] | None = None,
     stop: Callable[[], bool] = never,
 ) -> Iterator[Record]:
@@ -89,6 +90,7 @@ def train(
             What `config.frozen` names is not trained in any case.
         evaluate: `evaluate(params) -> record`, every `evaluate_every` steps. Default: the held-out
             loss where `loss` and `batches` are the default.
+        data: what `data_of` returned, where it was called before.
         result: makes of all parameters those of the finished checkpoint, if they are not the same;
             not with `config.adapter`.
         stop: asked before each step whether to end early, as a signal may want.
@@ -110,7 +112,7 @@ def train(
         return
     package = log_package(config.log_to)
     model = _model(config, source)
-    setup = set_up(config, model, mesh, source, loss, batches, init, trainable, evaluate)
+    setup = set_up(config, model, mesh, source, loss, batches, init, trainable, evaluate, data)
     with folder.claimed(), open_log(config, package) as log:
         with SavedStates.open(folder.states) as states:
             state, frozen = setup.begin(states)
@@ -195,6 +197,7 @@ def set_up(
     init: dict | str | Path | None = None,
     trainable: Trainable | None = None,
     evaluate: Evaluate | None = None,
+    data: TrainingData | None = None,
 ) -> Setup:
     """Puts the defaults of `train` in place of what is None, and checks the rest.
 
@@ -205,7 +208,7 @@ def set_up(
     if config.preference is not None:
         loss = loss or preference_loss(config.preference, **_loss_options(config))
     if batches is None:
-        found = training_data(config, model)
+        found = data or training_data(config, model)
         batches = found.batches
         if config.preference is not None and loss is not None:
             batches, judge, references = preference_run(config, model, mesh, found, loss)

@@ -109,7 +109,7 @@ def value_and_grad(config, trained, frozen, tokens):
 
 
 def loss_and_gradients(model, params, tokens):
-    """Of the adapters alone, whatever the base is stored in."""
+    """The loss and the gradients of `a` and `b`, whatever the base is stored in."""
     parts = split(params, lambda name: name.endswith((".a", ".b")))
     return value_and_grad(model.config, *parts, tokens)
 

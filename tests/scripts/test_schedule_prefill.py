@@ -37,7 +37,7 @@ def test_visits_of_a_ring():
 
 
 def test_the_core_with_most_visits_counts():
-    """Of three tiles, of 7, 7 and 8 blocks, the first core has the first and the last."""
+    """The first core has the first and the last of three tiles, of 7, 7 and 8 blocks."""
     chunk = dataclasses.replace(CHUNK, context=4096 - 256, tokens=768)
     assert paged(3840 // PAGE + 1, chunk) == (7 + 8 - 2) * STEADY + 2 * MASKED
 
