@@ -9,6 +9,7 @@ from rich.console import Console
 
 from jaxmoe import compilation
 from jaxmoe.checkpoint import store
+from jaxmoe.cli.launch import find_launch, join
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.eval.self_test import self_test
@@ -17,8 +18,6 @@ from jaxmoe.plan.layout import layout_table
 from jaxmoe.progress import byte_progress
 from jaxmoe.text import Tokenizer
 
-# The environment variables of a program of several processes.
-PROCESSES = ("JAXMOE_COORDINATOR", "JAXMOE_NUM_PROCESSES", "JAXMOE_PROCESS_ID")
 MOST_CPU_DEVICES = 1024  # a mistyped 100,000 would take minutes to start
 
 
@@ -54,7 +53,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def start(args: argparse.Namespace) -> jax.sharding.Mesh:
     """Configures JAX by the flags of `add_flags`, and returns the mesh.
 
-    Where `PROCESSES` are set, waits for the other processes, whose devices the mesh has, too.
+    Where this process is one of several (`jaxmoe.cli.launch`), waits for the others, whose devices
+    the mesh has, too.
     """
     if args.cpu_devices is not None:
         if not 1 <= args.cpu_devices <= MOST_CPU_DEVICES:
@@ -63,25 +63,10 @@ def start(args: argparse.Namespace) -> jax.sharding.Mesh:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     _prepare_compiling(getattr(args, "compilation_cache", None))
-    _join_processes()
+    launch = find_launch()
+    if launch is not None:
+        join(launch)
     return MeshConfig.parse(args.mesh or "data=-1").make(devices())
-
-
-def _join_processes() -> None:
-    """Forms one program with the other processes, if the environment says that there are some.
-
-    Raises:
-        UserError: if only a part of `PROCESSES` is set, or to no numbers.
-    """
-    address, count, number = (os.environ.get(name, "") for name in PROCESSES)
-    if not (address or count or number):
-        return
-    if not (address and count.isdecimal() and number.isdecimal()):
-        raise UserError(
-            f"{', '.join(PROCESSES)} are to be set together: HOST:PORT of the first process, how "
-            "many processes there are, and this one's number from 0; or unset all of them."
-        )
-    jax.distributed.initialize(address, int(count), int(number))
 
 
 def devices() -> list[jax.Device]:

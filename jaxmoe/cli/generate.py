@@ -8,12 +8,14 @@ from pathlib import Path
 
 import jax
 
+from jaxmoe import processes
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.peft import adapter_digest, read_adapter
 from jaxmoe.checkpoint.zarr.manifest import digest_of
 from jaxmoe.cli import devices, image_flags, sampling_flags
 from jaxmoe.cli.sampling_flags import sampling_by
-from jaxmoe.errors import UserError
+from jaxmoe.cli.signals import asked_to_stop
+from jaxmoe.errors import Stopped, UserError
 from jaxmoe.generation import jobs
 from jaxmoe.generation.answers import Answers, job_digest
 from jaxmoe.generation.checking import Checker
@@ -94,6 +96,8 @@ def main() -> None:
     if args.document and (args.kv or args.cache_tokens is not None):
         raise UserError("--document brings its own cache; leave --kv and --cache-tokens out.")
     mesh = devices.start(args)
+    if args.prompts == "-" and processes.several():
+        raise UserError("--prompts - is the input of one process; give several a file.")
     sampling = sampling_by(args)
     tokenizer = devices.tokenizer(args.checkpoint)
     model = store.read_config(args.checkpoint)
@@ -106,7 +110,7 @@ def main() -> None:
     lines = _requests(args, tokenizer, checker, images)
     stop_ids = stop_ids_of(model, tokenizer)
     settings = [vars(sampling), stop_ids, args.kv, args.dtype, tokenizer and tokenizer.digest]
-    with _answers(args, settings, lines) as answers:
+    with _answers(args, settings, lines) as answers, asked_to_stop() as stop:
         left = _left(lines, answers)
         if not left:
             return
@@ -127,15 +131,19 @@ def main() -> None:
                 tokenizer=tokenizer,
                 cache_tokens=args.cache_tokens,
                 document=_document(args, config, params, left) if after else None,
+                stop=stop,
             )
             show = _show_progress if args.prompt is None else _stream_text
             if args.prompt is not None and len(lines) > 1:
                 show = _print_texts
-            failed = 0
+            failed = count = 0
             for record in show(stream, left, tokenizer, args):
-                failed += "error" in record
+                failed, count = failed + ("error" in record), count + 1
                 if answers is not None:
                     answers.write(record)
+        if count < len(left):
+            kept = "their answers are kept; " if answers is not None else ""
+            raise Stopped(f"{count} of {len(left)} requests were answered; {kept}run again.")
     if failed:
         print(f"{failed} of {len(left)} requests ended with an error.", file=sys.stderr)
 

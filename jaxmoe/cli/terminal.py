@@ -1,11 +1,17 @@
 """What all commands share: exit codes, and one line for errors and interrupts."""
 
+import contextlib
 import io
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
-from typing import cast
+from typing import NoReturn, cast
 
+import jax
+
+from jaxmoe import processes
 from jaxmoe.errors import Stopped, UserError
 from pallas_kernels.compile.errors import CompilerError
 
@@ -24,32 +30,57 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except (UserError, CompilerError) as error:
-        print(f"error: {UserError(str(error))}", file=sys.stderr)
-        sys.exit(1)
-    except Stopped as stopped:
+        _fail(f"error: {UserError(str(error))}")
+    except Stopped as stopped:  # all processes are, and end together
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
     except BrokenPipeError:  # the reader of stdout, such as `head`, has ended
         _forget_stdout()
-        sys.exit(1)
+        _exit(1)
     except OSError as error:  # such as a full disk
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}.", file=sys.stderr)
         _forget_stdout()
-        sys.exit(1)
+        _fail(f"error: {where}{error.strerror or error}.")
     except (MemoryError, RuntimeError) as error:  # JAX raises RuntimeError for a device's memory
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            _raise(error)
         why = str(error).partition("\n")[0].rstrip(".")
-        print(
+        _fail(
             f"error: the memory does not suffice{f' ({why:.300})' if why else ''}; use more "
-            "devices, fewer tokens at once or smaller weights: jaxmoe plan says what fits.",
-            file=sys.stderr,
+            "devices, fewer tokens at once or smaller weights: jaxmoe plan says what fits."
         )
-        sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted", 130)
+    except Exception as error:
+        _raise(error)
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    """Says why the command ends, of several processes which one, and ends it."""
+    if processes.several():
+        message += f" [process {jax.process_index()} of {jax.process_count()}]"
+    print(message, file=sys.__stderr__)  # which is open in silent processes, too
+    _exit(code)
+
+
+def _raise(error: Exception) -> NoReturn:
+    """Ends the process with a traceback, which is of a mistake in this program."""
+    if not processes.several():
+        raise error
+    traceback.print_exception(error, file=sys.__stderr__)
+    _exit(1)
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process; one of several does not wait for the others, which would wait for it."""
+    if not processes.several():
+        sys.exit(code)
+    for stream in (sys.stdout, sys.__stderr__):
+        with contextlib.suppress(OSError, ValueError):
+            cast(io.TextIOWrapper, stream).flush()
+    if processes.is_first():  # they end with it, and may be about to say the same
+        time.sleep(1)
+    os._exit(code)
 
 
 def _open_closed() -> None:

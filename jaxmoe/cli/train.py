@@ -22,7 +22,6 @@ from jaxmoe.text import Tokenizer
 from jaxmoe.train.batches import TrainingData
 from jaxmoe.train.config import TrainConfig, read_train_config
 from jaxmoe.train.metrics import Record
-from jaxmoe.train.processes import is_first
 from jaxmoe.train.run_folder import RunFolder
 from jaxmoe.train.trainer import data_of, train
 
@@ -61,26 +60,21 @@ def main() -> None:
         plan_run(config, args)
         return
     mesh = devices.start(argparse.Namespace(mesh=config.mesh, cpu_devices=config.cpu_devices))
-    folder, says = RunFolder(config), is_first()
+    folder = RunFolder(config)
     if folder.is_finished():
-        if says:
-            print(f"{folder.checkpoint} is finished: nothing is left to do.")
+        print(f"{folder.checkpoint} is finished: nothing is left to do.")
         return
     data = data_of(config, args.config)
     if args.show_data is not None:
-        if says:
-            show(config, data, args.show_data, Console())
+        show(config, data, args.show_data, Console())
         return
-    if says:
-        _tell(config, data)
+    _tell(config, data)
     with jax.set_mesh(mesh), asked_to_stop() as stop, _shown(config) as show_record:
         for record in train(config, mesh, args.config, data=data, stop=stop):
-            if says:
-                show_record(record)
-    if says:
-        print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
-        if data.skipped:
-            print(skipped_rows(folder.path, data.skipped), file=sys.stderr)
+            show_record(record)
+    print(f"Wrote {folder.checkpoint} after {config.steps} steps.")
+    if data.skipped:
+        print(skipped_rows(folder.path, data.skipped), file=sys.stderr)
 
 
 def plan_run(config: TrainConfig, args: argparse.Namespace) -> None:

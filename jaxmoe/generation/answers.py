@@ -17,6 +17,7 @@ from jaxmoe.files import outputs
 from jaxmoe.generation.jobs import Refusal
 from jaxmoe.generation.request import Request
 from jaxmoe.parsing import parse_json
+from jaxmoe.processes import is_first, on_first
 
 Line = dict[str, Any]
 WHOLE = ".whole"  # NAME.whole is written from NAME.partial and renamed
@@ -48,7 +49,7 @@ def encode(record: Line) -> bytes:
 
 
 class Answers:
-    """A context in which a job's answers are written.
+    """A context in which a job's answers are written, of several processes by the first.
 
     Attributes:
         done: ids, as text, of the requests that an earlier run has answered.
@@ -75,22 +76,28 @@ class Answers:
                 left by another job, or cannot be written.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(outputs.writable(self.path))
-            self._direct = outputs.direct(self.path)
-            if self._direct is not None:
-                stack.enter_context(self._direct)
-                self._write_refusals(self._direct)
-            else:
-                self._place = outputs.place_of(self.path)
-                self._file, self._partial = stack.enter_context(outputs.locked(self._place))
-                self._resume()
+            self.complete, done = on_first(lambda: self._open(stack))
+            self.done = set(done)
             self._stack = stack.pop_all()
         return self
 
+    def _open(self, stack: contextlib.ExitStack) -> tuple[bool, list[str]]:
+        """Opens the file; whether it is complete, and the ids that have their answers."""
+        stack.enter_context(outputs.writable(self.path))
+        self._direct = outputs.direct(self.path)
+        if self._direct is not None:
+            stack.enter_context(self._direct)
+            self._write_refusals(self._direct)
+            return False, []
+        self._place = outputs.place_of(self.path)
+        self._file, self._partial = stack.enter_context(outputs.locked(self._place))
+        complete = self._resume()
+        return complete, list(self._places)
+
     def __exit__(self, kind: type | None, *rest: Any) -> None:
         with self._stack:
-            if kind is None and self._direct is None and not self.complete:
-                self._finish()
+            if kind is None and not self.complete:
+                on_first(self._finish)
 
     def write(self, record: Line) -> None:
         """Adds the answer to a request; once this returns, killing the process does not lose it.
@@ -98,6 +105,8 @@ class Answers:
         Raises:
             UserError: if the file system refuses.
         """
+        if not is_first():
+            return
         line = encode(record)
         with outputs.writable(self.path):
             if self._direct is not None:
@@ -112,7 +121,8 @@ class Answers:
         file.writelines(encode(line.record) for line in self.requests if isinstance(line, Refusal))
         file.flush()
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Finds the answers of an earlier run; whether it finished the job."""
         begun = self._read_header()
         if begun:
             self._index()
@@ -121,13 +131,14 @@ class Answers:
                 raise UserError(
                     f"{self.path} exists and is not empty; choose another output or delete it."
                 )
-            self.complete = True  # killed between the last two steps of `_finish`
-            self._partial.unlink()
-        elif not begun:
+            self._partial.unlink()  # killed between the last two steps of `_finish`
+            return True
+        if not begun:
             self._file.seek(0)
             self._file.truncate()
             self._file.write(encode({"job": self.job}))
             self._file.flush()
+        return False
 
     def _read_header(self) -> bool:
         """Whether an earlier run of this job began."""
@@ -154,7 +165,6 @@ class Answers:
             end += len(line)
         self._file.seek(end)
         self._file.truncate()
-        self.done = set(self._places)
 
     def _lines(self) -> Iterator[bytes]:
         """The lines of output in the order of the requests, up to the first that has no answer."""
@@ -173,6 +183,8 @@ class Answers:
             return all(a == b for a, b in itertools.zip_longest(self._lines(), file))
 
     def _finish(self) -> None:
+        if self._direct is not None:
+            return
         whole = self._place.with_name(self._place.name + WHOLE)
         with outputs.writable(self.path):
             with open(whole, "wb") as file:

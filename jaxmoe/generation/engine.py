@@ -64,6 +64,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     features: FeatureTable | None = None,
     forward: Callable = transformer.forward,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[CompletionToken]:
     """Runs requests on the current mesh; yields tokens as they come, requests interleaved.
 
@@ -84,6 +85,8 @@ def generate(
         tokenizer: makes text of the answers; needed for stop strings and grammars.
         features: of images that were computed before; default: an empty table.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
+        stop: asked once before each step whether to end early, with requests unanswered; on several
+            processes it says the same on all.
 
     Raises:
         UserError: for an empty prompt, one that leaves no room in the context, a token that is not
@@ -110,7 +113,7 @@ def generate(
         tokenizer=tokenizer,
         features=features,
         forward=forward,
-    ).run()
+    ).run(stop)
 
 
 class Scored(NamedTuple):
@@ -211,14 +214,14 @@ class Engine:
         tokens = self._references.of(what, request.tokens, request.pictures)
         return dataclasses.replace(request, tokens=tuple(tokens.tolist()))
 
-    def run(self) -> Iterator[CompletionToken]:
-        """Yields tokens until no request is left.
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[CompletionToken]:
+        """Yields tokens until no request is left, or `stop` says to end.
 
         A step is enqueued before the tokens of the one before it are read, so that the devices do
         not wait for the host. A row that turns out to have stopped costs one token.
         """
         unread: collections.deque[Unread] = collections.deque()
-        while self._scheduler.busy or unread:
+        while (self._scheduler.busy or unread) and not stop():
             step = self._enqueue()
             if step is not None:
                 unread.append(step)

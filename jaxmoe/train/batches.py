@@ -13,12 +13,12 @@ import jax
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.images import read_image_settings
+from jaxmoe.processes import on_first
 from jaxmoe.text import Tokenizer
 from jaxmoe.train import data
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.documents import Documents, Reading, documents_in
 from jaxmoe.train.packed import AnyBatch, PackedData
-from jaxmoe.train.processes import on_first
 from jaxmoe.train.run_folder import DATA
 from jaxmoe.train.sources import files_of
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import UserError
+from jaxmoe.processes import is_first
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.metrics import Record
-from jaxmoe.train.processes import is_first
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 

@@ -12,7 +12,6 @@ from jaxmoe.train import metrics
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.metrics import Meter, Record
 from jaxmoe.train.optimizer import learning_rate
-from jaxmoe.train.processes import flags
 from jaxmoe.train.state import TrainState
 from jaxmoe.train.step import TARGETS, Outcome
 
@@ -47,11 +46,10 @@ class Loop:
 
     Attributes:
         config: the run.
-        step: (state, batch, flags) -> (state, outcome), as `make_step` returns it.
+        step: (state, batch) -> (state, outcome), as `make_step` returns it.
         batches: the batch of a number.
         meter: counts what is in the records.
-        mesh: the devices.
-        stop: whether this process was told to end the run.
+        stop: whether to end the run after this step; all processes are told the same.
         evaluate: of the trained parameters, what the records are to hold beside the losses.
     """
 
@@ -59,7 +57,6 @@ class Loop:
     step: Callable[..., tuple[TrainState, Outcome]]
     batches: Batches
     meter: Meter
-    mesh: jax.sharding.Mesh
     stop: Callable[[], bool]
     evaluate: Evaluate
 
@@ -74,17 +71,15 @@ class Loop:
         self.meter.restart()
         for number in range(int(state.step), self.config.steps):
             batch = self._batch(number)
-            state, outcome = self.step(state, batch, flags(self.mesh, self.stop()))
+            state, outcome = self.step(state, batch)
             self.meter.count_step(batch)
             unseen.append(outcome)
             done = number + 1
-            alone = outcome.asked is None and self.stop()
-            due = alone or self._is_due(done)
-            halted, asked = self._look(unseen, 0 if due else 1)
-            if halted:
+            stopped = self.stop() and done < self.config.steps
+            due = stopped or self._is_due(done)
+            if self._look(unseen, 0 if due else 1):
                 yield Taken(int(state.step) + 1, state, {}, True, not_finite=NOT_FINITE)
                 return
-            stopped = (alone or asked) and done < self.config.steps
             record = self._record(done, outcome, state) if due else {}
             bad = metrics.not_finite(record)
             yield Taken(done, state, {} if bad else record, due, stopped, bad)
@@ -101,15 +96,14 @@ class Loop:
         periods = self.config.log_every, self.config.evaluate_every, self.config.save_every
         return done == self.config.steps or any(every(period, done) for period in periods)
 
-    def _look(self, unseen: collections.deque[Outcome], left: int) -> tuple[bool, bool]:
-        """Waits for steps until so many are unseen; whether one ends the run, or a process does."""
-        halted = asked = False
+    def _look(self, unseen: collections.deque[Outcome], left: int) -> bool:
+        """Waits for steps until so many are unseen; whether one of them ends the run."""
+        halted = False
         while len(unseen) > left:
             outcome = unseen.popleft()
             self.meter.count_targets(float(outcome.targets))
             halted |= bool(outcome.halted)
-            asked |= outcome.asked is not None and bool(outcome.asked)
-        return halted, asked
+        return halted
 
     def _record(self, done: int, outcome: Outcome, state: TrainState) -> Record:
         config, record = self.config, {}

@@ -19,12 +19,12 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.files.atomic import writable
 from jaxmoe.files.outputs import PARTIAL
+from jaxmoe.processes import is_first, on_first
 from jaxmoe.progress import task_progress
 from jaxmoe.train.batches import TrainingData
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.loss import Loss
 from jaxmoe.train.preferences import PreferenceBatch, answers
-from jaxmoe.train.processes import is_first, on_first
 from jaxmoe.train.step import TARGETS, cast_all
 
 FILE = "reference.npz"

@@ -18,9 +18,9 @@ from jaxmoe.fields import read_fields
 from jaxmoe.files.atomic import locked, writable
 from jaxmoe.files.outputs import PARTIAL, write_file
 from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_json, read_text
+from jaxmoe.processes import on_first
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.curves import draw_losses
-from jaxmoe.train.processes import on_first
 
 # What may change from one start of a run to the next: its steps stay the same but for rounding.
 CHANGEABLE = ("mesh", "cpu_devices", "remat", "save_every", "log_to")

@@ -33,7 +33,6 @@ class Outcome(NamedTuple):
         halted: whether no step is taken any more, this one included, since too many were not
             finite; the state stays the one before the last of them.
         skipped: how many steps were skipped so far.
-        asked: whether a process was told to stop; None where there is one process.
     """
 
     metrics: dict[str, jax.Array]
@@ -41,7 +40,6 @@ class Outcome(NamedTuple):
     targets: Float[Array, ""]
     halted: Bool[Array, ""]
     skipped: jax.Array
-    asked: jax.Array | None
 
 
 class Found(NamedTuple):
@@ -67,12 +65,12 @@ def make_step(
     loss: Loss,
     abstract: TrainState | None = None,
 ) -> Callable[..., tuple[TrainState, Outcome]]:
-    """The compiled step: (frozen, state, batch, flags) -> (state, outcome).
+    """The compiled step: (frozen, state, batch) -> (state, outcome).
 
     Where the loss or the norm of its gradient is not finite, the parameters and moments stay what
     they were. The state is donated: its memory becomes the new state's. `frozen` are the parameters
     that are not trained. Where `config.accumulate` is N above 1, each array of the batch is N
-    batches' [N, ...]. `flags` are what `processes.flags` returns, or left out.
+    batches' [N, ...].
 
     Args:
         config, model, optimizer, loss: of the run.
@@ -80,15 +78,14 @@ def make_step(
     """
     patience = 1 if config.not_finite == "stop" else MOST_SKIPPED
 
-    def run(frozen: dict, state: TrainState, batch: Any, flags: Any = None):
+    def run(frozen: dict, state: TrainState, batch: Any):
         before = state if abstract is None else _on_device(state, abstract)
         found = _found(config, model, loss, before.params, frozen, batch)
         norm = optax.tree.norm(found.gradient)
         finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
         after = _updated(config, optimizer, before, found.gradient)
         state, halted = _counted(before, after, finite, patience)
-        asked = None if flags is None else jnp.any(flags)
-        return state, Outcome(found.metrics, norm, found.targets, halted, state.skipped, asked)
+        return state, Outcome(found.metrics, norm, found.targets, halted, state.skipped)
 
     layouts: dict[str, Any] = {}
     if abstract is not None:

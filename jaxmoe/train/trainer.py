@@ -93,7 +93,8 @@ def train(
         data: what `data_of` returned, where it was called before.
         result: makes of all parameters those of the finished checkpoint, if they are not the same;
             not with `config.adapter`.
-        stop: asked before each step whether to end early, as a signal may want.
+        stop: asked once after each step whether to end early, as a signal may want; on several
+            processes it says the same on all, as `jaxmoe.cli.signals.asked_to_stop` does.
 
     Yields:
         Each record as it is written; nothing if the run was finished before.
@@ -184,7 +185,7 @@ class Setup:
 
         meter = Meter(self.model, self.trainable, self.mesh)
         step_fn = functools.partial(step_fn, frozen)
-        return Loop(self.config, step_fn, self.batches, meter, self.mesh, stop, evaluated)
+        return Loop(self.config, step_fn, self.batches, meter, stop, evaluated)
 
 
 def set_up(

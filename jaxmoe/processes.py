@@ -11,11 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.errors import UserError
 
-_BYTES = 8192  # of a result as JSON; a UserError's message is shorter
+_LEAST = 1024  # bytes that are sent at once
+
+
+def several() -> bool:
+    """Whether this process is one of several; starts no device."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
@@ -34,11 +38,7 @@ def on_first(action: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return action()
-    found = _outcome(action) if is_first() else b""
-    shared = np.zeros(_BYTES, np.uint8)
-    shared[: len(found)] = np.frombuffer(found, np.uint8)
-    text = np.asarray(multihost_utils.broadcast_one_to_all(shared)).astype(np.uint8).tobytes()
-    outcome = json.loads(text.rstrip(b"\0"))
+    outcome = json.loads(_from_first(_outcome(action) if is_first() else b""))
     if "error" in outcome:
         raise UserError(outcome["error"])
     return outcome["value"]
@@ -51,13 +51,11 @@ def _outcome(action: Callable[[], Any]) -> bytes:
         return json.dumps({"error": str(error)}).encode()
 
 
-def flags(mesh: jax.sharding.Mesh, flag: bool) -> jax.Array | None:
-    """Each process's own flag, for a compiled function to combine; None for a single process.
-
-    Returns:
-        bool [devices], divided over all devices.
-    """
-    if jax.process_count() == 1:
-        return None
-    layout = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.make_array_from_callback((mesh.size,), layout, lambda index: np.full((1,), flag))
+def _from_first(content: bytes) -> bytes:
+    """The first process's content, on all."""
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    shared = np.zeros(max(_LEAST, 1 << (length - 1).bit_length()), np.uint8)  # few sizes to compile
+    if is_first():
+        shared[:length] = np.frombuffer(content, np.uint8)
+    found = np.asarray(multihost_utils.broadcast_one_to_all(shared))
+    return found.astype(np.uint8).tobytes()[:length]
