@@ -256,3 +256,8 @@ def per_device(body, in_specs, out_specs):
     if mesh is None:
         return body
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def on_all_devices(x: jax.Array) -> jax.Array:
+    """The array whole on every device of the current mesh, so that every process can read it."""
+    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())

@@ -24,7 +24,7 @@ def several() -> bool:
 
 def is_first() -> bool:
     """Whether this process writes the run's files."""
-    return jax.process_index() == 0
+    return not several() or jax.process_index() == 0
 
 
 def on_first(action: Callable[[], Any]) -> Any:
@@ -36,7 +36,7 @@ def on_first(action: Callable[[], Any]) -> Any:
     Raises:
         UserError: on every process, if `action` raises one.
     """
-    if jax.process_count() == 1:
+    if not several():
         return action()
     outcome = json.loads(_from_first(_outcome(action) if is_first() else b""))
     if "error" in outcome:
@@ -59,3 +59,17 @@ def _from_first(content: bytes) -> bytes:
         shared[:length] = np.frombuffer(content, np.uint8)
     found = np.asarray(multihost_utils.broadcast_one_to_all(shared))
     return found.astype(np.uint8).tobytes()[:length]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Each process's value, by the processes' numbers; all call it.
+
+    Args:
+        value: what JSON can hold.
+    """
+    if not several():
+        return [value]
+    content = json.dumps(value).encode()
+    longest = int(multihost_utils.process_allgather(np.int32(len(content))).max())
+    padded = np.frombuffer(content.ljust(longest), np.uint8)
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]

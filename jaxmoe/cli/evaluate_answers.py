@@ -47,9 +47,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the command."""
     check_count("--rows", args.rows)
+    mesh = devices.start(args)
     if args.json:
         check_writable(args.json)
-    mesh = devices.start(args)
     tokenizer = devices.required_tokenizer(args.checkpoint)
     model, greedy = store.read_config(args.checkpoint), Sampling(temperature=0.0)
     expected = read_expected(args.questions)

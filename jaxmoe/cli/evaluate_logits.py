@@ -13,6 +13,7 @@ from jaxmoe.cli import devices
 from jaxmoe.errors import UserError
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.files import outputs
+from jaxmoe.processes import is_first
 from jaxmoe.progress import task_progress
 
 
@@ -48,6 +49,7 @@ def main(args: argparse.Namespace) -> None:
     tokens, segment_ids = read_tokens(args.tokens)
     _check_flags(args)
     mesh = devices.start(args)
+    outputs.check_writable(args.output, empty=True)
     config, params = devices.load(args, mesh, text_only=True)
     shape = (*tokens.shape, config.vocab_size)
     with output_array(args.output, shape) as out, jax.set_mesh(mesh):
@@ -90,11 +92,15 @@ def read_tokens(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 @contextlib.contextmanager
-def output_array(path: str, shape: tuple[int, ...]) -> Iterator[np.memmap]:
+def output_array(path: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """A float32 array that becomes an .npy file once it is whole; until then nothing is there.
 
     All of its disk is taken first: a full disk would kill the process that writes mapped memory.
+    Of several processes the first one writes it, and the others' arrays are in memory.
     """
+    if not is_first():
+        yield np.empty(shape, np.float32)
+        return
     with outputs.writable(path):
         place = outputs.place_of(path)
         with outputs.locked(place) as (file, partial):
@@ -114,4 +120,3 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--decode-from {args.decode_from} is below 0.")
     if args.prefill_chunk is not None and args.prefill_chunk < 1:
         raise UserError(f"--prefill-chunk {args.prefill_chunk} is below 1.")
-    outputs.check_writable(args.output, empty=True)

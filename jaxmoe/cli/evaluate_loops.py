@@ -47,9 +47,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the command."""
     samplings = read_samplings(args.temperatures, args.top_p, args.seed)
+    mesh = devices.start(args)
     if args.json:
         check_writable(args.json)
-    mesh = devices.start(args)
     tokenizer = devices.required_tokenizer(args.checkpoint)
     model = store.read_config(args.checkpoint, text_only=True)
     requests = [

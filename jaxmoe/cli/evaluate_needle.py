@@ -23,6 +23,7 @@ from jaxmoe.eval import logits as evaluate
 from jaxmoe.eval import needle_report
 from jaxmoe.eval.needle import HAYSTACK, Needle, is_found, make_needle, random_key
 from jaxmoe.files.outputs import check_writable, write_json
+from jaxmoe.processes import on_first
 from jaxmoe.progress import task_progress
 from jaxmoe.text import Tokenizer
 
@@ -85,6 +86,8 @@ def main(args: argparse.Namespace) -> None:
     _check_flags(args)
     cases = make_cases(read_lengths(args.lengths), read_depths(args.depths), args.trials)
     mesh = devices.start(args)
+    for path in filter(None, (args.json, args.png)):
+        check_writable(path)
     tokenizer = devices.required_tokenizer(args.checkpoint)
     needles = make_needles(cases, tokenizer, args)
     check_fit(store.read_config(args.checkpoint, text_only=True), cases, args.checkpoint)
@@ -101,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
         write_json(args.json, report(args, records))
     needle_report.show(needle_report.table(records))
     if args.png:
-        needle_report.write_png(args.png, records)
+        on_first(lambda: needle_report.write_png(args.png, records))
 
 
 def run_cases(
@@ -275,5 +278,3 @@ def _check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(args, name)} is below {least}.")
-    for path in filter(None, (args.json, args.png)):
-        check_writable(path)

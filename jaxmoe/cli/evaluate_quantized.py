@@ -45,9 +45,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the command."""
+    mesh = devices.start(args)
     if args.json:
         check_writable(args.json)
-    mesh = devices.start(args)
     tokenizer = devices.tokenizer(args.checkpoint)
     config, params = devices.load(args, mesh, text_only=True)
     with jax.set_mesh(mesh):

@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "what fits on hardware before it is rented",
     "benchmark": "speed, and what bounds each kernel by its machine code",
     "tune": "the sizes of the GPU kernels",
+    "doctor": "what each process sees, and how fast the devices reach each other",
 }
 
 

@@ -16,13 +16,15 @@ import numpy as np
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.zarr.manifest import is_finished
 from jaxmoe.cli import devices, image_flags
+from jaxmoe.cli.signals import asked_to_stop
 from jaxmoe.config import Llama4Config
-from jaxmoe.errors import UserError
+from jaxmoe.errors import Stopped, UserError
 from jaxmoe.files.workspace import workspace_path
 from jaxmoe.generation import document, saved_document
 from jaxmoe.images import PictureReader
 from jaxmoe.model.kv_cache import KV_FORMATS
 from jaxmoe.parsing import MAX_TEXT_BYTES, read_text
+from jaxmoe.processes import on_first
 from jaxmoe.progress import task_progress
 from jaxmoe.text import Prompt, text_prompt
 
@@ -71,10 +73,10 @@ def main() -> None:
     model = store.read_config(args.checkpoint)
     tokens, pictures = _prompt(args, model)
     document.check_length(model, len(tokens))
-    if not is_finished(args.output):
-        workspace_path(Path(args.output))  # raises for an unusable folder before the model loads
+    on_first(lambda: _check_output(args.output))
     config, params = devices.load(args, mesh, text_only=not pictures)
-    with jax.set_mesh(mesh), task_progress("Reading", len(tokens), "tokens") as advance:
+    bar = task_progress("Reading", len(tokens), "tokens")
+    with jax.set_mesh(mesh), asked_to_stop() as stop, bar as advance:
         counts = saved_document.read_document(
             config,
             params,
@@ -84,6 +86,7 @@ def main() -> None:
             prefill_chunk=args.prefill_chunk,
             interval=args.save_every,
             pictures=pictures,
+            stop=stop,
         )
         done = saved = next(counts)
         advance(saved)
@@ -91,12 +94,22 @@ def main() -> None:
         for count in counts:
             advance(count - done)
             done = count
+    if done < len(tokens):
+        raise Stopped(
+            f"{done} of {len(tokens)} tokens were read, and what is saved is kept; run again."
+        )
     if done == saved:
         print(f"{args.output} holds this text already: nothing is left to do.", file=sys.stderr)
         return
     rate = (done - saved) / (time.perf_counter() - start)
     before = f", {saved} of them before" if saved else ""
     print(f"Read {done} tokens{before}, {rate:.0f} tokens/s, to {args.output}.", file=sys.stderr)
+
+
+def _check_output(output: str) -> None:
+    """Raises a UserError for an unusable folder, before the model loads."""
+    if not is_finished(output):
+        workspace_path(Path(output))
 
 
 def _prompt(args: argparse.Namespace, config: Llama4Config) -> Prompt:

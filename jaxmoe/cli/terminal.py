@@ -64,11 +64,21 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 
 
 def _raise(error: Exception) -> NoReturn:
-    """Ends the process with a traceback, which is of a mistake in this program."""
+    """Ends the process with a traceback, which is of a mistake in this program.
+
+    Where there are several processes, JAX's errors are first of all of others that have ended.
+    """
     if not processes.several():
         raise error
+    if isinstance(error, jax.errors.JaxRuntimeError) and _is_of_others(str(error)):
+        why = str(error).partition("\n")[0].rstrip(".")
+        _fail(f"error: another process has ended or cannot be reached ({why:.300}); its log says.")
     traceback.print_exception(error, file=sys.__stderr__)
     _exit(1)
+
+
+def _is_of_others(message: str) -> bool:
+    return any(word in message for word in ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED"))
 
 
 def _exit(code: int) -> NoReturn:

@@ -18,6 +18,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.generation.document import PREFILL_CHUNK, check_length, new_document, read
 from jaxmoe.generation.features import with_pictures
 from jaxmoe.images.picture import Picture
+from jaxmoe.mesh import on_all_devices
 from jaxmoe.model.kv_cache import init_cache, round_capacity
 from jaxmoe.model.steps import Inputs, hidden_states, prefill, step
 from jaxmoe.model.transformer import forward, positions_of, unembed
@@ -25,7 +26,9 @@ from jaxmoe.model.transformer import forward, positions_of, unembed
 UNEMBED_TOKENS = 1024  # tokens of all rows whose logits are on the device at once
 
 
-_unembed = jax.jit(unembed, static_argnums=0, compiler_options=KEEP_ROUNDINGS)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=KEEP_ROUNDINGS)
+def _unembed(config: Llama4Config, params: dict, hidden: jax.Array) -> jax.Array:
+    return on_all_devices(unembed(config, params, hidden))
 
 
 def check_contiguous(segment_ids: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from jaxmoe.errors import UserError
 from jaxmoe.files.atomic import is_same_file, lock, publish, writable
+from jaxmoe.processes import on_first
 
 PARTIAL = ".partial"
 
@@ -54,16 +55,18 @@ def written(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Replaces the content of a file by indented JSON.
+    """Replaces the content of a file by indented JSON; of several processes the first one does.
 
     Raises:
         UserError: as `write_file`.
     """
-    write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    on_first(lambda: write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
 
 
 def check_writable(path: str | Path, *, empty: bool = False) -> None:
     """Checks that an output can be written, before the work of computing it.
+
+    Of several processes the first one looks, and all call it.
 
     Args:
         path: the file, or `-` for the standard output.
@@ -73,8 +76,11 @@ def check_writable(path: str | Path, *, empty: bool = False) -> None:
         UserError: if the path is a folder, its folder does not exist or may not be written to,
             another process writes the file, or it has content and must not.
     """
-    if str(path) == "-":
-        return
+    if str(path) != "-":
+        on_first(lambda: _check_writable(path, empty))
+
+
+def _check_writable(path: str | Path, empty: bool) -> None:
     with writable(path):
         place = place_of(path)
         if place.is_dir():

@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxmoe import mesh as meshes
 from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.generation.completion import Completion
 from jaxmoe.generation.counts import Counts, count
 from jaxmoe.generation.sampler import Bias, Choice, Chosen, Draws, Penalties, choose
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling, request_hash
+from jaxmoe.mesh import on_all_devices
 from jaxmoe.model.transformer import unembed
 
 ALL = 0xFFFFFFFF  # a mask's word that allows all its tokens
@@ -216,10 +215,3 @@ def choose_tokens(
     counts = None if state.counts is None else count(state.counts, row, token)
     previous = state.previous.at[group, targets].set(token.reshape(targets.shape), mode="drop")
     return jax.tree.map(on_all_devices, chosen), State(on_all_devices(previous), counts)
-
-
-def on_all_devices(x: jax.Array) -> jax.Array:
-    """The array on every device, so that every process can read it."""
-    return (
-        x if meshes.current_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
-    )

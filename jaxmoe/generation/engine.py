@@ -22,7 +22,6 @@ from jaxmoe.generation.choices import (
     choose_tokens,
     has_penalties,
     hidden_at,
-    on_all_devices,
 )
 from jaxmoe.generation.completion import Completion, CompletionToken
 from jaxmoe.generation.counts import new_counts, start_counts
@@ -37,6 +36,7 @@ from jaxmoe.generation.sampler import Chosen
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
 from jaxmoe.generation.scheduler import Scheduler
 from jaxmoe.generation.vocab_logprobs import Logprobs, prompt_logprobs
+from jaxmoe.mesh import on_all_devices
 from jaxmoe.model import transformer
 from jaxmoe.model.kv_cache import fork_row
 from jaxmoe.model.steps import step

@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int, Integer, UInt8
 from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config, vision_of
 from jaxmoe.errors import UserError
-from jaxmoe.generation.choices import on_all_devices
 from jaxmoe.images.picture import Picture
+from jaxmoe.mesh import on_all_devices
 from jaxmoe.model import vision
 from jaxmoe.model.steps import Place, without_features
 

@@ -21,14 +21,12 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxmoe import mesh as meshes
+from jaxmoe import processes
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.zarr.arrays import StoredArray
 from jaxmoe.checkpoint.zarr.manifest import Finished, is_finished, open_finished
-from jaxmoe.checkpoint.zarr.writer import Writer
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.files.atomic import writable
-from jaxmoe.files.workspace import Resumable
 from jaxmoe.generation.document import (
     PREFILL_CHUNK,
     Document,
@@ -37,6 +35,7 @@ from jaxmoe.generation.document import (
     new_document,
     read,
 )
+from jaxmoe.generation.document_files import Array, DocumentFiles
 from jaxmoe.generation.document_identity import check_same, model_identity, text_identity
 from jaxmoe.generation.features import with_pictures
 from jaxmoe.images.picture import Picture
@@ -93,6 +92,7 @@ def read_document(
     prefill_chunk: int = PREFILL_CHUNK,
     interval: int = INTERVAL,
     pictures: Sequence[Picture] = (),
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
     """Reads a text on the current mesh and saves what `load_document` needs to go on from it.
 
@@ -106,6 +106,8 @@ def read_document(
         prefill_chunk: tokens that one step takes, at most.
         interval: tokens between two saves; rounded up to whole chunks and pages.
         pictures: those whose features the image tokens of the text stand for, in order.
+        stop: asked once after each chunk whether to end early, saving what ends a whole chunk of
+            local attention; on several processes it says the same on all.
 
     Yields:
         The number of tokens read, after each chunk; of a run that goes on, first what was saved.
@@ -116,32 +118,33 @@ def read_document(
             disk that is full.
     """
     check_length(config, len(tokens))
-    interval = _whole_chunks(config, interval)
+    unit = math.lcm(PAGE, config.attention_chunk_size or 1)
+    interval = -(-interval // unit) * unit
     identity = model_identity(config, params, kv) | text_identity(tokens, pictures, params)
     if is_finished(output) and open_finished(Path(output), KEY, REMEDY).metadata == identity:
         yield len(tokens)
         return
     (tokens,), place = with_pictures(config, params, {"the text": tokens}, [pictures])
-    with Resumable(Path(output)) as workspace:
-        saved = _saved(workspace, identity)
-        with writable(workspace.output), Writer(workspace.path) as writer:
-            if saved:
-                document, arrays = _reopen(config, identity, saved, writer)
-            else:
-                document, arrays = _begin(config, params, identity, interval, workspace, writer)
-            yield saved
-            chunks = {"prefill_chunk": prefill_chunk, "boundary": interval}
-            steps = read(config, params, document, tokens, place=place, **chunks)
-            for document in steps:
-                if document.length % interval == 0:
-                    _save_pages(config, document, saved, interval, arrays, writer)
-                    saved = document.length
-                    workspace.write_note(identity | {"saved": saved})
-                yield document.length
-            _save_pages(config, document, saved, interval, arrays, writer)
-            _save_rings(config, document, arrays, writer)
-            writer.finish(arrays, KEY, identity)
-        workspace.finish()
+    with DocumentFiles(Path(output), identity) as files:
+        saved = files.saved
+        if saved:
+            document = _reopen(config, identity, files)
+        else:
+            document = _begin(config, params, identity, interval, files)
+        yield saved
+        chunks = {"prefill_chunk": prefill_chunk, "boundary": interval}
+        steps = read(config, params, document, tokens, place=place, **chunks)
+        for document in steps:
+            stopped = stop() and document.length < len(tokens)
+            if document.length % (unit if stopped else interval) == 0:
+                _save_pages(config, document, interval, files)
+                files.note(document.length)
+            yield document.length
+            if stopped:
+                return
+        _save_pages(config, document, interval, files)
+        _save_rings(config, document, files)
+        files.finish(KEY)
 
 
 def document_length(path: str | Path) -> int:
@@ -189,21 +192,7 @@ def _length(found: Finished) -> int:
     return length
 
 
-def _whole_chunks(config: Llama4Config, interval: int) -> int:
-    unit = math.lcm(PAGE, config.attention_chunk_size or 1)
-    return -(-interval // unit) * unit
-
-
 # Writing
-
-
-def _saved(workspace: Resumable, identity: dict[str, Any]) -> int:
-    """How many tokens an interrupted run saved in the workspace."""
-    if not workspace.note:
-        return 0
-    subject = f"{workspace.path} is left from an interrupted run, which read"
-    check_same(workspace.note, identity, subject)
-    return workspace.note["saved"]
 
 
 def _begin(
@@ -211,31 +200,31 @@ def _begin(
     params: dict,
     identity: dict[str, Any],
     interval: int,
-    workspace: Resumable,
-    writer: Writer,
-) -> tuple[Document, dict[str, StoredArray]]:
-    """An empty document, and an array for each part: [pages of text or ring, K, t, ...]."""
+    files: DocumentFiles,
+) -> Document:
+    """An empty document; its parts get arrays on disk, [pages of text or ring, K, t, ...]."""
     document = new_document(config, params, identity["length"], identity["kv"])
-    workspace.begin(sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)))
-    workspace.write_note(identity | {"saved": 0})
-    arrays = {}
+    arrays: list[Array] = []
     for part in _parts(config, document.cache):
         pages, *page = shape = _stored_shape(part, document.cache, identity["length"])
         block = min(pages, interval // PAGE) if part.is_full else pages
-        arrays[part.name] = writer.create(
-            part.name, shape, part.keys.dtype, (block, *page), (1, *page)
-        )
-    return document, arrays
+        block_shape, page_shape = (block, *page), (1, *page)
+        arrays.append((part.name, shape, part.keys.dtype, block_shape, page_shape))
+    files.begin(sum(x.nbytes for x in jax.tree.leaves(document.cache.layers)), arrays)
+    return document
 
 
-def _reopen(
-    config: Llama4Config, identity: dict[str, Any], saved: int, writer: Writer
-) -> tuple[Document, dict[str, StoredArray]]:
-    """The document of the first `saved` tokens, and the arrays that an interrupted run created."""
-    room = identity["length"] - saved
-    document = _restore(config, identity["kv"], lambda name, *_: writer.reopen(name), saved, room)
-    parts = _parts(config, document.cache)
-    return document, {part.name: writer.reopen(part.name) for part in parts}
+def _reopen(config: Llama4Config, identity: dict[str, Any], files: DocumentFiles) -> Document:
+    """The document of the tokens that an interrupted run saved."""
+    saved, length = files.saved, identity["length"]
+    files.reopen(part.name for part in _parts(config, _planned(config, identity["kv"], length)))
+    opened = lambda name, *_: files.arrays[name]  # noqa: E731
+    return _restore(config, identity["kv"], opened, saved, length - saved)
+
+
+def _planned(config: Llama4Config, kv: str, capacity: int) -> Cache:
+    """Shapes of a document's cache."""
+    return jax.eval_shape(functools.partial(init_document, config, capacity, kv))
 
 
 # Between a cache and the canonical order
@@ -258,22 +247,20 @@ def _stored_shape(part: _Part, cache: Cache, length: int) -> tuple[int, ...]:
     return (pages, *part.page_shape)
 
 
-def _save_pages(config, document: Document, start: int, interval: int, arrays, writer) -> None:
-    """Writes the pages of the tokens from `start` on, which begins a page."""
+def _save_pages(config, document: Document, interval: int, files: DocumentFiles) -> None:
+    """Writes the pages of the tokens that are not saved yet, the first of which begins a page."""
     shards = document.cache.full.table.shape[0]
-    first, stop = start // PAGE, -(-document.length // PAGE)
+    first, stop = files.saved // PAGE, -(-document.length // PAGE)
     column, count = first // shards, interval // (PAGE * shards) + 2
     for part in _parts(config, document.cache):
         if not part.is_full:
             continue
         found = np.asarray(_columns(True, count, part.table, part.keys, column))
         in_order = np.swapaxes(found, 0, 1).reshape(-1, *part.page_shape)
-        data = in_order[first - column * shards :][: stop - first]
-        writer.write([(arrays[part.name], (slice(first, stop),), np.ascontiguousarray(data))])
-    writer.wait()
+        files.write(part.name, in_order[first - column * shards :][: stop - first], first)
 
 
-def _save_rings(config: Llama4Config, document: Document, arrays, writer: Writer) -> None:
+def _save_rings(config: Llama4Config, document: Document, files: DocumentFiles) -> None:
     """Writes what the next token may see of local layers: the begun chunk; the rest is zeros."""
     for part in _parts(config, document.cache):
         if part.is_full:
@@ -284,7 +271,7 @@ def _save_rings(config: Llama4Config, document: Document, arrays, writer: Writer
         columns, _, page = data.shape[:3]
         slot = np.arange(columns * page).reshape(columns, page)
         np.swapaxes(data, 1, 2)[slot >= document.length % slot.size] = 0
-        writer.write([(arrays[part.name], (slice(None),), data)])
+        files.write(part.name, data, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -300,7 +287,8 @@ def _columns(sharded: bool, count: int, table, keys, first):
         return body(table, keys)
     pages, heads = (*keys_spec(mesh, 1, sharded, keys), None, None)[:2]
     specs = (pool_spec(mesh, 1, sharded).table, PartitionSpec(pages, heads))
-    return meshes.per_device(body, specs, PartitionSpec(pages, None, heads))(table, keys)
+    found = meshes.per_device(body, specs, PartitionSpec(pages, None, heads))(table, keys)
+    return meshes.on_all_devices(found) if processes.several() else found
 
 
 def _restore(
@@ -317,8 +305,7 @@ def _restore(
 
     Every array is opened before memory is taken for any.
     """
-    make = functools.partial(init_document, config, length + room, kv)
-    planned = jax.eval_shape(make)
+    planned = _planned(config, kv, length + room)
     arrays = {
         part.name: open_array(
             part.name, _stored_shape(part, planned, length), (part.keys.dtype.name,)
@@ -326,7 +313,7 @@ def _restore(
         for part in _parts(config, planned)
         if part.is_full or rings
     }
-    empty = make()
+    empty = init_document(config, length + room, kv)
     parts, shards, keys, done = _parts(config, empty), empty.full.table.shape[0], [], 0
     total = sum(part.keys.nbytes for part in parts)
     for part in parts:

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import numpy as np
 import yaml
 
 from tests import tiny
-from tests.scripts import FOLDER
+from tests.scripts import together
 
 MODEL = tiny.scout_like(num_hidden_layers=1, hidden_size=16, intermediate_size=16, bos_token_id=0)
 
@@ -43,20 +40,14 @@ def write_config(folder: Path, name: str, **changes) -> Path:
     return path
 
 
-def start(config: Path, **environment: str) -> subprocess.Popen:
+def start(config: Path) -> subprocess.Popen:
     """Begins a run."""
-    command = [sys.executable, str(FOLDER / "train.py"), str(config)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
+    return together.start("train.py", config)
 
 
 def start_together(config: Path, count: int) -> list[subprocess.Popen]:
     """Begins a run of several processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = {"JAXMOE_COORDINATOR": f"localhost:{port}", "JAXMOE_NUM_PROCESSES": str(count)}
-    return [start(config, **shared, JAXMOE_PROCESS_ID=str(number)) for number in range(count)]
+    return together.start_together(count, "train.py", config)
 
 
 def wait_for_steps(config: Path, process: subprocess.Popen) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
@@ -34,6 +33,7 @@ from jaxmoe.checkpoint.zarr.arrays import (
 from jaxmoe.checkpoint.zarr.manifest import MARKER, STATE, write_manifest
 from jaxmoe.errors import UserError
 from jaxmoe.files.workspace import ARRAYS, RESULT
+from jaxmoe.processes import is_first
 
 COMMITTED = "commit_success.txt"  # Orbax's own; its content means nothing
 IN_FLIGHT = 2  # calls of `Writer.write` that may be unfinished at once
@@ -140,8 +140,8 @@ class Writer:
     def finish(self, names: Iterable[str], key: str, metadata: dict[str, Any]) -> None:
         """Makes arrays an Orbax checkpoint with a manifest, the folder `RESULT` of the workspace.
 
-        If several processes write the same arrays, all of them call it once all have written: they
-        save the placeholders together, and the first process does the rest.
+        Several processes call it together, once all have written what they write: they save the
+        placeholders together, and the first process does the rest.
 
         Args:
             names: the dotted names of the arrays.
@@ -153,11 +153,10 @@ class Writer:
         """
         self.wait()
         names = list(names)
-        first = self._alone or jax.process_index() == 0
-        if first:
+        if is_first():
             self._complete(names)
         save_tree(self._result, nested(names), key, metadata)
-        if not first:
+        if not is_first():
             return
         _remove_time_and_path(self._result)
         for name in names:

@@ -1,0 +1,104 @@
+"""Commands as two processes, as on two hosts: the first one writes, all see, all end."""
+
+import functools
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from jaxmoe.checkpoint.convert import convert
+from tests.scripts import succeeds, together
+from tests.scripts.test_read import MODEL
+
+FLAGS = ("--dtype", "float32", "--mesh", "data=2,expert=2", "--cpu-devices")
+ONE, TWO = (*FLAGS, 4), (*FLAGS, 2)  # of one process, and of each of two
+succeed = functools.partial(together.succeed, 2)
+
+
+def wait_for_answers(path, processes):
+    partial = path.with_name(path.name + ".partial")
+    while not partial.exists() or partial.read_bytes().count(b"\n") < 2:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+
+
+def test_a_job_is_killed_stopped_and_ended_elsewhere(small, tmp_path):
+    source, output, other = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "other.jsonl"))
+    requests = [{"id": n, "tokens": [n + 1, 7]} for n in range(40)]
+    source.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    job = ("generate.py", small.checkpoint, "--prompts", source, "--max-new-tokens", 60)
+    job += ("--rows", 2, "--output")
+
+    processes = together.start_together(2, *job, output, *TWO, JAXMOE_HEARTBEAT="5")
+    wait_for_answers(output, processes)
+    processes[1].kill()
+    killed = time.monotonic()
+    codes, _, said = together.ends(processes)
+    assert time.monotonic() - killed < 30  # not the minutes that JAX takes by itself
+    assert codes[0] not in (0, 75), said
+    assert codes[1] == -signal.SIGKILL
+
+    processes = together.start_together(2, *job, output, *TWO)
+    wait_for_answers(output, processes)
+    processes[1].send_signal(signal.SIGTERM)  # one of them is told
+    codes, _, said = together.ends(processes)
+    assert codes == [75, 75], said
+    assert "requests were answered; their answers are kept; run again." in said[0]
+    assert "stopped" not in said[1]  # the first process speaks
+
+    elsewhere = ("--dtype", "float32", "--mesh", "tensor=2", "--cpu-devices", 2)
+    succeeds(*job, output, *elsewhere)
+    succeeds(*job, other, *ONE)
+    assert output.read_bytes() == other.read_bytes()
+
+
+def test_logits_of_two_processes(small, tmp_path):
+    tokens = np.random.default_rng(0).integers(1, 100, (2, 40))
+    np.savez(tmp_path / "tokens.npz", tokens=tokens)
+    logits = ("evaluate.py", "logits", small.checkpoint, tmp_path / "tokens.npz", "--output")
+    succeed(*logits, tmp_path / "two.npy", *TWO)
+    succeeds(*logits, tmp_path / "one.npy", *ONE)
+    two, one = (np.load(tmp_path / f"{name}.npy") for name in ("two", "one"))
+    np.testing.assert_allclose(two, one, atol=1e-5)
+
+
+@pytest.fixture
+def needle(tmp_path):
+    convert(MODEL, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_a_document_is_read_on_two_and_asked_on_one_and_back(needle, tmp_path):
+    text, questions = tmp_path / "text.txt", tmp_path / "questions.jsonl"
+    text.write_text("The quick brown fox. " * 120)
+    line = {"id": 0, "prompt": " What", "max_new_tokens": 8}
+    questions.write_text(json.dumps(line) + "\n")
+    read = ("read.py", needle, text, "--output")
+    succeed(*read, tmp_path / "by two", *TWO)
+    succeeds(*read, tmp_path / "by one", *ONE)
+
+    ask = ("generate.py", needle, "--prompts", questions, "--document")
+    succeeds(*ask, tmp_path / "by two", *ONE, "--output", tmp_path / "one.jsonl")
+    succeed(*ask, tmp_path / "by one", *TWO, "--output", tmp_path / "two.jsonl")
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+
+
+def test_a_doctor_says_what_each_process_sees(tmp_path):
+    doctor = ("doctor.py", "--mesh", "data=2,expert=2", "--cpu-devices", 2, "--shared", tmp_path)
+    codes, out, said = together.ends(together.start_together(2, *doctor))
+    assert codes == [0, 0], said
+    assert "2 processes, 4 devices" in out[0]
+    assert "All-reduce over each axis" in out[0]
+    assert "All-reduce" not in out[1]
+    assert os.listdir(tmp_path) == []
+
+
+def test_processes_that_differ_are_refused():
+    """Catches programs whose processes wait for each other forever."""
+    commands = [("doctor.py", "--cpu-devices", number) for number in (1, 2)]
+    codes, _, said = together.ends(together.start_each(commands))
+    assert 0 not in codes
+    assert any("has others; start all in the same way." in text for text in said), said

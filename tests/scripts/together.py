@@ -1,0 +1,43 @@
+"""Scripts as several processes of one program."""
+
+import os
+import socket
+import subprocess
+import sys
+
+from tests.scripts import FOLDER
+
+
+def start(script, *args, **environment: str) -> subprocess.Popen:
+    """Begins a script in a process of its own."""
+    command = [sys.executable, FOLDER / script, *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(list(map(str, command)), env={**os.environ, **environment}, **pipes)
+
+
+def start_together(count: int, script, *args, **environment: str) -> list[subprocess.Popen]:
+    """Begins a script as so many processes of one program."""
+    return start_each([(script, *args)] * count, **environment)
+
+
+def start_each(commands: list[tuple], **environment: str) -> list[subprocess.Popen]:
+    """Begins one program, a process for each command."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"JAXMOE_COORDINATOR": f"localhost:{port}", "JAXMOE_NUM_PROCESSES": str(len(commands))}
+    shared |= environment
+    return [start(*each, **shared, JAXMOE_PROCESS_ID=str(i)) for i, each in enumerate(commands)]
+
+
+def ends(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list[str]]:
+    """What the processes return, and wrote to stdout and to stderr."""
+    said = [process.communicate() for process in processes]
+    out, err = (list(texts) for texts in zip(*said, strict=True))
+    return [process.returncode for process in processes], out, err
+
+
+def succeed(count: int, script, *args) -> None:
+    """Runs a script as so many processes, which end well."""
+    codes, _, said = ends(start_together(count, script, *args))
+    assert codes == [0] * count, said
