@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 
+from jaxmoe.cli.launch import find_launch
 from jaxmoe.cli.terminal import run
 
 COMMANDS = {
@@ -19,6 +20,9 @@ COMMANDS = {
     "tune": "the sizes of the GPU kernels",
     "doctor": "what each process sees, and how fast the devices reach each other",
 }
+
+
+ALONE = ("convert", "export", "make-tokens", "plan", "benchmark", "tune")  # one process does them
 
 
 def main() -> None:
@@ -39,7 +43,8 @@ def main() -> None:
 def run_command(name: str, arguments: list[str], prog: str) -> None:
     """Runs a command with its own argument list, and exits the process on errors.
 
-    The command's module, which imports JAX, is imported here, so that `jaxmoe --help` is quick.
+    The command's module is imported here, so that `jaxmoe --help` is quick. Where a scheduler starts
+    several processes, the first one alone runs a command of `ALONE`.
 
     Args:
         name: one of COMMANDS.
@@ -47,7 +52,13 @@ def run_command(name: str, arguments: list[str], prog: str) -> None:
         prog: the program's name in its usage text.
     """
     sys.argv = [prog, *arguments]
-    run(lambda: importlib.import_module(f"jaxmoe.cli.{name.replace('-', '_')}").main())
+
+    def main() -> None:
+        launch = find_launch() if name in ALONE else None
+        if launch is None or not launch.number:
+            importlib.import_module(f"jaxmoe.cli.{name.replace('-', '_')}").main()
+
+    run(main)
 
 
 def _version() -> str:

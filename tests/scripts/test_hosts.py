@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint.convert import convert
 from tests.scripts import succeeds, together
 from tests.scripts.test_read import MODEL
 
@@ -67,7 +66,8 @@ def test_logits_of_two_processes(small, tmp_path):
 
 @pytest.fixture
 def needle(tmp_path):
-    convert(MODEL, tmp_path / "checkpoint")
+    """Converted by the first of two processes; catches two that write the same folder."""
+    succeed("convert.py", MODEL, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
