@@ -179,10 +179,16 @@ def _be_silent() -> None:
 
 def _check_equal() -> None:
     """Refuses processes of other versions or commands, which would wait for each other forever."""
-    mine = [metadata.version("jaxmoe"), jax.__version__, jax.local_device_count(), sys.argv[1:]]
+    here, total, count = jax.local_device_count(), jax.device_count(), jax.process_count()
+    if here * count != total:
+        raise UserError(
+            f"this process has {here} of {total} devices, which {count} processes do not share "
+            "evenly; give all the same."
+        )
+    mine = [metadata.version("jaxmoe"), jax.__version__, sys.argv[1:]]
     said = hashlib.sha256(repr(mine).encode()).hexdigest()
     if on_first(lambda: said) != said:
         raise UserError(
-            f"process {jax.process_index()} has jaxmoe {mine[0]}, jax {mine[1]}, {mine[2]} devices "
-            f"and the arguments {mine[3]}, and process 0 has others; start all in the same way."
+            f"this process has jaxmoe {mine[0]}, jax {mine[1]} and the arguments {mine[2]}, and "
+            "process 0 has others; start all in the same way."
         )

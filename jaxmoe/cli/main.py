@@ -43,8 +43,8 @@ def main() -> None:
 def run_command(name: str, arguments: list[str], prog: str) -> None:
     """Runs a command with its own argument list, and exits the process on errors.
 
-    The command's module is imported here, so that `jaxmoe --help` is quick. Where a scheduler starts
-    several processes, the first one alone runs a command of `ALONE`.
+    The command's module is imported here, so that `jaxmoe --help` is quick. Where a scheduler
+    starts several processes, the first one alone runs a command of `ALONE`.
 
     Args:
         name: one of COMMANDS.

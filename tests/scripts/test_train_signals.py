@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from tests.scripts import training
+from tests.scripts import together, training
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -27,7 +27,7 @@ def test_two_processes_stop_after_the_same_step(tmp_path):
     processes = training.start_together(config, 2)
     training.wait_for_steps(config, processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    said = [process.communicate()[1].splitlines()[-1] for process in processes]
-    assert [process.returncode for process in processes] == [75, 75], said
-    assert said[0] == said[1]
+    codes, _, said = together.ends(processes)
+    assert codes == [75, 75], said
+    assert "stopped: the state after step" in said[0]
     assert len(list((tmp_path / "run" / "states").iterdir())) == 1
