@@ -108,4 +108,4 @@ def test_processes_that_differ_are_refused():
     commands = [("doctor.py", "--cpu-devices", 2, "--shared", name) for name in ("a", "b")]
     codes, _, said = together.ends(together.start_each(commands))
     assert codes[1] == 1
-    assert said[1].endswith("process 0 has others; start all in the same way.\n"), said
+    assert "process 0 has others; start all in the same way. [process 1 of 2]" in said[1]
