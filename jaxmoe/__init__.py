@@ -28,7 +28,7 @@ from jaxmoe.generation.sampling import RepetitionDetection, Sampling
 from jaxmoe.generation.saved_document import load_document, read_document
 from jaxmoe.generation.text import generate_text
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model.adapters import merge_adapters
+from jaxmoe.model.adapters import merge_adapters, one_adapter
 from jaxmoe.model.params import quantize_params
 from jaxmoe.model.transformer import Llama4, forward, unembed
 from jaxmoe.text import Tokenizer, render
@@ -62,6 +62,7 @@ __all__ = [
     "load",
     "load_document",
     "merge_adapters",
+    "one_adapter",
     "quantize_params",
     "read_document",
     "render",

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from jaxmoe.checkpoint.mapping.tensors import Format, array_shapes, main_dtype
-from jaxmoe.checkpoint.peft import read_adapter
+from jaxmoe.checkpoint.peft import add_adapters, read_adapter, read_adapters
 from jaxmoe.checkpoint.shares import block_shape, load_array, write_shares
 from jaxmoe.checkpoint.zarr.arrays import StoredArray
 from jaxmoe.checkpoint.zarr.manifest import FORMAT, Finished, open_finished
@@ -263,6 +263,7 @@ def load(
     *,
     text_only: bool = False,
     adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> tuple[Llama4Config, dict]:
     """Loads a checkpoint straight into the sharding that `mesh` gives each parameter.
 
@@ -278,19 +279,24 @@ def load(
         text_only: leaves a vision tower out, and does not look at its description.
         adapter: a folder that PEFT or a run with `adapter` saved, whose matrices stand beside those
             of the checkpoint; `jaxmoe.merge_adapters` adds them up.
+        adapters: folders of several adapters by name, of which each request of `jaxmoe.generate`
+            chooses one or none.
 
     Returns:
         The configuration, with the stop tokens of `generation_config.json` added to its own, and
         the parameters as `param_specs` declares them.
 
     Raises:
-        UserError: if the checkpoint or adapter is unfinished, damaged or of another model, or the
-            mesh does not divide a parameter.
+        UserError: if the checkpoint or an adapter is unfinished, damaged or of another model, the
+            mesh does not divide a parameter, or there are `adapter` and `adapters`.
     """
     checkpoint = read_checkpoint(path, text_only)
+    if adapter is not None and adapters:
+        raise UserError("give one adapter for all requests, or several by name, but not both.")
     found = None
     if adapter is not None:
         found = read_adapter(adapter, checkpoint.config, text_only=text_only)
+    several = read_adapters(adapters or {}, checkpoint.config, text_only=text_only)
     arrays = checkpoint.open_arrays()
     leaves, structure = jax.tree.flatten(_placed(checkpoint, arrays, mesh, dtype))
     total = sum(array.nbytes for array in arrays.values())
@@ -302,6 +308,9 @@ def load(
     loaded = structure.unflatten(params)
     if found is not None:
         loaded = found.added_to(loaded, mesh, dtype or loaded["embed"].dtype)
+    if several:
+        dtype = dtype or loaded["embed"].dtype
+        loaded = add_adapters(checkpoint.config, several, loaded, mesh, dtype)
     return with_stop_ids(checkpoint.config, path), loaded
 
 

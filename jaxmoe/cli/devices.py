@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -21,8 +22,12 @@ from jaxmoe.text import Tokenizer
 MOST_CPU_DEVICES = 1024  # a mistyped 100,000 would take minutes to start
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that `start` and `load` read."""
+def add_flags(parser: argparse.ArgumentParser, *, named_adapters: bool = False) -> None:
+    """Adds the flags that `start` and `load` read.
+
+    Args:
+        named_adapters: whether --adapter may be several adapters, which requests choose by name.
+    """
     parser.add_argument(
         "--mesh",
         metavar="SPEC",
@@ -34,9 +39,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="compute in this; default: as stored"
     )
-    parser.add_argument(
-        "--adapter", metavar="FOLDER", help="run with an adapter that PEFT or jaxmoe train saved"
-    )
+    if named_adapters:
+        parser.add_argument(
+            "--adapter",
+            action="append",
+            default=[],
+            metavar="[NAME=]FOLDER",
+            help="run with an adapter that PEFT or jaxmoe train saved; with NAME, any number, for "
+            'lines with the key "adapter"',
+        )
+    else:
+        parser.add_argument(
+            "--adapter", metavar="FOLDER", help="run with an adapter of PEFT or jaxmoe train"
+        )
     default = str(compilation.default_folder()).replace("%", "%%")
     parser.add_argument(
         "--compilation-cache",
@@ -106,7 +121,7 @@ def load(
         Console(stderr=True).print(layout_table(config, params, mesh))
     with byte_progress("Loading") as progress:
         config, params = store.load(
-            args.checkpoint, mesh, dtype, progress, text_only=text_only, adapter=args.adapter
+            args.checkpoint, mesh, dtype, progress, text_only=text_only, **adapters_by(args)
         )
     if args.self_test:
         with jax.set_mesh(mesh):
@@ -114,6 +129,33 @@ def load(
         known = "" if result.surprise is None else f", surprise {result.surprise:.2f}"
         print(f"[self-test: entropy {result.entropy:.2f}{known} of guessing]", file=sys.stderr)
     return config, params
+
+
+def adapters_by(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments `adapter` and `adapters` of `store.load` that --adapter gives.
+
+    A value that is a folder has no name, even with a "=" in it.
+
+    Raises:
+        UserError: for several adapters without names, or two of one name.
+    """
+    if not isinstance(args.adapter, list):
+        return {"adapter": args.adapter}
+    named: dict[str, str] = {}
+    plain: list[str] = []
+    for value in args.adapter:
+        name, equals, folder = value.partition("=")
+        if not equals or "/" in name or os.path.isdir(value):
+            plain.append(value)
+        elif name in named:
+            raise UserError(f"--adapter gives two folders the name {name!r:.80}; use another.")
+        else:
+            named[name] = folder
+    if len(plain) > 1 or (plain and named):
+        raise UserError(
+            f"--adapter {plain[0]} has no name, and there are others; give each as NAME=FOLDER."
+        )
+    return {"adapter": plain[0] if plain else None, "adapters": named}
 
 
 def _one_dtype(checkpoint: str, text_only: bool) -> str:

@@ -10,7 +10,7 @@ import jax
 
 from jaxmoe import processes
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.peft import adapter_digest, read_adapter
+from jaxmoe.checkpoint.peft import adapter_digest, read_adapter, read_adapters
 from jaxmoe.checkpoint.zarr.manifest import digest_of
 from jaxmoe.cli import devices, image_flags, sampling_flags
 from jaxmoe.cli.sampling_flags import sampling_by
@@ -22,7 +22,7 @@ from jaxmoe.generation.checking import Checker
 from jaxmoe.generation.engine import STEP_TOKENS, generate
 from jaxmoe.generation.request import Request, expand, stop_ids_of
 from jaxmoe.generation.request_keys import check_count, check_samples
-from jaxmoe.generation.saved_document import document_length, load_document
+from jaxmoe.generation.saved_document import document_adapter, document_length, load_document
 from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.model.kv_cache import KV_FORMATS
 from jaxmoe.progress import byte_progress, task_progress
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
         metavar="FOLDER",
         help="folder that jaxmoe read wrote; every request follows its text",
     )
-    devices.add_flags(parser)
+    devices.add_flags(parser, named_adapters=True)
     return parser.parse_args()
 
 
@@ -101,11 +101,11 @@ def main() -> None:
     sampling = sampling_by(args)
     tokenizer = devices.tokenizer(args.checkpoint)
     model = store.read_config(args.checkpoint)
-    if args.adapter:
-        read_adapter(args.adapter, model)  # raises for an unusable one before anything else
+    adapters = _adapters(args, model)
     after = document_length(args.document) if args.document else 0
+    of_document = document_adapter(args.document) if args.document else None
 
-    checker = Checker(model, tokenizer, sampling, after, args.cache_tokens)
+    checker = Checker(model, tokenizer, sampling, after, args.cache_tokens, adapters, of_document)
     images = image_flags.settings_by(args, model)
     lines = _requests(args, tokenizer, checker, images)
     stop_ids = stop_ids_of(model, tokenizer)
@@ -148,6 +148,17 @@ def main() -> None:
         print(f"{failed} of {len(left)} requests ended with an error.", file=sys.stderr)
 
 
+def _adapters(args, model) -> dict[str, str | None]:
+    """The digest of each named adapter; raises for an unusable one before anything else."""
+    given = devices.adapters_by(args)
+    if given["adapter"]:
+        read_adapter(given["adapter"], model)
+    if given["adapters"] and args.prompt is not None:
+        raise UserError("--prompt takes one --adapter FOLDER; lines of --prompts choose by name.")
+    read_adapters(given["adapters"], model)
+    return {name: adapter_digest(folder) for name, folder in given["adapters"].items()}
+
+
 def _requests(args, tokenizer, checker, images) -> list[Request | jobs.Refusal]:
     if args.prompts is not None:
         return jobs.read_requests(
@@ -178,7 +189,9 @@ def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers
         return contextlib.nullcontext()
     folders = filter(None, (args.checkpoint, args.document))
     models = [digest_of(Path(folder)) for folder in folders]
-    models += [adapter_digest(args.adapter)] if args.adapter else []
+    given = devices.adapters_by(args)
+    models += [adapter_digest(given["adapter"])] if given["adapter"] else []
+    models += [[name, adapter_digest(folder)] for name, folder in given["adapters"].items()]
     return Answers(output, job_digest([*settings, models], lines), lines)
 
 
@@ -203,7 +216,8 @@ def _left(lines, answers: Answers | None) -> list[Request]:
 def _document(args, config, params, requests):
     room, rows = max(request.length for request in requests), min(args.rows, len(requests))
     with byte_progress("Loading the document") as progress:
-        return load_document(args.document, config, params, room, progress, rows=rows)
+        places = {"rows": rows, "adapter": requests[0].adapter}  # the checker has compared them
+        return load_document(args.document, config, params, room, progress, **places)
 
 
 def _stream_text(stream, requests, tokenizer, args):

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.peft import adapter_digest
 from jaxmoe.checkpoint.zarr.manifest import is_finished
 from jaxmoe.cli import devices, image_flags
 from jaxmoe.cli.signals import asked_to_stop
@@ -87,6 +88,7 @@ def main() -> None:
             interval=args.save_every,
             pictures=pictures,
             stop=stop,
+            adapter=adapter_digest(args.adapter) if args.adapter else None,
         )
         done = saved = next(counts)
         advance(saved)

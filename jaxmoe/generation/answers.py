@@ -37,8 +37,10 @@ def job_digest(settings: Any, requests: Iterable[Request | Refusal]) -> str:
 
 
 def _parts(request: Request) -> dict[str, Any]:
-    """What JSON can hold of a request; of its pictures, what they look like."""
+    """What JSON can hold of a request, and what its pictures look like."""
     rest = {key: value for key, value in vars(request).items() if key != "pictures"}
+    if request.adapter is None:
+        del rest["adapter"]
     looks = [picture.digest.hex() for picture in request.pictures]
     return rest | {"pictures": looks} if looks else rest
 

@@ -30,6 +30,7 @@ class Batch(NamedTuple):
         read: rows that read, the place of their first token among all of the step's, its index in
             their prompt, and how many there are.
         real: how many of the tokens are no padding.
+        adapter: [G, T], or [D, 1] of single tokens: the number of each token's adapter.
     """
 
     inputs: Inputs
@@ -40,6 +41,7 @@ class Batch(NamedTuple):
     writers: list[tuple[int, int, Row, int]]
     read: list[tuple[Row, int, int, int]]
     real: int
+    adapter: np.ndarray
 
 
 class Sizes:
@@ -134,7 +136,9 @@ class _Builder:
 
     def __init__(self, groups: int, rows: int, width: int, most: int, padding: int):
         self.tokens = np.full((groups, width), padding, np.int32)
-        self.positions, self.segments, self.row = np.zeros((3, groups, width), np.int32)
+        self.positions, self.segments, self.row, self.adapter = np.zeros(
+            (4, groups, width), np.int32
+        )
         self.single = np.zeros((groups, width), bool)
         self.pieces = np.full((groups, min(MOST_PIECES, rows)), -1, np.int32)
         self.slots, self.targets = np.zeros((2, groups, most), np.int32)
@@ -151,6 +155,7 @@ class _Builder:
         self.tokens[here] = prompt or PREVIOUS
         self.positions[here] = after + row.fed + np.arange(count)
         self.segments[here], self.row[here], self.single[here] = piece or 1, i, not piece
+        self.adapter[here] = row.adapter
         if piece:
             self.pieces[group, piece - 1] = i
         self.used[group] += count
@@ -169,4 +174,5 @@ class _Builder:
         if not packed:
             arrays, where = [x.reshape(-1, 1) for x in arrays], [self.row.reshape(-1, 1)]
         rest = self.slots, self.targets, self.writers, self.read, sum(self.used)
+        rest += (self.adapter if packed else self.adapter.reshape(-1, 1),)
         return Batch(Inputs(*arrays), Packing(*where), restart, *rest)

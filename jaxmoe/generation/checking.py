@@ -2,11 +2,20 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.grammar import GrammarCompiler
-from jaxmoe.generation.request import Request, check_room, fit_context, stop_ids_of, without_begin
+from jaxmoe.generation.request import (
+    Request,
+    check_adapter,
+    check_room,
+    check_same_adapter,
+    fit_context,
+    stop_ids_of,
+    without_begin,
+)
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.text import Tokenizer
 
@@ -21,6 +30,8 @@ class Checker:
         default: the settings of requests that bring none.
         after: tokens of a document that requests come after.
         cache_tokens: that all rows together can hold; None is enough. A document's cache has room.
+        adapters: those that requests choose, and the digest of each, None where it is not known.
+        document_adapter: the digest of the adapter that the document was read with.
     """
 
     config: Llama4Config
@@ -28,6 +39,8 @@ class Checker:
     default: Sampling
     after: int = 0
     cache_tokens: int | None = None
+    adapters: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    document_adapter: str | None = None
 
     def check(self, request: Request) -> Request:
         """The request that runs, with its settings, and as long as the context allows.
@@ -43,7 +56,16 @@ class Checker:
         if not self.after and self.cache_tokens is not None:
             check_room(own, self.cache_tokens)
         self._check_text(own, sampling)
+        self._check_adapter(own)
         return own
+
+    def _check_adapter(self, request: Request) -> None:
+        check_adapter(request, tuple(self.adapters))
+        if not self.after or not self.adapters:
+            return  # of the parameters as they are, `load_document` compares the bits
+        known = request.adapter is None or self.adapters[request.adapter] is not None
+        digest = None if request.adapter is None else self.adapters[request.adapter]
+        check_same_adapter(request, not known or digest == self.document_adapter)
 
     def _check_text(self, request: Request, sampling: Sampling) -> None:
         needs = "stop strings" if sampling.stop else "a grammar" if sampling.grammar else None

@@ -30,10 +30,13 @@ class Document(NamedTuple):
     Attributes:
         cache: a cache of one row.
         length: tokens of the text that the cache holds.
+        adapter: the name of the adapter that they were read with, and that every request after them
+            has; None for none by name.
     """
 
     cache: Cache
     length: int
+    adapter: str | None = None
 
     @property
     def room(self) -> int:
@@ -100,4 +103,4 @@ def read(
     size = {"chunk": prefill_chunk, "start": document.length, "boundary": boundary}
     for done, _, cache in prefill(config, params, row, document.cache, place=place, **size):
         assert cache is not None
-        yield Document(cache, done)
+        yield document._replace(cache=cache, length=done)

@@ -22,6 +22,7 @@ DIFFERENCES = {  # by key of an identity, in the order in which they are told
     "dtype": "with a model in {theirs}, not {ours}",
     "config": "with a model of another config",
     "weights": "with a model of other weights",
+    "adapter": "with another adapter",
     "kv": "into a {theirs} cache, not {ours}",
     "page": "into pages of another number of tokens",
 }

@@ -30,7 +30,15 @@ from jaxmoe.generation.features import FeatureTable, References, without_referen
 from jaxmoe.generation.grammar import GrammarCompiler
 from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, layout_of, new_cache, widen
 from jaxmoe.generation.prefixes import Prefix, find_prefixes
-from jaxmoe.generation.request import ERROR, Request, Token, check_room, fit_context
+from jaxmoe.generation.request import (
+    ERROR,
+    Request,
+    Token,
+    check_adapter,
+    check_room,
+    check_same_adapter,
+    fit_context,
+)
 from jaxmoe.generation.rows import Row
 from jaxmoe.generation.sampler import Chosen
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
@@ -38,6 +46,7 @@ from jaxmoe.generation.scheduler import Scheduler
 from jaxmoe.generation.vocab_logprobs import Logprobs, prompt_logprobs
 from jaxmoe.mesh import on_all_devices
 from jaxmoe.model import transformer
+from jaxmoe.model.adapters import adapter_names
 from jaxmoe.model.kv_cache import fork_row
 from jaxmoe.model.steps import step
 from jaxmoe.model.transformer import unembed
@@ -81,7 +90,7 @@ def generate(
             each with room for the longest request at least; requests wait for room. Default: enough
             that none waits.
         document: a text that each request comes after; its cache is used and used up, and `kv` and
-            `cache_tokens` are the document's.
+            `cache_tokens` are the document's, as is the adapter of every request.
         tokenizer: makes text of the answers; needed for stop strings and grammars.
         features: of images that were computed before; default: an empty table.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
@@ -90,8 +99,9 @@ def generate(
 
     Raises:
         UserError: for an empty prompt, one that leaves no room in the context, a token that is not
-            in the vocabulary, no rows, an unknown `kv`, a request that the cache cannot hold, or
-            stop strings or a grammar without a tokenizer.
+            in the vocabulary, no rows, an unknown `kv`, a request that the cache cannot hold, an
+            adapter that the model or the document has not, or stop strings or a grammar without a
+            tokenizer.
     """
     after = 0 if document is None else document.length
     own = (dataclasses.replace(r, sampling=r.sampling or sampling) for r in requests)
@@ -182,6 +192,11 @@ class Engine:
         self._completions: dict[Row, Completion] = {}
         for request in own:
             self._completion(request)  # refuses what cannot be served, before anything runs
+        names = adapter_names(params)
+        for request in requests:
+            check_adapter(request, names)
+            check_same_adapter(request, document is None or request.adapter == document.adapter)
+        self._chooses = bool(names)
         after = 0 if document is None else document.length
         prefixes = _shared(requests)
         if document is not None:  # a large cache, beside which no ring is had in vain
@@ -201,6 +216,7 @@ class Engine:
             Sizes(layout.rows, step_tokens, overhead),
             padding=config.pad_token_id % config.vocab_size,
             after=after,
+            adapters=names,
         )
         self._scheduler.add(requests, prefixes)
         penalized = self._choices.penalized
@@ -251,6 +267,7 @@ class Engine:
             packing=batch.packing,
             previous=self._state.previous,
             features=features,
+            adapter=batch.adapter if self._chooses else None,
             forward=self._forward,
         )
         assert cache is not None

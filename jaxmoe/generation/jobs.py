@@ -177,7 +177,8 @@ class _Reader:
         most = line.settings.max_new_tokens or self.max_new_tokens
         if sampling is not None and sampling.stop and self.tokenizer is None:
             raise UserError(f"{line.where} has stop strings, but the checkpoint has no tokenizer.")
-        return Request(line.record["id"], tuple(prompt.tokens), most, sampling, prompt.pictures)
+        asked = line.record["id"], tuple(prompt.tokens), most, sampling, prompt.pictures
+        return Request(*asked, line.settings.adapter)
 
     def _prompt_of(self, line: _Line) -> Prompt:
         return _at(line.where, self._prompt, line.record)

@@ -2,13 +2,14 @@
 
 import functools
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.peft import adapter_digest
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.background import Background
@@ -39,12 +40,13 @@ from jaxmoe.generation.results import (
     score_of,
 )
 from jaxmoe.generation.sampling import Sampling, sampling_of
-from jaxmoe.generation.saved_document import document_length, load_document
+from jaxmoe.generation.saved_document import document_adapter, document_length, load_document
 from jaxmoe.generation.turns import Turns
 from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.images import ImageSettings, PictureReader, read_image_settings
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model import transformer
+from jaxmoe.model.adapters import adapter_names
 from jaxmoe.text import Prompt, Tokenizer
 
 MAX_NEW_TOKENS = 256
@@ -89,6 +91,7 @@ class LLM:
         step_tokens: int = STEP_TOKENS,
         text_only: bool = False,
         adapter: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         forward: Callable = transformer.forward,
         progress: store.Progress = store.no_progress,
     ):
@@ -101,7 +104,7 @@ class LLM:
             dtype: to compute in; default: as stored.
             rows, kv, cache_tokens, step_tokens, forward: as for `jaxmoe.generate`.
             text_only: leaves a vision tower out.
-            adapter: as for `jaxmoe.load`.
+            adapter, adapters: as for `jaxmoe.load`.
             progress: called after every array with the bytes done and the bytes in all.
 
         Raises:
@@ -113,10 +116,13 @@ class LLM:
         for name in read_generation_config(checkpoint).unsupported:
             warnings.warn(f"{FILE} has {name}, which is not supported", stacklevel=2)
         placed = default_mesh(checkpoint, dtype, text_only) if mesh is None else make_mesh(mesh)
-        kept = {"text_only": text_only, "adapter": adapter}
+        kept = {"text_only": text_only, "adapter": adapter, "adapters": adapters}
         config, params = store.load(checkpoint, placed, dtype, progress, **kept)
         engine = {"kv": kv, "cache_tokens": cache_tokens, "step_tokens": step_tokens}
         self._set(config, params, tokenizer, sampling, rows=rows, forward=forward, **engine)
+        self._adapters |= {
+            name: adapter_digest(folder) for name, folder in (adapters or {}).items()
+        }
         if config.vision is not None:
             self.images = read_image_settings(checkpoint, config.vision)
 
@@ -153,6 +159,7 @@ class LLM:
         self.sampling, self.mesh, self._engine = sampling, mesh_of(params), engine
         self.images = ImageSettings.of(config.vision) if config.vision is not None else None
         self._stop_ids = stop_ids_of(config, tokenizer)
+        self._adapters: dict[str, str | None] = dict.fromkeys(adapter_names(params))
         self._turns, self._background = Turns(), Background()
         self._table: FeatureTable | None = None
 
@@ -177,6 +184,7 @@ class LLM:
         max_new_tokens: int = MAX_NEW_TOKENS,
         n: int = 1,
         document: str | Path | None = None,
+        adapter: Any = None,
     ) -> list[Result]:
         """The answers to prompts.
 
@@ -189,13 +197,14 @@ class LLM:
             max_new_tokens: the length of an answer, at most.
             n: answers to each prompt; those to the i-th are results i * n to i * n + n - 1.
             document: a folder that `jaxmoe read` wrote; each prompt follows its text.
+            adapter: the name of one of `adapters` for all prompts, or a list of one or None for
+                each. After a document it is that which its text was read with.
 
         Raises:
             UserError: if no prompt can be answered, or for settings that cannot be.
         """
-        return results_of(
-            self.stream(prompts, sampling, max_new_tokens=max_new_tokens, n=n, document=document)
-        )
+        wanted: Any = {"max_new_tokens": max_new_tokens, "n": n, "document": document}
+        return results_of(self.stream(prompts, sampling, **wanted, adapter=adapter))
 
     def chat(
         self,
@@ -206,6 +215,7 @@ class LLM:
         max_new_tokens: int = MAX_NEW_TOKENS,
         n: int = 1,
         document: str | Path | None = None,
+        adapter: Any = None,
     ) -> list[Result]:
         """The assistant's next turn of conversations, by the checkpoint's chat template.
 
@@ -214,23 +224,16 @@ class LLM:
                 several such lists. Pictures are items of the content, see
                 `jaxmoe.text.render_chat`.
             tools: functions that the model may call, as JSON objects.
-            sampling, max_new_tokens, n, document: as for `generate`.
+            sampling, max_new_tokens, n, document, adapter: as for `generate`.
 
         Raises:
             UserError: as `generate`.
         """
-        return results_of(
-            self.chat_stream(
-                conversations,
-                sampling,
-                tools=tools,
-                max_new_tokens=max_new_tokens,
-                n=n,
-                document=document,
-            )
-        )
+        wanted: Any = {"max_new_tokens": max_new_tokens, "n": n, "document": document}
+        options = wanted | {"tools": tools, "adapter": adapter}
+        return results_of(self.chat_stream(conversations, sampling, **options))
 
-    def score(self, texts: Any, *, top: int = 0) -> list[Score]:
+    def score(self, texts: Any, *, top: int = 0, adapter: Any = None) -> list[Score]:
         """How well the model predicts texts: the log-probabilities of their own tokens.
 
         A text may take all of the model's context but one token.
@@ -238,12 +241,14 @@ class LLM:
         Args:
             texts: as the prompts of `generate`.
             top: how many of the likeliest tokens are reported at each place.
+            adapter: as for `generate`.
 
         Raises:
             UserError: if no text can be scored.
         """
         sampling = Sampling(temperature=0.0, prompt_logprobs=top)
-        scores = [score_of(x) for x in self.generate(texts, sampling, max_new_tokens=1)]
+        found = self.generate(texts, sampling, max_new_tokens=1, adapter=adapter)
+        scores = list(map(score_of, found))
         check_some(scores)
         return scores
 
@@ -255,6 +260,7 @@ class LLM:
         max_new_tokens: int = MAX_NEW_TOKENS,
         n: int = 1,
         document: str | Path | None = None,
+        adapter: Any = None,
     ) -> Iterator[Piece]:
         """The answers in pieces as they come; those of several are interleaved.
 
@@ -262,7 +268,7 @@ class LLM:
         are those of `generate`.
         """
         prompt_of = functools.partial(read_prompt, tokenizer=self._tokenizer, reader=self._reader())
-        wanted = Wanted(sampling, max_new_tokens, n)
+        wanted = Wanted(sampling, max_new_tokens, n, adapter)
         return self._stream(as_prompts(prompts), prompt_of, wanted, document)
 
     def chat_stream(
@@ -274,12 +280,13 @@ class LLM:
         max_new_tokens: int = MAX_NEW_TOKENS,
         n: int = 1,
         document: str | Path | None = None,
+        adapter: Any = None,
     ) -> Iterator[Piece]:
         """The assistant's next turns in pieces; arguments are as for `chat`."""
         prompt_of = functools.partial(
             read_conversation, tokenizer=self._tokenizer, tools=tools, reader=self._reader()
         )
-        wanted = Wanted(sampling, max_new_tokens, n)
+        wanted = Wanted(sampling, max_new_tokens, n, adapter)
         return self._stream(as_conversations(conversations), prompt_of, wanted, document)
 
     async def agenerate(self, prompts: Any, sampling: Any = None, **options: Any) -> list[Result]:
@@ -313,9 +320,15 @@ class LLM:
         wanted: Wanted,
         document: str | Path | None,
     ) -> Iterator[Piece]:
-        after = document_length(document) if document is not None else 0
-        cache_tokens = self._engine["cache_tokens"]
-        checker = Checker(self.config, self._tokenizer, self.sampling, after, cache_tokens)
+        checker = Checker(
+            self.config,
+            self._tokenizer,
+            self.sampling,
+            document_length(document) if document is not None else 0,
+            self._engine["cache_tokens"],
+            self._adapters,
+            document_adapter(document) if document is not None else None,
+        )
         check, in_threads = checker.check, self.images is not None
         lines = read_prompts(prompts, prompt_of, wanted, self.sampling, check, in_threads)
         return self._answer(lines, document)
@@ -377,4 +390,5 @@ class LLM:
     def _load_document(self, requests: list[Request], folder: str | Path) -> Document:
         room = max(request.length for request in requests)
         rows = min(self._engine["rows"], len(requests))
-        return load_document(folder, self.config, self.params, room, rows=rows)
+        adapter = requests[0].adapter  # which all have, or the engine refuses them
+        return load_document(folder, self.config, self.params, room, rows=rows, adapter=adapter)

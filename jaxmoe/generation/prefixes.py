@@ -17,6 +17,7 @@ class Prefix:
     """The first tokens of several prompts.
 
     Attributes:
+        adapter: the name of theirs: keys and values of other adapters' tokens are others.
         parent: a shorter prefix that this one begins with.
         waiting: requests that go on from here, or from a longer one, and have not begun.
     """
@@ -24,6 +25,7 @@ class Prefix:
     tokens: tuple[int, ...]
     parent: "Prefix | None"
     waiting: int = 0
+    adapter: str | None = None
 
     @property
     def path(self) -> list["Prefix"]:
@@ -32,10 +34,22 @@ class Prefix:
 
 
 def find_prefixes(requests: Sequence[Request]) -> list[Prefix | None]:
-    """The longest prefix that each request shares with other requests, or None.
+    """The longest prefix that each request shares with other requests of its adapter, or None.
 
     A prompt's last token is part of none, since the model makes the answer's first token of it.
     """
+    found: list[Prefix | None] = [None] * len(requests)
+    places: dict[str | None, list[int]] = {}
+    for i, request in enumerate(requests):
+        places.setdefault(request.adapter, []).append(i)
+    for of_adapter in places.values():
+        prefixes = _of_one_adapter([requests[i] for i in of_adapter])
+        for i, prefix in zip(of_adapter, prefixes, strict=True):
+            found[i] = prefix
+    return found
+
+
+def _of_one_adapter(requests: Sequence[Request]) -> list[Prefix | None]:
     # Bytes are compared much more quickly than tuples.
     keys = [np.array(request.tokens, ">u4").tobytes() for request in requests]
     order = sorted(range(len(requests)), key=keys.__getitem__)
@@ -47,7 +61,7 @@ def find_prefixes(requests: Sequence[Request]) -> list[Prefix | None]:
             found[i] = prefix  # a longer one comes after those that it begins with
     for prefix in found:
         for part in prefix.path if prefix else ():
-            part.waiting += 1
+            part.waiting, part.adapter = part.waiting + 1, requests[0].adapter
     return found
 
 

@@ -10,7 +10,12 @@ import numpy as np
 from jaxmoe.errors import UserError
 from jaxmoe.generation.jobs import Refusal
 from jaxmoe.generation.request import Request, expand
-from jaxmoe.generation.request_keys import MOST_SAMPLES, check_count, check_samples
+from jaxmoe.generation.request_keys import (
+    MOST_SAMPLES,
+    check_adapter_name,
+    check_count,
+    check_samples,
+)
 from jaxmoe.generation.results import check_some
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.generation.side_by_side import outcomes
@@ -27,11 +32,16 @@ from jaxmoe.text import (
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What is asked for: settings for all prompts or one for each, lengths, and answers to each."""
+    """What is asked for: settings for all prompts or one for each, lengths, and answers to each.
+
+    Attributes:
+        adapter: the name of one for all prompts, or a list of one or None for each.
+    """
 
     sampling: Any
     max_new_tokens: Any
     n: Any
+    adapter: Any = None
 
 
 def read_prompts(
@@ -57,10 +67,11 @@ def read_prompts(
     check_count("max_new_tokens", wanted.max_new_tokens)
     check_count("n", wanted.n, MOST_SAMPLES)
     samplings = _samplings(wanted.sampling, len(prompts), default)
+    adapters = _adapters(wanted.adapter, len(prompts))
     lines: list[Request | Refusal] = []
     read = outcomes(prompt_of, prompts, in_threads)
-    for i, (prompt, sampling) in enumerate(zip(read, samplings, strict=True)):
-        request = Request(str(i), (), wanted.max_new_tokens, sampling)
+    for i, (prompt, sampling, adapter) in enumerate(zip(read, samplings, adapters, strict=True)):
+        request = Request(str(i), (), wanted.max_new_tokens, sampling, adapter=adapter)
         answers: list[Request] = expand(request, wanted.n)
         try:
             check_samples(wanted.n, sampling)
@@ -90,6 +101,17 @@ def _samplings(given: Any, count: int, default: Sampling) -> list[Sampling]:
         if not isinstance(sampling, Sampling | None):
             raise UserError(f"sampling {sampling!r:.80} is no jaxmoe.Sampling; make one of it.")
     return [sampling or default for sampling in each]
+
+
+def _adapters(given: Any, count: int) -> list[str | None]:
+    """The name of each prompt's adapter."""
+    each = given if isinstance(given, list | tuple) else [given] * count
+    if len(each) != count:
+        raise UserError(
+            f"there are {len(each)} adapters for {count} prompts; give one for all, or one for "
+            "each."
+        )
+    return list(map(check_adapter_name, each))
 
 
 def as_prompts(given: Any) -> list[Any]:

@@ -1,12 +1,14 @@
 """What is asked of a model, and the tokens that it answers with."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.images import Picture
+from jaxmoe.model.adapters import adapter_number
 from jaxmoe.text import Tokenizer
 
 ERROR = "error"  # the reason why a request ended whose logits were not finite
@@ -20,6 +22,7 @@ class Request:
         tokens: of the prompt, with those of every picture at its place.
         sampling: how they are chosen; None is the run's default.
         pictures: in the order of the tokens.
+        adapter: the name of one of the model's adapters; None for none of them.
     """
 
     id: object
@@ -27,6 +30,7 @@ class Request:
     max_new_tokens: int
     sampling: Sampling | None = None
     pictures: tuple[Picture, ...] = ()
+    adapter: str | None = None
 
     @property
     def length(self) -> int:
@@ -76,6 +80,24 @@ def check_room(request: Request, room: int, where: str = "the cache") -> None:
         raise UserError(
             f"request {request.id!r} takes {request.length} tokens, and {where} has room for "
             f"{room}; give it more, or ask for fewer new tokens."
+        )
+
+
+def check_adapter(request: Request, names: Sequence[str]) -> None:
+    """Raises a UserError unless the request's adapter is None or one of the names."""
+    try:
+        adapter_number(names, request.adapter)
+    except UserError as error:
+        raise UserError(f"request {request.id!r}: {error}") from None
+
+
+def check_same_adapter(request: Request, same: bool) -> None:
+    """Raises a UserError unless the request has the `same` adapter as the document before it."""
+    if not same:
+        own = "no adapter" if request.adapter is None else f"the adapter {request.adapter!r:.80}"
+        raise UserError(
+            f"request {request.id!r} has {own}, and the document was read with another; ask with "
+            "the one that it was read with, or read the text with this one."
         )
 
 

@@ -44,11 +44,13 @@ class Settings:
         sampling: the default with the line's changes; None if it has none.
         max_new_tokens: None if it does not say.
         n: how many answers it asks for.
+        adapter: the name of its adapter; None for none.
     """
 
     sampling: Sampling | None
     max_new_tokens: int | None
     n: int
+    adapter: str | None = None
 
 
 def read_settings(
@@ -70,9 +72,17 @@ def read_settings(
         sampling = _sampling(given, default)
         most, n = _most(given), given.get("n", default_n)
         check_samples(n, sampling or default)
+        adapter = check_adapter_name(given.get("adapter"))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return Settings(sampling, most, n)
+    return Settings(sampling, most, n, adapter)
+
+
+def check_adapter_name(value: Any) -> str | None:
+    """The value, which is text or None, or else a UserError says so."""
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"adapter {value!r:.80} is no text; give the name of one.")
+    return value
 
 
 def _sampling(given: dict[str, Any], default: Sampling) -> Sampling | None:
@@ -234,6 +244,7 @@ KEYS = (
     *_FIELDS,
     *_READERS,
     "n",
+    "adapter",
     "logprobs",
     "top_logprobs",
     "response_format",

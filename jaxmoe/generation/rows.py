@@ -22,6 +22,7 @@ class Row:
         fresh: whether the cache still has to be emptied for it.
         users: rows that go on from this one.
         pages: that it has reserved, by kind of cache.
+        adapter: the number of the adapter that its tokens go through; 0 for none.
     """
 
     tokens: tuple[int, ...]
@@ -35,6 +36,7 @@ class Row:
     fresh: bool = True
     users: int = 0
     pages: tuple[int, ...] = ()
+    adapter: int = 0
 
     @property
     def pending(self) -> int:

@@ -40,6 +40,7 @@ from jaxmoe.generation.document_identity import check_same, model_identity, text
 from jaxmoe.generation.features import with_pictures
 from jaxmoe.images.picture import Picture
 from jaxmoe.mesh import current_mesh
+from jaxmoe.model.adapters import one_adapter
 from jaxmoe.model.kv_cache import (
     PAGE,
     Cache,
@@ -93,6 +94,7 @@ def read_document(
     interval: int = INTERVAL,
     pictures: Sequence[Picture] = (),
     stop: Callable[[], bool] = lambda: False,
+    adapter: str | None = None,
 ) -> Iterator[int]:
     """Reads a text on the current mesh and saves what `load_document` needs to go on from it.
 
@@ -108,6 +110,8 @@ def read_document(
         pictures: those whose features the image tokens of the text stand for, in order.
         stop: asked once after each chunk whether to end early, saving what ends a whole chunk of
             local attention; on several processes it says the same on all.
+        adapter: what `jaxmoe.checkpoint.peft.adapter_digest` says of the adapter of `params`, by
+            which requests with the same one are told from others before a model is loaded.
 
     Yields:
         The number of tokens read, after each chunk; of a run that goes on, first what was saved.
@@ -121,6 +125,7 @@ def read_document(
     unit = math.lcm(PAGE, config.attention_chunk_size or 1)
     interval = -(-interval // unit) * unit
     identity = model_identity(config, params, kv) | text_identity(tokens, pictures, params)
+    identity |= {} if adapter is None else {"adapter": adapter}
     if is_finished(output) and open_finished(Path(output), KEY, REMEDY).metadata == identity:
         yield len(tokens)
         return
@@ -156,6 +161,11 @@ def document_length(path: str | Path) -> int:
     return _length(open_finished(Path(path), KEY, REMEDY))
 
 
+def document_adapter(path: str | Path) -> str | None:
+    """The digest of a saved document's adapter, or None; errors are those of `document_length`."""
+    return open_finished(Path(path), KEY, REMEDY).metadata.get("adapter")
+
+
 def load_document(
     path: str | Path,
     config: Llama4Config,
@@ -164,6 +174,7 @@ def load_document(
     progress: store.Progress = store.no_progress,
     *,
     rows: int = 1,
+    adapter: str | None = None,
 ) -> Document:
     """A saved document on the current mesh, which may be another than it was read on.
 
@@ -172,17 +183,21 @@ def load_document(
         room: tokens of a question and its answer, at most; cut to the model's context.
         progress: called after every array.
         rows: how many questions of that size there is room for at once.
+        adapter: the name of that of the questions, if the model has several.
 
     Raises:
-        UserError: if it is unfinished or damaged, or was read by another model or in another dtype.
+        UserError: if it is unfinished or damaged, or was read by another model, with another
+            adapter or in another dtype.
     """
     found = open_finished(Path(path), KEY, REMEDY)
     kv, length = found.field("kv", str), _length(found)
-    check_same(found.metadata, model_identity(config, params, kv), f"{path} was read")
+    own = one_adapter(params, adapter)
+    check_same(found.metadata, model_identity(config, own, kv), f"{path} was read")
     check_length(config, length)
     room = min(room, config.max_position_embeddings - length)
     room = rows * room + (rows - 1) * PAGE * slot_shards()  # each may begin within a page
-    return _restore(config, kv, found.open_array, length, room, rings=True, progress=progress)
+    read = _restore(config, kv, found.open_array, length, room, rings=True, progress=progress)
+    return read._replace(adapter=adapter)
 
 
 def _length(found: Finished) -> int:

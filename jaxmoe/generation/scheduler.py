@@ -21,6 +21,7 @@ from jaxmoe.generation.batches import Batch, Sizes, make_batch
 from jaxmoe.generation.prefixes import Prefix
 from jaxmoe.generation.request import Request
 from jaxmoe.generation.rows import FreePages, Row
+from jaxmoe.model.adapters import adapter_number
 
 LOOKAHEAD = 256  # requests that wait for their prefix to be read and let later requests pass
 
@@ -74,6 +75,7 @@ class Scheduler:
         *,
         padding: int,
         after: int = 0,
+        adapters: Sequence[str] = (),
     ):
         """Begins with all rows free.
 
@@ -84,6 +86,7 @@ class Scheduler:
             padding: the token that fills steps up.
             after: tokens of a document that every request comes after; the last row of each group
                 has them.
+            adapters: the names of those that requests choose.
         """
         self.waiting: collections.deque[tuple[Request, Prefix | None]] = collections.deque()
         self._groups = [
@@ -92,6 +95,7 @@ class Scheduler:
         ]
         self._requests, self._after = rows, after
         self._sizes, self._padding = sizes, padding
+        self._adapters = adapters
         self._forks: list[Fork] = []
         self._entered = 0
         for group in self._groups if after else ():
@@ -250,7 +254,10 @@ class Scheduler:
         i = group.rows.index(None, begin, end)
         waits = bool(request and request.sampling and request.sampling.grammar)
         self._entered += 1
-        row = Row(tokens, request, parent, shared, turn=self._entered, waits=waits, pages=pages)
+        whose = request or prefix
+        adapter = adapter_number(self._adapters, whose.adapter if whose else None)
+        about = {"turn": self._entered, "waits": waits, "pages": pages, "adapter": adapter}
+        row = Row(tokens, request, parent, shared, **about)
         group.rows[i] = row
         if prefix and not request:
             group.held[prefix] = i

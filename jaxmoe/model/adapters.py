@@ -3,7 +3,7 @@
 The experts' `gate` and `up` are one matrix in PEFT's files, so their adapters share `a`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import check_divides, param_spec, sharding
-from jaxmoe.model.lora import LoraMatrix, merged_matrix
+from jaxmoe.model.lora import LoraMatrix, LoraSet, is_lora, merged_matrix
 from jaxmoe.model.param_spec import ParamSpec
 from jaxmoe.model.params import named_params, named_specs, unflatten_params
 from pallas_kernels.quantized import QuantizedMatrix
@@ -30,6 +30,24 @@ class Adapter(NamedTuple):
     a: Any
     b: Any
     scale: float
+
+    def beside(self, w: Any) -> LoraMatrix:
+        """The parameter `w` with the adapter."""
+        return LoraMatrix(w, *self)
+
+
+class Adapters(NamedTuple):
+    """Several adapters as a `LoraSet` holds them; see there."""
+
+    a: Any
+    b: Any
+    names: tuple[str, ...]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+
+    def beside(self, w: Any) -> LoraSet:
+        """The parameter `w` with the adapters."""
+        return LoraSet(w, *self)
 
 
 def adaptable(config: Llama4Config) -> dict[str, ParamSpec]:
@@ -94,11 +112,57 @@ def init_adapters(abstract: Mapping[str, tuple[Any, Any]], key: jax.Array) -> di
     return jax.jit(init, out_shardings=places)()
 
 
-def with_adapters(config: Llama4Config, params: dict, adapters: Mapping[str, Adapter]) -> dict:
+def with_adapters(
+    config: Llama4Config, params: dict, adapters: Mapping[str, Adapter | Adapters]
+) -> dict:
     """The parameters with adapters beside some of them, by dotted name."""
     named = named_params(config, params).items()
-    added = [LoraMatrix(w, *adapters[name]) if name in adapters else w for name, (_, w) in named]
+    added = [adapters[name].beside(w) if name in adapters else w for name, (_, w) in named]
     return unflatten_params(config, added)
+
+
+def adapter_names(params: dict) -> tuple[str, ...]:
+    """The names of the adapters that a request can choose; none if the model has no `LoraSet`."""
+    found = (w for w in jax.tree.leaves(params, is_leaf=is_lora) if isinstance(w, LoraSet))
+    return next((w.names for w in found), ())
+
+
+def one_adapter(params: dict, name: str | None) -> dict:
+    """The parameters with the adapter of that name alone, or with none of several.
+
+    Raises:
+        UserError: if there are named adapters, and none of that name.
+    """
+    names = adapter_names(params)
+    if name is None and not names:
+        return params
+    number = adapter_number(names, name)
+
+    def of_one(w: Any) -> Any:
+        if not isinstance(w, LoraSet):
+            return w
+        if not number or not w.ranks[number - 1]:
+            return w.base
+        start, rank = sum(w.ranks[: number - 1]), w.ranks[number - 1]
+        own = slice(start, start + rank)
+        a = None if w.a is None else w.a[..., own]
+        return LoraMatrix(w.base, a, w.b[..., own, :], w.scales[number - 1])
+
+    return jax.tree.map(of_one, params, is_leaf=is_lora)
+
+
+def adapter_number(names: Sequence[str], name: str | None) -> int:
+    """What the adapter of a name is in the index of a `LoraSet`.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if name is None:
+        return 0
+    if name not in names:
+        known = f"there are {', '.join(names):.200}" if names else "the model has none by name"
+        raise UserError(f"there is no adapter {name!r:.80}; {known}.")
+    return 1 + list(names).index(name)
 
 
 def merge_adapters(config: Llama4Config, params: dict, *, requantize: bool = False) -> dict:
@@ -111,8 +175,11 @@ def merge_adapters(config: Llama4Config, params: dict, *, requantize: bool = Fal
             8 or 4 bits.
 
     Raises:
-        UserError: if a matrix is quantized and is not to be so again.
+        UserError: if a matrix is quantized and is not to be so again, or there are several
+            adapters: `one_adapter` leaves one.
     """
+    if names := adapter_names(params):
+        raise UserError(f"the model has the adapters {', '.join(names):.200}; merge one of them.")
     named = {name: w for name, (_, w) in named_params(config, params).items()}
 
     def merged(name: str, w: Any) -> Any:

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import Llama4Config, RopeScaling
-from jaxmoe.model.lora import LoraMatrix, lora_delta
+from jaxmoe.model.lora import Lora, has_delta, lora_delta
 from jaxmoe.model.quantized import quantized_linear
 from pallas_kernels.attention import Mask
 from pallas_kernels.quantized import QuantizedMatrix
 
-Matrix = Float[Array, "..."] | QuantizedMatrix | LoraMatrix
+Matrix = Float[Array, "..."] | QuantizedMatrix | Lora
 
 
 def linear(
@@ -36,9 +36,9 @@ def product(
     subscripts: str, x: Float[Array, "..."], w: Matrix, head_dim: int | None = None
 ) -> Float[Array, "..."]:
     """What `linear` rounds, in float32; of a quantized matrix it is rounded already."""
-    if isinstance(w, LoraMatrix):
+    if isinstance(w, Lora):
         base = product(subscripts, x, w.base, head_dim)
-        return base + lora_delta(subscripts, x, w, head_dim)
+        return base + lora_delta(subscripts, x, w, head_dim) if has_delta(w) else base
     if isinstance(w, QuantizedMatrix):
         return quantized_linear(subscripts, x, w, head_dim).astype(jnp.float32)
     return jnp.einsum(

@@ -12,13 +12,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxmoe import mesh as meshes
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.kernels import FASTEST, Kernels
 from jaxmoe.model.layers import linear, swiglu
-from jaxmoe.model.lora import LoraMatrix, base_of, experts_gated, experts_matmul
+from jaxmoe.model.lora import (
+    Lora,
+    base_of,
+    experts_gated,
+    experts_matmul,
+    index_of,
+    with_index,
+)
 from jaxmoe.model.params import map_arrays, moe_specs
 from pallas_kernels.experts import (
     combine,
@@ -67,7 +74,7 @@ class RouterStats(NamedTuple):
 
 def route(
     config: Llama4Config,
-    router: Float[Array, "D E"] | LoraMatrix,
+    router: Float[Array, "D E"] | Lora,
     x: Float[Array, "B S D"],
     real: Bool[Array, "B S"],
     choose: Callable[..., Routing] | None = None,
@@ -157,6 +164,8 @@ def spread_over_mesh(
     """
     mesh = meshes.current_mesh()
     tokens = (x, routing.expert, routing.router_weight)
+    if (index := index_of(p)) is not None:  # of the tokens' adapters, which travel with them
+        p, tokens = with_index(p, None), (*tokens, index[..., None])
     options = {"kernels": kernels, "weigh_output": weigh_output}
     run = functools.partial(_run_counted, config.num_local_experts, **options)
     if mesh is None:
@@ -173,7 +182,7 @@ def spread_over_mesh(
         return lax.psum(out, meshes.RULES["ffn"]), lax.psum(reached, tuple(sorted(counted_over)))
 
     out_specs = (token_spec, PartitionSpec())
-    return meshes.per_device(body, (p_spec,) + 3 * (token_spec,), out_specs)(p, *tokens)
+    return meshes.per_device(body, (p_spec,) + len(tokens) * (token_spec,), out_specs)(p, *tokens)
 
 
 def expert_exchange(mesh, shape: tuple[int, ...]) -> str:
@@ -211,17 +220,19 @@ def _all_gather(run: Callable, p: dict, *tokens):
     return lax.psum_scatter(out, experts, scatter_dimension=0, tiled=True), reached
 
 
-def _all_to_all(run: Callable, p: dict, x, expert, weight):
-    """A token is sent once for each of its experts, with its expert and weight as two numbers."""
+def _all_to_all(run: Callable, p: dict, x, expert, weight, *adapter):
+    """A token is sent once for each of its experts, with expert, weight and adapter as numbers."""
     axis, here, D = meshes.RULES["expert"], p["down"].shape[0], x.shape[-1]
     items = jnp.broadcast_to(x[:, :, None], (*expert.shape, D)).reshape(-1, D)
     plan = plan_exchange(expert.reshape(-1) // here, axis)
-    about = jnp.stack([expert + 1, weight.astype(jnp.float32)], -1).reshape(-1, 2)
+    numbers = (expert + 1, weight, *(jnp.broadcast_to(z, expert.shape) for z in adapter))
+    about = jnp.stack([z.astype(jnp.float32) for z in numbers], -1).reshape(-1, len(numbers))
     about = send(plan, about, axis)  # expert 0: no row came
     came = about[:, 0] > 0
     no_expert = lax.axis_size(axis) * here
     expert_here = jnp.where(came, about[:, 0].astype(jnp.int32) - 1, no_expert)
-    tokens = (send(plan, items, axis)[None], expert_here[None, :, None], about[None, :, 1:])
+    tokens = (send(plan, items, axis)[None], expert_here[None, :, None], about[None, :, 1:2])
+    tokens += (about[None, :, 2:],) if adapter else ()
     out, reached = run(_first_expert(p), p, *tokens)
     return send_back(plan, out[0], axis).reshape(*expert.shape, D).sum(2), reached
 
@@ -231,10 +242,10 @@ def _first_expert(p: dict) -> jax.Array:
     return lax.axis_index(meshes.RULES["expert"]) * p["down"].shape[0]
 
 
-def _run_counted(num_experts: int, first: int | jax.Array, p: dict, x, expert, weight, **options):
+def _run_counted(num_experts: int, first: int | jax.Array, p: dict, x, expert, *rest, **options):
     """`run_experts`, and how many of the assignments were for the experts here."""
     here = (expert >= first) & (expert < first + p["down"].shape[0])
-    return run_experts(num_experts, first, p, x, expert, weight, **options), jnp.sum(here)
+    return run_experts(num_experts, first, p, x, expert, *rest, **options), jnp.sum(here)
 
 
 def run_experts(
@@ -244,6 +255,7 @@ def run_experts(
     x: Float[Array, "B S D"],
     expert: Int[Array, "B S k"],
     weight: Float[Array, "B S k"],
+    adapter: Shaped[Array, "B S 1"] | None = None,
     kernels: Kernels = FASTEST,
     weigh_output: bool = False,
 ) -> Float[Array, "B S D"]:
@@ -252,6 +264,7 @@ def run_experts(
     Args:
         num_experts: how many there are on all devices together.
         expert: each token's experts, counted over all devices.
+        adapter: each token's adapter of a `LoraSet`.
         weigh_output: as for `moe`.
     """
     here = p["down"].shape[0]
@@ -265,7 +278,11 @@ def run_experts(
     products = {"implementation": kernels.experts, "interpret": kernels.interpret}
     rows = dispatch(plan, items, **moves)
     of_scores = "xla" if kernels.dispatch else None  # other kernels serve no columns
-    scale = dispatch(plan, weight.reshape(-1, 1), implementation=of_scores)[:, 0]
+    column = functools.partial(dispatch, plan, implementation=of_scores)
+    scale = column(weight.reshape(-1, 1))[:, 0]
+    if adapter is not None:
+        index = jnp.broadcast_to(adapter, expert.shape).reshape(-1, 1).astype(jnp.float32)
+        p = with_index(p, column(index)[:, 0].astype(jnp.int32))
     matrices = p["gate"], p["up"], plan.group_of_block, None if weigh_output else scale
     hidden = experts_gated(rows, *matrices, **products)
     out = experts_matmul(hidden, p["down"], plan.group_of_block, **products)

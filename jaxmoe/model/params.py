@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import PADDED, check_divides, padded_shape, param_spec, sharding
-from jaxmoe.model.lora import LoraMatrix, lora_axes
+from jaxmoe.model.lora import Lora, lora_axes
 from jaxmoe.model.param_spec import ParamSpec, SpecTree, is_spec
 from jaxmoe.model.quantized import matrix_axes
 from jaxmoe.model.vision_params import vision_specs
@@ -129,7 +129,7 @@ def init_params(config: Llama4Config, key: jax.Array, dtype=jnp.float32):
 
 def stored_axes(spec: ParamSpec, w):
     """The logical axes of each array that stores a parameter, in a tree like `w`."""
-    if isinstance(w, LoraMatrix):
+    if isinstance(w, Lora):
         return lora_axes(w, stored_axes(spec, w.base), spec.matrix_axes)
     return matrix_axes(w, *spec.matrix_axes) if isinstance(w, QuantizedMatrix) else spec.axes
 
@@ -150,7 +150,7 @@ def quantize_params(config: Llama4Config, params: dict, format: str) -> dict:
     """
 
     def stored(spec: ParamSpec, w) -> Any:
-        if isinstance(w, LoraMatrix):
+        if isinstance(w, Lora):
             return dataclasses.replace(w, base=stored(spec, w.base))
         if not spec.quantizable or isinstance(w, QuantizedMatrix):
             return w
@@ -205,7 +205,7 @@ def unpadded(config: Llama4Config, params: dict) -> dict:
     """The parameters without padding, whose dimension is then whole on every device."""
 
     def cut(spec: ParamSpec, w):
-        if isinstance(w, QuantizedMatrix | LoraMatrix) or w.shape == spec.shape:
+        if isinstance(w, QuantizedMatrix | Lora) or w.shape == spec.shape:
             return w
         axes = tuple(None if axis in PADDED else axis for axis in spec.axes)
         layout = sharding(w.sharding.mesh, param_spec(axes))

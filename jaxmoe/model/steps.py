@@ -21,6 +21,7 @@ from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.model import transformer
 from jaxmoe.model.kv_cache import Cache, restart_rows
+from jaxmoe.model.lora import with_index
 from jaxmoe.model.packing import Packing
 from jaxmoe.model.transformer import unembed
 
@@ -59,6 +60,7 @@ def step(
     packing: Packing | None = None,
     previous: Int[Array, "G R"] | None = None,
     features: Float[Array, "N D"] | None = None,
+    adapter: Int[Array, "B S"] | None = None,
     forward: Callable = transformer.forward,
 ) -> tuple[Any, Cache | None]:
     """Runs the decoder on new tokens, in one compiled program with what is read out of it.
@@ -77,6 +79,8 @@ def step(
         previous: the last token that the first rows of each group of the cache's rows have
             written; the one that `PREVIOUS` stands for among the new tokens.
         features: as for `forward`.
+        adapter: each token's, of the model's adapters (`jaxmoe.model.lora.LoraSet`) from 1 on; 0
+            for none.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
 
     Returns:
@@ -94,7 +98,8 @@ def step(
         options["packing"] = packing
         if previous is not None:
             tokens = _with_previous(tokens, packing.row, previous)
-    out = forward(config, params, tokens, positions, segment_ids, cache, **options)
+    own = params if adapter is None else with_index(params, adapter)
+    out = forward(config, own, tokens, positions, segment_ids, cache, **options)
     return readout(config, params, out.hidden, *arguments), out.cache
 
 

@@ -115,8 +115,8 @@ def test_a_key_is_a_setting(read, line, fields):
 
 
 def test_every_key_is_tried():
-    lengths = {"max_tokens", "max_completion_tokens", "max_new_tokens", "n"}
-    assert {key for line, _ in VALUES for key in line} == set(KEYS) - lengths
+    of_requests = {"max_tokens", "max_completion_tokens", "max_new_tokens", "n", "adapter"}
+    assert {key for line, _ in VALUES for key in line} == set(KEYS) - of_requests
 
 
 def test_a_line_without_settings_has_the_runs(read):

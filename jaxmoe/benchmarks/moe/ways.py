@@ -56,7 +56,7 @@ class Blocks:
 
     def routed(self, p, x, expert, weight):
         choices = expert[None, :, None], weight[None, :, None]
-        return run_experts(self.num_experts, 0, p, x[None], *choices, self._kernels)[0]
+        return run_experts(self.num_experts, 0, p, x[None], *choices, kernels=self._kernels)[0]
 
     def layer(self, weights, x, real):
         config = dataclasses.replace(SCOUT, num_local_experts=self.num_experts)

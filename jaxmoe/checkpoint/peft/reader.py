@@ -32,7 +32,7 @@ from jaxmoe.model.adapters import Adapter, abstract_adapters, with_adapters
 TENSORS = "adapter_model.safetensors"
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """One target's adapter in a file: the names of A and B, its rank and scale."""
 
     target: Target
@@ -53,7 +53,7 @@ class PeftAdapter:
     """
 
     folder: Path
-    found: tuple[_Found, ...]
+    found: tuple[Found, ...]
     layout: ExpertLayout
     _files: SafetensorsFolder
     _config: Llama4Config
@@ -63,7 +63,7 @@ class PeftAdapter:
         """The rank of each adapted parameter, by dotted name."""
         return {param: one.rank for one in self.found for param in one.target.params}
 
-    def factors(self, one: _Found) -> Factors:
+    def factors(self, one: Found) -> Factors:
         """Reads one target's a [..., in, r] and b [..., r, out].
 
         Raises:
@@ -97,14 +97,15 @@ class PeftAdapter:
             parts = np.split(b, len(one.target.params), axis=-1)
             for param, part in zip(one.target.params, parts, strict=True):
                 of_a, of_b = abstract[param]
-                placed = None if of_a is None else _placed(a, of_a)
-                added[param] = Adapter(placed, _placed(part, of_b), one.scale)
+                placed = None if of_a is None else place(a, of_a)
+                added[param] = Adapter(placed, place(part, of_b), one.scale)
         return with_adapters(self._config, params, added)
 
 
-def _placed(x: np.ndarray, place: jax.ShapeDtypeStruct) -> jax.Array:
-    cast = x.astype(place.dtype)
-    return jax.make_array_from_callback(place.shape, place.sharding, lambda index: cast[index])
+def place(x: np.ndarray, where: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array in the dtype and sharding of `where`, which has its shape."""
+    cast = x.astype(where.dtype)
+    return jax.make_array_from_callback(where.shape, where.sharding, lambda index: cast[index])
 
 
 def read_adapter(
@@ -199,7 +200,7 @@ def _key(folder: Path, module: str, modules: Iterable[str], settings: Settings) 
 
 def _found(
     folder: Path, files: SafetensorsFolder, target: Target, module: str, key: str, settings
-) -> _Found:
+) -> Found:
     """What a module adapts, its shapes checked.
 
     Raises:
@@ -217,7 +218,7 @@ def _found(
             "of another model?"
         )
     rank = a_shape[0] // (target.experts or 1)
-    return _Found(target, A, B, rank, settings.scale(key, rank))
+    return Found(target, A, B, rank, settings.scale(key, rank))
 
 
 def _layout(folder: Path, files: SafetensorsFolder, found, settings: Settings) -> ExpertLayout:
