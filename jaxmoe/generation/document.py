@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.model.adapters import one_adapter
 from jaxmoe.model.kv_cache import (
     PAGE,
     Cache,
@@ -45,19 +46,26 @@ class Document(NamedTuple):
         return capacity_of(self.cache) - page - self.length
 
 
-def new_document(config: Llama4Config, params: dict, capacity: int, kv: str | None = None):
+def new_document(
+    config: Llama4Config,
+    params: dict,
+    capacity: int,
+    kv: str | None = None,
+    adapter: str | None = None,
+) -> Document:
     """An empty document.
 
     Args:
         capacity: how many tokens the text and all questions that are asked at once have together,
             with their answers.
         kv: how keys and values are stored; default: as parameters.
+        adapter: the name of the one to read with, of several; None for none of them.
 
     Raises:
         UserError: for a capacity beyond the model's context, or an unknown `kv`.
     """
     check_length(config, capacity)
-    return Document(init_document(config, capacity, kv or params["embed"].dtype), 0)
+    return Document(init_document(config, capacity, kv or params["embed"].dtype), 0, adapter)
 
 
 def init_document(config: Llama4Config, capacity: int, dtype) -> Cache:
@@ -98,9 +106,12 @@ def read(
 
     Yields:
         The document after each chunk.
+
+    Raises:
+        UserError: if the model has no adapter of the document's name.
     """
-    row = np.asarray(tokens, np.int32)[None]
+    row, own = np.asarray(tokens, np.int32)[None], one_adapter(params, document.adapter)
     size = {"chunk": prefill_chunk, "start": document.length, "boundary": boundary}
-    for done, _, cache in prefill(config, params, row, document.cache, place=place, **size):
+    for done, _, cache in prefill(config, own, row, document.cache, place=place, **size):
         assert cache is not None
         yield document._replace(cache=cache, length=done)

@@ -46,7 +46,7 @@ from jaxmoe.generation.scheduler import Scheduler
 from jaxmoe.generation.vocab_logprobs import Logprobs, prompt_logprobs
 from jaxmoe.mesh import on_all_devices
 from jaxmoe.model import transformer
-from jaxmoe.model.adapters import adapter_names
+from jaxmoe.model.adapters import adapter_names, one_adapter
 from jaxmoe.model.kv_cache import fork_row
 from jaxmoe.model.steps import step
 from jaxmoe.model.transformer import unembed
@@ -178,7 +178,7 @@ class Engine:
 
         Arguments are as for `generate`.
         """
-        self._config, self._params = config, params
+        self._config = config
         self._stop_ids = tuple(config.eos_token_ids if stop_ids is None else stop_ids)
         self._tokenizer, self._forward = tokenizer, forward
         self._references: References | None = None
@@ -196,7 +196,8 @@ class Engine:
         for request in requests:
             check_adapter(request, names)
             check_same_adapter(request, document is None or request.adapter == document.adapter)
-        self._chooses = bool(names)
+        self._chooses = any(request.adapter for request in requests)
+        self._params = params if self._chooses else one_adapter(params, None)
         after = 0 if document is None else document.length
         prefixes = _shared(requests)
         if document is not None:  # a large cache, beside which no ring is had in vain

@@ -124,6 +124,7 @@ def read_document(
     check_length(config, len(tokens))
     unit = math.lcm(PAGE, config.attention_chunk_size or 1)
     interval = -(-interval // unit) * unit
+    params = one_adapter(params, None)  # of several, none
     identity = model_identity(config, params, kv) | text_identity(tokens, pictures, params)
     identity |= {} if adapter is None else {"adapter": adapter}
     if is_finished(output) and open_finished(Path(output), KEY, REMEDY).metadata == identity:

@@ -24,10 +24,10 @@ from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.peft import adapter_digest, write_adapter
 from jaxmoe.cli import devices
 from jaxmoe.cli import generate as generate_command
-from jaxmoe.generation.document import new_document
+from jaxmoe.generation.document import new_document, read
 from jaxmoe.generation.prefixes import find_prefixes
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.model import adapters
+from jaxmoe.model import adapters, moe
 from jaxmoe.model.lora import is_lora
 from jaxmoe.model.params import quantize_params
 from pallas_kernels.quantized import QuantizedMatrix, dequantize_matrix
@@ -126,13 +126,27 @@ def test_a_batch_of_several_adapters(model, params, requests, expected):
     check(answers(model.config, params, requests), expected)
 
 
+def test_a_batch_without_adapters_runs_on_the_base_alone(model, params, requests):
+    """No products for adapters, and fused steps, which take none."""
+
+    class Seen(Exception):
+        pass
+
+    def forward(config, params, *arguments, **options):
+        raise Seen(any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora))))
+
+    for chosen, expected in ((requests[3:4], False), (requests[2:4], True)):
+        with pytest.raises(Seen, match=str(expected)):
+            answers(model.config, params, chosen, forward=forward)
+
+
 @pytest.mark.parametrize("spec", ["data=2,expert=2,tensor=2"])
-def test_a_batch_on_a_mesh(model, folders, requests, expected, spec):
+def test_a_batch_on_a_mesh(model, folders, requests, expected, spec, monkeypatch):
     """Prompts' tokens are sent to their experts, and single tokens are gathered."""
+    monkeypatch.setattr(moe, "FEW_TOKENS", 8)
     mesh = MeshConfig.parse(spec).make()
     _, params = store.load(model.checkpoint, mesh, adapters=folders)
-    sizes = {"rows": 8, "step_tokens": 128}
-    check(answers(model.config, params, requests, mesh, **sizes), expected)
+    check(answers(model.config, params, requests, mesh, rows=8), expected)
 
 
 def test_a_batch_over_a_quantized_base(model, params, requests):
@@ -192,9 +206,12 @@ def test_the_adapter_of_a_document_is_that_of_its_requests(
     with pytest.raises(UserError, match="was read with a model of other weights"):
         of_others.generate([tail], **asked, adapter="attention")
     with jax.set_mesh(llm.mesh):
-        empty = new_document(llm.config, llm.params, 200)._replace(adapter="all")
+        empty = new_document(llm.config, llm.params, 200, adapter="all")
         with pytest.raises(UserError, match="request '1' has the adapter 'attention'"):
             generate(llm.config, llm.params, [requests[1]], GREEDY, document=empty)
+        *_, document = read(llm.config, llm.params, empty, text)
+    asked = [dataclasses.replace(requests[0], tokens=tuple(tail))]
+    check(answers(llm.config, llm.params, asked, document=document), {"0": expected["0"]})
 
 
 def test_a_model_alone_has_its_adapter_and_a_batch_of_names_none(model, folders, params):
