@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
+from jaxmoe.generation.request import Request, check_adapter, check_same_adapter
 from jaxmoe.model.adapters import one_adapter
 from jaxmoe.model.kv_cache import (
     PAGE,
@@ -66,6 +67,18 @@ def new_document(
     """
     check_length(config, capacity)
     return Document(init_document(config, capacity, kv or params["embed"].dtype), 0, adapter)
+
+
+def check_adapters(
+    requests: Sequence[Request], names: Sequence[str], document: Document | None
+) -> None:
+    """Raises a UserError unless each request's adapter is one of the names, or none.
+
+    After a document it has to be the document's.
+    """
+    for request in requests:
+        check_adapter(request, names)
+        check_same_adapter(request, document is None or request.adapter == document.adapter)
 
 
 def init_document(config: Llama4Config, capacity: int, dtype) -> Cache:

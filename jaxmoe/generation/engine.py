@@ -25,20 +25,12 @@ from jaxmoe.generation.choices import (
 )
 from jaxmoe.generation.completion import Completion, CompletionToken
 from jaxmoe.generation.counts import new_counts, start_counts
-from jaxmoe.generation.document import Document
+from jaxmoe.generation.document import Document, check_adapters
 from jaxmoe.generation.features import FeatureTable, References, without_references
 from jaxmoe.generation.grammar import GrammarCompiler
 from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, layout_of, new_cache, widen
 from jaxmoe.generation.prefixes import Prefix, find_prefixes
-from jaxmoe.generation.request import (
-    ERROR,
-    Request,
-    Token,
-    check_adapter,
-    check_room,
-    check_same_adapter,
-    fit_context,
-)
+from jaxmoe.generation.request import ERROR, Request, Token, check_room, fit_context
 from jaxmoe.generation.rows import Row
 from jaxmoe.generation.sampler import Chosen
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
@@ -193,9 +185,7 @@ class Engine:
         for request in own:
             self._completion(request)  # refuses what cannot be served, before anything runs
         names = adapter_names(params)
-        for request in requests:
-            check_adapter(request, names)
-            check_same_adapter(request, document is None or request.adapter == document.adapter)
+        check_adapters(requests, names, document)
         self._chooses = any(request.adapter for request in requests)
         self._params = params if self._chooses else one_adapter(params, None)
         after = 0 if document is None else document.length
