@@ -77,14 +77,15 @@ def _kept(work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind) -> 
     """Bytes that a layer keeps for its backward pass, by the run's remat policy."""
     config, policy = work.config, _policy(work)
     stream, heads = _stream(work, share), _heads(work, share)
+    kept = share.between * config.hidden_size * BF16
     if policy == "full":
-        return stream
+        return kept
     if policy == "attention":
-        return stream + heads + share.tokens * share.heads * FP32
+        return kept + heads + share.tokens * share.heads * FP32
     keys = 2 * share.tokens * share.kv_heads * config.head_dim * BF16
     width = share.tokens * _width(work, mesh, kind) * BF16
     products = 2 * (heads + keys + 2 * stream + 2 * width)  # float32
-    return stream + products
+    return kept + products
 
 
 def _policy(work: Work) -> str:
