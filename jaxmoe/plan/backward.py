@@ -14,6 +14,7 @@ import dataclasses
 from jaxmoe.config import LayerKind
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.share import DeviceShare, device_share
+from jaxmoe.plan.targets import Target
 from jaxmoe.plan.temporaries import (
     BF16,
     FP32,
@@ -30,6 +31,7 @@ HELD, HELD_OF_HEADS = 4, 4  # arrays [T, D] and [T, H d] that are held through a
 # Arrays [R, F] and [R, D] of the experts; what their matrices' gradients need is kept until then.
 OF_EXPERTS = {"train": (6, 2), "lora": (5, 1)}
 OF_SWIGLU = {"train": 6, "lora": 8}  # arrays [T, F]; beside adapters two of them are float32
+OF_SWIGLU_ON_TPUS = 6  # which fuse these with what reads them
 SUMMED = 8  # arrays [T, D] while gradients are summed over `tensor`, two of them float32
 
 
@@ -48,12 +50,19 @@ class Temporaries:
     phase: int
 
 
-def training_temporaries(work: Work, mesh: MeshConfig) -> Temporaries:
-    """The temporaries of a step of the work's run."""
-    share = device_share(work, mesh)
+def training_temporaries(work: Work, mesh: MeshConfig, target: Target | None = None) -> Temporaries:
+    """The temporaries of a step of the work's run.
+
+    Args:
+        target: what the devices are; None for H100s.
+    """
+    share, tpu = device_share(work, mesh), target is not None and target.is_tpu
     kinds = work.config.layers
-    phases = [_loss(work, mesh, share), gathered(work, mesh, module_of) + 3 * _stream(work, share)]
-    phases += [_layer(work, mesh, share, kind) for kind in dict.fromkeys(kinds)]
+    twice = () if tpu else ("gate", "up")  # TPUs gather matrices in the order of their axes
+    gathering = gathered(work, mesh, module_of, twice) + 3 * _stream(work, share)
+    swiglu = OF_SWIGLU_ON_TPUS if tpu else OF_SWIGLU[work.task]
+    phases = [_loss(work, mesh, share), gathering]
+    phases += [_layer(work, mesh, share, kind, swiglu) for kind in dict.fromkeys(kinds)]
     return Temporaries(
         gradients=_gradients(work, state_of(work), mesh),
         activations=sum(_kept(work, mesh, share, kind) for kind in kinds),
@@ -76,8 +85,7 @@ def _gradients(work: Work, state: State, mesh: MeshConfig) -> int:
 def _kept(work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind) -> int:
     """Bytes that a layer keeps for its backward pass, by the run's remat policy."""
     config, policy = work.config, _policy(work)
-    stream, heads = _stream(work, share), _heads(work, share)
-    kept = share.between * config.hidden_size * BF16
+    stream, heads, kept = _stream(work, share), _heads(work, share), _between(work, share)
     if policy == "full":
         return kept
     if policy == "attention":
@@ -93,17 +101,25 @@ def _policy(work: Work) -> str:
     return {True: "full", False: "none"}.get(remat, remat)  # pyrefly: ignore  # a key of any type
 
 
-def _layer(work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind) -> int:
-    """Bytes of the backward pass of one layer, with its weights after gathering."""
-    stream, heads = _stream(work, share), _heads(work, share)
+def _layer(
+    work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind, of_swiglu: int
+) -> int:
+    """Bytes of the backward pass of one layer, with its weights after gathering.
+
+    Args:
+        of_swiglu: arrays [T, F] of a SwiGLU.
+    """
+    stream, heads, between = _stream(work, share), _heads(work, share), _between(work, share)
     width = share.tokens * _width(work, mesh, kind) * BF16
-    held = HELD * stream + HELD_OF_HEADS * heads
+    held = HELD * between + HELD_OF_HEADS * heads
     if share.length < work.tokens:  # keys and values of all tokens are gathered
         held += 2 * share.rows * work.tokens * share.kv_heads * work.config.head_dim * BF16
     rows = _rows(work, mesh, share) if kind.feed_forward == "moe" else 0
     of_embed = rows * work.config.hidden_size * BF16
-    phases = [2 * of_embed + OF_SWIGLU[work.task] * width]
-    if mesh.tensor > 1:
+    phases = [2 * of_embed + of_swiglu * width]
+    if between < stream:  # of what is summed, devices keep parts: experts' rows, then a gradient
+        phases += [2 * of_embed + 3 * stream, of_embed + 2 * stream + 6 * width + 3 * between]
+    elif mesh.tensor > 1:
         phases.append(SUMMED * stream + 3 * width)
     if rows:
         of_width = rows * work.config.intermediate_size // mesh.tensor * BF16
@@ -130,6 +146,12 @@ def _rows(work: Work, mesh: MeshConfig, share: DeviceShare) -> int:
 def _stream(work: Work, share: DeviceShare) -> int:
     """Bytes of one activation [T, D]."""
     return share.tokens * work.config.hidden_size * BF16
+
+
+def _between(work: Work, share: DeviceShare) -> int:
+    """Bytes of what a device has of an activation [T, D] between two layers."""
+    tokens = share.tokens if _policy(work) == "none" else share.between
+    return tokens * work.config.hidden_size * BF16
 
 
 def _heads(work: Work, share: DeviceShare) -> int:

@@ -42,11 +42,18 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def memory(work: Work, mesh: MeshConfig) -> Memory:
-    """The memory that one step of the work takes on one device of the mesh."""
+def memory(work: Work, mesh: MeshConfig, target: Target | None = None) -> Memory:
+    """The memory that one step of the work takes on one device of the mesh.
+
+    Args:
+        work: the step.
+        mesh: the devices.
+        target: what they are; None for H100s, whose temporaries are also those of other targets,
+            except of TPUs in training.
+    """
     new = 3 * work.rows * work.tokens * INDEX
     if work.trains:
-        state, needs = state_of(work), training_temporaries(work, mesh)
+        state, needs = state_of(work), training_temporaries(work, mesh, target)
         return Memory(
             weights=nbytes(state.frozen, mesh) + nbytes(state.trained, mesh),
             optimizer=nbytes(state.optimizer, mesh),
@@ -66,7 +73,7 @@ def largest_context(work: Work, mesh: MeshConfig, target: Target) -> int:
     """The largest context of each row that fits, a multiple of `STEP`; 0 if `STEP` does not fit."""
     most = work.config.max_position_embeddings
     low, high = 1, -(-most // STEP)
-    first, last = (peak_at(work, mesh, min(most, steps * STEP)) for steps in (low, high))
+    first, last = (peak_at(work, mesh, target, min(most, steps * STEP)) for steps in (low, high))
     if last <= target.limit:
         return most
     if first > target.limit:
@@ -74,7 +81,7 @@ def largest_context(work: Work, mesh: MeshConfig, target: Target) -> int:
     while high - low > 1:  # interpolation search: memory is almost linear in the context
         guess = low + int((target.limit - first) / (last - first) * (high - low))
         guess = min(max(guess, low + 1), high - 1)
-        peak = peak_at(work, mesh, guess * STEP)
+        peak = peak_at(work, mesh, target, guess * STEP)
         if peak <= target.limit:
             low, first = guess, peak
         else:
@@ -82,6 +89,6 @@ def largest_context(work: Work, mesh: MeshConfig, target: Target) -> int:
     return low * STEP
 
 
-def peak_at(work: Work, mesh: MeshConfig, context: int) -> int:
+def peak_at(work: Work, mesh: MeshConfig, target: Target, context: int) -> int:
     """Peak bytes of the work with its context replaced by `context`."""
-    return memory(dataclasses.replace(work, context=context), mesh).peak
+    return memory(dataclasses.replace(work, context=context), mesh, target).peak

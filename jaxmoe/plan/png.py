@@ -38,7 +38,7 @@ def bars(plan: Plan) -> list[Bar]:
     contexts = sorted({max(1, most >> i) for i in range(BARS)} | {plan.work.context})
     mesh = plan.chosen.mesh
     works = [dataclasses.replace(plan.work, context=context) for context in contexts]
-    return [Bar(work.context, memory(work, mesh)) for work in works]
+    return [Bar(work.context, memory(work, mesh, plan.target)) for work in works]
 
 
 def draw(plan: Plan, path: str) -> None:
