@@ -29,12 +29,20 @@ def case(task: str, layers: int, target: str, mesh: str, rows: int, context: int
 
 
 CASES = [
+    case("lora", 48, "h100x8", "expert=8", 8, 8192),
+    case("lora", 48, "h100x1", "data=1", 1, 8192, weights="int4"),
+    case("lora", 48, "h100x8", "tensor=8", 1, 425984),
+    case("lora", 4, "h100x1", "data=1", 1, 8192, weights="int4"),
     case("lora", 4, "h100x8", "expert=8", 8, 8192),
     case("lora", 4, "h100x8", "fsdp=8", 8, 8192),
     case("lora", 2, "h100x8", "fsdp=8", 8, 32768),
     case("lora", 2, "h100x8", "sequence=8", 1, 262144),
     case("lora", 4, "h100x8", "sequence=2,tensor=4", 1, 65536),
+    case("lora", 2, "h100x8", "tensor=8", 1, 262144),
+    case("lora", 2, "h100x64", "sequence=8,tensor=8", 1, 2097152),
+    case("lora", 4, "v5p-16", "fsdp=8", 8, 8192),
     case("train", 4, "h100x8", "fsdp=8", 8, 8192),
+    case("train", 2, "h100x8", "fsdp=8", 8, 8192, accumulate=2),
     case("train", 4, "h100x8", "expert=8", 8, 8192),
 ]
 
@@ -60,7 +68,7 @@ def _key(case: dict) -> str:
 
 def formula(case: dict) -> dict[str, int]:
     """Bytes of a device by use, by the plan's formula."""
-    return dataclasses.asdict(memory(*_step(case)))
+    return dataclasses.asdict(memory(*_step(case), target_of(case)))
 
 
 def compiled(case: dict) -> dict[str, Any]:

@@ -84,9 +84,9 @@ def _gradients(work: Work, state: State, mesh: MeshConfig) -> int:
 
 def _kept(work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind) -> int:
     """Bytes that a layer keeps for its backward pass, by the run's remat policy."""
-    config, policy = work.config, _policy(work)
+    config, policy = work.config, work.training.remat
     stream, heads, kept = _stream(work, share), _heads(work, share), _between(work, share)
-    if policy == "full":
+    if policy in ("full", True):
         return kept
     if policy == "attention":
         return kept + heads + share.tokens * share.heads * FP32
@@ -94,11 +94,6 @@ def _kept(work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind) -> 
     width = share.tokens * _width(work, mesh, kind) * BF16
     products = 2 * (heads + keys + 2 * stream + 2 * width)  # float32
     return kept + products
-
-
-def _policy(work: Work) -> str:
-    remat = work.training.remat
-    return {True: "full", False: "none"}.get(remat, remat)  # pyrefly: ignore  # a key of any type
 
 
 def _layer(
@@ -150,8 +145,7 @@ def _stream(work: Work, share: DeviceShare) -> int:
 
 def _between(work: Work, share: DeviceShare) -> int:
     """Bytes of what a device has of an activation [T, D] between two layers."""
-    tokens = share.tokens if _policy(work) == "none" else share.between
-    return tokens * work.config.hidden_size * BF16
+    return share.between * work.config.hidden_size * BF16
 
 
 def _heads(work: Work, share: DeviceShare) -> int:

@@ -17,9 +17,9 @@ from jaxmoe.plan.vision import tower_flops, tower_reads, tower_sent
 from jaxmoe.plan.work import Work, cache_bytes, stored_params
 
 ACTIVATION = 2  # bytes of an element of activations, bfloat16
-# A training step runs the forward pass once, and again unless `remat` is none; the backward pass
-# has a product for each of the forward pass, and another where the matrix is trained.
-PASSES = {"train": 3, "lora": 2}
+# A training step with recomputed layers runs the forward pass twice; the backward pass has a product
+# for each of the forward pass, and another where the matrix is trained.
+PASSES = {"train": 4, "lora": 3}
 WEIGHT_READS = 3  # forward, recomputed and backward
 SUMMED_OVER = ("data", "sequence", "expert")  # axes of tokens; over `fsdp` gradients are scattered
 GRADIENT = 2  # bytes of an element of a gradient, which has the dtype of computation
@@ -88,14 +88,9 @@ def demand(work: Work, mesh: MeshConfig) -> Demand:
     return Demand(
         weights=weights,
         cache=0.0 if work.trains else float(cache_bytes(work, mesh)),
-        flops=flops * (_passes(work) if work.trains else 1),
+        flops=flops * PASSES.get(work.task, 1),
         sent=_sent(work, mesh, share),
     )
-
-
-def _passes(work: Work) -> int:
-    again = work.training.remat not in ("none", False)
-    return PASSES[work.task] + again
 
 
 def _weights_read(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:

@@ -122,10 +122,10 @@ def _check_run(run: TrainConfig, task: str) -> None:
     its_task = "train" if run.adapter is None else "lora"
     if task != its_task:
         raise UserError(f"the run is one of --task {its_task}; leave out --task {task}.")
-    known = run.dtype == "bfloat16" and run.preference is None
-    if not known:
+    recomputes = run.remat not in ("none", False)
+    if run.dtype != "bfloat16" or run.preference is not None or not recomputes:
         raise UserError(
-            "the formula knows runs with dtype bfloat16 and without 'preference'; use "
+            "the formula knows runs with dtype bfloat16, a 'remat' and no 'preference'; use "
             "jaxmoe train RUN.yaml --plan TARGET, which compiles any."
         )
 

@@ -143,6 +143,7 @@ def test_the_command_plans_a_run(monkeypatch, capsys, tmp_path):
     [
         (RUN, ["--task", "train"], "one of --task lora"),
         (RUN.replace("dtype: bfloat16", "dtype: float32"), [], "dtype bfloat16"),
+        (RUN.replace("remat: full", "remat: none"), [], "a 'remat'"),
         (RUN.replace("adapter: {rank: 4}\n", ""), ["--weights", "int4"], "not trained"),
     ],
 )
