@@ -34,6 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "length": ("sequence",),
     "residual": ("sequence", "tensor"),  # of a length, between layers that are recomputed
     "tiles": ("data", "fsdp", "expert", "sequence", "tensor"),  # of images; they need no exchange
+    "matrices": ("expert", "fsdp", "tensor"),  # of an expert each, while they are whole
     "slots": ("sequence",),
 }
 
