@@ -17,8 +17,8 @@ from jaxmoe.plan.vision import tower_flops, tower_reads, tower_sent
 from jaxmoe.plan.work import Work, cache_bytes, stored_params
 
 ACTIVATION = 2  # bytes of an element of activations, bfloat16
-# A training step with recomputed layers runs the forward pass twice; the backward pass has a product
-# for each of the forward pass, and another where the matrix is trained.
+# A training step with recomputed layers runs the forward pass twice. The backward pass has a
+# product for each of the forward pass, and another where the matrix is trained.
 PASSES = {"train": 4, "lora": 3}
 WEIGHT_READS = 3  # forward, recomputed and backward
 SUMMED_OVER = ("data", "sequence", "expert")  # axes of tokens; over `fsdp` gradients are scattered
