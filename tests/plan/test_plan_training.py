@@ -32,7 +32,7 @@ def two_layers(task, **fields):
 @pytest.mark.parametrize(
     ("task", "mesh", "fields"),
     [
-        ("lora", "expert=8", {"weights": "int4"}),
+        ("lora", "expert=8", {}),
         ("lora", "sequence=2,tensor=4", {"context": 65536, "rows": 1}),
         ("train", "fsdp=8", {}),
     ],
