@@ -32,6 +32,7 @@ def filled(text: str) -> str:
         "schedule-v5p": lambda: _bundles("v5p"),
         "schedule-v6e": lambda: _bundles("v6e"),
         "step": _step,
+        "train-memory": _train_memory,
     }
     for name, table in writers.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -87,6 +88,12 @@ def _schedule_of(device: str) -> dict:
 def _step() -> str:
     runs = _measured("step")
     return "\n\n".join(step_markdown(name, figures) for name, figures in runs.items())
+
+
+def _train_memory() -> str:
+    return train_memory_markdown(
+        json.loads((ROOT / "benchmarks" / "train-memory.json").read_text())
+    )
 
 
 def _measured(benchmark: str) -> dict[str, dict]:
@@ -331,6 +338,32 @@ these tables from `benchmarks/schedule-{target}.json`."""
     errors = "\n".join(f"- {line}" for line in tables.schedule_errors(figures))
     wrapped = textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
     return f"{grids}\n\nWithout figures:\n\n{errors}\n\n{wrapped}"
+
+
+def train_memory_markdown(figures: list[dict]) -> str:
+    """The figures of `scripts/train_memory.py` as Markdown."""
+    title = "step of Scout", "target", "mesh", "rows x tokens"
+    columns = (*title, "kept", "during the step", "together", "formula")
+    return _markdown(tables.Grid(columns, list(map(_train_memory_row, figures))))
+
+
+def _train_memory_row(figures: dict) -> list[str]:
+    """GB of a device by the compiler, and by how much the formula's sum is off."""
+    case, compiled = figures["case"], figures["compiled"]
+    known = ("task", "layers", "target", "mesh", "rows", "context", "weights")
+    options = [f"{name}: {value}" for name, value in case.items() if name not in known]
+    task = {"lora": "LoRA", "train": "all parameters"}[case["task"]]
+    task = f"QLoRA, {case['weights']}" if "weights" in case else task
+    kept = compiled["weights"] + compiled["optimizer"]
+    percent = 100 * (sum(figures["formula"].values()) / compiled["peak"] - 1)
+    return [
+        ", ".join([task, f"{case['layers']} layers", *options]),
+        case["target"],
+        case["mesh"],
+        f"{case['rows']} x {case['context']:,}",
+        *(f"{x / 1e9:.1f}" for x in (kept, compiled["temporaries"], compiled["peak"])),
+        f"{percent:+.1f} %",
+    ]
 
 
 def _markdown(grid: tables.Grid) -> str:

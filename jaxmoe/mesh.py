@@ -32,7 +32,9 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations and cache
     "batch": ("data", "fsdp", "expert"),  # outside the experts, the expert axis shards rows too
     "length": ("sequence",),
+    "residual": ("sequence", "tensor"),  # of a length, between layers that are recomputed
     "tiles": ("data", "fsdp", "expert", "sequence", "tensor"),  # of images; they need no exchange
+    "matrices": ("expert", "fsdp", "tensor"),  # of an expert each, while they are whole
     "slots": ("sequence",),
 }
 

@@ -15,6 +15,7 @@ from jaxmoe.plan.models import read_dtype, read_model
 from jaxmoe.plan.targets import Target, parse_target
 from jaxmoe.plan.text import print_plan
 from jaxmoe.plan.work import PREFILL_CHUNK, STORAGE_FORMATS, TASKS, Work
+from jaxmoe.train.config import TrainConfig, read_train_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,11 +27,21 @@ def parse_args() -> argparse.Namespace:
         required=True,
         help="such as h100x8, h200x1, v5p-16 or v6e-64, or a YAML file that describes one",
     )
-    parser.add_argument("--task", choices=TASKS, default="decode")
+    parser.add_argument("--task", choices=TASKS, help="default: decode, or that of --run")
     parser.add_argument(
-        "--context", metavar="N|max", help="tokens a row; default: max, in training 8192"
+        "--run",
+        metavar="RUN.yaml",
+        help="plan a step of this run of jaxmoe train; default: AdamW in bfloat16 with remat: "
+        "full, of lora adapters of rank 16 beside the matrices of attention and shared experts",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows")
+    parser.add_argument(
+        "--context",
+        metavar="N|max",
+        help="tokens a row; default: the length of --run, in other training 8192, else max",
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="B", help="rows; default: those of --run, else 1"
+    )
     parser.add_argument("--weights", choices=STORAGE_FORMATS, default="bf16")
     parser.add_argument("--kv", choices=STORAGE_FORMATS, default="bf16")
     parser.add_argument(
@@ -50,9 +61,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--mesh",
-        default="auto",
         metavar="SPEC|auto",
-        help="as in expert=4,tensor=2, or a YAML file",
+        help="as in expert=4,tensor=2, or a YAML file; default: that of --run, else auto",
     )
     parser.add_argument(
         "--compile", action="store_true", help="ask the target's real compiler, in minutes"
@@ -67,9 +77,13 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # plans need no accelerator
     args = parse_args()
     target = parse_target(args.target)
-    mesh = None if args.mesh == "auto" else MeshConfig.parse(args.mesh)
-    plan = planner.make_plan(args.model, _work(args, target, mesh), target, mesh)
-    if args.task != "train" and read_dtype(args.model) == "float32":
+    run = None if args.run is None else read_train_config(args.run)
+    if run is not None:
+        _take_defaults(args, run)
+    args.task = args.task or "decode"
+    mesh = None if args.mesh in (None, "auto") else MeshConfig.parse(args.mesh)
+    plan = planner.make_plan(args.model, _work(args, target, mesh, run), target, mesh)
+    if not plan.work.trains and read_dtype(args.model) == "float32":
         print(
             f"note: {args.model} is in float32, as it is loaded without --dtype bfloat16, which is "
             "what is planned.",
@@ -94,23 +108,33 @@ def _draw(plan: planner.Plan, path: str) -> None:
     draw(plan, path)
 
 
-def _work(args: argparse.Namespace, target: Target, mesh: MeshConfig | None) -> Work:
+def _take_defaults(args: argparse.Namespace, run: TrainConfig) -> None:
+    """Puts what a run says in place of flags that are not given."""
+    args.task = args.task or ("train" if run.adapter is None else "lora")
+    args.mesh = args.mesh or run.mesh
+    if run.data is not None:
+        args.context = args.context or str(run.data.length)
+        args.batch = run.data.batch_size if args.batch is None else args.batch
+
+
+def _work(
+    args: argparse.Namespace, target: Target, mesh: MeshConfig | None, run: TrainConfig | None
+) -> Work:
     config = read_model(args.model)
     if args.model in PRESETS and args.tiles is not None:
         config = dataclasses.replace(config, vision=VisionConfig())
-    context = args.context or (str(PREFILL_CHUNK) if args.task == "train" else "max")
+    context = args.context or (str(PREFILL_CHUNK) if args.task in ("train", "lora") else "max")
     if context != "max" and not context.isdecimal():
         raise UserError(f"--context {context} is neither a number of tokens nor 'max'.")
     work = Work(
         config=config,
         task=args.task,
         context=config.max_position_embeddings if context == "max" else int(context),
-        rows=args.batch,
+        rows=1 if args.batch is None else args.batch,
         weights=args.weights,
         kv=args.kv,
         prefill_chunk=args.prefill_chunk,
         tiles=args.tiles or 0,
+        run=run,
     )
-    if args.compile and args.task == "train":
-        raise UserError("--compile serves decode and prefill; leave it out to plan training.")
     return planner.with_longest_context(work, target, mesh) if context == "max" else work

@@ -78,8 +78,9 @@ def forward(
     x = embed(params["embed"], tokens)
     if features is not None:
         x = with_features(config, x, tokens, features)
-    x = constrain(x, "batch", "length", None)
-    parts = {"kernels": kernels, "moe": llama4_moe if moe is None else moe}
+    length = "length" if remat in (False, "none") else "residual"
+    x = constrain(x, "batch", length, None)
+    parts = {"kernels": kernels, "moe": llama4_moe if moe is None else moe, "length": length}
     layer = functools.partial(decoder_layer, **parts)
     run_layer: Callable = with_remat(layer, remat, (0, 1)) or functools.partial(_jit_layer, **parts)
     interpret = kernels.interpret
@@ -115,23 +116,32 @@ def decoder_layer(
     *,
     kernels: Kernels = FASTEST,
     moe: Callable = llama4_moe,
+    length: str = "length",
 ) -> tuple[Float[Array, "B S D"], LayerCache | None, RouterStats | None]:
-    """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    Args:
+        length: the logical axis of tokens in what is added up. `residual` spreads them over
+            `tensor` too, so that devices which share a layer's matrices do not each keep all of
+            its input for the backward pass (Korthikanti et al. 2022, section 4.2.2).
+    """
     p, x = jax.lax.optimization_barrier((p, x))  # else XLA gathers all layers' weights at once
     p = map_arrays(constrain_param, layer_specs(config, kind), p)
     normed = rms_norm(x, p["attention_norm"], config.rms_norm_eps)
     out, cache = attention(config, kind, p["attention"], normed, step, cache, kernels)
-    x = constrain(x + out, "batch", "length", None)
+    x = constrain(x + out, "batch", length, None)
     normed = rms_norm(x, p["feed_forward_norm"], config.rms_norm_eps)
     if kind.feed_forward == "moe":
         out, stats = moe(config, p["feed_forward"], normed, step.tokens.own.segment != 0, kernels)
     else:
         out, stats = swiglu(p["feed_forward"], normed), None
-    return constrain(x + out, "batch", "length", None), cache, stats
+    return constrain(x + out, "batch", length, None), cache, stats
 
 
 # Layers of one kind are traced once and called many times.
-_jit_layer = jax.jit(decoder_layer, static_argnums=(0, 1), static_argnames=("kernels", "moe"))
+_jit_layer = jax.jit(
+    decoder_layer, static_argnums=(0, 1), static_argnames=("kernels", "moe", "length")
+)
 _jit_decode_layer = jax.jit(decode_layer, static_argnums=(0, 1, 2))
 
 

@@ -26,6 +26,7 @@ class Compiled:
     Attributes:
         weights: bytes of the parameters, computed from their shapes.
         cache: bytes of the cache, computed from its shapes.
+        optimizer: bytes of the optimizer's statistics on the device, of training.
         arguments: bytes of all arguments, as the compiler counts them, and of the vision tower
             and its features.
         temporaries: bytes that are allocated during the step, or by formula in the tower before it.
@@ -36,6 +37,7 @@ class Compiled:
 
     weights: int
     cache: int
+    optimizer: int = 0
     arguments: int
     temporaries: int
     outputs: int
@@ -49,14 +51,14 @@ class Compiled:
 
 
 def compile_step(work: Work, mesh: MeshConfig, target: Target) -> Compiled:
-    """Compiles one step of decoding or prefill for the target.
+    """Compiles one step for the target.
 
     Raises:
-        UserError: if no compiler serves the target or the task, or if the step does not fit into
-            a device's memory.
+        UserError: if no compiler serves the target, or if the step does not fit into a device's
+            memory.
     """
-    if work.task == "train":
-        raise UserError("--compile serves decode and prefill; leave it out to plan training.")
+    if work.trains:
+        return _compile_training(work, mesh, target)
     devices = mesh.make(absent_devices(target))
     start = time.perf_counter()
     arguments = abstract_arguments(
@@ -79,6 +81,24 @@ def compile_step(work: Work, mesh: MeshConfig, target: Target) -> Compiled:
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _compile_training(work: Work, mesh: MeshConfig, target: Target) -> Compiled:
+    from jaxmoe.train.fits import compile_training  # which imports this module
+
+    if work.tiles:
+        raise UserError("--compile trains on rows of text; leave out --tiles.")
+    found = compile_training(work, mesh, target)
+    return Compiled(
+        weights=found.frozen + found.trained,
+        cache=0,
+        optimizer=found.optimizer,
+        arguments=found.frozen + found.trained + found.optimizer,
+        temporaries=found.temporaries,
+        outputs=0,
+        code=0,
+        seconds=found.seconds,
     )
 
 

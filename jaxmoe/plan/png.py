@@ -16,9 +16,12 @@ COLORS = {
     "weights": "#3b6ea5",
     "cache": "#e08a3c",
     "optimizer": "#8a6bbe",
+    "gradients": "#5b8f4e",
+    "activations": "#c9a227",
     "temporaries": "#c0504d",
     "free": "#dfe6dc",
 }
+TRAINING = ("optimizer", "gradients", "activations")
 INK, OVER = "#222222", "#b00020"
 
 
@@ -35,7 +38,7 @@ def bars(plan: Plan) -> list[Bar]:
     contexts = sorted({max(1, most >> i) for i in range(BARS)} | {plan.work.context})
     mesh = plan.chosen.mesh
     works = [dataclasses.replace(plan.work, context=context) for context in contexts]
-    return [Bar(work.context, memory(work, mesh)) for work in works]
+    return [Bar(work.context, memory(work, mesh, plan.target)) for work in works]
 
 
 def draw(plan: Plan, path: str) -> None:
@@ -77,7 +80,7 @@ def _title(pen: ImageDraw.ImageDraw, plan: Plan) -> None:
     pen.text((LEFT, 14), title, font=_font(15), fill=INK)
     x = LEFT
     for name, color in COLORS.items():
-        if name == "optimizer" and work.task != "train":
+        if name in TRAINING and not work.trains:
             continue
         pen.rectangle((x, 42, x + 14, 56), fill=color)
         pen.text((x + 20, 41), name, font=_font(14), fill=INK)

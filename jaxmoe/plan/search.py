@@ -39,7 +39,7 @@ class Candidate:
 def candidate(work: Work, mesh: MeshConfig, target: Target) -> Candidate:
     """Computes a step's memory, demand and bounds on a mesh, by formula."""
     needs = demand(work, mesh)
-    return Candidate(mesh, memory(work, mesh), needs, bounds(target, needs))
+    return Candidate(mesh, memory(work, mesh, target), needs, bounds(target, needs))
 
 
 def meshes(devices: int) -> Iterator[MeshConfig]:
@@ -106,10 +106,13 @@ def best(work: Work, target: Target) -> tuple[Candidate, str]:
 def longest(work: Work, target: Target) -> int:
     """The largest context that fits on any mesh of the target; 0 if none fits."""
     most, context = work.config.max_position_embeddings, 0
-    full = {mesh: peak_at(work, mesh, most) for mesh in dividing(work, target.devices)}
+    full = {mesh: peak_at(work, mesh, target, most) for mesh in dividing(work, target.devices)}
     for mesh in sorted(full, key=lambda mesh: full[mesh]):
         # Searches only meshes that hold more than the best one so far.
-        if peak_at(work, mesh, min(most, context + STEP)) <= target.limit and context < most:
+        if (
+            peak_at(work, mesh, target, min(most, context + STEP)) <= target.limit
+            and context < most
+        ):
             context = max(context, largest_context(work, mesh, target))
     return context
 

@@ -16,6 +16,7 @@ class DeviceShare:
     Attributes:
         rows: rows of the batch on the device.
         length: new tokens of each of these rows on the device.
+        between: tokens that the device keeps between recomputed layers, which `tensor` spreads.
         group: tokens that may reach the device's experts: those of all devices of its expert group.
         heads: query heads.
         kv_heads: key and value heads.
@@ -24,6 +25,7 @@ class DeviceShare:
 
     rows: int
     length: int
+    between: int
     group: int
     heads: int
     kv_heads: int
@@ -41,12 +43,14 @@ def device_share(work: Work, mesh: MeshConfig) -> DeviceShare:
     abstract, config = abstract_mesh(mesh), work.config
     batch = activation_axes(abstract, "batch", work.rows)
     length = activation_axes(abstract, "length", work.tokens)
+    residual = activation_axes(abstract, "residual", work.tokens)
     rows = work.rows // math.prod(abstract.shape[axis] for axis in batch)
     tokens = work.tokens // math.prod(abstract.shape[axis] for axis in length)
     exchange = expert_exchange(abstract, (work.rows, work.tokens, config.hidden_size))
     return DeviceShare(
         rows=rows,
         length=tokens,
+        between=rows * work.tokens // math.prod(abstract.shape[axis] for axis in residual),
         group=rows * tokens * (1 if exchange == "replicated" else mesh.expert),
         heads=config.num_attention_heads // mesh.tensor,
         kv_heads=config.num_key_value_heads // mesh.tensor,

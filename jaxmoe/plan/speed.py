@@ -5,19 +5,24 @@ rate, and memory, compute and communication overlap completely (a roofline model
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.share import DeviceShare, device_share
 from jaxmoe.plan.targets import Target
+from jaxmoe.plan.training import numbers, state_of
 from jaxmoe.plan.vision import tower_flops, tower_reads, tower_sent
 from jaxmoe.plan.work import Work, cache_bytes, stored_params
 
 ACTIVATION = 2  # bytes of an element of activations, bfloat16
-# A training step with recomputed layers runs the forward pass twice, and the backward pass has two
-# products for each of the forward pass: four times the operations, and three reads of the weights.
-PASSES, WEIGHT_READS = 4, 3
+# A training step with recomputed layers runs the forward pass twice. The backward pass has a
+# product for each of the forward pass, and another where the matrix is trained.
+PASSES = {"train": 4, "lora": 3}
+WEIGHT_READS = 3  # forward, recomputed and backward
+SUMMED_OVER = ("data", "sequence", "expert")  # axes of tokens; over `fsdp` gradients are scattered
+GRADIENT = 2  # bytes of an element of a gradient, which has the dtype of computation
 OPTIMIZER_BYTES = 32  # per parameter: read and write float32 weight, gradient and two moments
 
 
@@ -75,17 +80,15 @@ def bounds(target: Target, demand: Demand) -> Bounds:
 def demand(work: Work, mesh: MeshConfig) -> Demand:
     """What the busiest device of the mesh must move and compute in one step."""
     share = device_share(work, mesh)
-    training = work.task == "train"
-    weights = _weights_read(work, mesh, share) * (WEIGHT_READS if training else 1)
-    if training:
-        stored = stored_params(work.config, work.format)
-        weights += OPTIMIZER_BYTES * sum(x.numbers(mesh) for x in stored)
+    weights = _weights_read(work, mesh, share) * (WEIGHT_READS if work.trains else 1)
+    if work.trains:
+        weights += OPTIMIZER_BYTES * numbers(state_of(work).trained, mesh)
     flops = float(_matmul_flops(work, mesh, share) + attention_flops(work, mesh, share))
     flops += tower_flops(work, mesh)
     return Demand(
         weights=weights,
-        cache=0.0 if training else float(cache_bytes(work, mesh)),
-        flops=flops * (PASSES if training else 1),
+        cache=0.0 if work.trains else float(cache_bytes(work, mesh)),
+        flops=flops * PASSES.get(work.task, 1),
         sent=_sent(work, mesh, share),
     )
 
@@ -119,7 +122,7 @@ def _matmul_flops(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
     config, at_use = work.config, dataclasses.replace(mesh, fsdp=1)
     per_expert = share.group * config.num_experts_per_tok / max(1, config.num_local_experts)
     head = "embed" if config.tie_word_embeddings else "lm_head"
-    last = share.tokens if work.task == "train" else share.rows
+    last = share.tokens if work.trains else share.rows
     total = 0.0
     for stored in stored_params(config, work.format):
         embeds = stored.name == "embed" and head != "embed"
@@ -157,7 +160,7 @@ def _sent(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
     sent = 2 * _part(mesh.tensor) * share.tokens * config.hidden_size * nbytes
     sent += moe * _sent_to_experts(work, mesh, share)
     sent += _sent_along_sequence(work, mesh, share) + tower_sent(work, mesh)
-    sent *= 3 if work.task == "train" else 1  # forward, recomputed forward, and backward
+    sent *= 3 if work.trains else 1  # forward, recomputed forward, and backward
     return sent + _sent_weights(work, mesh)
 
 
@@ -185,7 +188,7 @@ def _sent_along_sequence(work: Work, mesh: MeshConfig, share: DeviceShare) -> fl
     is_split = share.length < work.tokens
     keys = 2 * share.kv_heads * ACTIVATION if is_split else 0
     queries = (ACTIVATION + 4 if is_split else 2 * 4) * share.heads
-    if work.task == "train":
+    if work.trains:
         queries = 0  # each device has all keys of its queries
     masks = [spec.mask for spec in work.config.attention_specs]
     numbers = sum(mask.span is None for mask in masks) * (keys + queries)
@@ -198,12 +201,17 @@ def _sent_along_sequence(work: Work, mesh: MeshConfig, share: DeviceShare) -> fl
 
 def _sent_weights(work: Work, mesh: MeshConfig) -> float:
     """Bytes of weights gathered over fsdp at each use, and in training of gradients reduced."""
-    at_use, training = dataclasses.replace(mesh, fsdp=1), work.task == "train"
-    stored = [x for x in stored_params(work.config, work.format) if training or not x.is_vision]
-    gathered = sum(x.nbytes(at_use) - x.nbytes(mesh) for x in stored if not x.is_vision)
-    sent = float(gathered) * (3 if training else 1)
-    if training:
-        for x in stored:
-            copies = mesh.data * mesh.sequence * (1 if x.is_expert else mesh.expert)
-            sent += 2 * _part(copies) * x.numbers(mesh) * 4
+    at_use = dataclasses.replace(mesh, fsdp=1)
+    stored = [x for x in stored_params(work.config, work.format) if not x.is_vision]
+    sent = float(sum(x.nbytes(at_use) - x.nbytes(mesh) for x in stored))
+    return 3 * sent + _sent_gradients(work, mesh) if work.trains else sent
+
+
+def _sent_gradients(work: Work, mesh: MeshConfig) -> float:
+    """Bytes of the all-reduces of gradients over the devices with other tokens."""
+    sizes, sent = dataclasses.asdict(mesh), 0.0
+    for x, count in state_of(work).trained.items():
+        divided = {axis for axes in x.axes for axis in axes}
+        others = math.prod(sizes[axis] for axis in SUMMED_OVER if axis not in divided)
+        sent += 2 * _part(others) * count * x.size(mesh) * GRADIENT
     return sent

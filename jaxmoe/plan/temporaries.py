@@ -10,12 +10,12 @@ Shape letters: T tokens, D embed, F feed-forward width, R rows of the experts' b
 import collections
 import dataclasses
 import math
+from collections.abc import Callable
 
 from jaxmoe.config import LayerKind
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.share import DeviceShare, device_share
 from jaxmoe.plan.work import Work, stored_params
-from jaxmoe.train.cross_entropy import chunk_size
 from pallas_kernels.experts.group_metadata import rows_of_whole_groups
 
 BF16, FP32 = 2, 4
@@ -30,7 +30,7 @@ def temporaries(work: Work, mesh: MeshConfig) -> int:
     layer = max(_layer(work, mesh, share, kind) for kind in dict.fromkeys(work.config.layers))
     logits = share.rows * _row_of_logits(work, mesh)
     padded = -(-share.rows // LEAST_ROWS) * LEAST_ROWS  # logits are a slice of a padded product
-    return logits + max(layer + _gathered(work, mesh), padded * _row_of_logits(work, mesh))
+    return logits + max(layer + gathered(work, mesh), padded * _row_of_logits(work, mesh))
 
 
 def batch_temporaries(work: Work, mesh: MeshConfig, tokens: int) -> int:
@@ -47,7 +47,7 @@ def batch_temporaries(work: Work, mesh: MeshConfig, tokens: int) -> int:
     share = device_share(reading, mesh)
     layer = max(_layer(reading, mesh, share, kind) for kind in dict.fromkeys(work.config.layers))
     rows = -(-work.rows // LEAST_ROWS) * LEAST_ROWS
-    return max(layer + _gathered(work, mesh), SEARCHED * rows * _row_of_logits(work, mesh))
+    return max(layer + gathered(work, mesh), SEARCHED * rows * _row_of_logits(work, mesh))
 
 
 def _layer(work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind) -> int:
@@ -98,41 +98,40 @@ def expert_rows(items: int, experts: int, here: int, largest: int) -> int:
     return min(items, items // block + here) * block
 
 
-def _gathered(work: Work, mesh: MeshConfig) -> int:
-    """Bytes of one layer's weights after gathering them over fsdp; gate and up are held twice."""
+def layer_of(name: str) -> str:
+    """The layer of a parameter, `layers.3`; what is in no layer is one by itself."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "layers" else name
+
+
+def module_of(name: str) -> str:
+    """The module of a parameter, `layers.3.attention` or `layers.3.feed_forward.experts`."""
+    return name.rpartition(".")[0] or name
+
+
+def gathered(
+    work: Work,
+    mesh: MeshConfig,
+    group: Callable[[str], str] = layer_of,
+    twice: tuple[str, ...] = ("gate", "up"),
+) -> int:
+    """Bytes of the largest group of weights after gathering them over fsdp.
+
+    Args:
+        group: the name of a weight's group, whose weights are there together; default: its layer.
+        twice: the matrices that are held twice: as they come, and with their axes in order.
+    """
     if mesh.fsdp == 1:
         return 0
     at_use = dataclasses.replace(mesh, fsdp=1)
-    by_layer: collections.Counter[str] = collections.Counter()
+    sizes: collections.Counter[str] = collections.Counter()
     for stored in stored_params(work.config, work.format):
-        parts = stored.name.split(".")
-        copies = 2 if parts[-1].split("[")[0] in ("gate", "up") else 1
+        name = stored.name.split("[")[0]
         if "embed" in stored.axes and not stored.is_vision:
-            layer = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
-            by_layer[layer] += copies * stored.nbytes(at_use) // stored.count
-    return max(by_layer.values())
+            copies = 2 if name.rpartition(".")[2] in twice else 1
+            sizes[group(name)] += copies * stored.nbytes(at_use) // stored.count
+    return max(sizes.values())
 
 
 def _row_of_logits(work: Work, mesh: MeshConfig) -> int:
     return math.ceil(work.config.vocab_size / mesh.tensor) * FP32
-
-
-def training_temporaries(work: Work, mesh: MeshConfig) -> int:
-    """Bytes of temporaries of a training step with recomputed layers.
-
-    They are float32 gradients and bfloat16 weights, both sharded as the parameters; the input of
-    every layer; and the backward pass of one layer or of the loss, whichever is larger. The loss
-    keeps a float32 gradient of the last hidden states and a chunk of logits, as
-    `jaxmoe.train.cross_entropy` makes them.
-    """
-    config, share = work.config, device_share(work, mesh)
-    stored = stored_params(config, None)
-    parameters = sum(x.numbers(mesh) for x in stored)
-    stream = share.tokens * config.hidden_size * BF16
-    layer = max(_layer(work, mesh, share, kind) for kind in dict.fromkeys(config.layers))
-    width = chunk_size(config.vocab_size // mesh.tensor, share.tokens, config.hidden_size)
-    # A gradient of the last hidden states; logits of a chunk, their softmax and gradient.
-    loss = share.tokens * (config.hidden_size + 3 * width) * FP32
-    backward = 2 * layer + 2 * _gathered(work, mesh)  # values and gradients
-    inputs = len(config.layers) * stream
-    return parameters * (FP32 + BF16) + inputs + max(backward, loss)

@@ -6,6 +6,9 @@ from rich.table import Table
 
 from jaxmoe.plan.planner import GIB, Plan, notes
 
+MAY_BE_NONE = ("optimizer", "cache", "features", "gradients", "activations")
+WITH_THEM = "(in temporaries)"  # what the compiler does not tell apart
+
 
 def print_plan(plan: Plan) -> None:
     """Prints a plan's mesh, memory, speed and notes to the terminal."""
@@ -33,8 +36,10 @@ def memory_table(plan: Plan) -> Table:
     rows = {
         "weights": (memory.weights, compiled and compiled.weights),
         "cache": (memory.cache, compiled and compiled.cache),
-        "optimizer": (memory.optimizer, 0),
+        "optimizer": (memory.optimizer, compiled and compiled.optimizer),
         "features": (memory.features, compiled and memory.features),
+        "gradients": (memory.gradients, None),
+        "activations": (memory.activations, None),
         "temporaries": (memory.temporaries, compiled and _rest(compiled)),
         "peak": (memory.peak, compiled and compiled.peak),
         "limit": (target.limit, compiled and target.limit),
@@ -44,18 +49,18 @@ def memory_table(plan: Plan) -> Table:
         table.add_column("compiler", justify="right")
         table.add_column("difference", justify="right")
     for name, (formula, by_compiler) in rows.items():
-        if not formula and name in ("optimizer", "cache", "features"):
+        if not formula and name in MAY_BE_NONE:
             continue
         cells = [f"{formula / GIB:.2f}"]
         if compiled:
             percent = f"{plan.difference_percent:+.2f} %" if name == "peak" else ""
-            cells += [f"{by_compiler / GIB:.2f}", percent]
+            cells += [WITH_THEM if by_compiler is None else f"{by_compiler / GIB:.2f}", percent]
         table.add_row(name, *cells, end_section=name == "temporaries")
     return table
 
 
 def _rest(compiled) -> int:
-    return compiled.peak - compiled.weights - compiled.cache
+    return compiled.peak - compiled.weights - compiled.cache - compiled.optimizer
 
 
 def speed_table(plan: Plan) -> Table:

@@ -103,7 +103,7 @@ def _sharing(tiles: int, mesh: MeshConfig) -> int:
 
 def _batches(work: Work) -> list[int]:
     """How many tiles are computed at once, one batch after the other."""
-    if work.task == "train":
+    if work.trains:
         return [work.tiles] if work.tiles else []
     return [len(batch) for batch in batches(range(work.tiles))]
 

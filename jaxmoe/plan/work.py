@@ -16,9 +16,11 @@ from jaxmoe.mesh import AXES, MeshConfig, activation_axes, axis_size, check_divi
 from jaxmoe.model.kv_cache import abstract_cache, round_capacity
 from jaxmoe.model.params import abstract_params, named_params, stored_axes
 from jaxmoe.plan.layout import device_bytes
+from jaxmoe.train.config import AdapterConfig, OptimizerConfig, TrainConfig
 
-Task = Literal["decode", "prefill", "train"]
-TASKS = ("decode", "prefill", "train")
+Task = Literal["decode", "prefill", "train", "lora"]
+TASKS = ("decode", "prefill", "train", "lora")
+LORA_TARGETS = ("layers.*.attention.*", "*.shared.*")  # unless a run says otherwise
 STORAGE_FORMATS = ("bf16", "fp8", "int8", "int4")  # of matrices, and of keys and values
 PREFILL_CHUNK = 8192  # tokens of each row that one step of prefill processes
 
@@ -36,6 +38,7 @@ class Work:
         kv: the format of the cache, one of STORAGE_FORMATS.
         prefill_chunk: tokens of each row that one step of prefill processes.
         tiles: of images, in all rows, that the step sees; none in decoding.
+        run: of training, whose data and mesh do not count; None for the run of `default_run`.
     """
 
     config: Llama4Config
@@ -46,6 +49,7 @@ class Work:
     kv: str = "bf16"
     prefill_chunk: int = PREFILL_CHUNK
     tiles: int = 0
+    run: TrainConfig | None = dataclasses.field(default=None, hash=False)  # it has dicts
 
     def __post_init__(self):
         most = self.config.max_position_embeddings
@@ -56,11 +60,25 @@ class Work:
                 raise UserError(f"{name} {value} is below 1.")
         if self.tiles < 0 or (self.tiles and self.config.vision is None):
             raise UserError(f"{self.tiles} tiles need a model with a vision tower, and 0 or more.")
-        if self.task == "train" and (self.weights, self.kv) != ("bf16", "bf16"):
+        if self.trains and self.kv != "bf16":
+            raise UserError("training keeps no cache: leave out --kv.")
+        if self.task == "train" and self.weights != "bf16":
             raise UserError(
-                "training keeps float32 weights, bfloat16 copies and no cache: leave out --weights "
-                "and --kv."
+                "parameters in 8 or 4 bits are not trained: leave out --weights, or plan --task "
+                "lora."
             )
+        if self.run is not None:
+            _check_run(self.run, self.task)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the step is one of training, of parameters or of adapters."""
+        return self.task in ("train", "lora")
+
+    @property
+    def training(self) -> TrainConfig:
+        """The run whose step is planned."""
+        return default_run(self.task) if self.run is None else self.run
 
     @property
     def tokens(self) -> int:
@@ -77,6 +95,39 @@ class Work:
     def kv_dtype(self) -> Any:
         """The cache's format as the argument of `abstract_cache`: a dtype for bf16."""
         return jnp.bfloat16 if self.kv == "bf16" else self.kv
+
+
+@functools.cache
+def default_run(task: str) -> TrainConfig:
+    """The run that is planned unless another is given: in bfloat16, with AdamW and `remat: full`.
+
+    Args:
+        task: `train`, of float32 parameters, or `lora`, of adapters of the attention and the shared
+            experts.
+    """
+    return TrainConfig(
+        init="checkpoint",
+        data=None,
+        optimizer=OptimizerConfig(peak_lr=1e-4),
+        adapter=AdapterConfig(targets=LORA_TARGETS) if task == "lora" else None,
+        output="run",
+        steps=1,
+        dtype="bfloat16",
+        remat="full",
+    )
+
+
+def _check_run(run: TrainConfig, task: str) -> None:
+    """Raises a UserError for a run of another task, or one that the formula does not know."""
+    its_task = "train" if run.adapter is None else "lora"
+    if task != its_task:
+        raise UserError(f"the run is one of --task {its_task}; leave out --task {task}.")
+    recomputes = run.remat not in ("none", False)
+    if run.dtype != "bfloat16" or run.preference is not None or not recomputes:
+        raise UserError(
+            "the formula knows runs with dtype bfloat16, a 'remat' and no 'preference'; use "
+            "jaxmoe train RUN.yaml --plan TARGET, which compiles any."
+        )
 
 
 @functools.cache
@@ -162,7 +213,7 @@ def check_mesh(work: Work, mesh: MeshConfig) -> None:
     abstract = abstract_mesh(mesh)
     for stored in stored_params(work.config, work.format):
         shape = stored.shape
-        if work.task != "train":
+        if not work.trains:
             shape = padded_shape(shape, stored.axes, abstract)
         check_divides(stored.name, shape, stored.axes, abstract)
 

@@ -1,7 +1,9 @@
 """What a run needs on hardware that is absent: its own step, compiled by the real compiler."""
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.models import PRESETS, read_model
 from jaxmoe.plan.planner import resolved
 from jaxmoe.plan.targets import Target, absent_devices
-from jaxmoe.train.config import TrainConfig
+from jaxmoe.plan.work import Work
+from jaxmoe.train.config import DataConfig, TrainConfig
 from jaxmoe.train.data import Batch
 from jaxmoe.train.preferences import PreferenceBatch
 from jaxmoe.train.step import make_step
@@ -86,15 +89,42 @@ def compile_run(
             step does not fit into a device's memory by far.
     """
     mesh = resolved(MeshConfig.parse(config.mesh or "data=-1"), target)
-    devices, start = mesh.make(absent_devices(target)), time.perf_counter()
     architecture = from_hf(config.model, f"{source}, model") if model is None else read_model(model)
     if config.rows.length > architecture.max_position_embeddings:
         raise UserError(
             f"data.length {config.rows.length} is more than the "
             f"{architecture.max_position_embeddings} tokens of the model."
         )
-    shapes = _shapes(architecture, devices, model, weights)
-    setup = set_up(config, architecture, devices, source, None, _no_batch, shapes)
+    shapes = functools.partial(_shapes, model=model, weights=weights)
+    return _compile(config, architecture, mesh, target, shapes, source)
+
+
+def compile_training(work: Work, mesh: MeshConfig, target: Target) -> StepMemory:
+    """Compiles the step of a plan's run, with the plan's rows and context in place of the run's.
+
+    Raises:
+        UserError: as `compile_run`.
+    """
+    run = work.training
+    data = run.data or DataConfig(files=("rows",), length=work.context, batch_size=work.rows)
+    data = dataclasses.replace(data, length=work.context, batch_size=work.rows)
+    run = dataclasses.replace(run, data=data)
+    shapes = functools.partial(_shapes, model=None, weights=work.format)
+    return _compile(run, work.config, mesh, target, shapes, "the run")
+
+
+def _compile(
+    config: TrainConfig,
+    architecture: Llama4Config,
+    mesh: MeshConfig,
+    target: Target,
+    shapes: Callable[..., dict],
+    source: str,
+) -> StepMemory:
+    """Compiles a run's step; `shapes` makes the parameters' of an architecture and devices."""
+    devices, start = mesh.make(absent_devices(target)), time.perf_counter()
+    stored = shapes(architecture, devices)
+    setup = set_up(config, architecture, devices, source, None, _no_batch, stored)
     analysis: Any = _compiled(setup, target).memory_analysis()
     state = setup.abstract
     return StepMemory(

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import optax
-from optax import contrib
 
 from jaxmoe.train.config import OptimizerConfig
 from jaxmoe.train.factored import scale_by_factored_moments
 from jaxmoe.train.matrices import is_hidden, matrix_axes
+from jaxmoe.train.muon import scale_by_orthogonal_mean
 from jaxmoe.train.partition import dotted
 
 MUON_BETA = 0.95  # of Muon's own running mean
@@ -53,9 +53,7 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.name == "adafactor":
         return scale_by_factored_moments()
     muon = optax.chain(
-        contrib.scale_by_muon(
-            beta=MUON_BETA, mu_dtype=config.moments, weight_dimension_numbers=_dimensions
-        ),
+        scale_by_orthogonal_mean(MUON_BETA, config.moments),
         optax.stateless(_alike_in_size),
     )
     return optax.partition({"muon": muon, "adam": adam}, _labels)
@@ -66,17 +64,6 @@ def _labels(params: Any) -> Any:
         return "muon" if is_hidden(dotted(path), p.ndim) else "adam"
 
     return jax.tree.map_with_path(label, params)
-
-
-def _dimensions(params: Any) -> Any:
-    """The axes that Muon orthogonalizes, in a tree like `params`."""
-
-    def dimensions(path: tuple, p: Any) -> contrib.MuonDimensionNumbers:
-        axes = matrix_axes(dotted(path), p.ndim)
-        assert axes is not None  # vectors are AdamW's
-        return contrib.MuonDimensionNumbers(*axes)
-
-    return jax.tree.map_with_path(dimensions, params)
 
 
 def _alike_in_size(updates: Any, params: Any) -> Any:

@@ -6,8 +6,10 @@ rows of all devices, the most that can arrive.
 Shape letters: N rows on each device, P devices along the axis, D row width; room is P * N.
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -48,17 +50,7 @@ def send(
 
     Received rows are in the order of the devices that they come from.
     """
-    me = lax.axis_index(axis)
-    room = jnp.zeros((plan.counts.shape[0] * x.shape[0], x.shape[1]), x.dtype)
-    return _ragged_all_to_all(
-        dispatch(plan.order, x),
-        room,
-        starts(plan.counts[me]),
-        plan.counts[me],
-        starts(plan.counts, 0)[me],
-        plan.counts[:, me],
-        axis,
-    )
+    return _moved(False, axis, plan.counts, dispatch(plan.order, x))
 
 
 def send_back(
@@ -68,18 +60,46 @@ def send_back(
 
     The result is zero for rows that were not sent.
     """
-    me = lax.axis_index(axis)
-    room = jnp.zeros((plan.order.row_of_item.shape[0], y.shape[1]), y.dtype)
-    rows = _ragged_all_to_all(
-        y,
-        room,
-        starts(plan.counts[:, me]),
-        plan.counts[:, me],
-        starts(plan.counts, 1)[:, me],
-        plan.counts[me],
+    return combine(plan.order, _moved(True, axis, plan.counts, y))
+
+
+# The gradient of rows that were sent is sent back, and the reverse. JAX's own rule makes the zeros
+# that the exchange fills of constants, which `_zeros` is not.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _moved(back: bool, axis, counts: Int[Array, "P P"], rows: Float[Array, "R D"]) -> jax.Array:
+    """Rows of all devices where `counts` says that they go, or `back` from there; then zeros."""
+    me, devices = lax.axis_index(axis), len(counts)
+    sizes = counts.T if back else counts
+    length = len(rows) // devices if back else len(rows) * devices
+    return _ragged_all_to_all(
+        rows,
+        _zeros((length, rows.shape[1]), rows.dtype, counts),
+        starts(sizes[me]),
+        sizes[me],
+        starts(sizes, 0)[me],
+        sizes[:, me],
         axis,
     )
-    return combine(plan.order, rows)
+
+
+def _moved_forward(back, axis, counts, rows):
+    return _moved(back, axis, counts, rows), counts
+
+
+def _moved_backward(back, axis, counts, d_moved):
+    return None, _moved(not back, axis, counts, d_moved)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
+
+
+def _zeros(shape: tuple[int, ...], dtype, counts: Int[Array, "P P"]) -> jax.Array:
+    """Zeros that the compiler takes to depend on the counts.
+
+    Constants it makes early: those of all layers at once, before the first, so that they are in
+    memory together.
+    """
+    return jnp.full(shape, (counts[0, 0] < 0).astype(dtype))
 
 
 def starts(sizes: Int[Array, "..."], axis: int = 0) -> Int[Array, "..."]:

@@ -7,6 +7,7 @@ import pytest
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.hf_config import from_hf
+from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import init_params
 from jaxmoe.model.transformer import forward
 from tests import tiny
@@ -51,3 +52,15 @@ def test_what_is_kept(params):
     heads, size = CONFIG.num_attention_heads, CONFIG.head_dim
     wanted = 2 * TOKENS.size * heads * (size + 1)  # output and log-sum-exp, in two layers
     assert attention - full == pytest.approx(wanted, abs=4)  # and scalars
+
+
+def test_devices_that_share_matrices_share_what_is_kept(params, gradient):
+    """Catches a layer's input that every device of `tensor` keeps whole; gradients are the same."""
+    with jax.set_mesh(MeshConfig.parse("sequence=2,tensor=2").make(jax.devices()[:4])):
+        backward = jax.jit(lambda p: jax.vjp(lambda p: total(p, "full"), p)[1])(params)
+        found = jax.tree.map(np.asarray, jax.jit(backward)(jnp.float32(1))[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, gradient)
+    inputs = [x for x in jax.tree.leaves(backward) if x.shape == (*TOKENS.shape, 16)]
+    shares = [x.sharding.shard_shape(x.shape) for x in inputs]
+    assert len(shares) >= 2
+    assert {tokens for _, tokens, _ in shares} == {TOKENS.shape[1] // 4}

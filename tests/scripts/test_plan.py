@@ -10,6 +10,7 @@ from PIL import Image
 from benchmarks import plan_table
 from jaxmoe.cli import plan
 from jaxmoe.errors import UserError
+from jaxmoe.plan.work import TASKS
 from tests import tiny
 from tests.scripts import refuses, succeeds
 
@@ -43,7 +44,7 @@ def test_json_in_a_process_of_its_own():
 
 def test_json_is_complete_for_each_task(planned):
     keys = None
-    for task in ("decode", "prefill", "train"):
+    for task in TASKS:
         found = json.loads(planned("scout", "--target", "v5p-64", "--task", task, "--json"))
         assert keys in (None, list(found))
         keys = list(found)
@@ -97,7 +98,6 @@ def test_a_folder_with_a_config(planned, tmp_path):
             ["scout", "--target", "h100x8", "--context", "100000", "--mesh", "sequence=8"],
             ["sequence=8", "GiB more", "--target h100x8 --mesh tensor=8 holds it"],
         ),
-        (["scout", "--target", "h100x8", "--task", "train", "--compile"], ["--compile"]),
     ],
 )
 def test_mistakes(planned, capsys, args, words):

@@ -7,10 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
+from optax import contrib
 
+from jaxmoe import mesh as meshes
+from jaxmoe.mesh import MeshConfig
 from jaxmoe.train.config import OptimizerConfig
 from jaxmoe.train.factored import scale_by_factored_moments
 from jaxmoe.train.matrices import MatrixAxes, is_hidden, matrix_axes
+from jaxmoe.train.muon import scale_by_orthogonal_mean
 from jaxmoe.train.optimizer import MUON_SIZE, make_optimizer
 
 CONFIG = OptimizerConfig(peak_lr=0.5, warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
@@ -80,6 +85,27 @@ def test_muon_orthogonalizes_each_matrix_alone_and_leaves_the_rest_to_adamw():
         size = 0.5 * MUON_SIZE * max(one.shape) ** 0.5
         values = np.linalg.svd(np.asarray(one), compute_uv=False) / size
         assert 0.5 < values.min() and values.max() < 1.5
+
+
+def test_muon_is_optax_of_each_expert_which_one_device_has_whole():
+    """Over three steps; a device makes one of eight experts orthogonal, and never has all."""
+    gradients = [{"experts": {"up": random(8, 16, 24, seed=i)}} for i in range(3)]
+    ours, axes = scale_by_orthogonal_mean(0.95, "float32"), contrib.MuonDimensionNumbers(0, 1)
+    theirs = contrib.scale_by_muon(beta=0.95, weight_dimension_numbers={"w": axes})
+    one_device = updates(ours, gradients)["experts"]["up"]
+    for expert in range(8):
+        alone = [{"w": x["experts"]["up"][expert]} for x in gradients]
+        wanted = updates(theirs, alone)["w"]
+        np.testing.assert_allclose(one_device[expert], wanted, rtol=1e-4, atol=1e-5)
+    mesh = MeshConfig(fsdp=8).make()
+    spread = jax.device_put(gradients, meshes.sharding(mesh, PartitionSpec(None, "fsdp")))
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(
+            updates(ours, spread)["experts"]["up"], one_device, rtol=1e-4, atol=1e-5
+        )
+        state = ours.init(spread[0])
+        program = jax.jit(ours.update).lower(spread[0], state).compile().as_text() or ""
+    assert "f32[8,16,24]" not in program and "f32[1,16,24]" in program
 
 
 @pytest.mark.parametrize(

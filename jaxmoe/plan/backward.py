@@ -1,0 +1,159 @@
+"""Computes the temporaries of a training step on one device, in bytes, by formula.
+
+They are gradients, what the forward pass keeps of each layer, and the phase that needs most: the
+gathering of a layer's weights, the backward pass of a layer's experts or of its other parts, or the
+loss. The numbers of arrays of each size are those that the compiler for H100 holds at the peak;
+benchmarks/train-memory.json has its figures beside the formula's.
+
+Shape letters: T tokens, D embed, F feed-forward width, R rows of the experts' blocks, H query
+heads, K key/value heads, d head size.
+"""
+
+import dataclasses
+
+from jaxmoe.config import LayerKind
+from jaxmoe.mesh import MeshConfig
+from jaxmoe.plan.share import DeviceShare, device_share
+from jaxmoe.plan.targets import Target
+from jaxmoe.plan.temporaries import (
+    BF16,
+    FP32,
+    LARGEST_BLOCK,
+    expert_rows,
+    gathered,
+    module_of,
+)
+from jaxmoe.plan.training import State, nbytes, numbers, state_of
+from jaxmoe.plan.work import Work
+from jaxmoe.train.cross_entropy import chunk_size
+
+HELD, HELD_OF_HEADS = 4, 4  # arrays [T, D] and [T, H d] that are held through a layer's backward
+# Arrays [R, F] and [R, D] of the experts; what their matrices' gradients need is kept until then.
+OF_EXPERTS = {"train": (6, 2), "lora": (5, 1)}
+OF_SWIGLU = {"train": 6, "lora": 8}  # arrays [T, F]; beside adapters two of them are float32
+OF_SWIGLU_ON_TPUS = 6  # which fuse these with what reads them
+SUMMED = 8  # arrays [T, D] while gradients are summed over `tensor`, two of them float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Temporaries:
+    """Bytes of a training step on one device, by use.
+
+    Attributes:
+        gradients: of what is trained, and its copies in the dtype of computation.
+        activations: what is kept of each layer from the forward pass for the backward pass.
+        phase: what is allocated in the phase that needs most.
+    """
+
+    gradients: int
+    activations: int
+    phase: int
+
+
+def training_temporaries(work: Work, mesh: MeshConfig, target: Target | None = None) -> Temporaries:
+    """The temporaries of a step of the work's run.
+
+    Args:
+        target: what the devices are; None for H100s.
+    """
+    share, tpu = device_share(work, mesh), target is not None and target.is_tpu
+    kinds = work.config.layers
+    twice = () if tpu else ("gate", "up")  # TPUs gather matrices in the order of their axes
+    gathering = gathered(work, mesh, module_of, twice) + 3 * _stream(work, share)
+    swiglu = OF_SWIGLU_ON_TPUS if tpu else OF_SWIGLU[work.task]
+    phases = [_loss(work, mesh, share), gathering]
+    phases += [_layer(work, mesh, share, kind, swiglu) for kind in dict.fromkeys(kinds)]
+    return Temporaries(
+        gradients=_gradients(work, state_of(work), mesh),
+        activations=sum(_kept(work, mesh, share, kind) for kind in kinds),
+        phase=max(phases),
+    )
+
+
+def _gradients(work: Work, state: State, mesh: MeshConfig) -> int:
+    """Bytes of gradients, which are kept in bfloat16 and widened where they are used.
+
+    Parameters in float32 have copies in bfloat16, each of which is needed until its gradient is
+    there, so that the two count once. Sums over batches are float32. Statistics from the host's
+    memory are all there while the parameters are updated.
+    """
+    elements = numbers(state.trained, mesh)
+    sums = 0 if work.training.accumulate == 1 else FP32 * elements
+    return BF16 * elements + sums + nbytes(state.offloaded, mesh)
+
+
+def _kept(work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind) -> int:
+    """Bytes that a layer keeps for its backward pass, by the run's remat policy."""
+    config, policy = work.config, work.training.remat
+    stream, heads, kept = _stream(work, share), _heads(work, share), _between(work, share)
+    if policy in ("full", True):
+        return kept
+    if policy == "attention":
+        return kept + heads + share.tokens * share.heads * FP32
+    keys = 2 * share.tokens * share.kv_heads * config.head_dim * BF16
+    width = share.tokens * _width(work, mesh, kind) * BF16
+    products = 2 * (heads + keys + 2 * stream + 2 * width)  # float32
+    return kept + products
+
+
+def _layer(
+    work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind, of_swiglu: int
+) -> int:
+    """Bytes of the backward pass of one layer, with its weights after gathering.
+
+    Args:
+        of_swiglu: arrays [T, F] of a SwiGLU.
+    """
+    stream, heads, between = _stream(work, share), _heads(work, share), _between(work, share)
+    width = share.tokens * _width(work, mesh, kind) * BF16
+    held = HELD * between + HELD_OF_HEADS * heads
+    if share.length < work.tokens:  # keys and values of all tokens are gathered
+        held += 2 * share.rows * work.tokens * share.kv_heads * work.config.head_dim * BF16
+    rows = _rows(work, mesh, share) if kind.feed_forward == "moe" else 0
+    of_embed = rows * work.config.hidden_size * BF16
+    phases = [2 * of_embed + of_swiglu * width]
+    if between < stream:  # of what is summed, devices keep parts: experts' rows, then a gradient
+        phases += [2 * of_embed + 3 * stream, of_embed + 2 * stream + 6 * width + 3 * between]
+    elif mesh.tensor > 1:
+        phases.append(SUMMED * stream + 3 * width)
+    if rows:
+        of_width = rows * work.config.intermediate_size // mesh.tensor * BF16
+        wide, narrow = OF_EXPERTS[work.task]
+        phases.append(wide * of_width + narrow * of_embed)
+    return held + max(phases) + gathered(work, mesh, twice=())
+
+
+def _loss(work: Work, mesh: MeshConfig, share: DeviceShare) -> int:
+    """Bytes of the loss: a gradient of the hidden states; of a chunk logits, softmax, gradient."""
+    config = work.config
+    width = chunk_size(config.vocab_size // mesh.tensor, share.tokens, config.hidden_size)
+    chunk = width * config.hidden_size * BF16 * (2 if mesh.fsdp > 1 else 1)
+    return share.tokens * (config.hidden_size + 3 * width) * FP32 + chunk
+
+
+def _rows(work: Work, mesh: MeshConfig, share: DeviceShare) -> int:
+    """R, the rows of the experts on a device."""
+    experts = work.config.num_local_experts
+    items = share.group * work.config.num_experts_per_tok
+    return expert_rows(items, experts, experts // mesh.expert, LARGEST_BLOCK[work.weights])
+
+
+def _stream(work: Work, share: DeviceShare) -> int:
+    """Bytes of one activation [T, D]."""
+    return share.tokens * work.config.hidden_size * BF16
+
+
+def _between(work: Work, share: DeviceShare) -> int:
+    """Bytes of what a device has of an activation [T, D] between two layers."""
+    return share.between * work.config.hidden_size * BF16
+
+
+def _heads(work: Work, share: DeviceShare) -> int:
+    """Bytes of the queries [T, H d]."""
+    return share.tokens * share.heads * work.config.head_dim * BF16
+
+
+def _width(work: Work, mesh: MeshConfig, kind: LayerKind) -> int:
+    config = work.config
+    is_moe = kind.feed_forward == "moe"
+    return (config.intermediate_size if is_moe else config.intermediate_size_mlp) // mesh.tensor
