@@ -57,9 +57,11 @@ def run(main: Callable[[], None]) -> None:
 
 def _fail(message: str, code: int = 1) -> NoReturn:
     """Says why the command ends, of several processes which one, and ends it."""
-    if processes.several():
+    if processes.several():  # all but the first are silent otherwise
         message += f" [process {jax.process_index()} of {jax.process_count()}]"
-    print(message, file=sys.__stderr__)  # which is open in silent processes, too
+        print(message, file=sys.__stderr__)
+    else:
+        print(message, file=sys.stderr)
     _exit(code)
 
 
