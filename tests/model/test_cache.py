@@ -25,10 +25,10 @@ from pallas_kernels.attention import Coords
 
 
 def test_local_layers_keep_one_chunk_and_global_layers_the_sequence(small):
-    """In pages, of which one is the null page."""
-    cache = init_cache(small.config, 2, 256)
+    """In pages, one of them the null page, and so many that their number is a multiple of 8."""
+    cache = init_cache(small.config, 9, 256)
     pages = [(layer.k.shape[0], layer.k.shape[2]) for layer in cache.layers]
-    assert pages == [(3, 16), (1 + 2 * 256 // PAGE, PAGE)]
+    assert pages == [(1 + 9 + 6, 16), (1 + 9 * 256 // PAGE + 5, PAGE)]
 
 
 def coords(positions, segments):
@@ -50,12 +50,10 @@ def test_padding_takes_no_slot_and_the_last_chunk_fills_the_ring(small):
     new = coords([0, 0, *range(14, 19)], [0, 0, 1, 1, 1, 1, 1])
     writes, cache = plan_writes(small.config, cache, new)
     full, ring = writes.values()
-    assert full.index[0, 0].tolist() == [
-        2 * PAGE,
-        2 * PAGE,
-        *range(PAGE, PAGE + 5),
-    ]  # the first two: nowhere
-    assert ring.index[0, 0].tolist() == [32] * 4 + [16, 17, 18]  # 14 and 15 are a chunk behind
+    full_end, ring_end = (pool.coords.segment.size for pool in cache.pools)  # nowhere
+    assert full.index[0, 0].tolist() == [full_end] * 2 + [*range(PAGE, PAGE + 5)]
+    # 14 and 15 are a chunk behind.
+    assert ring.index[0, 0].tolist() == [ring_end] * 4 + [16, 17, 18]
     assert cache.length.tolist() == [5]
     assert held(cache.full) == ([14, 15, 16, 17, 18], [1] * 5)
     assert held(cache.pools[1]) == ([16, 17, 18], [1] * 3)
@@ -65,13 +63,13 @@ def test_a_restarted_row_holds_nothing(small):
     cache = init_cache(small.config, 2, PAGE)
     both = Coords(jnp.array([[0, 1]] * 2), jnp.ones((2, 2), jnp.int32))
     _, cache = plan_writes(small.config, cache, both)
-    assert free_pages(cache) == 0
+    free = free_pages(cache)
     cache = restart_rows(cache, jnp.array([1, 0]))
     assert cache.length.tolist() == [0, 2]
     for pool in (cache.full, cache.pools[1]):
         assert held(pool) == ([], []) and held(pool, 1) == ([0, 1], [1, 1])
         assert int(pool.coords.segment.sum()) == 2
-    assert free_pages(cache) == 1
+    assert free_pages(cache) == free + 1
 
 
 def used(cache, shards):
@@ -122,12 +120,14 @@ def test_segments_far_apart_have_room_in_the_ring(small):
 
 
 def test_without_free_pages_tokens_go_nowhere(small):
-    cache = init_cache(small.config, 2, 2 * PAGE, tokens=PAGE)
-    new = Coords(jnp.arange(2 * PAGE)[None].repeat(2, 0), jnp.ones((2, 2 * PAGE), jnp.int32))
+    rows = 6
+    cache = init_cache(small.config, rows, 2 * PAGE, tokens=PAGE)
+    new = Coords(jnp.arange(2 * PAGE)[None].repeat(rows, 0), jnp.ones((rows, 2 * PAGE), jnp.int32))
     _, full = plan_writes(small.config, cache, new)
     assert free_pages(full) == 0
     owned = np.asarray(full.full.owner)
-    assert len(held(full.full)[0]) + len(held(full.full, 1)[0]) == PAGE * (owned >= 0).sum()
+    tokens = sum(len(held(full.full, row)[0]) for row in range(rows))
+    assert tokens == PAGE * (owned >= 0).sum() == PAGE * (len(owned) - 1)
     assert not np.asarray(full.full.coords.segment)[0].any()
 
 

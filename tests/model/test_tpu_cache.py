@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxmoe.benchmarks.schedule.tpu_steps import Program
 from jaxmoe.config import SCOUT, layer_kinds
-from jaxmoe.model.kv_cache import full, init_cache, layer, ring
+from jaxmoe.model.kv_cache import PAGE, full, init_cache, layer, ring
 from jaxmoe.model.packing import Packing
 from jaxmoe.model.params import init_params
 from jaxmoe.model.transformer import forward
 from pallas_kernels.attention import paged_attention
 from pallas_kernels.attention.tpu_tiles import PagedTpuConfig
+from pallas_kernels.compile.absent import absent_tpus, mesh_of
+from pallas_kernels.compile.tpu_schedule import Core
 
 # The second step's local layer sees the ring, and some of its tokens are of another chunk.
 CONFIG = dataclasses.replace(
@@ -89,3 +92,24 @@ def test_steps_of_many_tokens(lay, monkeypatch):
     jax.clear_caches()
     assert len(calls) == len(CONFIG.layers)
     assert abs(ours - plain).max() < 1e-5 * abs(plain).max()
+
+
+@pytest.mark.absent_tpu
+@pytest.mark.parametrize(("heads", "kv"), [(1, "int8"), (2, "int8"), (1, "int4")])
+def test_xla_writes_a_chunk_in_place(heads, kv):
+    """To a row whose pages, with the null page, are no multiple of a vector's 8 rows."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 128}
+    config = dataclasses.replace(CONFIG, layers=layer_kinds(1, nope_interval=1), **sizes)
+
+    def write(cache, k, v, index):
+        return cache._replace(layers=tuple(x.write(k, v, index) for x in cache.layers))
+
+    mesh = mesh_of(absent_tpus("v5p:2x2x1")[0])
+    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+    shaped = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
+    cache = jax.eval_shape(lambda: init_cache(config, 1, 7813 * PAGE, kv))
+    cache = jax.tree.map(lambda x: shaped(x.shape, x.dtype), cache)
+    new, index = shaped((1, heads, 8192, 128), jnp.bfloat16), shaped((1, 8192), jnp.int32)
+    compiled = jax.jit(write, donate_argnums=0).lower(cache, new, new, index).compile()
+    program = Program(compiled.as_text(), {}, 1.0, Core.of("v5p", 2, 1.0, 1.0))
+    assert len(program.operations) > 3 and program.pool_copies == 0

@@ -43,7 +43,8 @@ def decode_bytes(config, rows: int, capacity: int) -> int:
     routers = sum(kind.feed_forward == "moe" for kind in config.layers) * config.num_local_experts
     replicated = embed * (2 * layers + 1 + routers)  # norms and routers
     weights = replicated + (num_params(config) - replicated) // 8
-    log, ring = (1 + rows * tokens // PAGE for tokens in (capacity, 8192))  # with null page
+    pages = (rows * tokens // PAGE for tokens in (capacity, 8192))
+    log, ring = (n + 8 for n in pages)  # with the null page, a multiple of 8
     keys_and_values = 2 * config.head_dim * PAGE * (12 * log + 36 * ring)  # one head of 8
     coordinates_and_owners = (2 * PAGE + 1) * (log + ring)
     tables_and_lengths = rows * (capacity + 8192) // PAGE + 2 * rows  # and where pages begin

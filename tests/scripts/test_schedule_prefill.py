@@ -18,6 +18,7 @@ CONFIG = dataclasses.replace(SCOUT, layers=SCOUT.layers[:4], attention_chunk_siz
 CHUNK = Chunk(CONFIG, 4096, 1024, "int8", parse_target("v5p-8"))
 STEADY, MASKED = 65, 67  # bundles of the recorded kernel's paths
 PAGE = 128
+UNIT = 8  # a pool's pages, one of which is the null page, are a multiple
 
 
 def paged(pages, chunk=CHUNK):
@@ -28,18 +29,18 @@ def paged(pages, chunk=CHUNK):
 
 def test_visits_of_a_full_cache():
     """Tiles of 256 queries visit blocks of 512 keys: 7, 7, 8 and 8, the last of each masked."""
-    assert paged(4096 // PAGE + 1) == (7 + 8 - 2) * STEADY + 2 * MASKED
+    assert paged(4096 // PAGE + UNIT) == (7 + 8 - 2) * STEADY + 2 * MASKED
 
 
 def test_visits_of_a_ring():
     """The chunk that began before has 1,024 tokens, which are two blocks without a mask."""
-    assert paged(2048 // PAGE + 1) == 2 * 2 * STEADY
+    assert paged(2048 // PAGE + UNIT) == 2 * 2 * STEADY
 
 
 def test_the_core_with_most_visits_counts():
     """The first core has the first and the last of three tiles, of 7, 7 and 8 blocks."""
     chunk = dataclasses.replace(CHUNK, context=4096 - 256, tokens=768)
-    assert paged(3840 // PAGE + 1, chunk) == (7 + 8 - 2) * STEADY + 2 * MASKED
+    assert paged(3840 // PAGE + 2, chunk) == (7 + 8 - 2) * STEADY + 2 * MASKED
 
 
 def test_a_pool_of_no_cache():

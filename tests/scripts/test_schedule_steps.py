@@ -30,7 +30,7 @@ ONCE = 157  # bundles of the recorded kernel if its loop runs once
 POOL = 128 * 2**20
 
 
-def program(layers, *, copies=0):
+def program(layers, *, copies=0, kind="copy"):
     """A step whose layers multiply by ten blocks of keys each, perhaps after copying a pool."""
     lines = [
         "ENTRY %main (q: bf16[8,128]) -> f32[] {",
@@ -39,7 +39,7 @@ def program(layers, *, copies=0):
     ]
     for i in range(layers):
         meta = f'metadata={{op_name="jit(step)/layer_{i}/sums/pallas_call"}}'
-        lines += [f"  %copied.{i} = s8[{POOL}]{{0}} copy(%pool), {meta}"] * copies
+        lines += [f"  %copied.{i} = s8[{POOL}]{{0}} {kind}(%pool), {meta}"] * copies
         lines += [
             f'  %sums.{i} = f32[] custom-call(%keys), custom_call_target="x", {meta}',
             f"  %scalar.{i} = f32[] negate(%sums.{i}), {meta}",
@@ -71,7 +71,13 @@ def test_cost_of_operations():
     assert seconds["operations"] == pytest.approx(copy.seconds + sums.seconds, rel=1e-6)
     assert seconds["bundles"] == bundles / CORE.clock
     assert seconds["between"] == pytest.approx(ONCE / CORE.clock)
-    assert each.pool_copies([0]) == 1 and each.pool_copies([1]) == 0
+
+
+@pytest.mark.parametrize(("kind", "copies"), [("copy", 3), ("reshape", 3), ("fusion", 0)])
+def test_copies_of_pools(kind, copies):
+    """Also to another layout, and wherever the compiler says that they come from."""
+    text, codes = program(3, copies=1, kind=kind)
+    assert Program(text.replace("/layer_", "/"), codes, 1.0, CORE).pool_copies == copies
 
 
 def test_a_loop_of_operations_counts_once():

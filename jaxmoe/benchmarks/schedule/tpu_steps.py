@@ -33,6 +33,7 @@ from pallas_kernels.compile.tpu_schedule import Core, hot_loop, hot_paths
 # How many arrays a kernel copies block by block, by the start of its name; one if not listed.
 ARRAYS = {"decode_attention": 2, "experts_gate_up": 2}
 LARGE = 2**20  # bytes from which on a copy of a page pool counts as one
+COPIES = frozenset(("copy", "reduce", "reshape", "transpose"))  # also to another layout
 SHOWN = 12  # operations that a step lists
 _NUMBER = re.compile(r"\.\d+")  # in the names of HLO instructions, to make them one of a kind
 
@@ -141,12 +142,12 @@ class Program:
             "between": between.bundles / clock,
         }
 
-    def pool_copies(self, layers: Iterable[int]) -> int:
-        """How many operations of these layers copy all pages of keys or values, or their scales."""
+    @property
+    def pool_copies(self) -> int:
+        """How many operations copy all pages of keys or values, or of their scales."""
         parameters = self.traffic.parameters().items()
         pools = {size for name, size in parameters if ".layers[" in name and size >= LARGE}
-        operations = (x for layer in layers for x in of_layer(self.operations, layer))
-        copies = (x.name for x in operations if x.kind == "copy")
+        copies = (x.name for x in self.operations if x.kind in COPIES)
         return sum(bool(pools & {*self.traffic.moved(name)}) for name in copies)
 
 
@@ -252,7 +253,7 @@ class TpuStep:
             "name": self.name,
             "bound": self.bound,
             "a_layer": marginal_operations(lambda n: programs[n].text, PERIOD),
-            "pool_copies": after.pool_copies(last) / PERIOD,
+            "pool_copies": (after.pool_copies - before.pool_copies) / PERIOD,
             "seconds": seconds | self._plan(mesh),
             "by_layer": {
                 f"{kind.attention}, {kind.feed_forward}": len(of_layer(after.operations, i))

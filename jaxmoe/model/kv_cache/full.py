@@ -16,7 +16,7 @@ from jaxmoe import mesh as meshes
 from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, PoolSize, Room
 from jaxmoe.model.kv_cache.layer import LayerCache, attend_pieces, attend_single
-from jaxmoe.model.kv_cache.layout import PAGE
+from jaxmoe.model.kv_cache.layout import PAGE, pool_pages
 from jaxmoe.model.packing import PackedRows, merge_single
 from jaxmoe.model.sequence import NewTokens, gather, merge_over_devices
 from pallas_kernels.attention import Coords, decode_attention, paged_attention
@@ -54,7 +54,7 @@ class FullCache(CacheKind):
         if room.tokens is not None:
             begun = room.rows  # each row may begin a page
             pages = max(columns, min(pages, -(-room.tokens // (PAGE * room.shards)) + begun))
-        return PoolSize(columns, 1 + pages, PAGE, room.groups * room.shards, room.shards)
+        return PoolSize(columns, pool_pages(pages), PAGE, room.groups * room.shards, room.shards)
 
     def slots(
         self, new: Coords, last: Coords, order: jax.Array, dealt: jax.Array, shards: int

@@ -14,6 +14,9 @@ from pallas_kernels.attention import Coords
 PAGE = (
     128  # tokens of a page: as many as a TPU vector has lanes, so that no array of a page is padded
 )
+# A pool's pages are a multiple of a TPU vector's sublanes: XLA writes to scales [P, K, t] in a flat
+# view, which is padded otherwise, so that a step would copy all scales to that layout and back.
+PAGE_UNIT = 8
 
 
 def slot_shards(mesh=None) -> int:
@@ -37,6 +40,11 @@ def row_groups(rows: int, mesh=None) -> int:
 def pages_for(tokens: int, mesh=None) -> int:
     """Pages of the full cache that a row of `tokens` tokens takes on each device, at most."""
     return -(-tokens // (PAGE * slot_shards(mesh)))
+
+
+def pool_pages(pages: int) -> int:
+    """How many pages a pool has that is to have so many besides the null page."""
+    return -(-(1 + pages) // PAGE_UNIT) * PAGE_UNIT
 
 
 def row_axes(mesh, rows: int) -> tuple[str, ...]:

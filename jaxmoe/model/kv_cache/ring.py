@@ -16,7 +16,7 @@ from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.kv_cache.full import FullCache
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, PoolSize, Room
 from jaxmoe.model.kv_cache.layer import LayerCache, attend_pieces, attend_single
-from jaxmoe.model.kv_cache.layout import PAGE
+from jaxmoe.model.kv_cache.layout import PAGE, pool_pages
 from jaxmoe.model.packing import PackedRows, merge_single
 from jaxmoe.model.sequence import NewTokens, gather
 from pallas_kernels.attention import (
@@ -73,7 +73,7 @@ class RingCache(CacheKind):
         if tokens is not None:  # a row's first and last page may be begun
             fits = -(-tokens // self.page) + 2 * room.rows
             pages = max(columns, min(pages, fits))
-        return PoolSize(columns, 1 + pages, self.page, room.groups, 1)
+        return PoolSize(columns, pool_pages(pages), self.page, room.groups, 1)
 
     def slots(
         self, new: Coords, last: Coords, order: jax.Array, dealt: jax.Array, shards: int
