@@ -23,6 +23,7 @@ def filled(text: str) -> str:
     """The text of a document with the table between each pair of markers replaced."""
     writers = {
         "cpu": _cpu,
+        "train-cpu": _train_cpu,
         "engine": _engine,
         "convert": _convert,
         "attention": _attention,
@@ -44,6 +45,10 @@ def filled(text: str) -> str:
 
 def _cpu() -> str:
     return cpu_markdown(json.loads((ROOT / "benchmarks" / "cpu.json").read_text()))
+
+
+def _train_cpu() -> str:
+    return train_markdown(json.loads((ROOT / "benchmarks" / "train-cpu.json").read_text()))
 
 
 def _engine() -> str:
@@ -176,6 +181,27 @@ turn on {machine["cores"]} cores of an {machine["processor"]}, {figures["date"]}
 {versions["jax"]}, torch {versions["torch"]}, transformers {versions["transformers"]}, which
 computes every expert for every token. `make bench` measures it again; `scripts/tables.py` makes
 this table from `benchmarks/cpu.json`."""
+
+
+def train_markdown(figures: dict) -> str:
+    """The figures of `jaxmoe benchmark train` as Markdown."""
+    seconds, rate = figures["median_seconds"], figures["tokens_per_second"]
+    versions, machine = figures["versions"], figures["machine"]
+    return f"""\
+| | jaxmoe | transformers | times faster |
+|---|---|---|---|
+| a step, s | {seconds["jaxmoe"]:.2f} | {seconds["transformers"]:.2f} \
+| {figures["times_faster"]:.2f} |
+| tokens/s | {rate["jaxmoe"]:.0f} | {rate["transformers"]:.0f} | |
+
+{figures["parameters"] / 1e6:.0f}M random parameters, float32, AdamW, {figures["rows"]} rows of \
+{figures["length"]} tokens, the same weights, tokens and first
+loss on both sides; medians of {figures["repeats"]} steps taken in turn on {machine["cores"]} \
+cores of an {machine["processor"]},
+{figures["date"]}, jax {versions["jax"]}, torch {versions["torch"]}, transformers \
+{versions["transformers"]}, which computes every expert for
+every token. `make bench` measures it again; `scripts/tables.py` makes this table from
+`benchmarks/train-cpu.json`."""
 
 
 def engine_markdown(figures: dict) -> str:

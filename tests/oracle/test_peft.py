@@ -9,6 +9,8 @@ from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.peft import read_adapter, write_adapter
 from jaxmoe.eval.logits import token_logits
 from jaxmoe.model import adapters
+from jaxmoe.train.config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from jaxmoe.train.trainer import train
 from tests import formats, tiny
 from tests.conftest import one_device
 from tests.oracle.conftest import oracle
@@ -111,3 +113,37 @@ def test_adapters_written_here_mean_the_same_in_peft(ask, version, model, rslora
     ours = token_logits(config, adapted, tokens)
     assert abs(ours - token_logits(config, params, tokens)).max() > 1e-2
     assert abs(ours - theirs).max() < 1e-4
+
+
+@pytest.mark.parametrize("model", ["text"], indirect=True)
+def test_an_adapter_trained_here_means_the_same_in_peft(ask, version, model, tmp_path):
+    """The folder of a finished run, of attention and experts, as PEFT reads it."""
+    folder, tokens = model
+    documents = [120, *range(5, 36)]  # 120 begins one
+    np.save(tmp_path / "tokens.npy", np.tile(documents, 20))
+    run = TrainConfig(
+        init=str(folder / "checkpoint"),
+        data=DataConfig(tokens=str(tmp_path / "tokens.npy"), length=32, batch_size=2),
+        optimizer=OptimizerConfig(peak_lr=0.05, warmup_steps=0),
+        adapter=AdapterConfig(
+            rank=3,
+            targets=("layers.*.attention.*", "*.experts.*"),
+            ranks={"*.experts.*": 2},
+            layout="peft-0.18" if version == OLDER else "peft-0.19",
+        ),
+        output=str(tmp_path / "run"),
+        steps=3,
+        log_every=1,
+    )
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        losses = [record["loss"] for record in train(run, mesh)]
+    assert losses[-1] < losses[0]
+    theirs = their_logits(ask, folder, version, tmp_path / "run" / "adapter")
+    config, params = store.load(folder / "checkpoint", mesh)
+    plain = token_logits(config, params, tokens)
+    config, adapted = store.load(
+        folder / "checkpoint", mesh, "float32", adapter=tmp_path / "run" / "adapter"
+    )
+    assert abs(theirs - plain).max() > 1e-2
+    assert abs(token_logits(config, adapted, tokens) - theirs).max() < 1e-4

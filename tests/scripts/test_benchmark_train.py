@@ -2,14 +2,19 @@
 
 import argparse
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks import write_tables
 from jaxmoe.benchmarks import cpu, train
 from jaxmoe.hf_config import from_hf
 from tests import tiny
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -36,3 +41,10 @@ def test_figures_of_both_sides(figures):
     console = Console(file=io.StringIO(), width=100)
     console.print(train.train_table(figures))
     assert "1500.00" in console.file.getvalue()
+
+
+def test_the_document_has_the_measured_figures():
+    measured = json.loads((ROOT / "benchmarks" / "train-cpu.json").read_text())
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert write_tables.filled(text) == text and write_tables.train_markdown(measured) in text
+    assert measured["losses"]["jaxmoe"] == pytest.approx(measured["losses"]["transformers"])
