@@ -5,6 +5,7 @@ import json
 import textwrap
 from pathlib import Path
 
+from benchmarks.training_tables import train_markdown, train_memory_markdown
 from jaxmoe.benchmarks import tables
 from jaxmoe.plan import scheduled
 
@@ -183,27 +184,6 @@ computes every expert for every token. `make bench` measures it again; `scripts/
 this table from `benchmarks/cpu.json`."""
 
 
-def train_markdown(figures: dict) -> str:
-    """The figures of `jaxmoe benchmark train` as Markdown."""
-    seconds, rate = figures["median_seconds"], figures["tokens_per_second"]
-    versions, machine = figures["versions"], figures["machine"]
-    return f"""\
-| | jaxmoe | transformers | times faster |
-|---|---|---|---|
-| a step, s | {seconds["jaxmoe"]:.2f} | {seconds["transformers"]:.2f} \
-| {figures["times_faster"]:.2f} |
-| tokens/s | {rate["jaxmoe"]:.0f} | {rate["transformers"]:.0f} | |
-
-{figures["parameters"] / 1e6:.0f}M random parameters, float32, AdamW, {figures["rows"]} rows of \
-{figures["length"]} tokens, the same weights, tokens and first
-loss on both sides; medians of {figures["repeats"]} steps taken in turn on {machine["cores"]} \
-cores of an {machine["processor"]},
-{figures["date"]}, jax {versions["jax"]}, torch {versions["torch"]}, transformers \
-{versions["transformers"]}, which computes every expert for
-every token. `make bench` measures it again; `scripts/tables.py` makes this table from
-`benchmarks/train-cpu.json`."""
-
-
 def engine_markdown(figures: dict) -> str:
     """The figures of `jaxmoe benchmark engine` as Markdown."""
     versions, machine, names = figures["versions"], figures["machine"], []
@@ -223,7 +203,7 @@ processor time of the engine's thread. Programs: compiled steps of the model. {"
 `jaxmoe benchmark engine` measures it again; `scripts/tables.py` makes this table from \
 `benchmarks/engine.json`."""
     wrapped = textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
-    return f"{_markdown(tables.engine_grid(figures))}\n\n{wrapped}"
+    return f"{tables.markdown(tables.engine_grid(figures))}\n\n{wrapped}"
 
 
 def _beside_transformers(figures: dict) -> str:
@@ -257,7 +237,7 @@ there, times it beside {others}, and writes the figures;
 def _attention_of(name: str, figures: dict) -> str:
     versions = _versions(figures)
     return f"""\
-{_markdown(tables.attention_grid(figures))}
+{tables.markdown(tables.attention_grid(figures))}
 
 {_run(figures)},
 cuDNN {versions["cudnn"]}, torch {versions["torch"]};
@@ -278,7 +258,7 @@ def _moe_of(name: str, figures: dict) -> str:
     versions = _versions(figures)
     random = {**figures, "cases": [x for x in figures["cases"] if x["routing"] == "random"]}
     return f"""\
-{_markdown(tables.moe_grid(random))}
+{tables.markdown(tables.moe_grid(random))}
 
 {_run(figures)},
 torch {versions["torch"]}, transformers {versions["transformers"]}.
@@ -299,7 +279,7 @@ def _skew(figures: dict) -> str:
         return ""
     return f"""
 
-{_markdown(grid)}
+{tables.markdown(grid)}
 
 The same kernels by how tokens choose experts, in ms; in brackets, times what the longest group
 costs alone. Skewed: the nth most popular expert gets 1/n as many tokens as the first; worst: all
@@ -311,7 +291,7 @@ def step_markdown(name: str, figures: dict) -> str:
     model = f"{figures['model'].capitalize()}, {figures['layers']} layers"
     chunk = figures["batches"][0]["prefill_chunk"]
     text = f"""\
-{_markdown(tables.step_grid(figures))}
+{tables.markdown(tables.step_grid(figures))}
 
 {model}, {figures["weights"]} weights, {figures["kv"]} cache, {figures["context"]:,} tokens a row;
 {_run(figures)}.
@@ -334,16 +314,16 @@ def _profile(profile: dict) -> str:
     title = f"{profile['task'].capitalize()}, {profile['rows']} row{'s' * (profile['rows'] > 1)}"
     grid = tables.Grid((title, "calls", "us", "of the step"), rows)
     launches = f"{profile['launches']:.0f} launches"
-    return f"{_markdown(grid)}\n\n{busy:,.0f} us in {launches}, by JAX's profiler."
+    return f"{tables.markdown(grid)}\n\n{busy:,.0f} us in {launches}, by JAX's profiler."
 
 
 def schedule_markdown(figures: dict) -> str:
     """The figures of `jaxmoe benchmark schedule` as Markdown."""
     versions, processor = _versions(figures), figures["processor"]
     return f"""\
-{_markdown(tables.schedule_grid(figures))}
+{tables.markdown(tables.schedule_grid(figures))}
 
-{_markdown(tables.steps_grid(figures))}
+{tables.markdown(tables.steps_grid(figures))}
 
 Static: {figures["static"]}. {figures["target"].upper()}:
 {processor["cores"]} multiprocessors at {processor["clock"] / 1e9:.2f} GHz and \
@@ -360,41 +340,10 @@ Static: {figures["static"]}. {target}: {cores} at {core["clock"] / 1e9:.2f} GHz,
 {core["product_flops"]:,} operations of products a cycle, and {core["bandwidth"] / 1e12:.2f} TB/s. \
 jax {versions["jax"]}, libtpu {versions["libtpu"]}, {figures["date"]}. `scripts/tables.py` makes \
 these tables from `benchmarks/schedule-{target}.json`."""
-    grids = "\n\n".join(map(_markdown, tables.schedule_grids(figures)))
+    grids = "\n\n".join(map(tables.markdown, tables.schedule_grids(figures)))
     errors = "\n".join(f"- {line}" for line in tables.schedule_errors(figures))
     wrapped = textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
     return f"{grids}\n\nWithout figures:\n\n{errors}\n\n{wrapped}"
-
-
-def train_memory_markdown(figures: list[dict]) -> str:
-    """The figures of `scripts/train_memory.py` as Markdown."""
-    title = "step of Scout", "target", "mesh", "rows x tokens"
-    columns = (*title, "kept", "during the step", "together", "formula")
-    return _markdown(tables.Grid(columns, list(map(_train_memory_row, figures))))
-
-
-def _train_memory_row(figures: dict) -> list[str]:
-    """GB of a device by the compiler, and by how much the formula's sum is off."""
-    case, compiled = figures["case"], figures["compiled"]
-    known = ("task", "layers", "target", "mesh", "rows", "context", "weights")
-    options = [f"{name}: {value}" for name, value in case.items() if name not in known]
-    task = {"lora": "LoRA", "train": "all parameters"}[case["task"]]
-    task = f"QLoRA, {case['weights']}" if "weights" in case else task
-    kept = compiled["weights"] + compiled["optimizer"]
-    percent = 100 * (sum(figures["formula"].values()) / compiled["peak"] - 1)
-    return [
-        ", ".join([task, f"{case['layers']} layers", *options]),
-        case["target"],
-        case["mesh"],
-        f"{case['rows']} x {case['context']:,}",
-        *(f"{x / 1e9:.1f}" for x in (kept, compiled["temporaries"], compiled["peak"])),
-        f"{percent:+.1f} %",
-    ]
-
-
-def _markdown(grid: tables.Grid) -> str:
-    rows = [grid.columns, ["---"] * len(grid.columns), *grid.rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _versions(figures: dict) -> dict[str, str]:

@@ -281,3 +281,9 @@ def error_lines(figures: dict, contenders: dict[str, str]) -> list[str]:
         for case in figures["cases"]
         for name, error in case["errors"].items()
     ]
+
+
+def markdown(grid: Grid) -> str:
+    """A grid as a table of Markdown."""
+    rows = [grid.columns, ["---"] * len(grid.columns), *grid.rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
