@@ -24,7 +24,11 @@ from tests import tiny
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "configs" / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-MODELS = {"build/demo": "demo/model", "build/needle": "demo/needle/model"}
+MODELS = {  # the twins', and what their matrices are stored in
+    "build/demo": ("demo/model", None),
+    "build/demo-int4": ("demo/model", "int4"),
+    "build/needle": ("demo/needle/model", None),
+}
 # What a twin may have otherwise than its recipe.
 SIZES = {"init", "output", "data", "mesh", "steps", "log_every", "evaluate_every", "save_every"}
 SIZED = {"optimizer": {"peak_lr", "warmup_steps"}, "adapter": {"rank", "alpha"}}
@@ -44,7 +48,7 @@ def test_a_recipe_trains_what_its_model_has(name, monkeypatch):
     target, model = planned(name)
     config = read_train_config(RECIPES / f"{name}.yaml")
     check_names(config, PRESETS[model], name)
-    mesh = resolved(MeshConfig.parse(config.mesh), parse_target(target))
+    mesh = resolved(MeshConfig.parse(config.mesh or "data=-1"), parse_target(target))
     assert config.rows.batch_size % (mesh.data * mesh.fsdp * mesh.expert) == 0
 
 
@@ -87,8 +91,8 @@ def shallow(source, folder):
 def models(tmp_path_factory):
     """Where the demo models are, converted."""
     folder = tmp_path_factory.mktemp("models")
-    for place, source in MODELS.items():
-        convert(shallow(ROOT / source, folder / source), folder / place)
+    for place, (source, weights) in MODELS.items():
+        convert(shallow(ROOT / source, folder / "hf" / place), folder / place, weights=weights)
     return folder
 
 
