@@ -25,6 +25,7 @@ from jaxmoe.train.make_tokens import tokens_of
 CONFIG = "configs/demo.yaml"
 DEMO = Path("demo")
 WHOLE_TEXT = "ge1:1-re22:21"
+VERSE = r"(\w+?)(\d+):(\d+) (.*)"  # such as: 1Sm3:4 That the LORD called Samuel
 SPECIALS = (  # Llama 4's names, in Llama 4's place: after the ordinary tokens
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -36,15 +37,24 @@ SPECIALS = (  # Llama 4's names, in Llama 4's place: after the ordinary tokens
 )
 
 
-def chapters() -> list[str]:
-    """The text of each chapter, a verse a line, from the installed Debian package."""
+def verses_by_chapter() -> list[list[re.Match]]:
+    """The verses of each chapter, from the installed Debian package.
+
+    Returns:
+        matches whose groups are the book, the numbers of chapter and verse, and the text.
+    """
     if shutil.which("bible") is None:
         raise UserError("the text is not installed; run: apt-get install bible-kjv-text")
     command = ["bible", "-f", WHOLE_TEXT]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    verses = [re.fullmatch(r"(\w+?\d+):\d+ (.*)", line) for line in printed.splitlines()]
-    by_chapter = itertools.groupby(filter(None, verses), key=lambda verse: verse[1])
-    return ["\n".join(verse[2] for verse in group) for _, group in by_chapter]
+    verses = [re.fullmatch(VERSE, line) for line in printed.splitlines()]
+    by_chapter = itertools.groupby(filter(None, verses), key=lambda verse: verse.group(1, 2))
+    return [list(group) for _, group in by_chapter]
+
+
+def chapters() -> list[str]:
+    """The text of each chapter, a verse a line."""
+    return ["\n".join(verse[4] for verse in chapter) for chapter in verses_by_chapter()]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
