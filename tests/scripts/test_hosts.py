@@ -56,6 +56,11 @@ def test_a_job_is_killed_stopped_and_ended_elsewhere(small, tmp_path):
     assert "stopped" not in said[1]  # the first process speaks
 
     elsewhere = ("--dtype", "float32", "--mesh", "tensor=2", "--cpu-devices", 2)
+    alone = together.start(*job, output, *elsewhere)
+    wait_for_an_answer(output, [alone])
+    alone.send_signal(signal.SIGUSR1)
+    codes, _, said = together.ends([alone])
+    assert codes == [75] and "were answered; their answers are kept" in said[0]
     succeeds(*job, output, *elsewhere)
     succeeds(*job, other, *ONE)
     assert output.read_bytes() == other.read_bytes()
