@@ -34,7 +34,7 @@ def on_first(action: Callable[[], Any]) -> Any:
         action: returns what JSON can hold.
 
     Raises:
-        UserError: on every process, if `action` raises one.
+        UserError: on every process, if `action` raises one, or an error of the file system.
     """
     if not several():
         return action()
@@ -49,6 +49,9 @@ def _outcome(action: Callable[[], Any]) -> bytes:
         return json.dumps({"value": action()}).encode()
     except UserError as error:
         return json.dumps({"error": str(error)}).encode()
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return json.dumps({"error": f"{where}{error.strerror or error}."}).encode()
 
 
 def _from_first(content: bytes) -> bytes:

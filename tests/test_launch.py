@@ -38,6 +38,8 @@ OPEN_MPI = {
         (SLURM | {"SLURM_NODEID": "1"}, Launch("SLURM", 5, 4, None, 2, 0)),
         (SLURM | {"JAXMOE_COORDINATOR": "a:1"}, Launch("SLURM", 5, 4, "a:1", 1, 0)),
         (SLURM | {"SLURM_NTASKS": "1"}, None),
+        (SLURM | {"SLURM_NTASKS": "1", "JAXMOE_COORDINATOR": "a:1"}, None),
+        ({"SLURM_JOB_ID": "7", "JAXMOE_COORDINATOR": "a:1"}, None),  # a batch script's own process
         ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),  # not in srun
         (SLURM | {"JAXMOE_CLUSTER": "off"}, None),
         (OPEN_MPI, Launch("Open MPI", 4, 3, None, 2, 1)),
@@ -84,7 +86,9 @@ def test_gpus_are_counted_without_jax(visible, count):
 
 def test_a_doctor_names_what_is_wrong():
     host = {"host": "a", "devices": 1, "gpus": 8, "proxies": []}
-    assert mistakes([host]) == ["a uses 1 of its 8 GPUs; unset JAX_LOCAL_DEVICE_IDS."]
+    (sentence,) = mistakes([host])
+    assert sentence.startswith("a has 8 GPUs, and its 1 processes take 1; start one process a host")
+    assert len(mistakes([host | {"devices": 8}] * 2)) == 1  # which both take all
     assert mistakes([host | {"devices": 8}]) == []
     two = [host | {"devices": 8}, host | {"host": "b", "devices": 8, "proxies": ["http_proxy"]}]
     assert mistakes(two) == ["http_proxy may keep the processes apart; unset them."]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxmoe import compilation
+from jaxmoe import compilation, processes
 from jaxmoe.checkpoint import store
 from jaxmoe.cli.launch import find_launch, join
 from jaxmoe.config import Llama4Config
@@ -81,7 +81,13 @@ def start(args: argparse.Namespace) -> jax.sharding.Mesh:
     launch = find_launch()
     if launch is not None:
         join(launch)
-    return MeshConfig.parse(args.mesh or "data=-1").make(devices())
+    found = devices()
+    if jax.process_count() > 1 and not processes.several():  # as on TPU hosts
+        raise UserError(
+            f"JAX finds {jax.process_count()} processes that nothing has joined; set "
+            "JAXMOE_CLUSTER=auto on all hosts."
+        )
+    return MeshConfig.parse(args.mesh or "data=-1").make(found)
 
 
 def devices() -> list[jax.Device]:

@@ -131,8 +131,11 @@ def mistakes(hosts: list[dict[str, Any]]) -> list[str]:
     for name in sorted({host["host"] for host in hosts}):
         here = [host for host in hosts if host["host"] == name]
         used, there = sum(host["devices"] for host in here), max(host["gpus"] for host in here)
-        if used < there:
-            found.append(f"{name} uses {used} of its {there} GPUs; unset JAX_LOCAL_DEVICE_IDS.")
+        if there and used != there:
+            found.append(
+                f"{name} has {there} GPUs, and its {len(here)} processes take {used}; start one "
+                "process a host, or give each its own by CUDA_VISIBLE_DEVICES."
+            )
     names = sorted({name for host in hosts for name in host["proxies"]})
     if names and len(hosts) > 1:
         found.append(f"{', '.join(names)} may keep the processes apart; unset them.")

@@ -96,10 +96,11 @@ def output_array(path: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """A float32 array that becomes an .npy file once it is whole; until then nothing is there.
 
     All of its disk is taken first: a full disk would kill the process that writes mapped memory.
-    Of several processes the first one writes it, and the others' arrays are in memory.
+    Of several processes the first one writes it, and the others' arrays forget what is written.
     """
     if not is_first():
-        yield np.empty(shape, np.float32)
+        nowhere = np.empty(1, np.float32)
+        yield np.lib.stride_tricks.as_strided(nowhere, shape, (0,) * len(shape))
         return
     with outputs.writable(path):
         place = outputs.place_of(path)

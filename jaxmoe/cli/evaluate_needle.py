@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = devices.required_tokenizer(args.checkpoint)
     needles = make_needles(cases, tokenizer, args)
     check_fit(store.read_config(args.checkpoint, text_only=True), cases, args.checkpoint)
-    records = known_trials(args.json, cases, needles) if args.json else []
+    records = on_first(lambda: known_trials(args.json, cases, needles)) if args.json else []
     left = [pair for pair in zip(cases, needles, strict=True) if not _is_known(records, *pair)]
     config, params = devices.load(args, mesh, text_only=True)
     with jax.set_mesh(mesh):

@@ -70,7 +70,8 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     found = None if any(given) else _scheduled(environment)
     if found is not None and (found.count or 2) > 1:
         return found._replace(address=address or found.address)
-    if address or any(given):
+    under_scheduler = found is not None or "SLURM_JOB_ID" in environment
+    if any(given) or (address and not under_scheduler):
         raise UserError(
             f"{', '.join((ADDRESS, COUNT, NUMBER))} are to be set together: HOST:PORT of the first "
             "process, how many processes there are, and this one's number from 0; under SLURM and "
@@ -114,21 +115,23 @@ def join(launch: Launch) -> None:
         UserError: if they do not come, or are not of the same kind.
     """
     known = launch.address and launch.count is not None
+    gpus, heartbeat = local_gpus(launch, gpus_here()), _seconds(HEARTBEAT, 10)
+    patience = _seconds(START, 300)
     try:
         jax.distributed.initialize(
             launch.address,
             launch.count,
             launch.number,
-            local_gpus(launch, gpus_here()),
+            gpus,
             cluster_detection_method="deactivate" if known else None,
-            heartbeat_timeout_seconds=_seconds(HEARTBEAT, 10),
-            initialization_timeout=_seconds(START, 300),
+            heartbeat_timeout_seconds=heartbeat,
+            initialization_timeout=patience,
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UserError(
             f"the processes that {launch.by} speaks of did not become one program ({reason}); "
-            f"start all of them within {_seconds(START, 300)} s, or set {ADDRESS} to a HOST:PORT "
+            f"start all of them within {patience} s, or set {ADDRESS} to a HOST:PORT "
             "that they all reach."
         ) from None
     if not is_first():

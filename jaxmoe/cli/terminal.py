@@ -68,13 +68,17 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 def _raise(error: Exception) -> NoReturn:
     """Ends the process with a traceback, which is of a mistake in this program.
 
-    Where there are several processes, JAX's errors are first of all of others that have ended.
+    Where there are several processes, JAX's errors of communication are first of all of another
+    one that has ended.
     """
     if not processes.several():
         raise error
-    if isinstance(error, jax.errors.JaxRuntimeError) and _is_of_others(str(error)):
+    if _is_of_others(str(error)):
         why = str(error).partition("\n")[0].rstrip(".")
-        _fail(f"error: another process has ended or cannot be reached ({why:.300}); its log says.")
+        _fail(
+            f"error: another process has ended or is out of reach; its log says why ({why:.300}).",
+            os.EX_UNAVAILABLE,
+        )
     traceback.print_exception(error, file=sys.__stderr__)
     _exit(1)
 

@@ -108,8 +108,8 @@ def read_document(
         prefill_chunk: tokens that one step takes, at most.
         interval: tokens between two saves; rounded up to whole chunks and pages.
         pictures: those whose features the image tokens of the text stand for, in order.
-        stop: asked once after each chunk whether to end early, saving what ends a whole chunk of
-            local attention; on several processes it says the same on all.
+        stop: asked once after each chunk whether to end early, with all saved up to the last edge
+            of local attention; on several processes it says the same on all.
         adapter: what `jaxmoe.checkpoint.peft.adapter_digest` says of the adapter of `params`, by
             which requests with the same one are told from others before a model is loaded.
 
@@ -142,9 +142,9 @@ def read_document(
         steps = read(config, params, document, tokens, place=place, **chunks)
         for document in steps:
             stopped = stop() and document.length < len(tokens)
-            if document.length % (unit if stopped else interval) == 0:
+            if stopped or document.length % interval == 0:
                 _save_pages(config, document, interval, files)
-                files.note(document.length)
+                files.note(document.length // unit * unit)  # later pages will be written again
             yield document.length
             if stopped:
                 return

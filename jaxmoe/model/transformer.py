@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import LayerKind, Llama4Config
-from jaxmoe.mesh import constrain, constrain_param
+from jaxmoe.mesh import constrain, constrain_param, current_mesh, residual_axis
 from jaxmoe.model.attention import Step, attention, start_step
 from jaxmoe.model.decode_step import Residual, decode_layer, final_norm, why_not_fused
 from jaxmoe.model.embedding import embed, unembed, with_features
@@ -78,7 +78,7 @@ def forward(
     x = embed(params["embed"], tokens)
     if features is not None:
         x = with_features(config, x, tokens, features)
-    length = "length" if remat in (False, "none") else "residual"
+    length = "length" if remat in (False, "none") else residual_axis(current_mesh())
     x = constrain(x, "batch", length, None)
     parts = {"kernels": kernels, "moe": llama4_moe if moe is None else moe, "length": length}
     layer = functools.partial(decoder_layer, **parts)

@@ -114,6 +114,18 @@ def test_interrupted_and_continued_elsewhere(
     assert abs(ours - plain).max() < (1e-4 if kv is None else 0.02 * abs(plain).max())
 
 
+def test_told_to_stop(params, tokens, plain, tmp_path):
+    """Between two saves, and within an attention chunk."""
+    told = iter([False] * 8 + [True])
+    options = {"prefill_chunk": 50, "interval": 10_000, "stop": lambda: next(told)}
+    *_, last = read_document(CONFIG, params, tokens[:LENGTH], tmp_path / "text", **options)
+    assert last == 450
+    told = read_until(params, tokens, tmp_path / "text", prefill_chunk=300)
+    assert told[0] == 384 and told[-1] == LENGTH
+    document = load_document(tmp_path / "text", CONFIG, params, ASKED)
+    assert abs(logits_after(params, document, tokens[LENGTH:]) - plain).max() < 1e-4
+
+
 def test_int4_lies_in_pairs_in_a_cache_only(params, tokens, tmp_path):
     """On disk a token has a row, as in caches of old; loaded, the numbers are those of the text."""
     read_until(params, tokens, tmp_path / "text", kv="int4", prefill_chunk=96)

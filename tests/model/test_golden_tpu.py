@@ -55,7 +55,9 @@ def test_prefill_in_float32(golden):
     assert abs(logits - golden.logits).max() < 1e-4
 
 
-@pytest.mark.parametrize(("mesh", "kv"), [("data=1", "int4"), ("tensor=2,sequence=2", "int8")])
+@pytest.mark.parametrize(
+    ("mesh", "kv"), [("data=1", None), ("data=1", "int4"), ("tensor=2,sequence=2", "int8")]
+)
 def test_prefill_and_fused_decoding(golden, mesh, kv):
     """In bfloat16, with weights that are exact there; int4 keys alone cost 3 % on average."""
     golden, model = golden

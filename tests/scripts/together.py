@@ -32,7 +32,12 @@ def start_each(commands: list[tuple], **environment: str) -> list[subprocess.Pop
 
 def ends(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list[str]]:
     """What the processes return, and wrote to stdout and to stderr."""
-    said = [process.communicate() for process in processes]
+    try:
+        said = [process.communicate(timeout=300) for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+        raise AssertionError([process.communicate() for process in processes]) from None
     out, err = (list(texts) for texts in zip(*said, strict=True))
     return [process.returncode for process in processes], out, err
 
