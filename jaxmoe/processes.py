@@ -4,6 +4,7 @@ All of them run the same program. The first one alone writes what is one file, w
 wait, and an error that it meets is raised by all.
 """
 
+import contextvars
 import json
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from jax.experimental import multihost_utils
 from jaxmoe.errors import UserError
 
 _LEAST = 1024  # bytes that are sent at once
+# Whether the first process runs an action of `on_first`, in which it is not to wait for the others.
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
 
 
 def several() -> bool:
@@ -30,13 +33,15 @@ def is_first() -> bool:
 def on_first(action: Callable[[], Any]) -> Any:
     """What `action` returns on the first process, which alone calls it; all wait for it.
 
+    Within an action it calls another one directly.
+
     Args:
         action: returns what JSON can hold.
 
     Raises:
         UserError: on every process, if `action` raises one, or an error of the file system.
     """
-    if not several():
+    if not several() or _alone.get():
         return action()
     outcome = json.loads(_from_first(_outcome(action) if is_first() else b""))
     if "error" in outcome:
@@ -45,8 +50,10 @@ def on_first(action: Callable[[], Any]) -> Any:
 
 
 def _outcome(action: Callable[[], Any]) -> bytes:
+    context = contextvars.copy_context()
+    context.run(_alone.set, True)
     try:
-        return json.dumps({"value": action()}).encode()
+        return json.dumps({"value": context.run(action)}).encode()
     except UserError as error:
         return json.dumps({"error": str(error)}).encode()
     except OSError as error:
