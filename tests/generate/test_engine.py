@@ -242,4 +242,5 @@ def test_one_long_request_has_the_ring_of_one_row(model):
                 pools = zip(cache_kinds(config), cache.pools, strict=True)
                 size = {kind.shares: pool.coords.segment.size for kind, pool in pools}
                 assert size[True] < 1.3 * request.length
-                assert size[False] <= config.attention_chunk_size + (2 * layout.total + 1) * PAGE
+                spare = 2 * layout.total + 8  # pages that are begun; a pool's are a multiple of 8
+                assert size[False] <= config.attention_chunk_size + spare * PAGE
