@@ -35,6 +35,7 @@ def golden(tmp_path_factory):
 
 def through_the_cache(golden, config, params, **options):
     """Logits of the golden tokens, and the names of the kernels that computed them."""
+    jax.clear_caches()  # kernels are named where they are traced
     names, call = set(), pl.pallas_call
 
     def record(*arguments, **options):

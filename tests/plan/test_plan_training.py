@@ -33,7 +33,7 @@ def two_layers(task, **fields):
     ("task", "mesh", "fields"),
     [
         ("lora", "expert=8", {}),
-        ("lora", "fsdp=2,tensor=4", {"context": 65536, "rows": 2}),
+        ("lora", "fsdp=8", {"context": 32768}),
         ("train", "fsdp=8", {}),
     ],
 )
