@@ -16,5 +16,11 @@ class UserError(ValueError):
         super().__init__(line)
 
 
+def sentence_of(error: OSError) -> str:
+    """What an error of the file system says, with the name of the file if it has one."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}."
+
+
 class Stopped(Exception):
     """Work that was told to end early, and is saved: the same command goes on with it."""

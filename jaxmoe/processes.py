@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, sentence_of
 
 _LEAST = 1024  # bytes that are sent at once
 # Whether the first process runs an action of `on_first`, in which it is not to wait for the others.
@@ -57,8 +57,7 @@ def _outcome(action: Callable[[], Any]) -> bytes:
     except UserError as error:
         return json.dumps({"error": str(error)}).encode()
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return json.dumps({"error": f"{where}{error.strerror or error}."}).encode()
+        return json.dumps({"error": sentence_of(error)}).encode()
 
 
 def _from_first(content: bytes) -> bytes:

@@ -148,7 +148,5 @@ def unshared(folder: str) -> list[str]:
     token = on_first(lambda: place.write_text(token) and token)
     see = from_all(place.exists() and place.read_text() == token)
     on_first(place.unlink)
-    blind = ", ".join(str(number) for number, sees in enumerate(see) if not sees)
-    return (
-        [f"{folder} is not the same folder for process {blind}; mount it there."] if blind else []
-    )
+    blind = [number for number, sees in enumerate(see) if not sees]
+    return [f"{folder} is another folder for process {number}; mount it." for number in blind]

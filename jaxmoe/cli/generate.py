@@ -110,7 +110,7 @@ def main() -> None:
     lines = _requests(args, tokenizer, checker, images)
     stop_ids = stop_ids_of(model, tokenizer)
     settings = [vars(sampling), stop_ids, args.kv, args.dtype, tokenizer and tokenizer.digest]
-    with _answers(args, settings, lines) as answers, asked_to_stop() as stop:
+    with _answers(args, settings, lines, adapters) as answers, asked_to_stop() as stop:
         left = _left(lines, answers)
         if not left:
             return
@@ -179,7 +179,7 @@ def _requests(args, tokenizer, checker, images) -> list[Request | jobs.Refusal]:
     return [*expand(checker.check(request), args.n)]
 
 
-def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers | None]:
+def _answers(args, settings, lines, adapters) -> contextlib.AbstractContextManager[Answers | None]:
     """The file or standard output that answers are written to as JSON lines.
 
     Without --output, a --prompt writes none: its answer goes to the terminal as text.
@@ -189,10 +189,10 @@ def _answers(args, settings, lines) -> contextlib.AbstractContextManager[Answers
         return contextlib.nullcontext()
     folders = filter(None, (args.checkpoint, args.document))
     models = [digest_of(Path(folder)) for folder in folders]
-    given = devices.adapters_by(args)
-    models += [adapter_digest(given["adapter"])] if given["adapter"] else []
-    models += [[name, adapter_digest(folder)] for name, folder in given["adapters"].items()]
-    return Answers(output, job_digest([*settings, models], lines), lines)
+    plain = devices.adapters_by(args)["adapter"]
+    models += [adapter_digest(plain)] if plain else []
+    known = [*models, *map(list, adapters.items())]
+    return Answers(output, job_digest([*settings, known], lines), lines)
 
 
 def _left(lines, answers: Answers | None) -> list[Request]:

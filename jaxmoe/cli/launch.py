@@ -3,7 +3,6 @@
 `jax.distributed` does the rest. Each process gets its share of its host's GPUs.
 """
 
-import contextlib
 import hashlib
 import os
 import sys
@@ -78,6 +77,12 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
             f"Open MPI {ADDRESS} alone does. Or unset all of them."
         )
     return None
+
+
+def is_spare() -> bool:
+    """Whether this process leaves a command of one process to the first of several."""
+    launch = find_launch()
+    return launch is not None and bool(launch.number)
 
 
 def _scheduled(environment: Mapping[str, str]) -> Launch | None:
@@ -175,9 +180,7 @@ def local_gpus(launch: Launch, gpus: int) -> list[int]:
 
 def _be_silent() -> None:
     """Sends what this process prints nowhere; errors go to `sys.__stderr__`."""
-    nowhere = open(os.devnull, "w")  # stays open until the process ends
-    contextlib.redirect_stdout(nowhere).__enter__()
-    contextlib.redirect_stderr(nowhere).__enter__()
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # stays open until the process ends
 
 
 def _check_equal() -> None:

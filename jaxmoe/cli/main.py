@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-from jaxmoe.cli.launch import find_launch
+from jaxmoe.cli.launch import is_spare
 from jaxmoe.cli.terminal import run
 
 COMMANDS = {
@@ -54,8 +54,7 @@ def run_command(name: str, arguments: list[str], prog: str) -> None:
     sys.argv = [prog, *arguments]
 
     def main() -> None:
-        launch = find_launch() if name in ALONE else None
-        if launch is None or not launch.number:
+        if name not in ALONE or not is_spare():
             importlib.import_module(f"jaxmoe.cli.{name.replace('-', '_')}").main()
 
     run(main)

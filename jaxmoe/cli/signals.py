@@ -6,8 +6,9 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-import jax
 from jax.experimental import multihost_utils
+
+from jaxmoe import processes
 
 SIGNALS = signal.SIGTERM, signal.SIGUSR1  # of schedulers and machines that are taken back
 
@@ -20,7 +21,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     to all, once a signal has come to one of them.
     """
     came: list[int] = []
-    if jax.process_count() == 1:
+    if not processes.several():
         handlers = dict.fromkeys(SIGNALS, lambda number, _: came.append(number))
         said = lambda: bool(came)  # noqa: E731
     else:  # JAX has taken SIGTERM, and tells the other processes

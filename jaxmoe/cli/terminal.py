@@ -12,7 +12,7 @@ from typing import NoReturn, cast
 import jax
 
 from jaxmoe import processes
-from jaxmoe.errors import Stopped, UserError
+from jaxmoe.errors import Stopped, UserError, sentence_of
 from pallas_kernels.compile.errors import CompilerError
 
 
@@ -38,9 +38,8 @@ def run(main: Callable[[], None]) -> None:
         _forget_stdout()
         _exit(1)
     except OSError as error:  # such as a full disk
-        where = f"{error.filename}: " if error.filename else ""
         _forget_stdout()
-        _fail(f"error: {where}{error.strerror or error}.")
+        _fail(f"error: {sentence_of(error)}")
     except (MemoryError, RuntimeError) as error:  # JAX raises RuntimeError for a device's memory
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             _raise(error)

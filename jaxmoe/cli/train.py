@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 
 from jaxmoe.cli import devices
-from jaxmoe.cli.launch import find_launch
+from jaxmoe.cli.launch import is_spare
 from jaxmoe.cli.show_data import show_examples, skipped_rows
 from jaxmoe.cli.signals import asked_to_stop
 from jaxmoe.errors import UserError
@@ -58,8 +58,7 @@ def main() -> None:
     if args.plan is None and (args.model or args.weights):
         parser.error("--model and --weights go with --plan.")
     if args.plan is not None:
-        launch = find_launch()
-        if launch is None or not launch.number:  # one process does it
+        if not is_spare():
             plan_run(config, args)
         return
     mesh = devices.start(argparse.Namespace(mesh=config.mesh, cpu_devices=config.cpu_devices))

@@ -11,8 +11,8 @@ from jaxmoe.generation.request import (
     Request,
     check_adapter,
     check_room,
-    check_same_adapter,
     fit_context,
+    other_adapter,
     stop_ids_of,
     without_begin,
 )
@@ -65,7 +65,8 @@ class Checker:
             return  # of the parameters as they are, `load_document` compares the bits
         known = request.adapter is None or self.adapters[request.adapter] is not None
         digest = None if request.adapter is None else self.adapters[request.adapter]
-        check_same_adapter(request, not known or digest == self.document_adapter)
+        if known and digest != self.document_adapter:
+            raise other_adapter(request)
 
     def _check_text(self, request: Request, sampling: Sampling) -> None:
         needs = "stop strings" if sampling.stop else "a grammar" if sampling.grammar else None

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generation.request import Request, check_adapter, check_same_adapter
+from jaxmoe.generation.request import Request, check_adapter, other_adapter
 from jaxmoe.model.adapters import one_adapter
 from jaxmoe.model.kv_cache import (
     PAGE,
@@ -78,7 +78,8 @@ def check_adapters(
     """
     for request in requests:
         check_adapter(request, names)
-        check_same_adapter(request, document is None or request.adapter == document.adapter)
+        if document is not None and request.adapter != document.adapter:
+            raise other_adapter(request)
 
 
 def init_document(config: Llama4Config, capacity: int, dtype) -> Cache:

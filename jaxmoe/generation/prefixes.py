@@ -17,7 +17,7 @@ class Prefix:
     """The first tokens of several prompts.
 
     Attributes:
-        adapter: the name of theirs: keys and values of other adapters' tokens are others.
+        adapter: the name of the adapter that its keys and values are computed with.
         parent: a shorter prefix that this one begins with.
         waiting: requests that go on from here, or from a longer one, and have not begun.
     """

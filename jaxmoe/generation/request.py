@@ -91,14 +91,13 @@ def check_adapter(request: Request, names: Sequence[str]) -> None:
         raise UserError(f"request {request.id!r}: {error}") from None
 
 
-def check_same_adapter(request: Request, same: bool) -> None:
-    """Raises a UserError unless the request has the `same` adapter as the document before it."""
-    if not same:
-        own = "no adapter" if request.adapter is None else f"the adapter {request.adapter!r:.80}"
-        raise UserError(
-            f"request {request.id!r} has {own}, and the document was read with another; ask with "
-            "the one that it was read with, or read the text with this one."
-        )
+def other_adapter(request: Request) -> UserError:
+    """The error for a request after a document that was read with another adapter."""
+    own = "no adapter" if request.adapter is None else f"the adapter {request.adapter!r:.80}"
+    return UserError(
+        f"request {request.id!r} has {own}, and the document was read with another; ask with the "
+        "one that it was read with, or read the text with this one."
+    )
 
 
 def fit_context(config: Llama4Config, request: Request, after: int = 0) -> Request:

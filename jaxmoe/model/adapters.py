@@ -152,7 +152,7 @@ def one_adapter(params: dict, name: str | None) -> dict:
 
 
 def adapter_number(names: Sequence[str], name: str | None) -> int:
-    """What the adapter of a name is in the index of a `LoraSet`.
+    """The number of a named adapter in the index of a `LoraSet`, from 1 on; 0 for None.
 
     Raises:
         UserError: if there is none of that name.

@@ -122,7 +122,7 @@ def decoder_layer(
 
     Args:
         length: the logical axis of tokens in what is added up. `residual` spreads them over
-            `tensor` too, so that devices which share a layer's matrices do not each keep all of
+            `tensor`, so that devices which share a layer's matrices do not each keep all of
             its input for the backward pass (Korthikanti et al. 2022, section 4.2.2).
     """
     p, x = jax.lax.optimization_barrier((p, x))  # else XLA gathers all layers' weights at once

@@ -16,7 +16,7 @@ class DeviceShare:
     Attributes:
         rows: rows of the batch on the device.
         length: new tokens of each of these rows on the device.
-        between: tokens that the device keeps between recomputed layers, which `tensor` spreads.
+        between: tokens that the device keeps between recomputed layers.
         group: tokens that may reach the device's experts: those of all devices of its expert group.
         heads: query heads.
         kv_heads: key and value heads.

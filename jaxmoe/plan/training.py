@@ -63,7 +63,7 @@ def _state(work: Work) -> State:
 
     mesh = MeshConfig().make(jax.devices()[:1])
     stored = abstract_params(work.config, mesh, jnp.bfloat16, work.format, pads=False)
-    setup = set_up(work.training, work.config, mesh, "the run", None, _no_batch, stored)
+    setup = set_up(work.training, work.config, mesh, "the run", None, no_batch, stored)
     statistics = jax.tree.leaves(setup.abstract.optimizer)
     on_host = [x for x in statistics if x.sharding.memory_kind == "pinned_host"]
     on_device = [x for x in statistics if x.sharding.memory_kind != "pinned_host"]
@@ -71,7 +71,8 @@ def _state(work: Work) -> State:
     return State(*map(_group, trees))
 
 
-def _no_batch(number: int) -> Any:
+def no_batch(number: int) -> Any:
+    """The batches of a run whose step is only planned or compiled."""
     raise AssertionError("a step that is only planned reads nothing")
 
 

@@ -24,6 +24,7 @@ from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.models import PRESETS, read_model
 from jaxmoe.plan.planner import resolved
 from jaxmoe.plan.targets import Target, absent_devices
+from jaxmoe.plan.training import no_batch
 from jaxmoe.plan.work import Work
 from jaxmoe.train.config import DataConfig, TrainConfig
 from jaxmoe.train.data import Batch
@@ -124,7 +125,7 @@ def _compile(
     """Compiles a run's step; `shapes` makes the parameters' of an architecture and devices."""
     devices, start = mesh.make(absent_devices(target)), time.perf_counter()
     stored = shapes(architecture, devices)
-    setup = set_up(config, architecture, devices, source, None, _no_batch, stored)
+    setup = set_up(config, architecture, devices, source, None, no_batch, stored)
     analysis: Any = _compiled(setup, target).memory_analysis()
     state = setup.abstract
     return StepMemory(
@@ -153,10 +154,6 @@ def _on_devices(optimizer: Any) -> list:
     """The statistics that are not in the host's memory."""
     leaves = jax.tree.leaves(optimizer)
     return [x for x in leaves if x.sharding.memory_kind != "pinned_host"]
-
-
-def _no_batch(number: int) -> Any:
-    raise AssertionError("a step that is only compiled reads nothing")
 
 
 def _compiled(setup: Setup, target: Target) -> jax.stages.Compiled:

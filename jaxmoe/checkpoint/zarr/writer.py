@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
@@ -33,7 +34,6 @@ from jaxmoe.checkpoint.zarr.arrays import (
 from jaxmoe.checkpoint.zarr.manifest import MARKER, STATE, write_manifest
 from jaxmoe.errors import UserError
 from jaxmoe.files.workspace import ARRAYS, RESULT
-from jaxmoe.processes import is_first
 
 COMMITTED = "commit_success.txt"  # Orbax's own; its content means nothing
 IN_FLIGHT = 2  # calls of `Writer.write` that may be unfinished at once
@@ -153,10 +153,11 @@ class Writer:
         """
         self.wait()
         names = list(names)
-        if is_first():
+        first = jax.process_index() == 0
+        if first:
             self._complete(names)
         save_tree(self._result, nested(names), key, metadata)
-        if not is_first():
+        if not first:
             return
         _remove_time_and_path(self._result)
         for name in names:
