@@ -12,6 +12,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.hf_config import to_hf
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.kv_cache import PAGE, init_cache, round_capacity
+from jaxmoe.model.kv_cache.layout import pool_pages
 from jaxmoe.model.transformer import forward, positions_of, unembed
 from tests import reference
 
@@ -87,7 +88,8 @@ def test_a_row_keeps_one_window(small):
     """Also of a long row: local layers' pages do not grow with the capacity."""
     cache = init_cache(with_sliding_window(small.config, WINDOW), 2, 4096)
     tokens = [layer.k.shape[0] * layer.k.shape[2] for layer in cache.layers]
-    held = {"local": 3 * WINDOW, "global": PAGE + 2 * 4096}  # two rows and the null page
+    rows = {"local": (2, WINDOW), "global": (2 * 4096 // PAGE, PAGE)}  # pages of two rows, tokens
+    held = {kind: pool_pages(pages) * size for kind, (pages, size) in rows.items()}
     assert tokens == [held[kind.attention] for kind in small.config.layers]
     assert {kind.attention for kind in small.config.layers} == set(held)
 
