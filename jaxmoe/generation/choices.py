@@ -58,24 +58,33 @@ class Choices:
 
     Attributes:
         penalized: whether any request has penalties.
+        prompt_top: how many log-probabilities of prompts' tokens are asked for, at most.
     """
 
-    def __init__(self, samplings: Iterable[Sampling], vocab_size: int, end_ids: Sequence[int]):
-        """Finds out what the requests of a run ask for.
+    def __init__(self, vocab_size: int, end_ids: Sequence[int]):
+        """No request asks for anything yet.
 
         Args:
-            samplings: theirs.
             end_ids: the model's own stop tokens.
         """
-        every = set(samplings)
         self._end_ids, self._words = tuple(end_ids), -(-vocab_size // 32)
-        self._filters = [n for n, none in NONE.items() if any(getattr(s, n) != none for s in every)]
-        self._drawn = any(s.temperature > 0 for s in every)
-        self.penalized = any(map(has_penalties, every))
-        self._masked = any(map(_is_masked, every))
-        longest = max(len(self._bias(s, 0)) for s in every)
-        self._biases = 1 << (longest - 1).bit_length() if longest else 0
-        self._top = max((s.logprobs for s in every if s.logprobs is not None), default=None)
+        self._filters: set[str] = set()
+        self.penalized = self._drawn = self._masked = False
+        self._biases = self.prompt_top = 0
+        self._top: int | None = None
+
+    def add(self, samplings: Iterable[Sampling]) -> None:
+        """Takes in what the settings of more requests ask for."""
+        for s in samplings:
+            self._filters |= {n for n, none in NONE.items() if getattr(s, n) != none}
+            self._drawn |= s.temperature > 0
+            self.penalized |= has_penalties(s)
+            self._masked |= _is_masked(s)
+            if biases := len(self._bias(s, 0)):
+                self._biases = max(self._biases, 1 << (biases - 1).bit_length())
+            self.prompt_top = max(self.prompt_top, s.prompt_logprobs or 0)
+            if s.logprobs is not None:
+                self._top = max(self._top or 0, s.logprobs)
 
     def of(self, writers: Sequence[Writer | None]) -> tuple[Choice, int | None]:
         """How a step's tokens are chosen, and how many log-probabilities are told beside theirs.
@@ -102,7 +111,11 @@ class Choices:
             request=_column(writers, lambda w: request_hash(w.completion.request.id), 0, np.uint32),
             index=_column(writers, lambda w: w.written, 0, np.int32),
             temperature=column("temperature", 0.0, np.float32),
-            **{name: column(name, NONE[name], dtypes[name]) for name in self._filters},
+            **{
+                name: column(name, NONE[name], dtypes[name])
+                for name in NONE
+                if name in self._filters
+            },
         )
 
     def _penalties(self, writers: Sequence[Writer | None]) -> Penalties:

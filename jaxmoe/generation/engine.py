@@ -4,14 +4,12 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
-from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.batches import Batch, Sizes
@@ -29,19 +27,18 @@ from jaxmoe.generation.document import Document, check_adapters
 from jaxmoe.generation.features import FeatureTable, References, without_references
 from jaxmoe.generation.grammar import GrammarCompiler
 from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, layout_of, new_cache, widen
-from jaxmoe.generation.prefixes import Prefix, find_prefixes
+from jaxmoe.generation.prefixes import find_prefixes
 from jaxmoe.generation.request import ERROR, Request, Token, check_room, fit_context
 from jaxmoe.generation.rows import Row
 from jaxmoe.generation.sampler import Chosen
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
 from jaxmoe.generation.scheduler import Scheduler
-from jaxmoe.generation.vocab_logprobs import Logprobs, prompt_logprobs
-from jaxmoe.mesh import on_all_devices
+from jaxmoe.generation.step_results import Scored, Unread, logprobs_of, pairs, prompt_logprobs
+from jaxmoe.generation.vocab_logprobs import Logprobs
 from jaxmoe.model import transformer
 from jaxmoe.model.adapters import adapter_names, one_adapter
-from jaxmoe.model.kv_cache import fork_row
+from jaxmoe.model.kv_cache import capacity_of, fork_row
 from jaxmoe.model.steps import step
-from jaxmoe.model.transformer import unembed
 from jaxmoe.text import Tokenizer
 
 __all__ = ["ERROR", "STEP_TOKENS", "Request", "Token", "fit_context", "generate"]
@@ -118,28 +115,6 @@ def generate(
     ).run(stop)
 
 
-class Scored(NamedTuple):
-    """Tokens of a prompt in a step whose log-probabilities are asked for.
-
-    Attributes:
-        start: the place of the first, among all of the step's tokens.
-        count: how many of them are followed by another token of the prompt.
-    """
-
-    completion: Completion
-    start: int
-    count: int
-
-
-class Unread(NamedTuple):
-    """A step whose results are still on the devices, and whose they are."""
-
-    batch: Batch
-    chosen: Chosen | None
-    scored: list[Scored]
-    logprobs: Logprobs | None
-
-
 class Engine:
     """Requests in work, and the cache that they share.
 
@@ -165,38 +140,33 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         features: FeatureTable | None = None,
         forward: Callable = transformer.forward,
+        grows: bool = False,
     ):
         """Takes one or more requests that fit the context and have their sampling.
 
-        Arguments are as for `generate`.
+        Other arguments are as for `generate`.
+
+        Args:
+            grows: whether more requests are to come, by `add`.
         """
         self._config = config
         self._stop_ids = tuple(config.eos_token_ids if stop_ids is None else stop_ids)
         self._tokenizer, self._forward = tokenizer, forward
+        self._features = features
         self._references: References | None = None
-        if any(request.pictures for request in requests):
-            table = features or FeatureTable(config, params)
-            self._references = References(config, table, keeps_lost=True)
-            requests = [self._with_references(request) for request in requests]
-        own = {id(request.sampling): request for request in requests}.values()  # hashes are slow
-        self._samplings = {_sampling(request) for request in own}
-        self._choices = Choices(self._samplings, config.vocab_size, self._stop_ids)
+        self._choices = Choices(config.vocab_size, self._stop_ids)
         self._completions: dict[Row, Completion] = {}
-        for request in own:
-            self._completion(request)  # refuses what cannot be served, before anything runs
-        names = adapter_names(params)
-        check_adapters(requests, names, document)
-        self._chooses = any(request.adapter for request in requests)
-        self._params = params if self._chooses else one_adapter(params, None)
+        self._every, self._adapters, self._document = params, adapter_names(params), document
+        self._chooses = False
+        requests, prefixes = self._prepare(requests), find_prefixes(requests)
         after = 0 if document is None else document.length
-        prefixes = _shared(requests)
         if document is not None:  # a large cache, beside which no ring is had in vain
             layout = lay_out(rows if len(requests) > 1 else 1, 1 + HOLDERS * any(prefixes))
             longest = max(requests, key=lambda request: request.length)
             check_room(longest, document.room, "the document's cache")
             self.cache = widen(config, document, layout)
         else:
-            layout = layout_of(config, rows, requests)
+            layout = lay_out(rows, HOLDERS) if grows else layout_of(config, rows, requests)
             dtype = kv or params["embed"].dtype
             self.cache = new_cache(config, dtype, layout, requests, prefixes, cache_tokens)
         overhead = OVERHEAD.get(jax.default_backend(), READING_WEIGHTS)
@@ -207,13 +177,51 @@ class Engine:
             Sizes(layout.rows, step_tokens, overhead),
             padding=config.pad_token_id % config.vocab_size,
             after=after,
-            adapters=names,
+            adapters=self._adapters,
         )
         self._scheduler.add(requests, prefixes)
-        penalized = self._choices.penalized
-        counts = new_counts(layout.groups * layout.rows, config.vocab_size) if penalized else None
-        self._state = State(jnp.zeros((layout.groups, layout.rows), jnp.int32), counts)
+        self._state = State(jnp.zeros((layout.groups, layout.rows), jnp.int32), None)
+        self._widen_state()
         self.slots = self.tokens = self.steps = 0
+
+    def _prepare(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """The requests as the scheduler takes them; refuses what cannot be served."""
+        if self._references is None and any(request.pictures for request in requests):
+            table = self._features or FeatureTable(self._config, self._every)
+            self._references = References(self._config, table, keeps_lost=True)
+        if self._references is not None:
+            requests = [self._with_references(request) for request in requests]
+        own = {id(request.sampling): request for request in requests}.values()  # hashes are slow
+        self._choices.add({_sampling(request) for request in own})
+        for request in own:
+            self._completion(request)
+        check_adapters(requests, self._adapters, self._document)
+        self._chooses = self._chooses or any(request.adapter for request in requests)
+        self._params = self._every if self._chooses else one_adapter(self._every, None)
+        return requests
+
+    def _widen_state(self) -> None:
+        """Makes room for what penalties are about, once a request has any."""
+        groups, rows = self._state.previous.shape
+        if self._choices.penalized and self._state.counts is None:
+            counts = new_counts(groups * rows, self._config.vocab_size)
+            self._state = self._state._replace(counts=counts)
+
+    def fits(self, request: Request) -> bool:
+        """Whether the cache can hold the request."""
+        after = 0 if self._document is None else self._document.length
+        room = after + request.length <= capacity_of(self.cache)
+        return room and self._scheduler.can_hold(request)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Takes more requests, which the cache can hold (`fits`).
+
+        Raises:
+            UserError: as `generate`.
+        """
+        requests = self._prepare(requests)
+        self._widen_state()
+        self._scheduler.add(requests, find_prefixes(requests, self._scheduler.prefixes))
 
     def _with_references(self, request: Request) -> Request:
         assert self._references is not None
@@ -221,14 +229,26 @@ class Engine:
         tokens = self._references.of(what, request.tokens, request.pictures)
         return dataclasses.replace(request, tokens=tuple(tokens.tolist()))
 
-    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[CompletionToken]:
+    def run(
+        self,
+        stop: Callable[[], bool] = lambda: False,
+        more: Callable[[], Sequence[Request]] = lambda: (),
+    ) -> Iterator[CompletionToken]:
         """Yields tokens until no request is left, or `stop` says to end.
 
         A step is enqueued before the tokens of the one before it are read, so that the devices do
         not wait for the host. A row that turns out to have stopped costs one token.
+
+        Args:
+            stop: asked once before each step.
+            more: requests to `add`; asked before each step in which fewer wait than there are rows.
         """
         unread: collections.deque[Unread] = collections.deque()
-        while (self._scheduler.busy or unread) and not stop():
+        while not stop():
+            if len(self._scheduler.waiting) < self._state.previous.size and (new := more()):
+                self.add(new)
+            if not self._scheduler.busy and not unread:
+                return
             step = self._enqueue()
             if step is not None:
                 unread.append(step)
@@ -304,15 +324,15 @@ class Engine:
             scored.append(Scored(self._completion_of(row), start, len(following)))
         if not scored:
             return [], None
-        top = max(s.prompt_logprobs or 0 for s in self._samplings)
-        return scored, _prompt_logprobs(self._config, self._params, hidden, targets, top)
+        top = self._choices.prompt_top
+        return scored, prompt_logprobs(self._config, self._params, hidden, targets, top)
 
     def _read(self, unread: Unread) -> Iterator[CompletionToken]:
         """The tokens of a step that its requests still wanted."""
         chosen, logprobs = jax.tree.map(np.asarray, (unread.chosen, unread.logprobs))
         for completion, start, count in unread.scored:
             part = slice(start, start + count)
-            tops = map(_pairs, logprobs.top_ids[part], logprobs.top_logprobs[part])
+            tops = map(pairs, logprobs.top_ids[part], logprobs.top_logprobs[part])
             completion.push_prompt(logprobs.logprob[part].tolist(), list(tops))
         most = unread.batch.slots.shape[1]
         for group, slot, row, written in unread.batch.writers:
@@ -322,7 +342,7 @@ class Engine:
             row.known, i = written + 1, group * most + slot
             if self._references is not None:
                 completion.failure = self._references.lost(completion.request.pictures)
-            text = completion.push(int(chosen.token[i]), *_logprobs_of(chosen, i))
+            text = completion.push(int(chosen.token[i]), *logprobs_of(chosen, i))
             if completion.finish_reason is not None:
                 self._scheduler.release(row)
                 del self._completions[row]
@@ -354,38 +374,4 @@ def _sampling(request: Request) -> Sampling:
     return request.sampling
 
 
-def _shared(requests: Sequence[Request]) -> list[Prefix | None]:
-    """The prefix of each request that it need not read; one whose prompt is scored reads it all."""
-    found: list[Prefix | None] = [None] * len(requests)
-    free = [i for i, r in enumerate(requests) if _sampling(r).prompt_logprobs is None]
-    for i, prefix in zip(free, find_prefixes([requests[i] for i in free]), strict=True):
-        found[i] = prefix
-    return found
-
-
 _start_counts = jax.jit(start_counts, donate_argnums=0)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "top"), compiler_options=KEEP_ROUNDINGS)
-def _prompt_logprobs(
-    config: Llama4Config,
-    params: dict,
-    hidden: Float[Array, "L S D"],
-    targets: Int[Array, "T"],
-    top: int,
-) -> Logprobs:
-    """Log-probabilities of the tokens that follow each of a step's T = L * S tokens."""
-    logits_of = functools.partial(unembed, config, params)
-    found = prompt_logprobs(logits_of, hidden.reshape(-1, hidden.shape[-1]), targets, top)
-    return jax.tree.map(on_all_devices, found)
-
-
-def _logprobs_of(chosen: Chosen, i: int) -> tuple:
-    """The log-probability of a chosen token, and those of the likeliest, if they were asked for."""
-    if chosen.logprob is None or chosen.top_ids is None or chosen.top_logprobs is None:
-        return ()
-    return float(chosen.logprob[i]), _pairs(chosen.top_ids[i], chosen.top_logprobs[i])
-
-
-def _pairs(ids, logprobs) -> list[tuple[int, float]]:
-    return list(zip(ids.tolist(), logprobs.tolist(), strict=True))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -33,30 +33,40 @@ class Prefix:
         return [self, *(self.parent.path if self.parent else ())]
 
 
-def find_prefixes(requests: Sequence[Request]) -> list[Prefix | None]:
+def find_prefixes(requests: Sequence[Request], known: Iterable[Prefix] = ()) -> list[Prefix | None]:
     """The longest prefix that each request shares with other requests of its adapter, or None.
 
-    A prompt's last token is part of none, since the model makes the answer's first token of it.
+    A prompt's last token is part of none, since the model makes the answer's first token of it. A
+    prompt whose tokens are scored has none, since it is read whole.
+
+    Args:
+        known: prefixes of earlier requests, which are taken again where they are the same.
     """
     found: list[Prefix | None] = [None] * len(requests)
     places: dict[str | None, list[int]] = {}
     for i, request in enumerate(requests):
+        if request.sampling is not None and request.sampling.prompt_logprobs is not None:
+            continue
         places.setdefault(request.adapter, []).append(i)
-    for of_adapter in places.values():
-        prefixes = _of_one_adapter([requests[i] for i in of_adapter])
+    earlier = list(known)
+    for adapter, of_adapter in places.items():
+        same = {prefix.tokens: prefix for prefix in earlier if prefix.adapter == adapter}
+        prefixes = _of_one_adapter([requests[i] for i in of_adapter], same)
         for i, prefix in zip(of_adapter, prefixes, strict=True):
             found[i] = prefix
     return found
 
 
-def _of_one_adapter(requests: Sequence[Request]) -> list[Prefix | None]:
+def _of_one_adapter(
+    requests: Sequence[Request], known: Mapping[tuple[int, ...], Prefix]
+) -> list[Prefix | None]:
     # Bytes are compared much more quickly than tuples.
     keys = [np.array(request.tokens, ">u4").tobytes() for request in requests]
     order = sorted(range(len(requests)), key=keys.__getitem__)
     prompts = [requests[i].tokens for i in order]
     shared = [0, *(_common(a, b) for a, b in itertools.pairwise(prompts))]
     found: list[Prefix | None] = [None] * len(requests)
-    for start, stop, prefix in _prefixes(prompts, shared, 0, len(prompts), None):
+    for start, stop, prefix in _prefixes(prompts, shared, 0, len(prompts), None, known):
         for i in order[start:stop]:
             found[i] = prefix  # a longer one comes after those that it begins with
     for prefix in found:
@@ -78,13 +88,19 @@ def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 def _prefixes(
-    prompts: list[tuple[int, ...]], shared: list[int], start: int, stop: int, parent: Prefix | None
+    prompts: list[tuple[int, ...]],
+    shared: list[int],
+    start: int,
+    stop: int,
+    parent: Prefix | None,
+    known: Mapping[tuple[int, ...], Prefix],
 ) -> Iterator[tuple[int, int, Prefix]]:
     """Prefixes of sorted prompts, and of which prompts: from where up to where.
 
     Args:
         shared: tokens that each prompt has in common with the one before.
         parent: a prefix of all prompts from `start` up to `stop`.
+        known: earlier ones, by their tokens.
     """
     least = SHORTEST + (len(parent.tokens) if parent else 0)
     if parent and len(parent.path) == DEEPEST:
@@ -95,7 +111,8 @@ def _prefixes(
         while i < stop and shared[i] >= least:
             i += 1
         if i > first + 1:
-            prefix = Prefix(prompts[first][: min(shared[first + 1 : i])], parent)
+            tokens = prompts[first][: min(shared[first + 1 : i])]
+            prefix = known.get(tokens) or Prefix(tokens, parent)
             yield first, i, prefix
-            yield from _prefixes(prompts, shared, first, i, prefix)
+            yield from _prefixes(prompts, shared, first, i, prefix, known)
         i += 1

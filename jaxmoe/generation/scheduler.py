@@ -94,6 +94,7 @@ class Scheduler:
             for i, pages in enumerate(free)
         ]
         self._requests, self._after = rows, after
+        self._pages = free[0].free
         self._sizes, self._padding = sizes, padding
         self._adapters = adapters
         self._forks: list[Fork] = []
@@ -107,6 +108,18 @@ class Scheduler:
         return bool(self.waiting) or any(
             row and row.request for group in self._groups for row in group.rows
         )
+
+    @property
+    def prefixes(self) -> set[Prefix]:
+        """Those that are held, or that waiting requests begin with."""
+        waiting = {part for _, prefix in self.waiting if prefix for part in prefix.path}
+        return waiting.union(*(group.held for group in self._groups))
+
+    def can_hold(self, request: Request) -> bool:
+        """Whether a group of rows has the pages for a request when it has no other."""
+        group = self._groups[0]
+        pages = group.free.needed(self._after + request.length, self._after)
+        return all(need <= have for need, have in zip(pages, self._pages, strict=True))
 
     def add(self, requests: Sequence[Request], prefixes: Sequence[Prefix | None]) -> None:
         """Lets requests wait, each with the prefix that it shares with other requests."""
