@@ -74,6 +74,29 @@ def publish(file: BinaryIO, partial: Path, place: Path) -> None:
     rename(partial, place)
 
 
+def publish_new(file: BinaryIO, partial: Path, place: Path) -> bool:
+    """Syncs an open file that has the path `partial`, and links it to `place` if nothing is there.
+
+    Of several processes and hosts that do so at once, one succeeds, on network file systems too.
+
+    Returns:
+        Whether `place` is now this file.
+
+    Raises:
+        OSError: if the file system refuses, or has no hard links.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    try:
+        os.link(partial, place)
+    except FileExistsError:
+        # A network file system may lose its reply, ask again, and find its own link.
+        if not is_same_file(file.fileno(), place):
+            return False
+    sync(place.parent)
+    return True
+
+
 def rename(source: Path, place: Path) -> None:
     """Renames a file or folder, in such a way that a loss of power does not undo it.
 

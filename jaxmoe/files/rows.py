@@ -1,0 +1,185 @@
+"""Rows of files: lines, compressed or not, and rows of Parquet files, one at a time as JSON."""
+
+import base64
+import datetime
+import decimal
+import gzip
+import json
+import math
+import uuid
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from jaxmoe.errors import UserError
+from jaxmoe.parsing import MAX_BYTES, parse_json
+
+type Json = Any  # a value from a JSON file
+
+COMPRESSED = (".gz", ".zst")
+UNREAD = (".xz", ".bz2", ".zip")
+
+_PIECE = 2**20  # bytes of an overlong line that are passed over at once
+_BATCH = 64  # rows of a Parquet file that are in memory at once
+_PICTURES = {  # how files of pictures begin -> their type
+    b"\xff\xd8\xff": "image/jpeg",
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+}
+
+
+class Row(NamedTuple):
+    """A row before it is parsed.
+
+    Attributes:
+        number: of its line or row, from 1.
+        content: one JSON value as UTF-8; of a line of more than `MAX_BYTES`, its first
+            `MAX_BYTES` + 1 bytes.
+    """
+
+    number: int
+    content: bytes
+
+
+def rows_of(file: BinaryIO, name: str, start: int = 0) -> Iterator[Row]:
+    """The rows of an open file, read as its name ends in `.parquet` or `.json`, else line by line.
+
+    A `.json` file that does not hold an array has a row a line, too. Lines may be compressed, in a
+    file that ends in `.gz` or `.zst`. Blank lines are passed over.
+
+    Args:
+        file: at its beginning; it can seek.
+        name: its path or URL, for error messages too.
+        start: rows or lines that are left out at the beginning.
+
+    Raises:
+        UserError: if the file cannot be read or is damaged.
+    """
+    try:
+        if name.endswith(".parquet"):
+            yield from _parquet(file, name, start)
+        elif name.endswith(".json") and _is_array(file):
+            yield from _array(file, name, start)
+        else:
+            yield from _lines(_decompressed(file, name), start)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
+        raise UserError(f"{name} cannot be read: {reason}.") from None
+
+
+def _decompressed(file: BinaryIO, name: str) -> BinaryIO:
+    if name.endswith(UNREAD):
+        raise UserError(f"{name} is compressed in a way that is not read; decompress it, or gzip.")
+    if name.endswith(".gz"):
+        return cast(BinaryIO, gzip.open(file))
+    if name.endswith(".zst"):
+        pyarrow = _pyarrow(name)
+        return pyarrow.CompressedInputStream(file, "zstd")
+    return file
+
+
+def _lines(file: BinaryIO, start: int) -> Iterator[Row]:
+    """The lines of a file that are not blank; they end with a newline, and with nothing else."""
+    for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES + 1), b""), 1):
+        if len(line) > MAX_BYTES and not line.endswith(b"\n"):
+            _pass_line(file)
+        if number > start and line.strip():
+            yield Row(number, line)
+
+
+def _pass_line(file: BinaryIO) -> None:
+    while (piece := file.readline(_PIECE)) and not piece.endswith(b"\n"):
+        pass
+
+
+def _is_array(file: BinaryIO) -> bool:
+    head = file.read(1024)
+    file.seek(0)
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _array(file: BinaryIO, name: str, start: int) -> Iterator[Row]:
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{name} is an array of more than {MAX_BYTES} bytes; write a row a line.")
+    try:
+        rows = parse_json(content.decode("utf-8-sig"), name)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is no UTF-8 at byte {error.start}; write it anew.") from None
+    for number, row in enumerate(rows[start:], start + 1):
+        yield Row(number, _dumped(row))
+
+
+def _parquet(file: BinaryIO, name: str, start: int) -> Iterator[Row]:
+    _pyarrow(name)
+    import pyarrow.parquet as parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        first, groups = _groups_after(table.metadata, start)
+        batches = table.iter_batches(batch_size=_BATCH, row_groups=groups)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, first + 1):
+            if number > start:
+                yield Row(number, _dumped(_plain(row)))
+    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's, of damaged files
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{name} is no Parquet file that can be used: {reason:.200}.") from None
+
+
+def _groups_after(metadata: Any, start: int) -> tuple[int, list[int]]:
+    """The rows before the first group that has a row after `start`, and the groups from there."""
+    first, group = 0, 0
+    while group < metadata.num_row_groups:
+        size = metadata.row_group(group).num_rows
+        if first + size > start:
+            break
+        first, group = first + size, group + 1
+    return first, list(range(group, metadata.num_row_groups))
+
+
+def _plain(value: Any) -> Json:
+    """A value of a Parquet file as one that JSON has; NaN, which it has not, becomes null.
+
+    Bytes of a picture become a data: URL, and others base64.
+
+    Raises:
+        TypeError: if JSON has nothing like it.
+    """
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return None if math.isnan(value) else value
+        case dict():
+            return {str(key): _plain(one) for key, one in value.items()}
+        case list() | tuple():
+            return [_plain(one) for one in value]
+        case bytes():
+            return _text_of(value)
+        case datetime.datetime() | datetime.date() | datetime.time():
+            return value.isoformat()
+        case decimal.Decimal() | uuid.UUID():
+            return str(value)
+    raise TypeError(f"it has a value of the type {type(value).__name__}, which JSON has not")
+
+
+def _text_of(content: bytes) -> str:
+    encoded = base64.b64encode(content).decode()
+    kinds = [kind for start, kind in _PICTURES.items() if content.startswith(start)]
+    return f"data:{kinds[0]};base64,{encoded}" if kinds else encoded
+
+
+def _pyarrow(name: str) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(
+            f"{name} needs pyarrow to be read: pip install pyarrow, or write it as JSON Lines."
+        ) from None
+    return pyarrow
+
+
+def _dumped(row: Json) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass")
