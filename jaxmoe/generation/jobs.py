@@ -80,11 +80,11 @@ def read_requests(
         pictures = PictureReader(images, Path() if str(path) == "-" else Path(path).parent)
     default = default or Sampling()
     given = tokenizer, max_new_tokens, check, parse_special, default, n, pictures, ignored
-    reader = _Reader(str(path), *given)
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    reader = RequestReader(*given)
+    numbered = [(f"{path} line {i}", line) for i, line in enumerate(lines, start=1) if line.strip()]
     read: list[Request | Refusal] = []
     for batch in itertools.batched(numbered, LINES):
-        read += reader.read(batch)
+        read += itertools.chain.from_iterable(reader.read(batch))
     if not read:
         raise UserError(f"{path} holds no requests; write one JSON object a line.")
     refused = [line for line in read if isinstance(line, Refusal)]
@@ -113,45 +113,51 @@ class _Line:
 
 
 @dataclasses.dataclass
-class _Reader:
-    """Reads lines, and knows the ids of those before."""
+class RequestReader:
+    """Reads lines, and knows the ids of those before.
 
-    path: str
+    Attributes are arguments of `read_requests`, but for:
+        pictures: reads the pictures of lines.
+        seen: where each id was first, by its text.
+    """
+
     tokenizer: Tokenizer | None
     max_new_tokens: int
     check: Callable[[Request], Request]
     parse_special: bool
     default: Sampling
-    n: int
-    pictures: PictureReader | None
-    ignored: tuple[str, ...]
-    seen: dict[str, int] = dataclasses.field(default_factory=dict)  # id -> number of its line
+    n: int = 1
+    pictures: PictureReader | None = None
+    ignored: tuple[str, ...] = ()
+    seen: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def read(self, lines: Iterable[tuple[int, str]]) -> list[Request | Refusal]:
-        """The requests of lines and why there are none, in their order.
+    def read(
+        self, lines: Iterable[tuple[str, str | dict[str, Any]]]
+    ) -> list[Sequence[Request | Refusal]]:
+        """The requests of each line, or why there are none.
 
         Args:
-            lines: with their numbers.
+            lines: each with where it is, for error messages; text, or the object that it holds.
         """
         begun = [self._begin(*line) for line in lines]
         left = [line for line in begun if isinstance(line, _Line)]
         prompts = iter(outcomes(self._prompt_of, left, in_threads=self.pictures is not None))
-        requests: list[Request | Refusal] = []
-        for line in begun:
-            requests += [line] if isinstance(line, Refusal) else self._end(line, next(prompts))
-        return requests
+        return [
+            [line] if isinstance(line, Refusal) else self._end(line, next(prompts))
+            for line in begun
+        ]
 
-    def _begin(self, number: int, line: str) -> _Line | Refusal:
+    def _begin(self, where: str, line: str | dict[str, Any]) -> _Line | Refusal:
         """A line, whose ids are remembered."""
-        found, where = None, f"{self.path} line {number}"
+        found = None
         try:
             record = _record(line, where)
             found = record["id"]
-            self._remember([found], where, number)
+            self._remember([found], where)
             _check_keys(record, where, self.ignored)
             settings = read_settings(record, self.default, where, self.n)
             answers = expand(Request(found, (), 1), settings.n)
-            self._remember([answer.id for answer in answers], where, number)
+            self._remember([answer.id for answer in answers], where)
             return _Line(record, where, settings)
         except UserError as error:
             return Refusal(found, str(error))
@@ -164,11 +170,11 @@ class _Reader:
         except UserError as error:
             return [Refusal(line.record["id"], str(error))]
 
-    def _remember(self, ids: list[Any], where: str, number: int) -> None:
+    def _remember(self, ids: list[Any], where: str) -> None:
         for id_ in ids:
-            first = self.seen.setdefault(str(id_), number)
-            if first != number:
-                raise UserError(f"{where} has the id {id_!r} of line {first}; ids must differ.")
+            first = self.seen.setdefault(str(id_), where)
+            if first != where:
+                raise UserError(f"{where} has the id {id_!r} of {first}; ids must differ.")
 
     def _request(self, line: _Line, prompt: Prompt | UserError) -> Request:
         if isinstance(prompt, UserError):
@@ -203,8 +209,8 @@ class _Reader:
         return text_prompt(texts, self.tokenizer, self.pictures, images, self.parse_special)
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
-    record = parse_json(line, where)
+def _record(line: str | dict[str, Any], where: str) -> dict[str, Any]:
+    record = parse_json(line, where) if isinstance(line, str) else line
     if not isinstance(record, dict) or not _is_id(record.get("id")):
         raise UserError(f'{where} is not an object with an "id" that is text or an integer.')
     return record

@@ -1,0 +1,161 @@
+"""Which process works on what: leases that end with their owner, in a folder that all share.
+
+A lease is a file that is created once, named after the work and its turn: `leases/000012.3` is the
+fourth time that somebody takes block 12. Its owner counts in a file of its own while it lives. Whoever
+wants the work watches that count by its own clock, so no clocks are compared, and takes the next
+turn once the count has stood still for too long. Two owners at once are harmless: what they write
+is created once, too.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.batch.storage import Storage
+from jaxmoe.errors import UserError
+
+LEASES, WORKERS = "leases/", "workers/"
+EXPIRY = 60.0  # seconds without a sign of life after which an owner counts as dead
+BEATS = 6  # signs of life in that time
+
+
+class Leases:
+    """A context in which this process takes leases and shows that it lives.
+
+    Attributes:
+        owner: this process's name, which no other has.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        expiry: float = EXPIRY,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Shows nothing yet.
+
+        Args:
+            expiry: seconds without a sign of life, after which another process takes the work.
+        """
+        self._storage, self._expiry, self._clock = storage, expiry, clock
+        self.owner = f"{socket.gethostname():.40}-{uuid.uuid4().hex[:12]}"
+        self._owners: dict[str, str] = {}  # of leases
+        self._seen: dict[str, tuple[bytes, float]] = {}  # owner -> its last count, and since when
+        self._taken: set[str] = set()
+        self._ended = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "Leases":
+        self._show(0)
+        self._beating.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Gives back what is left, at once."""
+        self._ended.set()
+        self._beating.join()
+        with contextlib.suppress(UserError):  # what remains expires
+            for name in sorted(self._taken):
+                self._storage.delete(name)
+            self._storage.delete(WORKERS + self.owner)
+
+    def take(self, work: str, names: Iterable[str]) -> bool:
+        """Takes a lease, unless a living process has it.
+
+        Args:
+            names: of all leases, as they were listed a moment ago.
+        """
+        turns = [int(name.rpartition(".")[2]) for name in names if _is_of(name, work)]
+        if turns and self._is_held(_name(work, max(turns))):
+            return False
+        name = _name(work, max(turns, default=-1) + 1)
+        taken = self._storage.create(name, self.owner.encode())
+        if taken:
+            self._taken.add(name)
+        return taken
+
+    def has(self, work: str, names: Iterable[str]) -> bool:
+        """Whether this process still has the lease; it has not if another took the next turn."""
+        turns = [int(name.rpartition(".")[2]) for name in names if _is_of(name, work)]
+        return bool(turns) and _name(work, max(turns)) in self._taken
+
+    def end(self, work: str, names: Iterable[str]) -> None:
+        """Removes the leases of work that is done."""
+        own = {name for name in self._taken if _is_of(name, work)}
+        for name in {name for name in names if _is_of(name, work)} | own:
+            self._storage.delete(name)
+        self._taken -= own
+
+    def _is_held(self, name: str) -> bool:
+        if name not in self._owners:
+            content = self._storage.read(name)
+            if content is None:  # given back a moment ago
+                return False
+            self._owners[name] = content.decode(errors="replace")
+        return self._lives(self._owners[name])
+
+    def _lives(self, owner: str) -> bool:
+        content = self._storage.read(WORKERS + owner)
+        if content is None or _has_ended(content):
+            return False
+        now = self._clock()
+        last, since = self._seen.setdefault(owner, (content, now))
+        if content != last:
+            self._seen[owner] = content, now
+            return True
+        return now - since < self._expiry
+
+    def _show(self, count: int) -> None:
+        pid = os.getpid()
+        about = {"host": _host(), "pid": pid, "started": _started(pid), "count": count}
+        self._storage.put(WORKERS + self.owner, json.dumps(about).encode())
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._ended.wait(self._expiry / BEATS):
+            count += 1
+            with contextlib.suppress(UserError):  # a store that is away for a moment
+                self._show(count)
+
+
+def _name(work: str, turn: int) -> str:
+    return f"{LEASES}{work}.{turn}"
+
+
+def _is_of(name: str, work: str) -> bool:
+    return name.rpartition(".")[0] == LEASES + work
+
+
+def _host() -> str:
+    """A name of this machine and its boot: process ids are those of another after the next one."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot}"
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine began; None if it has ended, or cannot be looked at."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in "ZX" else rest[18]
+
+
+def _has_ended(content: bytes) -> bool:
+    """Whether an owner was a process of this machine that is gone: none has to wait for it."""
+    try:
+        about = json.loads(content)
+        host, pid, started = about["host"], int(about["pid"]), about["started"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return host == _host() and started is not None and _started(pid) != started

@@ -1,0 +1,180 @@
+"""Gives this process blocks of a job to work on, and keeps what comes of them."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jaxmoe.batch.formats import request_of
+from jaxmoe.batch.leases import LEASES, Leases
+from jaxmoe.batch.manifest import Manifest, RowReader
+from jaxmoe.batch.parts import ANSWERS, Ended, JobFolder, Journal, Parts, part_name, parts_of
+from jaxmoe.batch.sources import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class JobRow:
+    """A row of the job.
+
+    Attributes:
+        number: from 1 on, in the job.
+        file: the path of its file.
+        line: its number there.
+        content: one JSON object; characters stand for bytes, as in Latin-1.
+        repeated: whether an earlier row has its id.
+    """
+
+    number: int
+    file: str
+    line: int
+    content: str
+    repeated: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Rows of a block that have to be answered in a round, in their order.
+
+    Attributes:
+        ended: the rows that an earlier run has answered.
+    """
+
+    block: int
+    round: int
+    rows: list[JobRow]
+    ended: list[Ended]
+
+    @property
+    def name(self) -> str:
+        """Names its part and its leases."""
+        return part_name(self.block, self.round)
+
+
+def decode_work(record: Any) -> Work:
+    """The work whose `dataclasses.asdict` went through JSON."""
+    rows = [JobRow(**row) for row in record.pop("rows")]
+    ended = [Ended(*row) for row in record.pop("ended")]
+    return Work(rows=rows, ended=ended, **record)
+
+
+class Worker:
+    """Takes blocks that no living process has, and publishes their parts.
+
+    Attributes:
+        blocks: those of the job that this process may take.
+        ended: how many rows of these have ended, of all processes, as last seen.
+        rows: how many rows they have.
+    """
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        manifest: Manifest,
+        sources: Sequence[Source],
+        leases: Leases,
+        round_: int,
+        blocks: Iterable[int],
+    ):
+        """Takes nothing yet.
+
+        Args:
+            round_: as `check_round` says.
+        """
+        self._folder, self._manifest, self._leases = folder, manifest, leases
+        self._reader, self._round = RowReader(manifest, sources), round_
+        self._repeated = frozenset(manifest.repeated)
+        self.blocks = list(blocks)
+        self.rows = sum(map(manifest.size, self.blocks))
+        self.ended = 0
+        self._journals: dict[int, Journal] = {}
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._open.close()
+
+    def take(self) -> Work | None:
+        """The next block; None if there is none that is free now (`done` says whether any is left).
+
+        Raises:
+            UserError: if rows cannot be read, or the storage refuses.
+        """
+        leased = self._folder.storage.names(LEASES)
+        for block in self._left():
+            name = part_name(block, self._round)
+            if block in self._journals or not self._leases.take(name, leased):
+                continue
+            if self._is_published(block):  # by a process that was just ahead
+                self._leases.end(name, leased)
+                continue
+            return self._begin(block)
+        return None
+
+    @property
+    def done(self) -> bool:
+        """Whether all blocks have their parts."""
+        return not self._left()
+
+    def _left(self) -> list[int]:
+        """The blocks without a part of this round; counts the rows of the others."""
+        storage = self._folder.storage
+        parts = parts_of([*storage.names(ANSWERS), *storage.names("errors/")])
+        wanted = self._wanted(parts)
+        left = [block for block in wanted if (block, self._round) not in parts.answers]
+        self.ended = self.rows - sum(map(self._manifest.size, left))
+        return left
+
+    def _wanted(self, parts: Parts) -> list[int]:
+        if not self._round:
+            return self.blocks
+        failed = parts.failed(self._round)
+        return [block for block in self.blocks if block in failed]
+
+    def _is_published(self, block: int) -> bool:
+        names = self._folder.storage.names(ANSWERS + part_name(block, self._round) + ".")
+        return bool(names)
+
+    def _begin(self, block: int) -> Work:
+        first = block * self._manifest.block + 1
+        read = self._reader.read(block)
+        rows = [
+            JobRow(number, file, row.number, row.content.decode("latin-1"), number in self._repeated)
+            for number, (file, row) in enumerate(read, start=first)
+        ]
+        if self._round:
+            failed = self._folder.failed_ids(block, self._round)
+            rows = [row for row in rows if _id_of(row) in failed]
+        journal = self._folder.journal(block, self._round)
+        self._journals[block] = self._open.enter_context(journal)
+        kept = self._folder.journaled(block, self._round)
+        return Work(block, self._round, rows, [kept[row.number] for row in rows if row.number in kept])
+
+    def keep(self, work: Work, ended: Ended) -> None:
+        """Adds a row's line to the journal; killing the process does not lose it then."""
+        self._journals[work.block].write(ended)
+
+    def publish(self, work: Work, ended: Iterable[Ended]) -> None:
+        """Writes the part of work whose rows have all ended, in their order."""
+        leased = self._folder.storage.names(f"{LEASES}{work.name}.")
+        if self._leases.has(work.name, leased):
+            self._folder.publish(work.block, work.round, ended)
+            self._leases.end(work.name, leased)
+        del self._journals[work.block]
+
+
+def _id_of(row: JobRow) -> Any:
+    """The id in a row's line of output."""
+    return request_of(row.content.encode("latin-1"), "", row.number).envelope.id
+
+
+def blocks_of(manifest: Manifest, shard: tuple[int, int]) -> list[int]:
+    """The blocks of one of several shards of a job.
+
+    Args:
+        shard: its number from 0 on, and how many there are.
+    """
+    return list(range(shard[0], manifest.blocks, shard[1]))
+
+
