@@ -6,6 +6,7 @@ UserError here.
 
 import collections
 import json
+import math
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -79,11 +80,16 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
     Raises:
         UserError: if it is not JSON, names a key twice, is nested more than `MAX_DEPTH` deep, or
-            has NaN, Infinity or an integer with more than `MAX_DIGITS` digits.
+            has NaN, Infinity, a number that no float holds, or an integer with more than
+            `MAX_DIGITS` digits.
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
+            text,
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_constant,
         )
         _count_values(value)
     except json.JSONDecodeError as error:
@@ -133,6 +139,14 @@ def _integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise _Refused(f"it has a number of {len(digits)} digits")
     return int(digits)
+
+
+def _float(digits: str) -> float:
+    """A JSON number with a fraction or exponent; refuses one that would be infinite."""
+    number = float(digits)
+    if math.isinf(number):
+        raise _Refused(f"it has the number {digits:.20}, which is too large")
+    return number
 
 
 def _constant(name: str) -> Any:

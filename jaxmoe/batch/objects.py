@@ -120,7 +120,7 @@ def open_store(url: str) -> Any:
     with asking(url, "opened"):
         return from_url(
             url,
-            client_options={"allow_http": True} if plain else None,
+            client_options={"allow_http": plain},
             retry_config={
                 "retry_timeout": datetime.timedelta(seconds=PATIENCE),
                 "max_retries": 100,

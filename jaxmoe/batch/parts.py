@@ -1,175 +1,79 @@
-"""The files of a job's folder: its answers and errors in numbered parts, and journals until then.
-
-Part 12 has the rows of block 12, and is there once all of them have ended. `--retry-errors` begins a
-round: rows that failed run again, and their answers come in parts of their own, as `000012-r1`.
-"""
+"""Files of output: lines as JSON Lines, or as a Parquet file."""
 
 import contextlib
+import io
 import json
-import re
-from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, Literal
 
-from jaxmoe.batch.formats import encode_part
-from jaxmoe.batch.storage import Storage
+from jaxmoe.batch.envelope import Json
 from jaxmoe.errors import UserError
-from jaxmoe.files.atomic import writable
-
-ANSWERS, ERRORS, JOURNAL, ROUNDS = "answers/", "errors/", "journal/", "rounds/"
-_PART = re.compile(r"(\d{6,})(?:-r(\d+))?\.(?:jsonl|parquet)")
 
 
-class Ended(NamedTuple):
-    """A row that has its line of output.
+def encode_part(lines: list[dict[str, Json]], form: Literal["jsonl", "parquet"]) -> bytes:
+    """The content of a file of output.
 
-    Attributes:
-        row: its number in the job.
-        line: of the answers, or of the errors.
-        failed: whether it is an error.
-    """
-
-    row: int
-    line: dict[str, Any]
-    failed: bool
-
-
-class Parts(NamedTuple):
-    """Which parts there are, by block and round."""
-
-    answers: set[tuple[int, int]]
-    errors: set[tuple[int, int]]
-
-    def failed(self, round_: int) -> set[int]:
-        """The blocks that have failed rows before a round."""
-        return {block for block, of in self.errors if of < round_}
-
-
-def parts_of(names: Iterable[str]) -> Parts:
-    """The parts among the names of a folder's files."""
-    found = Parts(set(), set())
-    for name in names:
-        folder, slash, rest = name.partition("/")
-        matched = _PART.fullmatch(rest)
-        if matched and folder + slash in (ANSWERS, ERRORS):
-            key = int(matched[1]), int(matched[2] or 0)
-            (found.answers if folder + slash == ANSWERS else found.errors).add(key)
-    return found
-
-
-def part_name(block: int, round_: int) -> str:
-    """The name of a block's part of a round, without its folder and ending."""
-    return f"{block:06}-r{round_}" if round_ else f"{block:06}"
-
-
-class JobFolder:
-    """Reads and writes the parts and journals of one job."""
-
-    def __init__(self, storage: Storage, form: str, owner: str):
-        """Opens nothing yet.
-
-        Args:
-            form: of the answers, `jsonl` or `parquet`; errors are lines of JSON.
-            owner: the name of this process.
-        """
-        self.storage, self._form, self._owner = storage, form, owner
-
-    def round(self) -> int:
-        """The number of the newest round; 0 until failed rows were to run again."""
-        return len(self.storage.names(ROUNDS))
-
-    def begin_round(self, number: int) -> None:
-        """Lets failed rows run again, unless another process has said so."""
-        self.storage.create(f"{ROUNDS}{number}", self._owner.encode())
-
-    def failed_ids(self, block: int, round_: int) -> set[Any]:
-        """The ids of a block's rows that failed before a round."""
-        lines = []
-        for name in self._earlier_errors(block, round_):
-            lines += (self.storage.read(name) or b"").splitlines()
-        found = map(json.loads, lines)
-        return {line.get("custom_id", line.get("id")) for line in found}
-
-    def publish(self, block: int, round_: int, ended: Iterable[Ended]) -> None:
-        """Writes a block's part, unless it is there; its answers come last, and say that it is.
-
-        Args:
-            ended: all its rows of the round, in their order.
-        """
-        name = part_name(block, round_)
-        rows = list(ended)
-        errors = [row.line for row in rows if row.failed]
-        if errors:
-            self.storage.create(f"{ERRORS}{name}.jsonl", encode_part(errors, "jsonl"))
-        answers = encode_part([row.line for row in rows if not row.failed], self._form)
-        self.storage.create(f"{ANSWERS}{name}.{self._form}", answers)
-        for earlier in self._earlier_errors(block, round_):
-            self.storage.delete(earlier)
-        for journal in self.storage.names(f"{JOURNAL}{name}."):
-            self.storage.delete(journal)
-
-    def _earlier_errors(self, block: int, round_: int) -> list[str]:
-        names = self.storage.names(f"{ERRORS}{block:06}")
-        return [
-            name
-            for name in names
-            if any(of < round_ and at == block for at, of in parts_of([name]).errors)
-        ]
-
-    def journaled(self, block: int, round_: int) -> dict[int, Ended]:
-        """The rows of a part to come that ended before, by their numbers, whoever ran them."""
-        found: dict[int, Ended] = {}
-        for name in self.storage.names(f"{JOURNAL}{part_name(block, round_)}."):
-            for line in (self.storage.read(name) or b"").split(b"\n")[:-1]:  # the last is torn
-                ended = Ended(*json.loads(line))
-                found.setdefault(ended.row, ended)
-        return found
-
-    @contextlib.contextmanager
-    def journal(self, block: int, round_: int) -> Iterator["Journal"]:
-        """Opens this process's journal of a part to come."""
-        name = f"{JOURNAL}{part_name(block, round_)}.{self._owner}"
-        file = self.storage.append(name)
-        try:
-            yield Journal(name, file)
-        finally:
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
-
-
-class Journal:
-    """Keeps the rows of a part to come; on an object store, which cannot append, it keeps none."""
-
-    def __init__(self, name: str, file: BinaryIO | None):
-        """Writes to an open file."""
-        self._name, self._file = name, file
-
-    def write(self, ended: Ended) -> None:
-        """Adds a row; once this returns, killing the process does not lose it.
-
-        Raises:
-            UserError: if the file system refuses.
-        """
-        if self._file is None:
-            return
-        with writable(self._name):
-            self._file.write(json.dumps(ended, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
-
-
-def check_round(folder: JobFolder, parts: Parts, blocks: Iterable[int], retry: bool) -> int:
-    """The round to run: the newest, or another one if failed rows are to run again.
+    A Parquet file has a column for each key. Texts, numbers, truth values, `tokens` and `usage` are
+    as they are; any other value, and those of a column with several types, are JSON texts.
 
     Raises:
-        UserError: if they are, while the rows of the newest round have not all ended.
+        UserError: if Parquet is asked for and pyarrow is not installed.
     """
-    newest = folder.round()
-    if not retry:
-        return newest
-    left = set(blocks) if not newest else parts.failed(newest)
-    if left - {block for block, of in parts.answers if of == newest}:
-        raise UserError("--retry-errors comes after the job has ended; run it without first.")
-    if not parts.failed(newest + 1):
-        return newest
-    folder.begin_round(newest + 1)
-    return newest + 1
+    return b"".join(map(_encode, lines)) if form == "jsonl" else _parquet(lines)
+
+
+def _encode(line: dict[str, Json]) -> bytes:
+    try:
+        return (json.dumps(line, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
+        return (json.dumps(line) + "\n").encode()
+
+
+def _parquet(lines: list[dict[str, Json]]) -> bytes:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            "an output of Parquet files needs pyarrow: pip install 'jaxmoe[batch]', or write jsonl."
+        ) from None
+    names = list(dict.fromkeys(key for line in lines for key in line))
+    columns = {_text(name): _column(name, [line.get(name) for line in lines]) for name in names}
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
+
+def _column(name: str, values: list[Json]) -> Any:
+    """A column of one type, whatever the values are."""
+    import pyarrow
+
+    kinds = {type(value) for value in values if value is not None}
+    dtype = _type(name, {float} if kinds == {int, float} else kinds)
+    if dtype is not None:
+        with contextlib.suppress(pyarrow.ArrowException, OverflowError):  # of what does not fit
+            return pyarrow.array(values, dtype)
+    return pyarrow.array([_json(value) for value in values], pyarrow.string())
+
+
+def _type(name: str, kinds: set[type]) -> Any:
+    """The type of a column with values of these kinds; None if it holds texts."""
+    import pyarrow
+
+    whole = pyarrow.int64()
+    if name == "tokens" and kinds <= {list}:
+        return pyarrow.list_(whole)
+    if name == "usage" and kinds <= {dict}:
+        return pyarrow.struct([("prompt_tokens", whole), ("completion_tokens", whole)])
+    plain = {bool: pyarrow.bool_(), int: whole, float: pyarrow.float64()}
+    return plain.get(next(iter(kinds))) if len(kinds) == 1 else None
+
+
+def _json(value: Json) -> str | None:
+    if value is None:
+        return None
+    return _text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _text(text: str) -> str:
+    """The text with a question mark for half of a surrogate pair, which no file holds."""
+    return text.encode(errors="replace").decode()

@@ -7,7 +7,7 @@ import glob
 import io
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from jaxmoe.batch.objects import asking, entries, is_url, open_store
 from jaxmoe.batch.storage import local_path
@@ -95,14 +95,14 @@ def is_input(name: str) -> bool:
     return name.endswith(ENDINGS) and not name.startswith(".")
 
 
-def _opened(source: Source) -> BinaryIO:
+def _opened(source: Source) -> io.BufferedReader:
     """The file, if it is the one that was found."""
     remote = is_url(source.path)
     if (_object if remote else _local_source)(source.path) != source:
         raise UserError(f"{source.path} has changed since the job looked at it; start it again.")
     if not remote:
         return open(source.path, "rb")
-    return cast(BinaryIO, io.BufferedReader(_Object(source), _AT_ONCE))
+    return io.BufferedReader(_Object(source), _AT_ONCE)
 
 
 def _remote(pattern: str) -> list[Source]:

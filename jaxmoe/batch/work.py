@@ -2,13 +2,22 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jaxmoe.batch.folder import (
+    ANSWERS,
+    ERRORS,
+    Ended,
+    JobFolder,
+    Journal,
+    Parts,
+    part_name,
+    parts_of,
+)
 from jaxmoe.batch.formats import request_of
 from jaxmoe.batch.leases import LEASES, Leases
 from jaxmoe.batch.manifest import Manifest, RowReader
-from jaxmoe.batch.parts import ANSWERS, Ended, JobFolder, Journal, Parts, part_name, parts_of
 from jaxmoe.batch.sources import Source
 
 
@@ -62,7 +71,8 @@ class Worker:
 
     Attributes:
         blocks: those of the job that this process may take.
-        ended: how many rows of these have ended, of all processes, as last seen.
+        ended: how many rows of these have ended, of all processes, when `take` last looked.
+        done: whether all had then.
         rows: how many rows they have.
     """
 
@@ -85,7 +95,7 @@ class Worker:
         self._repeated = frozenset(manifest.repeated)
         self.blocks = list(blocks)
         self.rows = sum(map(manifest.size, self.blocks))
-        self.ended = 0
+        self.ended, self.done = 0, False
         self._journals: dict[int, Journal] = {}
         self._open = contextlib.ExitStack()
 
@@ -96,7 +106,7 @@ class Worker:
         self._open.close()
 
     def take(self) -> Work | None:
-        """The next block; None if there is none that is free now (`done` says whether any is left).
+        """The next block; None if there is none that is free now.
 
         Raises:
             UserError: if rows cannot be read, or the storage refuses.
@@ -112,18 +122,13 @@ class Worker:
             return self._begin(block)
         return None
 
-    @property
-    def done(self) -> bool:
-        """Whether all blocks have their parts."""
-        return not self._left()
-
     def _left(self) -> list[int]:
         """The blocks without a part of this round; counts the rows of the others."""
         storage = self._folder.storage
-        parts = parts_of([*storage.names(ANSWERS), *storage.names("errors/")])
+        parts = parts_of([*storage.names(ANSWERS), *storage.names(ERRORS)])
         wanted = self._wanted(parts)
         left = [block for block in wanted if (block, self._round) not in parts.answers]
-        self.ended = self.rows - sum(map(self._manifest.size, left))
+        self.ended, self.done = self.rows - sum(map(self._manifest.size, left)), not left
         return left
 
     def _wanted(self, parts: Parts) -> list[int]:
@@ -140,7 +145,9 @@ class Worker:
         first = block * self._manifest.block + 1
         read = self._reader.read(block)
         rows = [
-            JobRow(number, file, row.number, row.content.decode("latin-1"), number in self._repeated)
+            JobRow(
+                number, file, row.number, row.content.decode("latin-1"), number in self._repeated
+            )
             for number, (file, row) in enumerate(read, start=first)
         ]
         if self._round:
@@ -149,7 +156,9 @@ class Worker:
         journal = self._folder.journal(block, self._round)
         self._journals[block] = self._open.enter_context(journal)
         kept = self._folder.journaled(block, self._round)
-        return Work(block, self._round, rows, [kept[row.number] for row in rows if row.number in kept])
+        return Work(
+            block, self._round, rows, [kept[row.number] for row in rows if row.number in kept]
+        )
 
     def keep(self, work: Work, ended: Ended) -> None:
         """Adds a row's line to the journal; killing the process does not lose it then."""
@@ -176,5 +185,3 @@ def blocks_of(manifest: Manifest, shard: tuple[int, int]) -> list[int]:
         shard: its number from 0 on, and how many there are.
     """
     return list(range(shard[0], manifest.blocks, shard[1]))
-
-

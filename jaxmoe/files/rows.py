@@ -4,12 +4,13 @@ import base64
 import datetime
 import decimal
 import gzip
+import io
 import json
 import math
 import uuid
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from jaxmoe.errors import UserError
 from jaxmoe.parsing import MAX_BYTES, parse_json
@@ -42,7 +43,7 @@ class Row(NamedTuple):
     content: bytes
 
 
-def rows_of(file: BinaryIO, name: str, start: int = 0) -> Iterator[Row]:
+def rows_of(file: io.BufferedIOBase, name: str, start: int = 0) -> Iterator[Row]:
     """The rows of an open file, read as its name ends in `.parquet` or `.json`, else line by line.
 
     A `.json` file that does not hold an array has a row a line, too. Lines may be compressed, in a
@@ -68,18 +69,18 @@ def rows_of(file: BinaryIO, name: str, start: int = 0) -> Iterator[Row]:
         raise UserError(f"{name} cannot be read: {reason}.") from None
 
 
-def _decompressed(file: BinaryIO, name: str) -> BinaryIO:
+def _decompressed(file: io.BufferedIOBase, name: str) -> io.BufferedIOBase:
     if name.endswith(UNREAD):
         raise UserError(f"{name} is compressed in a way that is not read; decompress it, or gzip.")
     if name.endswith(".gz"):
-        return cast(BinaryIO, gzip.open(file))
+        return cast(io.BufferedIOBase, gzip.open(cast(Any, file)))
     if name.endswith(".zst"):
-        pyarrow = _pyarrow(name)
-        return pyarrow.CompressedInputStream(file, "zstd")
+        stream = _pyarrow(name).CompressedInputStream(file, "zstd")
+        return io.BufferedReader(stream, _PIECE)
     return file
 
 
-def _lines(file: BinaryIO, start: int) -> Iterator[Row]:
+def _lines(file: io.BufferedIOBase, start: int) -> Iterator[Row]:
     """The lines of a file that are not blank; they end with a newline, and with nothing else."""
     for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES + 1), b""), 1):
         if len(line) > MAX_BYTES and not line.endswith(b"\n"):
@@ -88,18 +89,18 @@ def _lines(file: BinaryIO, start: int) -> Iterator[Row]:
             yield Row(number, line)
 
 
-def _pass_line(file: BinaryIO) -> None:
+def _pass_line(file: io.BufferedIOBase) -> None:
     while (piece := file.readline(_PIECE)) and not piece.endswith(b"\n"):
         pass
 
 
-def _is_array(file: BinaryIO) -> bool:
+def _is_array(file: io.BufferedIOBase) -> bool:
     head = file.read(1024)
     file.seek(0)
     return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def _array(file: BinaryIO, name: str, start: int) -> Iterator[Row]:
+def _array(file: io.BufferedIOBase, name: str, start: int) -> Iterator[Row]:
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise UserError(f"{name} is an array of more than {MAX_BYTES} bytes; write a row a line.")
@@ -111,7 +112,7 @@ def _array(file: BinaryIO, name: str, start: int) -> Iterator[Row]:
         yield Row(number, _dumped(row))
 
 
-def _parquet(file: BinaryIO, name: str, start: int) -> Iterator[Row]:
+def _parquet(file: io.BufferedIOBase, name: str, start: int) -> Iterator[Row]:
     _pyarrow(name)
     import pyarrow.parquet as parquet
 
@@ -123,6 +124,8 @@ def _parquet(file: BinaryIO, name: str, start: int) -> Iterator[Row]:
         for number, row in enumerate(rows, first + 1):
             if number > start:
                 yield Row(number, _dumped(_plain(row)))
+    except UserError:  # of a file that is read from elsewhere
+        raise
     except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's, of damaged files
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{name} is no Parquet file that can be used: {reason:.200}.") from None

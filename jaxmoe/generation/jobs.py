@@ -5,7 +5,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jaxmoe.errors import UserError
 from jaxmoe.generation.completion import CompletionToken, not_finite
@@ -211,7 +211,7 @@ class RequestReader:
 
 def _record(line: str | dict[str, Any], where: str) -> dict[str, Any]:
     record = parse_json(line, where) if isinstance(line, str) else line
-    if not isinstance(record, dict) or not _is_id(record.get("id")):
+    if not isinstance(record, dict) or not is_id(record.get("id")):
         raise UserError(f'{where} is not an object with an "id" that is text or an integer.')
     return record
 
@@ -225,7 +225,8 @@ def _check_keys(record: dict[str, Any], where: str, ignored: tuple[str, ...]) ->
         raise UserError(f"{where} has the unknown key {min(unknown)!r}.")
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> TypeGuard[str | int]:
+    """Whether a value can be a request's id: text or an integer."""
     if isinstance(value, str):  # not half of a surrogate pair, which no file can hold
         return value.encode(errors="replace").decode() == value
     return type(value) is int

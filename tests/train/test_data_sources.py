@@ -4,6 +4,8 @@ import gzip
 import json
 import sys
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 
 from jaxmoe.errors import UserError
@@ -149,9 +151,8 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_parquet_rows(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
     table = pyarrow.Table.from_pylist([{"messages": [USER, ASSISTANT]}, {"messages": [USER]}])
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    parquet.write_table(table, tmp_path / "a.parquet")
     rows = list(read_rows(tmp_path / "a.parquet"))
     assert rows[1].where.endswith("a.parquet row 2")
     assert example_of(rows[0].parse()) == Chat([USER, ASSISTANT])
@@ -168,7 +169,7 @@ def test_parquet_rows(tmp_path):
         ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl line 1 is no UTF-8 at byte 10"),
         ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz cannot be read: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], r"a\.jsonl\.gz cannot be read"),
-        ("a.jsonl.zst", b"", r"a\.jsonl\.zst is compressed in a way"),
+        ("a.jsonl.xz", b"", r"a\.jsonl\.xz is compressed in a way"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, words):
