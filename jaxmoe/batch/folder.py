@@ -1,14 +1,14 @@
-"""The files of a job's folder: its answers and errors in numbered parts, and journals until then.
+"""The files of a job's folder: answers and errors in numbered parts, and journals until then.
 
-Part 12 has the rows of block 12, and is there once all of them have ended. `--retry-errors` begins a
-round: rows that failed run again, and their answers come in parts of their own, as `000012-r1`.
+Part 12 has the rows of block 12, and is there once all of them have ended. `--retry-errors` begins
+a round: rows that failed run again, and their answers come in parts of their own, as `000012-r1`.
 """
 
 import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from jaxmoe.batch.parts import encode_part
 from jaxmoe.batch.storage import Storage
@@ -23,12 +23,12 @@ class Ended(NamedTuple):
     """A row that has its line of output.
 
     Attributes:
-        row: its number in the job.
+        number: of the row in the job.
         line: of the answers, or of the errors.
         failed: whether it is an error.
     """
 
-    row: int
+    number: int
     line: dict[str, Any]
     failed: bool
 
@@ -64,7 +64,7 @@ def part_name(block: int, round_: int) -> str:
 class JobFolder:
     """Reads and writes the parts and journals of one job."""
 
-    def __init__(self, storage: Storage, form: str, owner: str):
+    def __init__(self, storage: Storage, form: Literal["jsonl", "parquet"], owner: str):
         """Opens nothing yet.
 
         Args:
@@ -72,6 +72,10 @@ class JobFolder:
             owner: the name of this process.
         """
         self.storage, self._form, self._owner = storage, form, owner
+
+    def parts(self) -> Parts:
+        """The parts that there are."""
+        return parts_of([*self.storage.names(ANSWERS), *self.storage.names(ERRORS)])
 
     def round(self) -> int:
         """The number of the newest round; 0 until failed rows were to run again."""
@@ -81,13 +85,10 @@ class JobFolder:
         """Lets failed rows run again, unless another process has said so."""
         self.storage.create(f"{ROUNDS}{number}", self._owner.encode())
 
-    def failed_ids(self, block: int, round_: int) -> set[Any]:
-        """The ids of a block's rows that failed before a round."""
-        lines = []
-        for name in self._earlier_errors(block, round_):
-            lines += (self.storage.read(name) or b"").splitlines()
-        found = map(json.loads, lines)
-        return {line.get("custom_id", line.get("id")) for line in found}
+    def failed_lines(self, block: int, round_: int) -> list[dict[str, Any]]:
+        """The lines of a block's rows that failed before a round."""
+        found = (self.storage.read(name) or b"" for name in self._earlier_errors(block, round_))
+        return [json.loads(line) for content in found for line in content.split(b"\n")[:-1]]
 
     def publish(self, block: int, round_: int, ended: Iterable[Ended]) -> None:
         """Writes a block's part, unless it is there; its answers come last, and say that it is.
@@ -115,13 +116,18 @@ class JobFolder:
             if any(of < round_ and at == block for at, of in parts_of([name]).errors)
         ]
 
+    def count_failed(self) -> int:
+        """How many rows have an error and no answer."""
+        errors = self.parts().errors
+        return sum(len(self.failed_lines(block, of + 1)) for block, of in errors)
+
     def journaled(self, block: int, round_: int) -> dict[int, Ended]:
         """The rows of a part to come that ended before, by their numbers, whoever ran them."""
         found: dict[int, Ended] = {}
         for name in self.storage.names(f"{JOURNAL}{part_name(block, round_)}."):
             for line in (self.storage.read(name) or b"").split(b"\n")[:-1]:  # the last is torn
                 ended = Ended(*json.loads(line))
-                found.setdefault(ended.row, ended)
+                found.setdefault(ended.number, ended)
         return found
 
     @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Which process works on what: leases that end with their owner, in a folder that all share.
 
 A lease is a file that is created once, named after the work and its turn: `leases/000012.3` is the
-fourth time that somebody takes block 12. Its owner counts in a file of its own while it lives. Whoever
+fourth time that block 12 is taken. Its owner counts in a file of its own while it lives. Whoever
 wants the work watches that count by its own clock, so no clocks are compared, and takes the next
 turn once the count has stood still for too long. Two owners at once are harmless: what they write
 is created once, too.

@@ -82,15 +82,12 @@ def decode(content: bytes, where: str) -> Manifest:
     """
     read: Any = parse_json(content, where)
     try:
-        inputs = tuple(Input(**one) for one in read.pop("inputs"))
-        lists = {name: tuple(map(_frozen, read.pop(name))) for name in ("begins", "repeated")}
-        return Manifest(inputs=inputs, **lists, **read)
-    except (AttributeError, KeyError, TypeError):
+        read["inputs"] = tuple(Input(**one) for one in read["inputs"])
+        read["begins"] = tuple((file, after) for file, after in read["begins"])
+        read["repeated"] = tuple(read["repeated"])
+        return Manifest(**read)
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{where} is no manifest of this version; choose another output.") from None
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def make_manifest(

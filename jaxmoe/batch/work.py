@@ -7,13 +7,10 @@ from typing import Any
 
 from jaxmoe.batch.folder import (
     ANSWERS,
-    ERRORS,
     Ended,
     JobFolder,
     Journal,
-    Parts,
     part_name,
-    parts_of,
 )
 from jaxmoe.batch.formats import request_of
 from jaxmoe.batch.leases import LEASES, Leases
@@ -71,9 +68,9 @@ class Worker:
 
     Attributes:
         blocks: those of the job that this process may take.
-        ended: how many rows of these have ended, of all processes, when `take` last looked.
-        done: whether all had then.
         rows: how many rows they have.
+        ended: how many of these had ended, of all processes, when `look` was called last.
+        done: whether all had then.
     """
 
     def __init__(
@@ -112,7 +109,7 @@ class Worker:
             UserError: if rows cannot be read, or the storage refuses.
         """
         leased = self._folder.storage.names(LEASES)
-        for block in self._left():
+        for block in self.look():
             name = part_name(block, self._round)
             if block in self._journals or not self._leases.take(name, leased):
                 continue
@@ -122,20 +119,15 @@ class Worker:
             return self._begin(block)
         return None
 
-    def _left(self) -> list[int]:
+    def look(self) -> list[int]:
         """The blocks without a part of this round; counts the rows of the others."""
-        storage = self._folder.storage
-        parts = parts_of([*storage.names(ANSWERS), *storage.names(ERRORS)])
-        wanted = self._wanted(parts)
+        parts = self._folder.parts()
+        wanted = self.blocks
+        if self._round:
+            wanted = [block for block in wanted if block in parts.failed(self._round)]
         left = [block for block in wanted if (block, self._round) not in parts.answers]
         self.ended, self.done = self.rows - sum(map(self._manifest.size, left)), not left
         return left
-
-    def _wanted(self, parts: Parts) -> list[int]:
-        if not self._round:
-            return self.blocks
-        failed = parts.failed(self._round)
-        return [block for block in self.blocks if block in failed]
 
     def _is_published(self, block: int) -> bool:
         names = self._folder.storage.names(ANSWERS + part_name(block, self._round) + ".")
@@ -151,7 +143,8 @@ class Worker:
             for number, (file, row) in enumerate(read, start=first)
         ]
         if self._round:
-            failed = self._folder.failed_ids(block, self._round)
+            lines = self._folder.failed_lines(block, self._round)
+            failed = {line.get("custom_id", line.get("id")) for line in lines}
             rows = [row for row in rows if _id_of(row) in failed]
         journal = self._folder.journal(block, self._round)
         self._journals[block] = self._open.enter_context(journal)

@@ -4,27 +4,20 @@ import argparse
 import contextlib
 import sys
 import time
-from pathlib import Path
 
 import jax
 
 from jaxmoe import processes
-from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.peft import adapter_digest, read_adapter, read_adapters
-from jaxmoe.checkpoint.zarr.manifest import digest_of
-from jaxmoe.cli import devices, image_flags, sampling_flags
-from jaxmoe.cli.sampling_flags import sampling_by
+from jaxmoe.cli import answer_flags, devices, image_flags, sampling_flags
 from jaxmoe.cli.signals import asked_to_stop
 from jaxmoe.errors import Stopped, UserError
 from jaxmoe.generation import jobs
 from jaxmoe.generation.answers import Answers, job_digest
-from jaxmoe.generation.checking import Checker
-from jaxmoe.generation.engine import STEP_TOKENS, generate
-from jaxmoe.generation.request import Request, expand, stop_ids_of
-from jaxmoe.generation.request_keys import check_count, check_samples
+from jaxmoe.generation.engine import generate
+from jaxmoe.generation.request import Request, expand
+from jaxmoe.generation.request_keys import check_samples
 from jaxmoe.generation.saved_document import document_adapter, document_length, load_document
 from jaxmoe.generation_config import FILE, read_generation_config
-from jaxmoe.model.kv_cache import KV_FORMATS
 from jaxmoe.progress import byte_progress, task_progress
 
 
@@ -41,54 +34,21 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE.jsonl",
         help="answers in the order of the requests; a killed run resumes when started again",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument(
-        "--parse-special",
-        action="store_true",
-        help="parse special tokens such as <|eot|> in prompts; in messages they are never parsed",
-    )
-    parser.add_argument(
-        "--n", type=int, default=1, metavar="N", help="answers to each prompt; lines may change it"
-    )
-    sampling_flags.add_flags(parser)
     image_flags.add_flags(parser)
-    parser.add_argument(
-        "--rows",
-        type=int,
-        default=8,
-        metavar="N",
-        help="the most requests in a batch; in bfloat16 it may change answers by rounding",
-    )
-    parser.add_argument("--kv", choices=KV_FORMATS, help="how the cache stores keys and values")
-    parser.add_argument(
-        "--cache-tokens",
-        type=int,
-        metavar="N",
-        help="capacity for all rows; requests wait for room",
-    )
-    parser.add_argument(
-        "--step-tokens",
-        type=int,
-        default=STEP_TOKENS,
-        metavar="N",
-        help="the most tokens of prompts and answers that one step takes; default: %(default)s",
-    )
+    answer_flags.add_flags(parser)
     parser.add_argument(
         "--document",
         metavar="FOLDER",
         help="folder that jaxmoe read wrote; every request follows its text",
     )
-    devices.add_flags(parser, named_adapters=True)
     return parser.parse_args()
 
 
 def main() -> None:
     """Runs the command."""
     args = parse_args()
-    if args.rows < 1:
-        raise UserError(f"--rows {args.rows} is below 1.")
-    check_count("--n", args.n)
-    check_count("--step-tokens", args.step_tokens)
+    answer_flags.check(args)
+    sampling_flags.check_written(args)
     if args.chat and (args.prompt is None or args.parse_special):
         raise UserError("--chat goes with --prompt, and without --parse-special.")
     if args.image and args.prompt is None:
@@ -98,19 +58,18 @@ def main() -> None:
     mesh = devices.start(args)
     if args.prompts == "-" and processes.several():
         raise UserError("--prompts - is the input of one process; give several a file.")
-    sampling = sampling_by(args)
-    tokenizer = devices.tokenizer(args.checkpoint)
-    model = store.read_config(args.checkpoint)
-    adapters = _adapters(args, model)
+    setting = answer_flags.read_setting(args, sampling_flags.sampling_by(args))
+    if setting.adapters and args.prompt is not None:
+        raise UserError("--prompt takes one --adapter FOLDER; lines of --prompts choose by name.")
+    sampling, tokenizer = setting.sampling, setting.tokenizer
     after = document_length(args.document) if args.document else 0
     of_document = document_adapter(args.document) if args.document else None
 
-    checker = Checker(model, tokenizer, sampling, after, args.cache_tokens, adapters, of_document)
-    images = image_flags.settings_by(args, model)
-    lines = _requests(args, tokenizer, checker, images)
-    stop_ids = stop_ids_of(model, tokenizer)
-    settings = [vars(sampling), stop_ids, args.kv, args.dtype, tokenizer and tokenizer.digest]
-    with _answers(args, settings, lines, adapters) as answers, asked_to_stop() as stop:
+    document = {"after": after, "document_adapter": of_document}
+    lines = _requests(
+        args, tokenizer, setting.checker(args.cache_tokens, **document), setting.images
+    )
+    with _answers(args, setting, lines) as answers, asked_to_stop() as stop:
         left = _left(lines, answers)
         if not left:
             return
@@ -125,7 +84,7 @@ def main() -> None:
                 left,
                 sampling,
                 rows=args.rows,
-                stop_ids=stop_ids,
+                stop_ids=setting.stop_ids,
                 kv=args.kv,
                 step_tokens=args.step_tokens,
                 tokenizer=tokenizer,
@@ -148,17 +107,6 @@ def main() -> None:
         print(f"{failed} of {len(left)} requests ended with an error.", file=sys.stderr)
 
 
-def _adapters(args, model) -> dict[str, str | None]:
-    """The digest of each named adapter; raises for an unusable one before anything else."""
-    given = devices.adapters_by(args)
-    if given["adapter"]:
-        read_adapter(given["adapter"], model)
-    if given["adapters"] and args.prompt is not None:
-        raise UserError("--prompt takes one --adapter FOLDER; lines of --prompts choose by name.")
-    read_adapters(given["adapters"], model)
-    return {name: adapter_digest(folder) for name, folder in given["adapters"].items()}
-
-
 def _requests(args, tokenizer, checker, images) -> list[Request | jobs.Refusal]:
     if args.prompts is not None:
         return jobs.read_requests(
@@ -179,7 +127,7 @@ def _requests(args, tokenizer, checker, images) -> list[Request | jobs.Refusal]:
     return [*expand(checker.check(request), args.n)]
 
 
-def _answers(args, settings, lines, adapters) -> contextlib.AbstractContextManager[Answers | None]:
+def _answers(args, setting, lines) -> contextlib.AbstractContextManager[Answers | None]:
     """The file or standard output that answers are written to as JSON lines.
 
     Without --output, a --prompt writes none: its answer goes to the terminal as text.
@@ -187,12 +135,8 @@ def _answers(args, settings, lines, adapters) -> contextlib.AbstractContextManag
     output = args.output or (None if args.prompts is None else "-")
     if output is None:
         return contextlib.nullcontext()
-    folders = filter(None, (args.checkpoint, args.document))
-    models = [digest_of(Path(folder)) for folder in folders]
-    plain = devices.adapters_by(args)["adapter"]
-    models += [adapter_digest(plain)] if plain else []
-    known = [*models, *map(list, adapters.items())]
-    return Answers(output, job_digest([*settings, known], lines), lines)
+    digest = job_digest(setting.described(args, args.document), lines)
+    return Answers(output, digest, lines)
 
 
 def _left(lines, answers: Answers | None) -> list[Request]:

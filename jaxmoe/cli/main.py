@@ -10,6 +10,7 @@ from jaxmoe.cli.terminal import run
 COMMANDS = {
     "convert": "any published Llama 4 checkpoint to an Orbax one",
     "generate": "text from a checkpoint, for a prompt or a file of requests",
+    "batch": "files of requests to files of answers, exactly once, on any number of hosts",
     "read": "a long text into a saved KV cache, for any number of questions",
     "evaluate": "logits, needles in long contexts, repetition, quantization",
     "export": "a checkpoint back to the Hugging Face layout",

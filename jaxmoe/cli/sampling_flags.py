@@ -94,17 +94,20 @@ def sampling_by(args: argparse.Namespace) -> Sampling:
     """The settings that the flags give, else those of the checkpoint.
 
     Raises:
-        UserError: for a value out of range, a grammar that cannot be used, or log-probabilities
-            where only text is written.
+        UserError: for a value out of range, or a grammar that cannot be used.
     """
+    given = {name: getattr(args, name) for name in NAMES}
+    wanted = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
+    return sampling_of(args.checkpoint, **wanted, grammar=_grammar(args))
+
+
+def check_written(args: argparse.Namespace) -> None:
+    """Raises a UserError for log-probabilities where only text is written."""
     if args.prompt is not None and not args.output:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(args, name) is not None:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is written as JSON; use --output or --prompts too.")
-    given = {name: getattr(args, name) for name in NAMES}
-    wanted = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
-    return sampling_of(args.checkpoint, **wanted, grammar=_grammar(args))
 
 
 def _grammar(args: argparse.Namespace) -> Grammar | None:
