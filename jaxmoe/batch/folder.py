@@ -7,15 +7,18 @@ a round: rows that failed run again, and their answers come in parts of their ow
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from jaxmoe.batch.parts import encode_part
+from jaxmoe.batch.report import draw_report, encode_report, job_report, part_report
 from jaxmoe.batch.storage import Storage
 from jaxmoe.errors import UserError
 from jaxmoe.files.atomic import writable
 
-ANSWERS, ERRORS, JOURNAL, ROUNDS = "answers/", "errors/", "journal/", "rounds/"
+ANSWERS, ERRORS, REPORTS = "answers/", "errors/", "reports/"
+JOURNAL, ROUNDS = "journal/", "rounds/"
 _PART = re.compile(r"(\d{6,})(?:-r(\d+))?\.(?:jsonl|parquet)")
 
 
@@ -85,24 +88,28 @@ class JobFolder:
         """Lets failed rows run again, unless another process has said so."""
         self.storage.create(f"{ROUNDS}{number}", self._owner.encode())
 
-    def failed_lines(self, block: int, round_: int) -> list[dict[str, Any]]:
-        """The lines of a block's rows that failed before a round."""
-        found = (self.storage.read(name) or b"" for name in self._earlier_errors(block, round_))
-        return [json.loads(line) for content in found for line in content.split(b"\n")[:-1]]
+    def failed_rows(self, block: int, round_: int) -> set[int]:
+        """The numbers of a block's rows that failed in the newest round before one."""
+        before = (part_name(block, earlier) for earlier in reversed(range(round_)))
+        found = (self.storage.read(f"{REPORTS}{name}.json") for name in before)
+        report = next((content for content in found if content is not None), None)
+        return set(json.loads(report)["failed"]) if report else set()
 
-    def publish(self, block: int, round_: int, ended: Iterable[Ended]) -> None:
+    def publish(self, block: int, round_: int, ended: Sequence[Ended], begun: float) -> None:
         """Writes a block's part, unless it is there; its answers come last, and say that it is.
 
         Args:
             ended: all its rows of the round, in their order.
+            begun: when they were taken, in seconds since 1970.
         """
-        name = part_name(block, round_)
-        rows = list(ended)
-        errors = [row.line for row in rows if row.failed]
-        if errors:
-            self.storage.create(f"{ERRORS}{name}.jsonl", encode_part(errors, "jsonl"))
-        answers = encode_part([row.line for row in rows if not row.failed], self._form)
-        self.storage.create(f"{ANSWERS}{name}.{self._form}", answers)
+        name, failed = part_name(block, round_), [row for row in ended if row.failed]
+        lines = [row.line for row in ended if not row.failed]
+        report = part_report(lines, [row.number for row in failed], begun, time.time())
+        self.storage.create(f"{REPORTS}{name}.json", json.dumps(report).encode())
+        if failed:
+            errors = encode_part([row.line for row in failed], "jsonl")
+            self.storage.create(f"{ERRORS}{name}.jsonl", errors)
+        self.storage.create(f"{ANSWERS}{name}.{self._form}", encode_part(lines, self._form))
         for earlier in self._earlier_errors(block, round_):
             self.storage.delete(earlier)
         for journal in self.storage.names(f"{JOURNAL}{name}."):
@@ -116,10 +123,17 @@ class JobFolder:
             if any(of < round_ and at == block for at, of in parts_of([name]).errors)
         ]
 
-    def count_failed(self) -> int:
-        """How many rows have an error and no answer."""
-        errors = self.parts().errors
-        return sum(len(self.failed_lines(block, of + 1)) for block, of in errors)
+    def summarize(self) -> dict[str, Any]:
+        """Writes the report of the job, and a picture of it; returns the report."""
+        names = self.storage.names(REPORTS)
+        contents = (self.storage.read(name) for name in names)
+        reports = [json.loads(content) for content in contents if content is not None]
+        newest = {name.partition("-r")[0].removesuffix(".json"): i for i, name in enumerate(names)}
+        left = sum(len(reports[i]["failed"]) for i in newest.values())
+        report = job_report(reports) | {"failed": left}
+        self.storage.put("report.json", encode_report(report))
+        self.storage.put("report.png", draw_report(report))
+        return report
 
     def journaled(self, block: int, round_: int) -> dict[int, Ended]:
         """The rows of a part to come that ended before, by their numbers, whoever ran them."""

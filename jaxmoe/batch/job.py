@@ -147,11 +147,11 @@ class Job:
             assert self._worker is not None
             self._worker.publish(work, ended)
 
-    def count_failed(self) -> int:
-        """How many rows have an error and no answer."""
+    def summarize(self) -> dict[str, Any]:
+        """The report of the job, which is written to its folder with a picture."""
 
-        def count() -> int:
+        def summarize() -> dict[str, Any]:
             assert self._folder is not None
-            return self._folder.count_failed()
+            return self._folder.summarize()
 
-        return on_first(count)
+        return on_first(summarize)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from jaxmoe.batch.folder import (
     Journal,
     part_name,
 )
-from jaxmoe.batch.formats import request_of
 from jaxmoe.batch.leases import LEASES, Leases
 from jaxmoe.batch.manifest import Manifest, RowReader
 from jaxmoe.batch.sources import Source
@@ -94,6 +94,7 @@ class Worker:
         self.rows = sum(map(manifest.size, self.blocks))
         self.ended, self.done = 0, False
         self._journals: dict[int, Journal] = {}
+        self._begun: dict[int, float] = {}
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "Worker":
@@ -143,9 +144,9 @@ class Worker:
             for number, (file, row) in enumerate(read, start=first)
         ]
         if self._round:
-            lines = self._folder.failed_lines(block, self._round)
-            failed = {line.get("custom_id", line.get("id")) for line in lines}
-            rows = [row for row in rows if _id_of(row) in failed]
+            failed = self._folder.failed_rows(block, self._round)
+            rows = [row for row in rows if row.number in failed]
+        self._begun[block] = time.time()
         journal = self._folder.journal(block, self._round)
         self._journals[block] = self._open.enter_context(journal)
         kept = self._folder.journaled(block, self._round)
@@ -157,18 +158,13 @@ class Worker:
         """Adds a row's line to the journal; killing the process does not lose it then."""
         self._journals[work.block].write(ended)
 
-    def publish(self, work: Work, ended: Iterable[Ended]) -> None:
+    def publish(self, work: Work, ended: Sequence[Ended]) -> None:
         """Writes the part of work whose rows have all ended, in their order."""
         leased = self._folder.storage.names(f"{LEASES}{work.name}.")
         if self._leases.has(work.name, leased):
-            self._folder.publish(work.block, work.round, ended)
+            self._folder.publish(work.block, work.round, ended, self._begun[work.block])
             self._leases.end(work.name, leased)
         del self._journals[work.block]
-
-
-def _id_of(row: JobRow) -> Any:
-    """The id in a row's line of output."""
-    return request_of(row.content.encode("latin-1"), "", row.number).envelope.id
 
 
 def blocks_of(manifest: Manifest, shard: tuple[int, int]) -> list[int]:

@@ -192,8 +192,9 @@ def _warn(columns: UnknownColumns, envelope: Envelope) -> None:
 
 def _say_end(args: argparse.Namespace, job: Job) -> None:
     """Says where the answers are; exits with code 65 if rows failed."""
-    failed = job.count_failed()
-    print(f"{args.output} has the answers to {job.rows - failed} rows.", file=sys.stderr)
+    report = job.summarize()
+    failed = report["failed"]
+    print(f"{args.output} has the answers to {report['answered']} rows.", file=sys.stderr)
     if failed:
         print(
             f"{failed} rows failed: {args.output}/errors says why; --retry-errors runs them again.",
