@@ -1,0 +1,128 @@
+"""Signals at any moment of batch jobs: each row is answered once, as if nothing had happened.
+
+`JAXMOE_KILLS=1000` disturbs more often, `JAXMOE_KILL_SEED` repeats a run.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from tests.scripts import succeeds, together
+
+KILLS = int(os.environ.get("JAXMOE_KILLS", "20"))
+SEED = int(os.environ.get("JAXMOE_KILL_SEED", time.time_ns() % 10**6))
+ROWS, BLOCK = 96, 8
+CREWS = {  # programs at once, and processes of each
+    "one": (1, 1),
+    "two": (2, 1),
+    "four": (4, 1),
+    "one of two processes": (1, 2),
+}
+SHARE = {"one": 6, "two": 7, "four": 5, "one of two processes": 2}  # of 20 signals
+AGAIN, LOST = (75, -signal.SIGTERM), (69, -signal.SIGABRT)  # told to stop; without its peer
+
+
+@pytest.fixture(scope="module")
+def command(small, tmp_path_factory):
+    source = tmp_path_factory.mktemp("rows") / "in.jsonl"
+    rows = [
+        {"id": f"row {n}", "tokens": [n % 100 + 1, 7], "max_tokens": 5 + n % 40}
+        | ({"temperature": 0.0} if n % 2 else {"temperature": 1.0, "seed": n})
+        for n in range(ROWS)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--input", source, "--block-rows", BLOCK, "--rows", 3, "--dtype", "float32"]
+    return ["batch.py", small.checkpoint, *flags, "--output"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    succeeds(*command, output, "--mesh", "data=2", "--cpu-devices", 2)
+    return answers(output)
+
+
+def answers(output):
+    return {path.name: path.read_bytes() for path in sorted((output / "answers").iterdir())}
+
+
+def begin(command, output, processes):
+    devices = ["--mesh", "data=2", "--cpu-devices", 2 // processes]
+    if processes == 1:
+        return [together.start(*command, output, *devices)]
+    patience = {"JAXMOE_HEARTBEAT": "2", "JAXMOE_START_TIMEOUT": "30"}
+    return together.start_together(processes, *command, output, *devices, **patience)
+
+
+def ended(crew):
+    """How a program ended, once one of its processes has; all of them have to."""
+    codes, _, said = together.ends(crew)
+    assert all(code in (0, *AGAIN, *LOST, -signal.SIGKILL) for code in codes), (codes, said)
+    return codes
+
+
+def lines(output):
+    """Rows that are kept, in parts or in journals, some twice for a moment."""
+    count = 0
+    for folder in ("answers", "journal"):
+        with contextlib.suppress(FileNotFoundError):
+            for path in (output / folder).iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    count += path.read_bytes().count(b"\n")
+    return count
+
+
+def wait_for_work(output, crews, moments):
+    """Waits for a random moment, often one at which rows end."""
+    if moments.random() < 0.3:
+        time.sleep(moments.uniform(0, 4))
+        return
+    before, waited = lines(output), time.monotonic()
+    while lines(output) == before and time.monotonic() - waited < 60:
+        if any(process.poll() is not None for crew in crews for process in crew):
+            return
+        time.sleep(0.005)
+    time.sleep(moments.uniform(0, 0.1))
+
+
+def disturb(command, output, crew, moments, wanted):
+    """Sends signals until there were so many or the job has ended; returns how many there were."""
+    programs, processes = CREWS[crew]
+    crews = [begin(command, output, processes) for _ in range(programs)]
+    sent = 0
+    while crews:
+        wait_for_work(output, crews, moments)
+        alive = [c for c in crews if all(process.poll() is None for process in c)]
+        if alive and sent < wanted:
+            chosen = moments.choice(moments.choice(alive))
+            chosen.send_signal(moments.choice([signal.SIGKILL] * 3 + [signal.SIGTERM]))
+            sent += 1
+            with contextlib.suppress(Exception):
+                chosen.wait(timeout=10)
+        over = [c for c in crews if any(process.poll() is not None for process in c)]
+        for c in over:
+            crews.remove(c)
+            if set(ended(c)) != {0} and sent <= wanted:
+                crews.append(begin(command, output, processes))
+    return sent
+
+
+@pytest.mark.parametrize("crew", CREWS)
+def test_signals_at_random_times(command, undisturbed, tmp_path, crew):
+    moments = random.Random(f"{SEED} {crew}")
+    wanted, sent, jobs = max(1, KILLS * SHARE[crew] // 20), 0, 0
+    while sent < wanted:
+        jobs += 1
+        output = tmp_path / f"out{jobs}"
+        sent += disturb(command, output, crew, moments, wanted - sent)
+        what = f"after {sent} signals of JAXMOE_KILL_SEED={SEED}"
+        assert answers(output) == undisturbed, what
+        assert not list((output / "journal").iterdir()), what
+        assert not (output / "errors").exists(), what
+        assert json.loads((output / "report.json").read_text())["answered"] == ROWS, what
+    print(f"{crew}: {sent} signals in {jobs} jobs, JAXMOE_KILL_SEED={SEED}")
