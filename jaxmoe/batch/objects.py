@@ -74,7 +74,7 @@ class ObjectStorage:
         import obstore
 
         with self._asking(name, "deleted"), contextlib.suppress(FileNotFoundError):
-            _patiently(lambda: obstore.delete(self._store, checked_name(name)))
+            obstore.delete(self._store, checked_name(name))
 
     def append(self, name: str) -> None:
         """None: no object can be appended to."""
