@@ -120,7 +120,7 @@ def test_a_file_system_without_links_is_named(tmp_path, monkeypatch):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refused)
-    with pytest.raises(UserError, match="without hard links.*choose a folder on another"):
+    with pytest.raises(UserError, match=r"without hard links.*choose a folder on another"):
         LocalStorage(tmp_path).create("lease", b"mine")
     assert os.listdir(tmp_path) == []
 
