@@ -108,7 +108,10 @@ def open_store(url: str) -> Any:
     with asking(url, "opened"):
         return from_url(
             url,
-            client_options={"allow_http": plain},
+            client_options={
+                "allow_http": plain,
+                "timeout": datetime.timedelta(seconds=2 * PATIENCE),  # a large part takes a while
+            },
             retry_config={
                 "retry_timeout": datetime.timedelta(seconds=PATIENCE),
                 "max_retries": 100,
