@@ -173,7 +173,7 @@ class Journal:
         if self._file is None:
             return
         with writable(self._name):
-            self._file.write(json.dumps(ended, ensure_ascii=False).encode() + b"\n")
+            self._file.write(json.dumps(ended).encode() + b"\n")
             self._file.flush()
 
 

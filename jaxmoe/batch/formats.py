@@ -174,9 +174,10 @@ def _has_chat(row: dict[str, Json]) -> bool:
 
 def _copied(envelope: Envelope) -> dict[str, Json]:
     """The copied columns; one that is called as a key of answers is "input_" and that."""
-    renamed = {}
+    renamed: dict[str, Json] = {}
     for key, value in envelope.copied.items():
-        while key in _ANSWER or (key not in envelope.copied and key in renamed):
-            key = f"input_{key}"
-        renamed[key] = value
+        name = key
+        while name in _ANSWER or name in renamed or (name != key and name in envelope.copied):
+            name = f"input_{name}"
+        renamed[name] = value
     return renamed

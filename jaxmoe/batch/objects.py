@@ -2,10 +2,9 @@
 
 import contextlib
 import datetime
-import errno
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 from jaxmoe.errors import UserError
@@ -14,7 +13,7 @@ HIDDEN = "."  # begins the names of files that are being written, which no stora
 PATIENCE = 60.0  # seconds during which a store may refuse requests or lose its replies
 
 _SCHEMES = ("s3", "gs", "az")
-_PAUSE = 0.2  # seconds between two tries of `create`
+_PAUSE = 0.2  # seconds between two tries
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
 
 
@@ -37,7 +36,7 @@ class ObjectStorage:
         """As `Storage.read`."""
         import obstore
 
-        with contextlib.suppress(FileNotFoundError), self._asking(name, "read"):
+        with self._asking(name, "read"), contextlib.suppress(FileNotFoundError):
             return bytes(obstore.get(self._store, checked_name(name)).bytes())
         return None
 
@@ -50,29 +49,18 @@ class ObjectStorage:
 
     def create(self, name: str, content: bytes) -> bool:
         """As `Storage.create`."""
-        end = time.monotonic() + PATIENCE
-        while (created := self._try_to_create(name, content, end)) is None:
-            time.sleep(_PAUSE)
-        return created
-
-    def _try_to_create(self, name: str, content: bytes, end: float) -> bool | None:
-        """Whether the file is this call's; None if that is unknown, and the time is before `end`.
-
-        The package itself tries again only what may be done twice.
-        """
         import obstore
-        from obstore.exceptions import AlreadyExistsError, GenericError
+        from obstore.exceptions import AlreadyExistsError
 
-        with self._asking(name, "written"):
+        def create() -> bool:
             try:
                 obstore.put(self._store, checked_name(name), content, mode="create")
-                return True
             except AlreadyExistsError:  # perhaps by this call, when the store's reply was lost
                 return self.read(name) == content
-            except GenericError:
-                if time.monotonic() > end:
-                    raise
-        return None
+            return True
+
+        with self._asking(name, "written"):
+            return _patiently(create)
 
     def names(self, prefix: str = "") -> list[str]:
         """As `Storage.names`."""
@@ -85,7 +73,7 @@ class ObjectStorage:
         """As `Storage.delete`."""
         import obstore
 
-        with contextlib.suppress(FileNotFoundError), self._asking(name, "deleted"):
+        with self._asking(name, "deleted"), contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store, checked_name(name))
 
     def append(self, name: str) -> None:
@@ -120,7 +108,10 @@ def open_store(url: str) -> Any:
     with asking(url, "opened"):
         return from_url(
             url,
-            client_options={"allow_http": plain},
+            client_options={
+                "allow_http": plain,
+                "timeout": datetime.timedelta(seconds=2 * PATIENCE),  # a large part takes a while
+            },
             retry_config={
                 "retry_timeout": datetime.timedelta(seconds=PATIENCE),
                 "max_retries": 100,
@@ -141,26 +132,39 @@ def entries(store: Any, folder: str = "") -> Iterator[Mapping[str, Any]]:
 def asking(place: str, done: str) -> Iterator[None]:
     """Makes one UserError of all that a store raises within the context.
 
-    What is not there is a FileNotFoundError.
-
     Args:
         place: the URL of what is asked for.
         done: what cannot be done, such as "read".
     """
-    from obstore.exceptions import BaseError, NotFoundError
+    from obstore.exceptions import BaseError
 
     try:
         yield
-    except NotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place) from error
-    except BaseError as error:
+    except (BaseError, FileNotFoundError) as error:
         raise UserError(f"{place} cannot be {done}: {_reason(error)}.") from error
+
+
+def _patiently[T](call: Callable[[], T]) -> T:
+    """What a call returns that may be done twice, tried for `PATIENCE` while replies are lost.
+
+    The package itself repeats such calls only if the store says that it has not done them.
+    """
+    from obstore.exceptions import GenericError
+
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return call()
+        except GenericError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(_PAUSE)
 
 
 def _reason(error: Exception) -> str:
     """What a store's error says, without the debugging text that follows it."""
     text = " ".join(str(error).partition("\n")[0].split())
-    return (text or type(error).__name__).rstrip(".")[:300]
+    return (text or type(error).__name__)[:300].rstrip(" .:")
 
 
 def _words() -> str:

@@ -7,7 +7,7 @@ import glob
 import io
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jaxmoe.batch.objects import asking, entries, is_url, open_store
 from jaxmoe.batch.storage import local_path
@@ -99,7 +99,7 @@ def _opened(source: Source) -> io.BufferedReader:
     """The file, if it is the one that was found."""
     remote = is_url(source.path)
     if (_object if remote else _local_source)(source.path) != source:
-        raise UserError(f"{source.path} has changed since the job looked at it; start it again.")
+        raise UserError(f"{source.path} has changed since it was found; start the job anew.")
     if not remote:
         return open(source.path, "rb")
     return io.BufferedReader(_Object(source), _AT_ONCE)
@@ -113,11 +113,10 @@ def _remote(pattern: str) -> list[Source]:
         if magic:
             folder, wanted = "/".join(parts[: magic[0]]), parts[magic[0] :]
             return [one for one, path in _listed(folder) if _matches(path.split("/"), wanted)]
-        if len(parts) > _FIRST:
-            with contextlib.suppress(FileNotFoundError):
-                return [_object(pattern)]
-        found = _listed("/".join(parts))
-        return [one for one, path in found if "/" not in path and is_input(path)]
+        if len(parts) > _FIRST and (found := _object(pattern)):
+            return [found]
+        inside = _listed("/".join(parts))
+        return [one for one, path in inside if "/" not in path and is_input(path)]
 
 
 def _listed(folder: str) -> Iterator[tuple[Source, str]]:
@@ -126,12 +125,14 @@ def _listed(folder: str) -> Iterator[tuple[Source, str]]:
         yield _source_of(f"{folder}/{entry['path']}", entry), entry["path"]
 
 
-def _object(url: str) -> Source:
+def _object(url: str) -> Source | None:
+    """The object at a URL; None if it is not there."""
     import obstore
 
     folder, _, name = url.rpartition("/")
-    with asking(url, "looked at"):
+    with asking(url, "looked at"), contextlib.suppress(FileNotFoundError):
         return _source_of(url, obstore.head(open_store(folder), name))
+    return None
 
 
 def _source_of(url: str, entry: Any) -> Source:
@@ -175,8 +176,11 @@ class _Object(io.RawIOBase):
         end = min(self._at + len(buffer), self._source.size)
         if end <= self._at:
             return 0
+        wanted: dict[str, Any] = {"range": (self._at, end)}
+        if self._source.stamp.startswith('"'):  # an entity tag: it is still the same object
+            wanted["if_match"] = self._source.stamp
         with asking(self._source.path, "read"):
-            piece = obstore.get_range(self._store, self._name, start=self._at, end=end)
+            piece = obstore.get(self._store, self._name, options=cast(Any, wanted)).bytes()
         buffer[: len(piece)] = memoryview(piece)
         self._at += len(piece)
         return len(piece)

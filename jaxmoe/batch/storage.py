@@ -11,13 +11,14 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from jaxmoe.batch.objects import HIDDEN, ObjectStorage, checked_name
 from jaxmoe.errors import UserError, sentence_of
 from jaxmoe.files.atomic import publish, publish_new, writable
 
 
+@runtime_checkable
 class Storage(Protocol):
     """A folder; the names of files in it may have folders in front, as in `parts/000001.jsonl`.
 

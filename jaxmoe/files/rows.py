@@ -18,7 +18,10 @@ from jaxmoe.parsing import MAX_BYTES, parse_json
 type Json = Any  # a value from a JSON file
 
 COMPRESSED = (".gz", ".zst")
-UNREAD = (".xz", ".bz2", ".zip")
+_UNREAD = (".xz", ".bz2", ".zip")
+_WHOLE = (".parquet", ".json")  # files that have rows and not lines
+# What is raised of damaged files: by gzip the first ones, by pyarrow the others.
+_DAMAGE = (OSError, EOFError, zlib.error, ValueError, TypeError, NotImplementedError)
 
 _PIECE = 2**20  # bytes of an overlong line that are passed over at once
 _BATCH = 64  # rows of a Parquet file that are in memory at once
@@ -57,20 +60,29 @@ def rows_of(file: io.BufferedIOBase, name: str, start: int = 0) -> Iterator[Row]
     Raises:
         UserError: if the file cannot be read or is damaged.
     """
+    last = 0
     try:
-        if name.endswith(".parquet"):
-            yield from _parquet(file, name, start)
-        elif name.endswith(".json") and _is_array(file):
-            yield from _array(file, name, start)
-        else:
-            yield from _lines(_decompressed(file, name), start)
-    except (OSError, EOFError, zlib.error) as error:
+        for row in _rows(file, name, start):
+            last = row.number
+            yield row
+    except UserError:
+        raise
+    except _DAMAGE as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
-        raise UserError(f"{name} cannot be read: {reason}.") from None
+        after = f" after {'row' if name.endswith(_WHOLE) else 'line'} {last}" if last else ""
+        raise UserError(f"{name} cannot be read{after}: {reason:.200}.") from None
+
+
+def _rows(file: io.BufferedIOBase, name: str, start: int) -> Iterator[Row]:
+    if name.endswith(".parquet"):
+        return _parquet(file, name, start)
+    if name.endswith(".json") and _is_array(file):
+        return _array(file, name, start)
+    return _lines(_decompressed(file, name), start)
 
 
 def _decompressed(file: io.BufferedIOBase, name: str) -> io.BufferedIOBase:
-    if name.endswith(UNREAD):
+    if name.endswith(_UNREAD):
         raise UserError(f"{name} is compressed in a way that is not read; decompress it, or gzip.")
     if name.endswith(".gz"):
         return cast(io.BufferedIOBase, gzip.open(cast(Any, file)))
@@ -116,19 +128,13 @@ def _parquet(file: io.BufferedIOBase, name: str, start: int) -> Iterator[Row]:
     _pyarrow(name)
     import pyarrow.parquet as parquet
 
-    try:
-        table = parquet.ParquetFile(file)
-        first, groups = _groups_after(table.metadata, start)
-        batches = table.iter_batches(batch_size=_BATCH, row_groups=groups)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, first + 1):
-            if number > start:
-                yield Row(number, _dumped(_plain(row)))
-    except UserError:  # of a file that is read from elsewhere
-        raise
-    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's, of damaged files
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"{name} is no Parquet file that can be used: {reason:.200}.") from None
+    table = parquet.ParquetFile(file)
+    first, groups = _groups_after(table.metadata, start)
+    batches = table.iter_batches(batch_size=_BATCH, row_groups=groups)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, first + 1):
+        if number > start:
+            yield Row(number, _dumped(_plain(row)))
 
 
 def _groups_after(metadata: Any, start: int) -> tuple[int, list[int]]:

@@ -157,7 +157,7 @@ def test_parquet_rows(tmp_path):
     assert rows[1].where.endswith("a.parquet row 2")
     assert example_of(rows[0].parse()) == Chat([USER, ASSISTANT])
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"b\.parquet is no Parquet file"):
+    with pytest.raises(UserError, match=r"b\.parquet cannot be read: Parquet"):
         list(read_rows(tmp_path / "b.parquet"))
 
 
