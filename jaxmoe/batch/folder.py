@@ -19,7 +19,7 @@ from jaxmoe.files.atomic import writable
 
 ANSWERS, ERRORS, REPORTS = "answers/", "errors/", "reports/"
 JOURNAL, ROUNDS = "journal/", "rounds/"
-_PART = re.compile(r"(\d{6,})(?:-r(\d+))?\.(?:jsonl|parquet)")
+_PART = re.compile(r"(\d{6,})(?:-r(\d+))?\.(?:jsonl|parquet|json)")
 
 
 class Ended(NamedTuple):
@@ -52,11 +52,16 @@ def parts_of(names: Iterable[str]) -> Parts:
     found = Parts(set(), set())
     for name in names:
         folder, slash, rest = name.partition("/")
-        matched = _PART.fullmatch(rest)
-        if matched and folder + slash in (ANSWERS, ERRORS):
-            key = int(matched[1]), int(matched[2] or 0)
-            (found.answers if folder + slash == ANSWERS else found.errors).add(key)
+        if _PART.fullmatch(rest) and folder + slash in (ANSWERS, ERRORS):
+            (found.answers if folder + slash == ANSWERS else found.errors).add(_key(rest))
     return found
+
+
+def _key(name: str) -> tuple[int, int]:
+    """The block and the round of a part, by its name without the folder."""
+    matched = _PART.fullmatch(name)
+    assert matched is not None
+    return int(matched[1]), int(matched[2] or 0)
 
 
 def part_name(block: int, round_: int) -> str:
@@ -125,12 +130,12 @@ class JobFolder:
 
     def summarize(self) -> dict[str, Any]:
         """Writes the report of the job, and a picture of it; returns the report."""
-        names = self.storage.names(REPORTS)
-        contents = (self.storage.read(name) for name in names)
-        reports = [json.loads(content) for content in contents if content is not None]
-        newest = {name.partition("-r")[0].removesuffix(".json"): i for i, name in enumerate(names)}
-        left = sum(len(reports[i]["failed"]) for i in newest.values())
-        report = job_report(reports) | {"failed": left}
+        names = {_key(name.removeprefix(REPORTS)): name for name in self.storage.names(REPORTS)}
+        contents = {key: self.storage.read(name) for key, name in names.items()}
+        reports = {key: json.loads(text) for key, text in contents.items() if text is not None}
+        newest = {block: len(reports[block, of]["failed"]) for block, of in sorted(reports)}
+        left = sum(newest.values())
+        report = job_report(reports.values()) | {"failed": left}
         self.storage.put("report.json", encode_report(report))
         self.storage.put("report.png", draw_report(report))
         return report
