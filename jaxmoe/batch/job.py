@@ -57,7 +57,7 @@ class Job:
         digest: str,
         inputs: Sequence[str],
         options: JobOptions = JobOptions(),
-        read: Callable[[int], object] = lambda count: None,
+        read: Callable[[int, int], object] = lambda done, total: None,
     ):
         """Opens nothing yet.
 
@@ -65,7 +65,8 @@ class Job:
             place: the folder, a path or a URL.
             digest: of the settings that answers depend on.
             inputs: paths, patterns and URLs of files with rows.
-            read: called while the rows are read for the first time, with how many were.
+            read: called while the rows are read for the first time, with how many bytes of how many
+                were; of compressed files it may be more.
         """
         self._place, self._digest, self._inputs = place, digest, inputs
         self._options, self._read = options, read

@@ -96,7 +96,7 @@ def make_manifest(
     *,
     limit: int | None = None,
     block: int | None = None,
-    read: Callable[[int], object] = lambda count: None,
+    read: Callable[[int, int], object] = lambda done, total: None,
 ) -> Manifest:
     """Reads all rows once: counts them, remembers where blocks begin, finds repeated ids.
 
@@ -105,13 +105,14 @@ def make_manifest(
     Args:
         limit: how many rows the job has, at most.
         block: rows of a block, rounded up to a multiple of `GRAIN`; default: few in a small job.
-        read: called with the number of rows read since the last call, for a progress bar.
+        read: called with the bytes of the rows so far, and of all files as they are stored.
 
     Raises:
         UserError: if a file cannot be read, or there is no row.
     """
-    survey = _Survey()
-    inputs = [survey.file(i, source, limit, read) for i, source in enumerate(sources)]
+    total = sum(source.size for source in sources)
+    survey = _Survey(lambda done: read(done, total))
+    inputs = [survey.file(i, source, limit) for i, source in enumerate(sources)]
     if not survey.count:
         named = ", ".join(source.path for source in sources)
         raise UserError(f"{named:.300} holds no requests; write one JSON object a line.")
@@ -128,12 +129,12 @@ class _Survey:
         files, numbers: where every `GRAIN`th row comes after.
     """
 
-    def __init__(self):
-        self.count = 0
+    def __init__(self, read: Callable[[int], object]):
+        self.count, self._bytes, self._read = 0, 0, read
         self.files, self.numbers = array("l"), array("l")
         self._ids = array("Q")  # hashes of the rows' ids
 
-    def file(self, number: int, source: Source, limit: int | None, read: Callable) -> Input:
+    def file(self, number: int, source: Source, limit: int | None) -> Input:
         digest, before, after = hashlib.sha256(), self.count, 0
         for row in rows(source) if limit is None or self.count < limit else ():
             if self.count % GRAIN == 0:
@@ -142,7 +143,8 @@ class _Survey:
             self.count, after = self.count + 1, row.number
             self._ids.append(_id_hash(row, self.count))
             _update(digest, row)
-            read(1)
+            self._bytes += len(row.content)
+            self._read(self._bytes)
             if self.count == limit:
                 break
         kept = self.count - before

@@ -6,6 +6,7 @@ what was not yet answered, and the same command goes on.
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -20,7 +21,7 @@ from jaxmoe.batch.feed import Feed
 from jaxmoe.batch.formats import UnknownColumns
 from jaxmoe.batch.job import Job, JobOptions
 from jaxmoe.batch.leases import EXPIRY
-from jaxmoe.cli import answer_flags, devices, image_flags
+from jaxmoe.cli import answer_flags, devices, engines, image_flags
 from jaxmoe.cli.answer_flags import Setting
 from jaxmoe.cli.sampling_flags import sampling_by
 from jaxmoe.cli.signals import asked_to_stop
@@ -31,7 +32,8 @@ from jaxmoe.generation.feeding import generate_from
 from jaxmoe.generation.jobs import RequestReader
 from jaxmoe.generation.request_keys import check_count
 from jaxmoe.images import PictureReader
-from jaxmoe.progress import task_progress
+from jaxmoe.processes import several
+from jaxmoe.progress import byte_progress, task_progress
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,6 +85,7 @@ def parse_args() -> argparse.Namespace:
         default="keep",
         help="write a failed row's error and go on, or end with it; default: %(default)s",
     )
+    engines.add_flag(parser)
     image_flags.add_settings(parser)
     answer_flags.add_flags(parser)
     return parser.parse_args()
@@ -93,10 +96,12 @@ def main() -> None:
     args = parse_args()
     answer_flags.check(args)
     options = _options(args)
+    if args.engines == "each":
+        engines.stand_alone()
     mesh = devices.start(args)
     setting = answer_flags.read_setting(args, sampling_by(args))
     digest = job_digest(_settings(args, setting), ())
-    with asked_to_stop() as stop, _read_job(args, digest, options) as job:
+    with asked_to_stop() as stop, _open_job(args, digest, options, stop) as job:
         if not job.done:
             _answer(args, mesh, setting, job, stop)
         _say_end(args, job)
@@ -127,8 +132,19 @@ def _settings(args: argparse.Namespace, setting: Setting) -> list[Any]:
     return [*setting.described(args), *own, setting.images]
 
 
-def _read_job(args: argparse.Namespace, digest: str, options: JobOptions) -> Job:
-    return Job(args.output, digest, args.input, options)
+@contextlib.contextmanager
+def _open_job(args, digest: str, options: JobOptions, stop) -> Iterator[Job]:
+    """The job, whose rows are counted first if nobody has done that."""
+    with contextlib.ExitStack() as stack:
+        with byte_progress("Counting rows") as progress:
+
+            def read(done: int, total: int) -> None:
+                if not several() and stop():  # several processes would have to ask together
+                    raise Stopped("the rows were not counted to the end; run again.")
+                progress(done, total)
+
+            job = stack.enter_context(Job(args.output, digest, args.input, options, read))
+        yield job
 
 
 def _answer(args, mesh, setting: Setting, job: Job, stop) -> None:
