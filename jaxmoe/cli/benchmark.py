@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Callable
 
 from jaxmoe.benchmarks.attention.suite import run_attention
+from jaxmoe.benchmarks.batch import add_parser as add_batch
 from jaxmoe.benchmarks.convert import add_parser as add_convert
 from jaxmoe.benchmarks.cpu import run_cpu
 from jaxmoe.benchmarks.engine import add_parser as add_engine
@@ -30,6 +31,7 @@ def main() -> None:
     cpu.add_argument("--rounds", type=int, default=3, help="both sides, in turn")
     cpu.add_argument("--repeats", type=int, default=3, help="of each side in a round")
     add_engine(commands)
+    add_batch(commands)
     add_convert(commands)
     add_schedule(commands)
     add_step(commands)
