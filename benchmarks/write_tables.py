@@ -35,6 +35,7 @@ def filled(text: str) -> str:
         "schedule-v6e": lambda: _bundles("v6e"),
         "step": _step,
         "train-memory": _train_memory,
+        "batch": _batch,
     }
     for name, table in writers.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -50,6 +51,24 @@ def _cpu() -> str:
 
 def _train_cpu() -> str:
     return train_markdown(json.loads((ROOT / "benchmarks" / "train-cpu.json").read_text()))
+
+
+def _batch() -> str:
+    """The figures of `jaxmoe benchmark batch`."""
+    figures = json.loads((ROOT / "benchmarks" / "batch.json").read_text())
+    run = figures["run"]
+    rows = [
+        ["the host's time a request, beside the model, ms", "host_milliseconds_a_request", ".2f"],
+        ["memory after a tenth of the job, MiB", "mebibytes_after_a_tenth", ".1f"],
+        ["memory at its end, MiB", "mebibytes_at_the_end", ".1f"],
+        ["the same command again, which finds all done, s", "seconds_to_find_all_done", ".2f"],
+    ]
+    columns = (f"{figures['requests']:,} requests of a tiny model, one program", "")
+    table = tables.Grid(columns, [[name, f"{figures[key]:{form}}"] for name, key, form in rows])
+    return (
+        f"{tables.markdown(table)}\n\nMeasured by `jaxmoe benchmark batch` on {run['date']}, "
+        f"{run['machine']['cores']} cores of an {run['machine']['processor']}."
+    )
 
 
 def _engine() -> str:
