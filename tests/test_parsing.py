@@ -17,6 +17,7 @@ DEEP = 100_000
         ('{"a": 1, "a": 2}', "f cannot be used: it names 'a' twice"),
         ("1" * 5000, "it has a number of 5000 digits"),
         ("[NaN]", "NaN is no number in JSON"),
+        ("[1e999]", "1e999, which is too large"),
         ("[1,\n2", r"f is not JSON: .* at line 2 column 2"),
         ("", "f is not JSON"),
     ],

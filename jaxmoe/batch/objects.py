@@ -102,7 +102,7 @@ def open_store(url: str) -> Any:
         from obstore.store import from_url
     except ImportError:
         raise UserError(
-            f"{url!r:.80} needs obstore: pip install 'jaxmoe[batch]', or give a path."
+            f"{url!r:.80} needs obstore: pip install '.[batch]', or give a path."
         ) from None
     plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
     with asking(url, "opened"):

@@ -34,7 +34,7 @@ def _parquet(lines: list[dict[str, Json]]) -> bytes:
         import pyarrow.parquet
     except ImportError:
         raise UserError(
-            "an output of Parquet files needs pyarrow: pip install 'jaxmoe[batch]', or write jsonl."
+            "an output of Parquet files needs pyarrow: pip install '.[batch]', or write jsonl."
         ) from None
     names = list(dict.fromkeys(key for line in lines for key in line))
     columns = {_text(name): _column(name, [line.get(name) for line in lines]) for name in names}

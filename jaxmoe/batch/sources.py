@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from jaxmoe.batch.objects import asking, entries, is_url, open_store
+from jaxmoe.batch.objects import HIDDEN, asking, entries, is_url, open_store
 from jaxmoe.batch.storage import local_path
 from jaxmoe.errors import UserError, sentence_of
 from jaxmoe.files.rows import COMPRESSED, Row, rows_of
@@ -92,7 +92,7 @@ def is_input(name: str) -> bool:
     """Whether a file in a folder is one of requests, by its name."""
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
-    return name.endswith(ENDINGS) and not name.startswith(".")
+    return name.endswith(ENDINGS) and not name.startswith(HIDDEN)
 
 
 def _opened(source: Source) -> io.BufferedReader:
@@ -120,9 +120,11 @@ def _remote(pattern: str) -> list[Source]:
 
 
 def _listed(folder: str) -> Iterator[tuple[Source, str]]:
-    """Each object in a folder and in those inside it, with its path there."""
+    """Each object in a folder and in those inside it, with its path there; no hidden ones."""
     for entry in entries(open_store(folder)):
-        yield _source_of(f"{folder}/{entry['path']}", entry), entry["path"]
+        path = entry["path"]
+        if not any(part.startswith(HIDDEN) for part in path.split("/")):
+            yield _source_of(f"{folder}/{path}", entry), path
 
 
 def _object(url: str) -> Source | None:

@@ -55,9 +55,10 @@ def asked(row, number=7):
 def answer(tokens, id_="request-1", prompt=(1, 2, 3), most=99, **sampling):
     """The record of an answer, as the engine makes it."""
     request = Request(id_, prompt, most)
+    top = [(TOKENIZER.encode("x")[0], -0.25), (TOKENIZER.encode("y")[0], -1.5)]
     made = Completion(request, Sampling(**sampling), [END], TOKENIZER)
     for token in tokens:
-        made.push(token, -0.5, [(token, -0.5), (65, -1.5)])
+        made.push(token, -0.5, top)
     return made.record()
 
 
@@ -257,7 +258,7 @@ def test_answers_to_a_chat_are_what_openai_reads():
     assert [choice.finish_reason for choice in read.choices] == ["stop", "length"]
     assert [choice.index for choice in read.choices] == [0, 1]
     (first, *_) = read.choices[0].logprobs.content
-    assert first.token == "h" and first.logprob == -0.5 and first.top_logprobs[0].bytes == [104]
+    assert first.token == "h" and first.logprob == -0.5 and first.top_logprobs[0].bytes == [120]
     usage = read.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 5, 8)
     assert line == output_line(dataclasses.replace(found.envelope, created=1_700_000_000), records)
@@ -279,7 +280,7 @@ def test_answers_to_texts_are_what_openai_reads():
     logprobs = read.choices[0].logprobs
     assert logprobs.tokens == ["bytes:\\xc3", "bytes:\\xa9", "<|eot|>"]
     assert logprobs.token_logprobs == [-0.5] * 3 and logprobs.text_offset == [0, 0, 1]
-    assert logprobs.top_logprobs[0] == {"bytes:\\xc3": -0.5}
+    assert logprobs.top_logprobs[0] == {"x": -0.25, "bytes:\\xc3": -0.5}
     assert read.choices[2].logprobs is None
 
 
@@ -359,6 +360,12 @@ def test_whatever_a_body_holds_it_is_requests_or_refused(url, body):
     found = asked(chat(url) | {"body": body})
     assert (found.refusal is None) == bool(found.records)
     assert found.envelope.id == "request-1"
+
+
+def test_a_line_holds_what_only_an_escape_can_write():
+    found = request_of(b'{"prompt": "a", "label": "\\ud800"}', "in.jsonl line 3", 7)
+    line = error_line(found.envelope, "It failed.", ran=True)
+    assert json.loads(encode_part([line], "jsonl"))["label"] == "\ud800"
 
 
 def test_parquet_has_a_column_of_one_type_for_each_key():

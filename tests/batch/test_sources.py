@@ -5,14 +5,17 @@ import decimal
 import gzip
 import io
 import json
+import pathlib
 import sys
 import tracemalloc
 
+import obstore
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from jaxmoe.batch import sources
+from jaxmoe.batch.objects import open_store
 from jaxmoe.batch.sources import find_sources
 from jaxmoe.batch.storage import storage_of
 from jaxmoe.errors import UserError
@@ -75,6 +78,11 @@ def test_patterns_and_folders_name_files_once_and_sorted(folder):
     place = storage_of(folder)
     for name in ("b.jsonl", "a.jsonl.gz", "in/c.parquet", "in/deep/d.jsonl", "notes.txt"):
         place.put(name, b"")
+
+    if "://" in folder:
+        obstore.put(open_store(folder), ".hidden.jsonl", b"")
+    else:
+        (pathlib.Path(folder) / ".hidden.jsonl").touch()
 
     def found(*patterns):
         names = [source.path for source in find_sources([f"{folder}/{one}" for one in patterns])]

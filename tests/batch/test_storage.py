@@ -181,5 +181,5 @@ def test_a_bucket_that_is_not_there_is_named(store):
 
 def test_without_obstore_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore.store", None)
-    with pytest.raises(UserError, match=r"pip install 'jaxmoe\[batch\]', or give a path"):
+    with pytest.raises(UserError, match=r"pip install '\.\[batch\]', or give a path"):
         storage_of("gs://bucket/folder")
