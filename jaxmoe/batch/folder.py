@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from jaxmoe.batch.leases import LEASES
 from jaxmoe.batch.parts import encode_part
 from jaxmoe.batch.report import draw_report, encode_report, job_report, part_report
 from jaxmoe.batch.storage import Storage
@@ -130,6 +131,7 @@ class JobFolder:
 
     def summarize(self) -> dict[str, Any]:
         """Writes the report of the job, and a picture of it; returns the report."""
+        self._sweep()
         names = {_key(name.removeprefix(REPORTS)): name for name in self.storage.names(REPORTS)}
         contents = {key: self.storage.read(name) for key, name in names.items()}
         reports = {key: json.loads(text) for key, text in contents.items() if text is not None}
@@ -139,6 +141,19 @@ class JobFolder:
         self.storage.put("report.json", encode_report(report))
         self.storage.put("report.png", draw_report(report))
         return report
+
+    def _sweep(self) -> None:
+        """Removes what programs left that were killed after they wrote a part."""
+        answers, errors = self.parts()
+        newest = dict(sorted(answers))
+        for block, of in errors:
+            if of < newest.get(block, 0):
+                self.storage.delete(f"{ERRORS}{part_name(block, of)}.jsonl")
+        whole = {part_name(*key) for key in answers}
+        for folder in (JOURNAL, LEASES):
+            for name in self.storage.names(folder):
+                if name.removeprefix(folder).partition(".")[0] in whole:
+                    self.storage.delete(name)
 
     def journaled(self, block: int, round_: int) -> dict[int, Ended]:
         """The rows of a part to come that ended before, by their numbers, whoever ran them."""

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 
-from jaxmoe.batch import leases, manifest
+from jaxmoe.batch import leases, manifest, storage
 from jaxmoe.batch.leases import Leases
 from jaxmoe.batch.sources import find_sources
 from jaxmoe.batch.storage import storage_of
@@ -117,21 +119,19 @@ def test_a_living_owner_keeps_its_block(source, output, alive):
 
 
 def test_a_dead_process_of_this_machine_loses_its_block_at_once(tmp_path):
-    storage = storage_of(tmp_path)
-    dead = os.fork()
-    if not dead:
-        leases_of_child = Leases(storage)
-        leases_of_child._show(0)
-        leases_of_child.take("000000", [])
-        os._exit(0)
-    names = []
-    while not names:
-        names = storage.names(leases.LEASES)
-    os.waitpid(dead, 0)
-    with Leases(storage) as own:
+    folder = storage_of(tmp_path)
+    script = (
+        "import sys\nfrom jaxmoe.batch.leases import Leases\n"
+        "from jaxmoe.batch.storage import storage_of\n"
+        "own = Leases(storage_of(sys.argv[1]))\nown._show(0)\nassert own.take('000000', [])"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    names = folder.names(leases.LEASES)
+    assert len(names) == 1
+    with Leases(folder) as own:
         assert own.take("000000", names)
-        assert own.has("000000", storage.names(leases.LEASES))
-    assert storage.names(leases.LEASES) == names
+        assert own.has("000000", folder.names(leases.LEASES))
+    assert folder.names(leases.LEASES) == names
 
 
 def test_failed_rows_run_again_when_asked(tmp_path, output):
@@ -151,6 +151,28 @@ def test_failed_rows_run_again_when_asked(tmp_path, output):
     assert sorted(ids(output)) == sorted(f"r{n}" for n in range(30))
     with fake.open_job(output, source) as job:
         assert job.done
+
+
+def test_what_a_killed_program_left_is_removed(tmp_path, output, monkeypatch):
+    """It was killed after it wrote a part, and before it tidied up."""
+    source = fake.write_rows(tmp_path / "in.jsonl", 30)
+
+    def killed(*_):
+        raise UserError("killed")
+
+    for retry in (False, True):
+        with fake.open_job(output, source, retry=retry) as job:
+            monkeypatch.setattr(storage.LocalStorage, "delete", killed)
+            with contextlib.suppress(UserError):
+                while not job.done:
+                    fake.answer(job, failing=not retry)
+            monkeypatch.undo()
+        with fake.open_job(output, source) as job:
+            fake.answer(job, failing=not retry)
+            job.summarize()
+        assert ids(output, "errors") == ([] if retry else ["r12"])
+        assert not list((output / "journal").iterdir()) and not list((output / "leases").iterdir())
+    assert sorted(ids(output)) == sorted(f"r{n}" for n in range(30))
 
 
 def test_a_retry_comes_after_the_end(source, output):

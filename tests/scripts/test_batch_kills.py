@@ -24,6 +24,7 @@ CREWS = {  # programs at once, and processes of each
     "one of two processes": (1, 2),
 }
 SHARE = {"one": 6, "two": 7, "four": 5, "one of two processes": 2}  # of 20 signals
+MESHES = ("data=2", "tensor=2")  # of programs, by chance
 AGAIN, LOST = (75, -signal.SIGTERM), (69, -signal.SIGABRT)  # told to stop; without its peer
 
 
@@ -51,8 +52,8 @@ def answers(output):
     return {path.name: path.read_bytes() for path in sorted((output / "answers").iterdir())}
 
 
-def begin(command, output, processes):
-    devices = ["--mesh", "data=2", "--cpu-devices", 2 // processes]
+def begin(command, output, processes, moments):
+    devices = ["--mesh", moments.choice(MESHES), "--cpu-devices", 2 // processes]
     if processes == 1:
         return [together.start(*command, output, *devices)]
     patience = {"JAXMOE_HEARTBEAT": "2", "JAXMOE_START_TIMEOUT": "30"}
@@ -93,7 +94,7 @@ def wait_for_work(output, crews, moments):
 def disturb(command, output, crew, moments, wanted):
     """Sends signals until there were so many or the job has ended; returns how many there were."""
     programs, processes = CREWS[crew]
-    crews = [begin(command, output, processes) for _ in range(programs)]
+    crews = [begin(command, output, processes, moments) for _ in range(programs)]
     sent = 0
     while crews:
         wait_for_work(output, crews, moments)
@@ -108,7 +109,7 @@ def disturb(command, output, crew, moments, wanted):
         for c in over:
             crews.remove(c)
             if set(ended(c)) != {0} and sent <= wanted:
-                crews.append(begin(command, output, processes))
+                crews.append(begin(command, output, processes, moments))
     return sent
 
 
