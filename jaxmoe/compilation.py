@@ -66,6 +66,19 @@ def keep_compiled(folder: str | Path | None = None) -> str | None:
     return str(place)
 
 
+def watch_compilations() -> Callable[[], bool]:
+    """Returns a function that says whether a program is being compiled now."""
+    running = 0
+
+    def listen(event: str, duration_secs: float, **metadata) -> None:
+        nonlocal running
+        if event in (_LOWERED, _COMPILED):
+            running = max(0, running + (1 if event == _LOWERED else -1))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: running > 0
+
+
 def on_long_compilation(say: Callable[[], None]) -> None:
     """Calls `say` once, from another thread, when a compilation takes more than 2 seconds."""
     timers: list[threading.Timer] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import xla_bridge  # nothing public says whether JAX has started its devices
 from jax.experimental import multihost_utils
 
 from jaxmoe.errors import UserError, sentence_of
@@ -21,13 +22,22 @@ _alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=F
 
 
 def several() -> bool:
-    """Whether this process is one of several; starts no device."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    """Whether this process is one of several; starts no device.
+
+    On the hosts of a TPU slice JAX knows the others without `jax.distributed`, once it has started.
+    """
+    started = jax.distributed.is_initialized() or xla_bridge.backends_are_initialized()
+    return started and jax.process_count() > 1
 
 
 def is_first() -> bool:
     """Whether this process writes the run's files."""
     return not several() or jax.process_index() == 0
+
+
+def acts_alone() -> bool:
+    """Whether this is an action of `on_first`, for which the other processes wait."""
+    return _alone.get()
 
 
 def on_first(action: Callable[[], Any]) -> Any:

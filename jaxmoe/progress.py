@@ -1,11 +1,46 @@
-"""Progress bars on stderr, with rate and time left; none where stderr is not a terminal."""
+"""Progress bars on stderr, with rate and time left; none where stderr is not a terminal.
+
+What moves a bar also counts as a piece of work, by which a watchdog sees that a process goes on.
+"""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from rich import progress as bars
 from rich.console import Console
+
+from jaxmoe import processes
+
+
+class Work(NamedTuple):
+    """How many pieces of work a process has done.
+
+    Attributes:
+        shared: those that all processes of a program do.
+        alone: those within an action of `jaxmoe.processes.on_first`.
+    """
+
+    shared: int = 0
+    alone: int = 0
+
+
+_done = Work()
+
+
+def note_work() -> None:
+    """Counts a piece of work as done."""
+    global _done
+    if processes.acts_alone():
+        _done = _done._replace(alone=_done.alone + 1)
+    else:
+        _done = _done._replace(shared=_done.shared + 1)
+
+
+def work_done() -> Work:
+    """What this process has done so far."""
+    return _done
 
 
 def _bar(columns: tuple, disable: bool = False) -> bars.Progress:
@@ -30,7 +65,12 @@ def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
     )
     with _bar(columns) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def update(done: int, total: int) -> None:
+            note_work()
+            bar.update(task, completed=done, total=total)
+
+        yield update
 
 
 @contextlib.contextmanager
@@ -58,6 +98,7 @@ def task_progress(
         task = bar.add_task(label, total=total, rate="", note="")
 
         def advance(count: int, note: str = "") -> None:
+            note_work()
             bar.advance(task, count)
             speed = bar.tasks[task].speed
             bar.update(task, rate=f"{speed:.1f} {unit}/s" if speed else "", note=note)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxmoe.checkpoint.mapping.tensors import BLOCK_BYTES
 from jaxmoe.checkpoint.zarr.arrays import StoredArray, even_part
 from jaxmoe.checkpoint.zarr.writer import Writer
+from jaxmoe.progress import note_work
 
 
 def block_shape(array: jax.Array) -> tuple[int, ...]:
@@ -44,6 +45,7 @@ def load_array(array: StoredArray, target: jax.ShapeDtypeStruct) -> jax.Array:
     for index, devices in devices_of.items():
         share = _read_share(array, index, target)
         shares += jax.block_until_ready([jax.device_put(share, device) for device in devices])
+        note_work()
     return jax.make_array_from_single_device_arrays(target.shape, sharding, shares)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxmoe import compilation, processes
+from jaxmoe import compilation
 from jaxmoe.checkpoint import store
+from jaxmoe.cli import watchdog
 from jaxmoe.cli.launch import find_launch, join
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
@@ -81,8 +82,9 @@ def start(args: argparse.Namespace) -> jax.sharding.Mesh:
     launch = find_launch()
     if launch is not None:
         join(launch)
+    watchdog.start()
     found = devices()
-    if jax.process_count() > 1 and not processes.several():  # as on TPU hosts
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():  # as on TPU hosts
         raise UserError(
             f"JAX finds {jax.process_count()} processes that nothing has joined; set "
             "JAXMOE_CLUSTER=auto on all hosts."

@@ -3,16 +3,20 @@
 `jax.distributed` does the rest. Each process gets its share of its host's GPUs.
 """
 
+import contextlib
 import hashlib
 import os
+import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
+from jaxmoe.cli.gathering import gather
 from jaxmoe.errors import UserError
 from jaxmoe.processes import is_first, on_first
 
@@ -119,35 +123,60 @@ def join(launch: Launch) -> None:
     Raises:
         UserError: if they do not come, or are not of the same kind.
     """
-    known = launch.address and launch.count is not None
-    gpus, heartbeat = local_gpus(launch, gpus_here()), _seconds(HEARTBEAT, 10)
-    patience = _seconds(START, 300)
+    gpus, patience = local_gpus(launch, gpus_here()), seconds(START, 300)
+    known = launch.address is not None and launch.count is not None and launch.number is not None
+    if known:
+        gather(launch.address, launch.count, launch.number, patience)
+    failed = (
+        f"the processes that {launch.by} speaks of did not become one program ({{}}); start all of "
+        f"them within {patience} s, or set {ADDRESS} to a HOST:PORT that they all reach."
+    )
     try:
-        jax.distributed.initialize(
-            launch.address,
-            launch.count,
-            launch.number,
-            gpus,
-            cluster_detection_method="deactivate" if known else None,
-            heartbeat_timeout_seconds=heartbeat,
-            initialization_timeout=patience,
-        )
+        with _limited(patience, failed.format("some did not come")):
+            jax.distributed.initialize(
+                launch.address,
+                launch.count,
+                launch.number,
+                gpus,
+                cluster_detection_method="deactivate" if known else None,
+                heartbeat_timeout_seconds=seconds(HEARTBEAT, 10),
+                initialization_timeout=2 * patience,  # at which JAX would end it with a stack
+            )
     except (ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(
-            f"the processes that {launch.by} speaks of did not become one program ({reason}); "
-            f"start all of them within {patience} s, or set {ADDRESS} to a HOST:PORT "
-            "that they all reach."
-        ) from None
+        raise UserError(failed.format(reason)) from None
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # JAX's own
     if not is_first():
         _be_silent()
     _check_equal()
 
 
-def _seconds(name: str, default: int) -> int:
+@contextlib.contextmanager
+def _limited(patience: int, sentence: str) -> Iterator[None]:
+    """Ends the process if what is within takes longer; JAX itself would abort."""
+
+    def end() -> None:
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(patience, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def seconds(name: str, default: int, least: int = 1) -> int:
+    """The whole number that an environment variable gives, or the default.
+
+    Raises:
+        UserError: if it gives another text, or a number below `least`.
+    """
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or not int(text):
-        raise UserError(f"{name}={text} is no whole number of seconds from 1 on.")
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name}={text} is no whole number of seconds from {least} on.")
     return int(text)
 
 

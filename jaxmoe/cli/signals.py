@@ -2,15 +2,24 @@
 
 import contextlib
 import itertools
-import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 from jax.experimental import multihost_utils
 
 from jaxmoe import processes
+from jaxmoe.progress import note_work
 
 SIGNALS = signal.SIGTERM, signal.SIGUSR1  # of schedulers and machines that are taken back
+
+
+_polled = threading.Event()
+
+
+def ends_by_itself() -> bool:
+    """Whether this process has begun to ask for signals, after which it ends by itself."""
+    return _polled.is_set()
 
 
 @contextlib.contextmanager
@@ -18,18 +27,23 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether one of `SIGNALS` came; within the context none kills.
 
     Where there are several processes, all are to call it at the same places: it then says the same
-    to all, once a signal has come to one of them.
+    to all, once a signal has come to one of them; until it is called, a signal ends them.
     """
     came: list[int] = []
     if not processes.several():
         handlers = dict.fromkeys(SIGNALS, lambda number, _: came.append(number))
         said = lambda: bool(came)  # noqa: E731
     else:  # JAX has taken SIGTERM, and tells the other processes
-        handlers = {signal.SIGUSR1: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
-        said = _agreed()
+        handlers, said = {}, _agreed()
+
+    def asked() -> bool:
+        _polled.set()
+        note_work()
+        return said()
+
     before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
     try:
-        yield said
+        yield asked
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

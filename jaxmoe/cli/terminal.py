@@ -12,6 +12,7 @@ from typing import NoReturn, cast
 import jax
 
 from jaxmoe import processes
+from jaxmoe.cli import watchdog
 from jaxmoe.errors import Stopped, UserError, sentence_of
 from pallas_kernels.compile.errors import CompilerError
 
@@ -56,6 +57,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _fail(message: str, code: int = 1) -> NoReturn:
     """Says why the command ends, of several processes which one, and ends it."""
+    watchdog.give_way()
     if processes.several():  # all but the first are silent otherwise
         message += f" [process {jax.process_index()} of {jax.process_count()}]"
         print(message, file=sys.__stderr__)
@@ -72,6 +74,7 @@ def _raise(error: Exception) -> NoReturn:
     """
     if not processes.several():
         raise error
+    watchdog.give_way()
     if _is_of_others(str(error)):
         why = str(error).partition("\n")[0].rstrip(".")
         _fail(

@@ -12,6 +12,7 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.model import transformer
 from jaxmoe.model.steps import Inputs, step
 from jaxmoe.model.vision import tile_features
+from jaxmoe.progress import note_work
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch
 from jaxmoe.train.loss import summed_cross_entropy
@@ -30,7 +31,11 @@ def held_out_loss(
 ) -> dict[str, Any]:
     """Mean cross entropy in nats a target over all batches; empty if there are none."""
     params = cast_all(params, config.dtype)
-    sums = [_sum(model, params, batch, forward) for batch in batches]
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    for batch in batches:
+        jax.block_until_ready(sums[-2:-1])  # the device has the next one to do meanwhile
+        note_work()
+        sums.append(_sum(model, params, batch, forward))
     if not sums:
         return {}
     nats, targets = np.sum(jax.device_get(sums), axis=0)

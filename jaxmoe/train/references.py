@@ -1,6 +1,5 @@
 """The reference of training on pairs: its log-probabilities, computed once and kept in a file."""
 
-import contextlib
 import dataclasses
 import functools
 import io
@@ -19,7 +18,7 @@ from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.files.atomic import writable
 from jaxmoe.files.outputs import PARTIAL
-from jaxmoe.processes import is_first, on_first
+from jaxmoe.processes import on_first
 from jaxmoe.progress import task_progress
 from jaxmoe.train.batches import TrainingData
 from jaxmoe.train.config import TrainConfig
@@ -84,8 +83,7 @@ class SavedReferences:
         run = jax.jit(functools.partial(_both, self.model), out_shardings=everywhere)
         params = cast_all(params, self.config.dtype)
         table = np.zeros((self.pairs, 2), np.float32)
-        bar = task_progress("Reference", self.pairs, "pairs")
-        with bar if is_first() else contextlib.nullcontext(lambda done: None) as advance:
+        with task_progress("Reference", self.pairs, "pairs") as advance:
             for batch in self.rows():
                 found = np.asarray(run(params, jax.tree.map(jnp.asarray, batch)))
                 real = batch.document >= 0
