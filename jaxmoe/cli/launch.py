@@ -124,9 +124,9 @@ def join(launch: Launch) -> None:
         UserError: if they do not come, or are not of the same kind.
     """
     gpus, patience = local_gpus(launch, gpus_here()), seconds(START, 300)
-    known = launch.address is not None and launch.count is not None and launch.number is not None
+    known = None not in (launch.address, launch.count, launch.number)
     if known:
-        gather(launch.address, launch.count, launch.number, patience)
+        gather(launch.address or "", launch.count or 0, launch.number or 0, patience)
     failed = (
         f"the processes that {launch.by} speaks of did not become one program ({{}}); start all of "
         f"them within {patience} s, or set {ADDRESS} to a HOST:PORT that they all reach."

@@ -29,6 +29,8 @@ COMPILING = 3600  # seconds for which a compilation counts as progress
 _POLL = 1.0  # seconds from one look to the next
 _LOOKS = 20  # at the progress of all, within the limit
 _GROUPS = 4  # of processes that a sentence speaks of
+_STDERR = 2  # not `sys.stderr`, which is silent on all processes but the first
+_SILENCE = 3.0  # seconds without an answer of the first process, after which the user is told
 _ENDING = threading.Event()
 
 
@@ -109,10 +111,15 @@ class Watchdog:
         """
         while True:
             time.sleep(_POLL)
+            told = threading.Timer(_SILENCE, _tell_silence)  # JAX, which then ends this, does not
+            told.daemon = True
+            told.start()
             try:
                 end = self.look()
-            except jax.errors.JaxRuntimeError:  # the first process is out of reach: JAX ends this
+            except jax.errors.JaxRuntimeError:  # the first process is out of reach
                 continue
+            finally:
+                told.cancel()
             if end is not None:
                 self._finish(end)
 
@@ -156,13 +163,17 @@ class Watchdog:
         first, count = self._number == 0, jax.process_count()
         if end.code == STUCK:
             print(f"process {self._number} of {count}:", file=sys.__stderr__, flush=True)
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(_STDERR, all_threads=True)
         if first or (end.code == STUCK and end.by == self._number):
             word = "error" if end.code == STUCK else "stopped"
             print(f"{word}: {end.sentence}", file=sys.__stderr__, flush=True)
         if count > 1:  # the others are to see it before a collective fails; the store ends last
             time.sleep((5 if first else 3) * _POLL)
         os._exit(end.code)
+
+
+def _tell_silence() -> None:
+    print(f"process 0 does not answer for {_SILENCE:g} s", file=sys.__stderr__, flush=True)
 
 
 def _progress(marks: dict[str, Mark]) -> dict[str, tuple[int, int]]:
