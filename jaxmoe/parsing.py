@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -122,6 +122,48 @@ def read_yaml(path: str | Path) -> Any:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is no YAML that can be used: {reason}; correct it.") from None
     return value
+
+
+class Entry(NamedTuple):
+    """A key of a YAML file and its value.
+
+    Attributes:
+        key: the key.
+        value: what `read_yaml` makes of the value.
+        written: the value with every number and word in it as it is written.
+        line: of the key, from 1.
+    """
+
+    key: str
+    value: Any
+    written: Any
+    line: int
+
+
+def read_yaml_entries(path: str | Path) -> list[Entry]:
+    """The entries of the mapping in a YAML file, in their order.
+
+    Raises:
+        UserError: as `read_yaml`, or if it holds no mapping of names.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path} holds no mapping; write lines such as 'command: generate'.")
+    node: Any = yaml.compose(read_text(path, MAX_YAML_BYTES), _Loader)
+    if len(node.value) != len(content) or any(key.value not in content for key, _ in node.value):
+        raise UserError(f"{path} merges mappings with <<; write the keys themselves.")
+    return [
+        Entry(key.value, content[key.value], _written(value), key.start_mark.line + 1)
+        for key, value in node.value
+    ]
+
+
+def _written(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: _written(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_written(item) for item in node.value]
+    return node.value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from jaxmoe.benchmarks.train import add_parser as add_train
 from jaxmoe.benchmarks.vision import run_vision
 
 
-def main() -> None:
-    """Runs the command."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     cpu = commands.add_parser("cpu", help="against transformers on this CPU; `make bench` runs it")
@@ -41,7 +41,12 @@ def main() -> None:
         ("moe", run_moe, "the mixture of experts"),
     ):
         _add_suite(commands.add_parser(name, help=f"checks, then times {subject} on a GPU"), start)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Runs the command."""
+    args = make_parser().parse_args()
     args.start(args)
 
 

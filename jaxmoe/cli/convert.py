@@ -22,8 +22,8 @@ from jaxmoe.progress import byte_progress
 WEIGHT_FORMATS = ("bf16", "float32", "fp8", "int8", "int4")
 
 
-def parse_args() -> argparse.Namespace:
-    """Parses the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder with config.json or params.json, and the tensors")
     parser.add_argument("output", help="folder of the new checkpoint; must not exist or be empty")
@@ -43,12 +43,12 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="read both checkpoints again and compare them; converts first if there is no output",
     )
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Runs the command."""
-    args = parse_args()
+    args = make_parser().parse_args()
     there = os.path.isdir(args.output) and bool(os.listdir(args.output))
     if there and args.verify and (args.weights or args.text_only):
         raise UserError(f"{args.output} is there: --verify alone compares it as it was made.")

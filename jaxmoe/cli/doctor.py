@@ -30,15 +30,20 @@ REPEATS = 5
 PROXIES = ("http_proxy", "https_proxy", "grpc_proxy")
 
 
-def main() -> None:
-    """Runs the command."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mesh", metavar="SPEC", help="as of the other commands")
     parser.add_argument("--cpu-devices", type=int, metavar="N", help="as of the other commands")
     parser.add_argument(
         "--shared", metavar="FOLDER", help="a folder that all hosts are to see, as for checkpoints"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Runs the command."""
+    args = make_parser().parse_args()
     mesh = devices.start(args)
     hosts = from_all(seen())
     console = Console()

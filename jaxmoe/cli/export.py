@@ -10,8 +10,8 @@ from jaxmoe.checkpoint.export import export
 from jaxmoe.progress import byte_progress
 
 
-def main() -> None:
-    """Runs the command."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="folder that jaxmoe convert or jaxmoe train made")
     parser.add_argument("output", help="folder of the model; must not exist or be empty")
@@ -21,7 +21,12 @@ def main() -> None:
     parser.add_argument(
         "--adapter", metavar="FOLDER", help="add an adapter that PEFT or jaxmoe train saved"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Runs the command."""
+    args = make_parser().parse_args()
     start = time.perf_counter()
     with byte_progress("Exporting") as progress:
         asked = {"weights": args.weights, "adapter": args.adapter}

@@ -21,8 +21,8 @@ from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.progress import byte_progress, task_progress
 
 
-def parse_args() -> argparse.Namespace:
-    """Parses the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="folder that jaxmoe convert wrote")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -41,12 +41,12 @@ def parse_args() -> argparse.Namespace:
         metavar="FOLDER",
         help="folder that jaxmoe read wrote; every request follows its text",
     )
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Runs the command."""
-    args = parse_args()
+    args = make_parser().parse_args()
     answer_flags.check(args)
     sampling_flags.check_written(args)
     if args.chat and (args.prompt is None or args.parse_special):

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from typing import Any
 
 from jaxmoe.cli.launch import is_spare
 from jaxmoe.cli.terminal import run
@@ -20,6 +21,7 @@ COMMANDS = {
     "benchmark": "speed, and what bounds each kernel by its machine code",
     "tune": "the sizes of the GPU kernels",
     "doctor": "what each process sees, and how fast the devices reach each other",
+    "run": "any of these, as a YAML file says",
 }
 
 
@@ -44,21 +46,27 @@ def main() -> None:
 def run_command(name: str, arguments: list[str], prog: str) -> None:
     """Runs a command with its own argument list, and exits the process on errors.
 
-    The command's module is imported here, so that `jaxmoe --help` is quick. Where a scheduler
-    starts several processes, the first one alone runs a command of `ALONE`.
-
     Args:
         name: one of COMMANDS.
         arguments: what the command parses.
         prog: the program's name in its usage text.
     """
+    run(lambda: start_command(name, arguments, prog))
+
+
+def start_command(name: str, arguments: list[str], prog: str) -> None:
+    """Runs a command, whose errors are raised; arguments are those of `run_command`.
+
+    Where a scheduler starts several processes, the first one alone runs a command of `ALONE`.
+    """
     sys.argv = [prog, *arguments]
+    if name not in ALONE or not is_spare():
+        command_module(name).main()
 
-    def main() -> None:
-        if name not in ALONE or not is_spare():
-            importlib.import_module(f"jaxmoe.cli.{name.replace('-', '_')}").main()
 
-    run(main)
+def command_module(name: str) -> Any:
+    """The module of a command, imported only now, so that `jaxmoe --help` is quick."""
+    return importlib.import_module(f"jaxmoe.cli.{name.replace('-', '_')}")
 
 
 def _version() -> str:

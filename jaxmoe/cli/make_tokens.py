@@ -9,8 +9,8 @@ from jaxmoe.files.outputs import check_writable
 from jaxmoe.train.make_tokens import documents, save_tokens, tokens_of
 
 
-def main() -> None:
-    """Runs the command."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder with the tokenizer")
     parser.add_argument(
@@ -20,7 +20,12 @@ def main() -> None:
         help='.jsonl files have a document on each line, {"text": ...}; other files are one each',
     )
     parser.add_argument("--output", required=True, metavar="TOKENS.npy")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Runs the command."""
+    args = make_parser().parse_args()
     check_writable(args.output, empty=True)
     tokenizer = devices.required_tokenizer(args.checkpoint)
     texts = itertools.chain.from_iterable(map(documents, args.inputs))

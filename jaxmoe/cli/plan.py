@@ -18,8 +18,8 @@ from jaxmoe.plan.work import PREFILL_CHUNK, STORAGE_FORMATS, TASKS, Work
 from jaxmoe.train.config import TrainConfig, read_train_config
 
 
-def parse_args() -> argparse.Namespace:
-    """Parses the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="scout, maverick, or a checkpoint's folder")
     parser.add_argument(
@@ -69,13 +69,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--png", metavar="FILE", help="draw memory by context")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Runs the command."""
     jax.config.update("jax_platforms", "cpu")  # plans need no accelerator
-    args = parse_args()
+    args = make_parser().parse_args()
     target = parse_target(args.target)
     run = None if args.run is None else read_train_config(args.run)
     if run is not None:

@@ -32,8 +32,8 @@ from jaxmoe.text import Prompt, text_prompt
 PAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif")  # suffixes of pictures in a folder
 
 
-def parse_args() -> argparse.Namespace:
-    """Parses the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="folder that jaxmoe convert wrote")
     parser.add_argument(
@@ -60,12 +60,12 @@ def parse_args() -> argparse.Namespace:
     )
     image_flags.add_settings(parser)
     devices.add_flags(parser)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Runs the command."""
-    args = parse_args()
+    args = make_parser().parse_args()
     for flag in ("prefill_chunk", "save_every"):
         if getattr(args, flag) < 1:
             name = flag.replace("_", "-")

@@ -27,8 +27,8 @@ from jaxmoe.train.run_folder import RunFolder
 from jaxmoe.train.trainer import data_of, train
 
 
-def main() -> None:
-    """Runs the command."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", metavar="CONFIG.yaml", help="fields of TrainConfig")
     parser.add_argument(
@@ -53,6 +53,12 @@ def main() -> None:
         choices=STORAGE_FORMATS,
         help="with --plan: what matrices that are not trained are stored in",
     )
+    return parser
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = make_parser()
     args = parser.parse_args()
     config = read_train_config(args.config)
     if args.plan is None and (args.model or args.weights):

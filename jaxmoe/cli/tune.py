@@ -20,14 +20,19 @@ from pallas_kernels.tuning import file_of
 DEVICES = {"h100": absent_h100s, "h200": absent_h200s}
 
 
-def main() -> None:
-    """Runs the command."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=DEVICES, default="h100")
     parser.add_argument(
         "--output", metavar="FILE.json", help="default: the file that the kernels read"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Runs the command."""
+    args = make_parser().parse_args()
     (device,) = DEVICES[args.device](1)
     figures = tuned(device, all_problems())
     write_json(args.output or str(file_of(device.device_kind)), figures)

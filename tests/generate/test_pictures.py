@@ -232,7 +232,7 @@ def by_flags(checkpoint, *flags, model=MODEL):
     """The prompt of a command line, as the command makes it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["generate", str(checkpoint), *map(str, flags)])
-        args = generate.parse_args()
+        args = generate.make_parser().parse_args()
     return image_flags.prompt_by(args, TOKENIZER, image_flags.settings_by(args, model))
 
 
