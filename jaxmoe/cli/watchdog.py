@@ -72,7 +72,7 @@ def start() -> None:
     """
     limit = seconds(LIMIT, DEFAULT, least=0)
     if processes.several() or (limit and LIMIT in os.environ):
-        watchdog = Watchdog(Board(), jax.process_index(), limit)
+        watchdog = Watchdog(Board(), jax.process_index(), jax.process_count(), limit)
         threading.Thread(target=watchdog.run, daemon=True, name="watchdog").start()
 
 
@@ -88,15 +88,16 @@ def give_way() -> None:
 class Watchdog:
     """The state of the thread."""
 
-    def __init__(self, board: Board, number: int, limit: int):
+    def __init__(self, board: Board, number: int, count: int, limit: int):
         """Starts to watch compilations.
 
         Args:
             board: of the program.
             number: of this process.
+            count: how many processes there are.
             limit: seconds without progress of any process, after which they end; 0: never.
         """
-        self._board, self._number, self._limit = board, number, limit
+        self._board, self._number, self._count, self._limit = board, number, count, limit
         self._compiles = watch_compilations()
         self._period = max(1, round(limit / _LOOKS / _POLL))  # in polls
         self._polls = self._compiling = self._other = self._idle = 0
@@ -154,13 +155,14 @@ class Watchdog:
         self._marks, self._idle = marks, self._idle + 1
         if self._idle * self._period * _POLL <= self._limit:
             return None
-        silent = [number for number, mark in marks.items() if mark.looks == self._begin[number]]
+        numbers = map(str, range(self._count))
+        silent = [n for n in numbers if n not in marks or marks[n].looks == self._begin[n]]
         return End(STUCK, stuck_sentence(self._limit, marks, silent), self._number)
 
     def _finish(self, end: End) -> None:
         """Ends the process, at about the same time as the others."""
         _ENDING.set()
-        first, count = self._number == 0, jax.process_count()
+        first, count = self._number == 0, self._count
         if end.code == STUCK:
             print(f"process {self._number} of {count}:", file=sys.__stderr__, flush=True)
             faulthandler.dump_traceback(_STDERR, all_threads=True)
