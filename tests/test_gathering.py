@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 
 import pytest
 
@@ -27,7 +28,7 @@ def together(address, processes, patience=2):
             said[place] = str(error)
 
     threads = [
-        threading.Thread(target=come, args=(place, *each)) for place, each in enumerate(processes)
+        threading.Thread(target=come, args=(place, *each), daemon=True) for place, each in enumerate(processes)
     ]
     for thread in threads:
         thread.start()
@@ -68,20 +69,25 @@ def test_what_is_no_process_is_left_aside(address):
     """Such as a port scanner, or a process that has ended before the others came."""
     host, port = address.split(":")
     said = []
-    first = threading.Thread(target=lambda: said.append(together(address, [(0, 2)], 60)))
+    first = threading.Thread(
+        target=lambda: said.append(together(address, [(0, 2)], 60)), daemon=True
+    )
     first.start()
     for content in (b"", b"GET / HTTP/1.1\r\n\r\n", b"jaxmoe 1\n", b"jaxmoe 1 2"):
-        stray = None
-        while stray is None:
-            try:
-                stray = socket.create_connection((host, int(port)))
-            except OSError:
-                continue
-        with stray:
+        with connected(host, int(port)) as stray:
             stray.sendall(content)
     assert together(address, [(1, 2)], 60) == [""]
     first.join()
     assert said == [[""]]
+
+
+def connected(host, port):
+    for _ in range(1000):
+        try:
+            return socket.create_connection((host, port))
+        except OSError:
+            time.sleep(0.01)
+    raise AssertionError("nothing listens")
 
 
 @pytest.mark.parametrize("wrong", ["host", "host:", ":1", "host:http"])

@@ -6,20 +6,14 @@ import pytest
 
 from jaxmoe import progress
 from jaxmoe.cli import signals, watchdog
+from jaxmoe.cli.board import Board
 from jaxmoe.cli.watchdog import End, Mark, Watchdog, stuck_sentence
 
 LIMIT = 10  # seconds, and so many looks
 
 
-class SharedBoard:
-    def __init__(self):
-        self.folders, self.notice = {}, False
-
-    def put(self, folder, name, text):
-        self.folders.setdefault(folder, {})[name] = text
-
-    def texts(self, folder):
-        return dict(self.folders.get(folder, {}))
+class SharedBoard(Board):
+    notice = False
 
     def has_notice(self):
         return self.notice

@@ -19,7 +19,7 @@ _PATIENCE = 5.0  # seconds for one connection or message
 _PAUSE = 0.5  # seconds from one try to connect to the next
 
 
-def gather(address: str, count: int, number: int, patience: float) -> None:
+def gather(address: str, count: int, number: int, patience: int) -> None:
     """Waits until all processes have come.
 
     Args:
@@ -42,7 +42,7 @@ def gather(address: str, count: int, number: int, patience: float) -> None:
         _report((host.strip("[]"), int(port)), f"{GREETING} {number} {count}", deadline, patience)
 
 
-def _receive(port: int, count: int, deadline: float, patience: float) -> None:
+def _receive(port: int, count: int, deadline: float, patience: int) -> None:
     """Waits for the other processes, and tells all of them what has come of it."""
     came: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
@@ -54,7 +54,7 @@ def _receive(port: int, count: int, deadline: float, patience: float) -> None:
             missing = [str(number) for number in range(1, count) if number not in came]
             many = "es" if len(missing) > 1 else ""
             sentence = (
-                f"process{many} {', '.join(missing)} of {count} did not come within {patience:g} "
+                f"process{many} {', '.join(missing)} of {count} did not come within {patience} "
                 "s; start all processes, and let them reach the first one."
             )
             _tell(came, sentence)
@@ -134,7 +134,7 @@ def _tell(came: dict[int, socket.socket], sentence: str) -> None:
             connection.recv(1)
 
 
-def _report(address: tuple[str, int], greeting: str, deadline: float, patience: float) -> None:
+def _report(address: tuple[str, int], greeting: str, deadline: float, patience: int) -> None:
     """Tells the first process that this one has come, until it answers."""
     answer, why = "", "it gave no answer"
     while not answer and time.monotonic() < deadline:
@@ -150,7 +150,7 @@ def _report(address: tuple[str, int], greeting: str, deadline: float, patience: 
     if not answer:
         raise UserError(
             f"the first process was not found at {':'.join(map(str, address))} within "
-            f"{patience:g} s ({why}); start it, and give an address that all reach."
+            f"{patience} s ({why}); start it, and give an address that all reach."
         )
     if answer != COMPLETE:
         raise UserError(answer)

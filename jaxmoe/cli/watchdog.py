@@ -102,7 +102,7 @@ class Watchdog:
         self._period = max(1, round(limit / _LOOKS / _POLL))  # in polls
         self._polls = self._compiling = self._other = self._idle = 0
         self._marks: dict[str, Mark] = {}
-        self._begin: dict[str, int] = {}  # each process's looks when all stood still
+        self._looks: dict[str, int] = {}  # of each process, by the middle of the limit
 
     def run(self) -> None:
         """Looks until the process ends.
@@ -149,14 +149,15 @@ class Watchdog:
         self._board.put("marks", str(self._number), json.dumps(mark))
         texts = self._board.texts("marks").items()
         marks = {number: Mark(*json.loads(text)) for number, text in texts}
-        if _progress(marks) != _progress(self._marks):
-            self._idle = 0
-            self._begin = {number: mark.looks for number, mark in marks.items()}
-        self._marks, self._idle = marks, self._idle + 1
-        if self._idle * self._period * _POLL <= self._limit:
+        same = _progress(marks) == _progress(self._marks)
+        self._marks, self._idle = marks, self._idle + 1 if same else 0
+        idle = self._idle * self._period * _POLL
+        if idle <= self._limit / 2:
+            self._looks = {number: mark.looks for number, mark in marks.items()}
+        if idle < self._limit:
             return None
         numbers = map(str, range(self._count))
-        silent = [n for n in numbers if n not in marks or marks[n].looks == self._begin[n]]
+        silent = [n for n in numbers if n not in marks or marks[n].looks == self._looks[n]]
         return End(STUCK, stuck_sentence(self._limit, marks, silent), self._number)
 
     def _finish(self, end: End) -> None:
