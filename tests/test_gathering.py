@@ -28,7 +28,8 @@ def together(address, processes, patience=2):
             said[place] = str(error)
 
     threads = [
-        threading.Thread(target=come, args=(place, *each), daemon=True) for place, each in enumerate(processes)
+        threading.Thread(target=come, args=(place, *each), daemon=True)
+        for place, each in enumerate(processes)
     ]
     for thread in threads:
         thread.start()

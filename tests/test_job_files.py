@@ -62,7 +62,9 @@ def test_every_command_has_a_parser(name):
 )
 def test_a_key_is_a_flag(line, more, words):
     if words is None:
-        with pytest.raises(UserError, match=r"unknown key 'stop_ids'; the nearest one is 'stop-id'"):
+        with pytest.raises(
+            UserError, match=r"unknown key 'stop_ids'; the nearest one is 'stop-id'"
+        ):
             line(JOB + more)
     else:
         found = line(JOB + more)
@@ -100,7 +102,10 @@ def test_subcommands_and_lists_of_arguments(line):
         ("command: [a]", "has the unknown command ''"),
         ("command: evaluate", "'command: evaluate' is to say which, one of logits, needle"),
         ("command: evaluate neddle", "unknown command 'neddle'; the nearest one is 'needle'"),
-        (JOB + "meshh: x", "job.yaml line 4 has the unknown key 'meshh'; the nearest one is 'mesh'"),
+        (
+            JOB + "meshh: x",
+            "job.yaml line 4 has the unknown key 'meshh'; the nearest one is 'mesh'",
+        ),
         (JOB + "rows: many", "line 4 gives 'rows' the value 'many'; expected a whole number"),
         (JOB + "rows: [1, 2]", r"line 4 gives 'rows' the value \[1, 2\]; expected one value"),
         (JOB + "kv: int9", "line 4 gives 'kv' the value 'int9'; expected bf16 or int8"),

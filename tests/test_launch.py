@@ -1,7 +1,9 @@
 """Where a process learns that it is one of several, and which GPUs are its own."""
 
+import jax
 import pytest
 
+from jaxmoe import processes
 from jaxmoe.cli.doctor import mistakes
 from jaxmoe.cli.launch import Launch, find_launch, gpus_here, local_gpus
 from jaxmoe.errors import UserError
@@ -94,3 +96,11 @@ def test_a_doctor_names_what_is_wrong():
     assert mistakes(two) == ["http_proxy may keep the processes apart; unset them."]
     two = [host | {"devices": 8}, host | {"host": "b", "devices": 4, "gpus": 4}]
     assert len(mistakes(two)) == 1
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_the_hosts_of_a_slice_are_several_once_jax_has_started(monkeypatch, started):
+    """Catches a library on a TPU slice whose hosts all write, and one that starts devices to ask."""
+    monkeypatch.setattr(processes.xla_bridge, "backends_are_initialized", lambda: started)
+    monkeypatch.setattr(jax, "process_count", lambda: 4 if started else pytest.fail("it starts"))
+    assert processes.several() == started

@@ -18,7 +18,7 @@ _polled = threading.Event()
 
 
 def ends_by_itself() -> bool:
-    """Whether this process has begun to ask for signals, after which it ends by itself."""
+    """Whether this process asks for signals after each step, and ends by itself."""
     return _polled.is_set()
 
 
@@ -27,7 +27,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether one of `SIGNALS` came; within the context none kills.
 
     Where there are several processes, all are to call it at the same places: it then says the same
-    to all, once a signal has come to one of them; until it is called, a signal ends them.
+    to all, once a signal has come to one of them; until the second call, a watchdog ends them.
     """
     came: list[int] = []
     if not processes.several():
@@ -36,8 +36,13 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     else:  # JAX has taken SIGTERM, and tells the other processes
         handlers, said = {}, _agreed()
 
+    begun = False
+
     def asked() -> bool:
-        _polled.set()
+        nonlocal begun
+        if begun:  # after the first step, which may have taken long to compile
+            _polled.set()
+        begun = True
         note_work()
         return said()
 

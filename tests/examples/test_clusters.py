@@ -58,12 +58,12 @@ def _said(line):
     return (command, find_launch(json.loads("{" + environment))) if environment else line
 
 
-@pytest.mark.parametrize("code", [0, 1, 75])
+@pytest.mark.parametrize("code", [0, 1, 70, 75])
 def test_slurm_runs_again_what_was_told_to_end(run, code):
     script = (CLUSTERS / "slurm.sh").read_text()
     returned, said = run(script, CODE=str(code), **SLURM)
     place = Launch("SLURM", 2, 1, None, 1, 0)
-    requeued = ["scontrol requeue 7"] if code == 75 else []
+    requeued = ["scontrol requeue 7"] if code in (70, 75) else []
     assert (returned, said) == (code, [("doctor", place), ("generate", place), *requeued])
 
 
@@ -72,7 +72,7 @@ def test_skypilot(run):
     nodes = {"NODE_IPS": "10.0.0.1\n10.0.0.2", "NUM_NODES": "2", "NODE_RANK": "1"}
     _, said = run(job["run"], **{f"SKYPILOT_{name}": value for name, value in nodes.items()})
     assert said == [("generate", Launch("JAXMOE_COORDINATOR", 2, 1, "10.0.0.1:9000"))]
-    assert job["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert job["resources"]["job_recovery"]["recover_on_exit_codes"] == [70, 75]
 
 
 def test_jobset():

@@ -1,4 +1,4 @@
-"""A run of two processes: killed and resumed, it has the losses of one and one metrics file."""
+"""A run of two processes: killed and resumed on four, it has the losses of one."""
 
 import numpy as np
 import pytest
@@ -17,22 +17,23 @@ def alone(tmp_path):
     return training.records(config)
 
 
-def run_together(config):
-    """Whether two processes ended well; what they said is in the message otherwise."""
-    processes = training.start_together(config, 2)
+def run_together(config, count):
+    """How many of so many processes say that they have written the checkpoint; all end well."""
+    processes = training.start_together(config, count)
     said = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert [process.returncode for process in processes] == [0] * count, said
     return [out.count("Wrote ") for out, _ in said]
 
 
-def test_two_processes_train_as_one(tmp_path, alone):
+def test_two_and_four_processes_train_as_one(tmp_path, alone):
     config = training.write_config(tmp_path, "together", cpu_devices=2, **RUN)
     killed = training.start_together(config, 2)
     training.wait_for_steps(config, killed[0])
     for process in killed:
         process.kill()
         process.communicate()
-    assert run_together(config) == [1, 0]
+    config = training.write_config(tmp_path, "together", cpu_devices=1, **RUN)
+    assert run_together(config, 4) == [1, 0, 0, 0]
     together = training.records(config)
     assert [record["step"] for record in together] == list(range(1, 21))
     for name in ("loss", "held_out_loss", "gradient_norm"):
@@ -40,4 +41,4 @@ def test_two_processes_train_as_one(tmp_path, alone):
         np.testing.assert_allclose(*found, rtol=1e-5)
     names = {path.name for path in (tmp_path / "together").iterdir()}
     assert names == {"config.json", "metrics.jsonl", "losses.png", "best", "checkpoint"}
-    assert run_together(config) == [0, 0]  # it is finished
+    assert run_together(config, 4) == [0] * 4  # it is finished
