@@ -36,8 +36,8 @@ from jaxmoe.processes import several
 from jaxmoe.progress import byte_progress, task_progress
 
 
-def parse_args() -> argparse.Namespace:
-    """Parses the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="folder that jaxmoe convert wrote")
     parser.add_argument(
@@ -88,12 +88,12 @@ def parse_args() -> argparse.Namespace:
     engines.add_flag(parser)
     image_flags.add_settings(parser)
     answer_flags.add_flags(parser)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Runs the command."""
-    args = parse_args()
+    args = make_parser().parse_args()
     answer_flags.check(args)
     options = _options(args)
     if args.engines == "each":
