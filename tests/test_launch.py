@@ -100,7 +100,7 @@ def test_a_doctor_names_what_is_wrong():
 
 @pytest.mark.parametrize("started", [False, True])
 def test_the_hosts_of_a_slice_are_several_once_jax_has_started(monkeypatch, started):
-    """Catches a library on a TPU slice whose hosts all write, and one that starts devices to ask."""
+    """Catches hosts of a TPU slice that all write, and a question that starts devices."""
     monkeypatch.setattr(processes.xla_bridge, "backends_are_initialized", lambda: started)
     monkeypatch.setattr(jax, "process_count", lambda: 4 if started else pytest.fail("it starts"))
     assert processes.several() == started

@@ -82,8 +82,8 @@ def start(args: argparse.Namespace) -> jax.sharding.Mesh:
     launch = find_launch()
     if launch is not None:
         join(launch)
-    watchdog.start()
     found = devices()
+    watchdog.start()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():  # as on TPU hosts
         raise UserError(
             f"JAX finds {jax.process_count()} processes that nothing has joined; set "
