@@ -71,13 +71,13 @@ def test_what_is_no_process_is_left_aside(address):
     host, port = address.split(":")
     said = []
     first = threading.Thread(
-        target=lambda: said.append(together(address, [(0, 2)], 60)), daemon=True
+        target=lambda: said.append(together(address, [(0, 3)], 60)), daemon=True
     )
     first.start()
-    for content in (b"", b"GET / HTTP/1.1\r\n\r\n", b"jaxmoe 1\n", b"jaxmoe 1 2"):
+    for content in (b"", b"GET / HTTP/1.1\r\n\r\n", b"jaxmoe 1\n", b"jaxmoe 1 3", b"jaxmoe 1 3\n"):
         with connected(host, int(port)) as stray:
             stray.sendall(content)
-    assert together(address, [(1, 2)], 60) == [""]
+    assert together(address, [(1, 3), (2, 3)], 60) == ["", ""]
     first.join()
     assert said == [[""]]
 
