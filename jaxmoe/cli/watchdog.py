@@ -28,6 +28,7 @@ STUCK = os.EX_SOFTWARE  # the exit code
 COMPILING = 3600  # seconds for which a compilation counts as progress
 _POLL = 1.0  # seconds from one look to the next
 _LOOKS = 20  # at the progress of all, within the limit
+_MISSED = 3  # looks that a process is to miss before it counts as stopped
 _GROUPS = 4  # of processes that a sentence speaks of
 _STDERR = 2  # not `sys.stderr`, which is silent on all processes but the first
 _SILENCE = 3.0  # seconds without an answer of the first process, after which the user is told
@@ -156,7 +157,8 @@ class Watchdog:
             self._looks = {number: mark.looks for number, mark in marks.items()}
         if idle < self._limit:
             return None
-        numbers = map(str, range(self._count))
+        sure = self._idle >= 2 * _MISSED  # with a short limit, a watchdog may just be late
+        numbers = map(str, range(self._count if sure else 0))
         silent = [n for n in numbers if n not in marks or marks[n].looks == self._looks[n]]
         return End(STUCK, stuck_sentence(self._limit, marks, silent), self._number)
 

@@ -107,7 +107,7 @@ def wait_for_a_save(workspace, processes):
 
 def test_a_document_is_read_on_some_and_asked_on_others(needle, tmp_path):
     text, questions = tmp_path / "text.txt", tmp_path / "questions.jsonl"
-    text.write_text("The quick brown fox. " * 1200)
+    text.write_text("The quick brown fox. " * 800)
     line = {"id": 0, "prompt": " What", "max_new_tokens": 8}
     questions.write_text(json.dumps(line) + "\n")
     read = ("read.py", needle, text, "--prefill-chunk", 256, "--save-every", 256, "--output")
@@ -129,12 +129,12 @@ def test_a_document_is_read_on_some_and_asked_on_others(needle, tmp_path):
 
 
 def test_a_doctor_says_what_each_process_sees(tmp_path):
-    doctor = ("doctor.py", "--mesh", "data=2,expert=2", "--cpu-devices", 1, "--shared", tmp_path)
-    codes, out, said = together.ends(together.start_together(4, *doctor))
-    assert codes == [0, 0, 0, 0], said
-    assert "4 processes, 4 devices" in out[0]
+    doctor = ("doctor.py", "--mesh", "data=2,expert=2", "--cpu-devices", 2, "--shared", tmp_path)
+    codes, out, said = together.ends(together.start_together(2, *doctor))
+    assert codes == [0, 0], said
+    assert "2 processes, 4 devices" in out[0]
     assert "All-reduce over each axis" in out[0]
-    assert "All-reduce" not in "".join(out[1:])
+    assert "All-reduce" not in out[1]
     assert os.listdir(tmp_path) == []
 
 

@@ -42,11 +42,10 @@ def test_a_program_that_hangs_says_where(start):
     assert "nothing has gone on for 2 s: process 0, 1 is in read_bytes (jaxmoe.parsing:" in said[0]
     for number, text in enumerate(said):  # each with its own stack
         assert f"process {number} of 2:\n" in text and "parsing.py" in text
-    assert "error:" not in said[1]
 
 
 def test_a_stopped_process_is_named(start):
-    first, second = start(JAXMOE_WATCHDOG="3", JAXMOE_HEARTBEAT="100")
+    first, second = start(JAXMOE_WATCHDOG="6", JAXMOE_HEARTBEAT="100")
     second.send_signal(signal.SIGSTOP)
     codes, _, said = together.ends([first])
     second.kill()
