@@ -67,6 +67,16 @@ def test_slurm_runs_again_what_was_told_to_end(run, code):
     assert (returned, said) == (code, [("doctor", place), ("generate", place), *requeued])
 
 
+@pytest.mark.parametrize("code", [0, 1, 65, 75, 137])
+def test_engines_are_run_again_unless_all_is_answered(run, code):
+    script = (CLUSTERS / "slurm-engines.sh").read_text()
+    returned, said = run(
+        script.replace("srun --no-kill --kill-on-bad-exit=0", "srun"), **SLURM, CODE=str(code)
+    )
+    requeued = ["scontrol requeue 7"] if code in (75, 137) else []
+    assert (returned, said[1:], said[0][0]) == (code, requeued, "batch")
+
+
 def test_skypilot(run):
     job = yaml.safe_load((CLUSTERS / "sky.yaml").read_text())
     nodes = {"NODE_IPS": "10.0.0.1\n10.0.0.2", "NUM_NODES": "2", "NODE_RANK": "1"}
