@@ -86,9 +86,16 @@ def _step(case: dict) -> tuple[Work, MeshConfig]:
     rows, context, _ = (changes.pop(name) for name in ("rows", "context", "target"))
     weights = changes.pop("weights", "bf16")
     config = dataclasses.replace(PRESETS["scout"], layers=PRESETS["scout"].layers[:layers])
-    run = dataclasses.replace(default_run(task), **changes)
+    run = _changed(default_run(task), changes)
     work = Work(config=config, task=task, context=context, rows=rows, weights=weights, run=run)
     return work, MeshConfig.parse(mesh)
+
+
+def _changed(config: Any, changes: dict) -> Any:
+    """A config with other values of fields, where a dict changes fields of a field."""
+    inner = {k: _changed(getattr(config, k), v) for k, v in changes.items() if isinstance(v, dict)}
+    lists = {k: tuple(v) for k, v in changes.items() if isinstance(v, list)}
+    return dataclasses.replace(config, **{**changes, **lists, **inner})
 
 
 def target_of(case: dict) -> Target:

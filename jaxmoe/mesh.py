@@ -32,7 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations and cache
     "batch": ("data", "fsdp", "expert"),  # outside the experts, the expert axis shards rows too
     "length": ("sequence",),
-    "residual": ("tensor",),  # of a length, between layers that are recomputed: `residual_axis`
+    "residual": ("sequence", "tensor"),  # of a length, between layers that are recomputed
     "tiles": ("data", "fsdp", "expert", "sequence", "tensor"),  # of images; they need no exchange
     "matrices": ("expert", "fsdp", "tensor"),  # of an expert each, while they are whole
     "slots": ("sequence",),
@@ -179,15 +179,6 @@ def activation_axes(mesh, logical: str | None, size: int) -> tuple[str, ...]:
             break
         chosen += (axis,) if mesh.shape[axis] > 1 else ()
     return chosen
-
-
-def residual_axis(mesh) -> str:
-    """The logical axis of a length between layers that are recomputed; None is no mesh.
-
-    Over `sequence` it stays what it is: of a length that `sequence` and `tensor` divide together,
-    XLA's partitioner cannot split all products and aborts (jax 0.11.2).
-    """
-    return "residual" if mesh is not None and mesh.shape["sequence"] == 1 else "length"
 
 
 def token_axes(mesh, shape: tuple[int, ...]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import Llama4Config, RopeScaling
+from jaxmoe.mesh import constrain
 from jaxmoe.model.lora import Lora, has_delta, lora_delta
 from jaxmoe.model.quantized import quantized_linear
 from pallas_kernels.attention import Mask
@@ -69,8 +70,11 @@ def layer_norm(x: Float[Array, "... D"], p: dict, eps: float) -> Float[Array, ".
 
 def swiglu(p: dict, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """The SwiGLU feed-forward layer down(silu(gate(x)) * up(x))."""
-    hidden = jax.nn.silu(linear("BSD,DF->BSF", x, p["gate"]))
-    return linear("BSF,FD->BSD", hidden * linear("BSD,DF->BSF", x, p["up"]), p["down"])
+    hidden = jax.nn.silu(linear("BSD,DF->BSF", x, p["gate"])) * linear("BSD,DF->BSF", x, p["up"])
+    # Else XLA's partitioner aborts where tokens are spread over `sequence` and, between recomputed
+    # layers, over `tensor` (jax 0.11.2): it splits this product along both.
+    hidden = constrain(hidden, "batch", "length", "ffn")
+    return linear("BSF,FD->BSD", hidden, p["down"])
 
 
 def rope_frequencies(

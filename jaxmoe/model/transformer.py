@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import LayerKind, Llama4Config
-from jaxmoe.mesh import constrain, constrain_param, current_mesh, residual_axis
+from jaxmoe.mesh import constrain, constrain_param
 from jaxmoe.model.attention import Step, attention, start_step
 from jaxmoe.model.decode_step import Residual, decode_layer, final_norm, why_not_fused
 from jaxmoe.model.embedding import embed, unembed, with_features
@@ -78,7 +78,7 @@ def forward(
     x = embed(params["embed"], tokens)
     if features is not None:
         x = with_features(config, x, tokens, features)
-    length = "length" if remat in (False, "none") else residual_axis(current_mesh())
+    length = "length" if remat in (False, "none") else "residual"
     x = constrain(x, "batch", length, None)
     parts = {"kernels": kernels, "moe": llama4_moe if moe is None else moe, "length": length}
     layer = functools.partial(decoder_layer, **parts)
@@ -122,7 +122,7 @@ def decoder_layer(
 
     Args:
         length: the logical axis of tokens in what is added up. `residual` spreads them over
-            `tensor`, so that devices which share a layer's matrices do not each keep all of
+            `tensor` too, so that devices which share a layer's matrices do not each keep all of
             its input for the backward pass (Korthikanti et al. 2022, section 4.2.2).
     """
     p, x = jax.lax.optimization_barrier((p, x))  # else XLA gathers all layers' weights at once

@@ -29,7 +29,9 @@ from jaxmoe.train.cross_entropy import chunk_size
 
 HELD, HELD_OF_HEADS = 4, 4  # arrays [T, D] and [T, H d] that are held through a layer's backward
 # Arrays [R, F] and [R, D] of the experts; what their matrices' gradients need is kept until then.
-OF_EXPERTS = {"train": (6, 2), "lora": (5, 1)}
+OF_EXPERTS = {"train": (5, 2), "lora": (4, 0), "adapted": (9, 2)}
+GATHERED_WITH = 5, 3  # the same, while `fsdp` gathers the matrices of experts with adapters
+EXCHANGED = 2  # arrays [items, D] that devices write into each other's memory, which has no other use
 OF_SWIGLU = {"train": 6, "lora": 8}  # arrays [T, F]; beside adapters two of them are float32
 OF_SWIGLU_ON_TPUS = 6  # which fuse these with what reads them
 SUMMED = 8  # arrays [T, D] while gradients are summed over `tensor`, two of them float32
@@ -57,17 +59,39 @@ def training_temporaries(work: Work, mesh: MeshConfig, target: Target | None = N
         target: what the devices are; None for H100s.
     """
     share, tpu = device_share(work, mesh), target is not None and target.is_tpu
-    kinds = work.config.layers
-    twice = () if tpu else ("gate", "up")  # TPUs gather matrices in the order of their axes
-    gathering = gathered(work, mesh, module_of, twice) + 3 * _stream(work, share)
+    gradients = _gradients(work, state_of(work), mesh)
+    activations = sum(_kept(work, mesh, share, i) for i in range(len(work.config.layers)))
     swiglu = OF_SWIGLU_ON_TPUS if tpu else OF_SWIGLU[work.task]
-    phases = [_loss(work, mesh, share), gathering]
-    phases += [_layer(work, mesh, share, kind, swiglu) for kind in dict.fromkeys(kinds)]
-    return Temporaries(
-        gradients=_gradients(work, state_of(work), mesh),
-        activations=sum(_kept(work, mesh, share, kind) for kind in kinds),
-        phase=max(phases),
-    )
+    phases = [_loss(work, mesh, share), _gathering(work, mesh, share, tpu)]
+    phases += [_layer(work, mesh, share, kind, swiglu) for kind in dict.fromkeys(work.config.layers)]
+    update = _update(work, mesh) - gradients - activations
+    return Temporaries(gradients, activations, max(*phases, update) + _exchanged(work, share))
+
+
+def _gathering(work: Work, mesh: MeshConfig, share: DeviceShare, tpu: bool) -> int:
+    """Bytes of a module's weights while `fsdp` gathers them."""
+    twice = ("gate", "up") if work.training.remat != "dots" else ("gate",)  # dots: going forward
+    twice = () if tpu else twice  # TPUs gather matrices in the order of their axes
+    return gathered(work, mesh, module_of, twice) + 3 * _stream(work, share)
+
+
+def _update(work: Work, mesh: MeshConfig) -> int:
+    """Bytes of Muon's update: a float32 mean and direction of each matrix, AdamW's of embeddings.
+
+    AdamW and Adafactor update one parameter after the other.
+    """
+    if work.training.optimizer.name != "muon":
+        return 0
+    config, trained = work.config, state_of(work).trained
+    vocabulary = config.vocab_size * config.hidden_size // (mesh.fsdp * mesh.tensor)
+    return 2 * FP32 * numbers(trained, mesh) + (FP32 + BF16) * vocabulary
+
+
+def _exchanged(work: Work, share: DeviceShare) -> int:
+    """Bytes of the buffers of an all-to-all of the experts' rows."""
+    items = share.group * work.config.num_experts_per_tok
+    held = EXCHANGED if share.exchange == "all_to_all" else 0
+    return held * items * work.config.hidden_size * BF16
 
 
 def _gradients(work: Work, state: State, mesh: MeshConfig) -> int:
@@ -82,18 +106,32 @@ def _gradients(work: Work, state: State, mesh: MeshConfig) -> int:
     return BF16 * elements + sums + nbytes(state.offloaded, mesh)
 
 
-def _kept(work: Work, mesh: MeshConfig, share: DeviceShare, kind: LayerKind) -> int:
+def _kept(work: Work, mesh: MeshConfig, share: DeviceShare, layer: int) -> int:
     """Bytes that a layer keeps for its backward pass, by the run's remat policy."""
-    config, policy = work.config, work.training.remat
-    stream, heads, kept = _stream(work, share), _heads(work, share), _between(work, share)
-    if policy in ("full", True):
-        return kept
-    if policy == "attention":
-        return kept + heads + share.tokens * share.heads * FP32
-    keys = 2 * share.tokens * share.kv_heads * config.head_dim * BF16
-    width = share.tokens * _width(work, mesh, kind) * BF16
-    products = 2 * (heads + keys + 2 * stream + 2 * width)  # float32
-    return kept + products
+    policy, kept = work.training.remat, _between(work, share)
+    if policy == "attention":  # its output and log-sum-exps
+        return kept + _heads(work, share) + share.tokens * share.heads * FP32
+    return kept + (_products(work, mesh, share, layer) if policy == "dots" else 0)
+
+
+def _products(work: Work, mesh: MeshConfig, share: DeviceShare, layer: int) -> int:
+    """Bytes of a layer's products with matrices in float32, its last one's apart.
+
+    An adapter's product is one beside its matrix's.
+    """
+    config, kind, adapted = work.config, work.config.layers[layer], state_of(work).adapted
+    module = "feed_forward.shared" if kind.feed_forward == "moe" else "feed_forward"
+    keys, width = share.kv_heads * config.head_dim, _width(work, mesh, kind)
+    outputs = {
+        "attention.q": share.heads * config.head_dim,
+        "attention.k": keys,
+        "attention.v": keys,
+        "attention.o": config.hidden_size,
+        f"{module}.gate": width,
+        f"{module}.up": width,
+    }
+    copies = {name: 1 + (f"layers.{layer}.{name}" in adapted) for name in outputs}
+    return FP32 * share.tokens * sum(copies[name] * size for name, size in outputs.items())
 
 
 def _layer(
@@ -116,11 +154,18 @@ def _layer(
         phases += [2 * of_embed + 3 * stream, of_embed + 2 * stream + 6 * width + 3 * between]
     elif mesh.tensor > 1:
         phases.append(SUMMED * stream + 3 * width)
+    weights = gathered(work, mesh, twice=())
     if rows:
         of_width = rows * work.config.intermediate_size // mesh.tensor * BF16
-        wide, narrow = OF_EXPERTS[work.task]
+        adapted = any(".experts." in name for name in state_of(work).adapted)
+        wide, narrow = OF_EXPERTS["adapted" if adapted else work.task]
         phases.append(wide * of_width + narrow * of_embed)
-    return held + max(phases) + gathered(work, mesh, twice=())
+        if adapted and weights:
+            wide, narrow = GATHERED_WITH
+            experts = work.config.num_local_experts // mesh.expert
+            matrix = experts * work.config.hidden_size * of_width // rows  # its axes put in order
+            phases.append(matrix + wide * of_width + narrow * of_embed + 4 * stream)
+    return held + max(phases) + weights
 
 
 def _loss(work: Work, mesh: MeshConfig, share: DeviceShare) -> int:

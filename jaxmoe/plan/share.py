@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 
-from jaxmoe.mesh import MeshConfig, activation_axes, residual_axis
+from jaxmoe.mesh import MeshConfig, activation_axes
 from jaxmoe.model.moe import expert_exchange
 from jaxmoe.plan.work import Work, abstract_mesh
 
@@ -43,7 +43,7 @@ def device_share(work: Work, mesh: MeshConfig) -> DeviceShare:
     abstract, config = abstract_mesh(mesh), work.config
     batch = activation_axes(abstract, "batch", work.rows)
     length = activation_axes(abstract, "length", work.tokens)
-    residual = activation_axes(abstract, residual_axis(abstract), work.tokens)
+    residual = activation_axes(abstract, "residual", work.tokens)
     rows = work.rows // math.prod(abstract.shape[axis] for axis in batch)
     tokens = work.tokens // math.prod(abstract.shape[axis] for axis in length)
     exchange = expert_exchange(abstract, (work.rows, work.tokens, config.hidden_size))

@@ -43,13 +43,15 @@ class State:
         frozen: parameters that are not trained, as they are stored.
         trained: parameters that are, or their adapters.
         optimizer: the optimizer's statistics on devices.
-        offloaded: those in the host's memory.
+        offloaded: those that lie in the host's memory between steps.
+        adapted: the names of the matrices with an adapter, such as `layers.3.attention.q`.
     """
 
     frozen: Group
     trained: Group
     optimizer: Group
     offloaded: Group
+    adapted: frozenset[str]
 
 
 def state_of(work: Work) -> State:
@@ -68,7 +70,8 @@ def _state(work: Work) -> State:
     on_host = [x for x in statistics if x.sharding.memory_kind == "pinned_host"]
     on_device = [x for x in statistics if x.sharding.memory_kind != "pinned_host"]
     trees = setup.frozen, setup.abstract.params, on_device, on_host
-    return State(*map(_group, trees))
+    adapted = frozenset() if setup.plan is None else frozenset(setup.plan.ranks)
+    return State(*map(_group, trees), adapted)
 
 
 def no_batch(number: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
@@ -83,6 +84,8 @@ def make_step(
         found = _found(config, model, loss, before.params, frozen, batch)
         norm = optax.tree.norm(found.gradient)
         finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
+        if config.optimizer.name == "muon":  # else XLA decays weights before the forward pass
+            before, finite = lax.optimization_barrier((before, finite))
         after = _updated(config, optimizer, before, found.gradient)
         state, halted = _counted(before, after, finite, patience)
         return state, Outcome(found.metrics, norm, found.targets, halted, state.skipped)
@@ -121,8 +124,11 @@ def _found(
 ) -> Found:
     """The gradient and metrics of a step's batches, as if they were one."""
 
+    # Cast before the loop over batches, which would otherwise keep float32 copies.
+    trained, frozen = cast_all(trained, config.dtype), cast_all(frozen, config.dtype)
+
     def total(trained: dict, batch: Any):
-        value, metrics = loss(model, cast_all(join(trained, frozen), config.dtype), batch)
+        value, metrics = loss(model, join(trained, frozen), batch)
         return value, collections.OrderedDict(metrics)  # whose order compiled functions keep
 
     def found(batch: Any) -> Found:
@@ -141,7 +147,7 @@ def _found(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(lambda b: _scaled(found(b), _weight), first),
     )
-    sums, _ = jax.lax.scan(add, nothing, batch)
+    sums, _ = lax.scan(add, nothing, batch)
     return _scaled(sums, _share)
 
 

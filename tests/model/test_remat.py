@@ -56,11 +56,11 @@ def test_what_is_kept(params):
 
 def test_devices_that_share_matrices_share_what_is_kept(params, gradient):
     """Catches a layer's input that every device of `tensor` keeps whole; gradients are the same."""
-    with jax.set_mesh(MeshConfig.parse("data=2,tensor=2").make(jax.devices()[:4])):
+    with jax.set_mesh(MeshConfig.parse("sequence=2,tensor=2").make(jax.devices()[:4])):
         backward = jax.jit(lambda p: jax.vjp(lambda p: total(p, "full"), p)[1])(params)
         found = jax.tree.map(np.asarray, jax.jit(backward)(jnp.float32(1))[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, gradient)
     inputs = [x for x in jax.tree.leaves(backward) if x.shape == (*TOKENS.shape, 16)]
     shares = [x.sharding.shard_shape(x.shape) for x in inputs]
     assert len(shares) >= 2
-    assert {tokens for _, tokens, _ in shares} == {TOKENS.shape[1] // 2}
+    assert {tokens for _, tokens, _ in shares} == {TOKENS.shape[1] // 4}

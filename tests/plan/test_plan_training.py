@@ -96,7 +96,7 @@ def test_remat_decides_what_is_kept_and_tensor_shares_it():
 
     assert kept("data=1", "full") == 2 * 8192 * 5120 * 2
     assert kept("tensor=8", "full") == kept("data=1", "full") / 8
-    assert kept("sequence=2,tensor=4", "full") == kept("data=1", "full") / 2
+    assert kept("sequence=2,tensor=4", "full") == kept("data=1", "full") / 8
     assert kept("data=1", "full") < kept("data=1", "attention") < kept("data=1", "dots")
 
 
