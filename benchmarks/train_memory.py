@@ -39,7 +39,7 @@ CASES = [
     case("lora", 2, "h100x8", "sequence=8", 1, 262144),
     case("lora", 4, "h100x8", "fsdp=2,tensor=4", 2, 65536),
     case("lora", 2, "h100x8", "tensor=8", 1, 262144),
-    case("lora", 2, "h100x64", "sequence=8,tensor=8", 1, 1048576),
+    case("lora", 2, "h100x8x8", "sequence=8,tensor=8", 1, 1048576),
     case("lora", 4, "v5p-16", "fsdp=8", 8, 8192),
     case("train", 4, "h100x8", "fsdp=8", 8, 8192),
     case("train", 2, "h100x8", "fsdp=8", 8, 8192, accumulate=2),
@@ -99,11 +99,8 @@ def _changed(config: Any, changes: dict) -> Any:
 
 
 def target_of(case: dict) -> Target:
-    """The hardware of a case; `h100x64` is eight hosts of eight."""
-    name = case["target"]
-    if name == "h100x64":
-        return dataclasses.replace(parse_target("h100x8"), name=name, devices=64)
-    return parse_target(name)
+    """The hardware of a case."""
+    return parse_target(case["target"])
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def training_temporaries(work: Work, mesh: MeshConfig, target: Target | None = N
     phases = [_loss(work, mesh, share), _gathering(work, mesh, share, tpu)]
     phases += [_layer(work, mesh, share, kind, swiglu) for kind in dict.fromkeys(work.config.layers)]
     update = _update(work, mesh) - gradients - activations
-    return Temporaries(gradients, activations, max(*phases, update) + _exchanged(work, share))
+    throughout = _exchanged(work, share) + _whole_embedding(work, mesh)
+    return Temporaries(gradients, activations, max(*phases, update) + throughout)
 
 
 def _gathering(work: Work, mesh: MeshConfig, share: DeviceShare, tpu: bool) -> int:
@@ -98,12 +99,22 @@ def _gradients(work: Work, state: State, mesh: MeshConfig) -> int:
     """Bytes of gradients, which are kept in bfloat16 and widened where they are used.
 
     Parameters in float32 have copies in bfloat16, each of which is needed until its gradient is
-    there, so that the two count once. Sums over batches are float32. Statistics from the host's
-    memory are all there while the parameters are updated.
+    there, so that the two count once; but both are there where further batches follow, beside
+    the float32 sums over batches. Statistics from the host's memory are all there while the
+    parameters are updated.
     """
-    elements = numbers(state.trained, mesh)
-    sums = 0 if work.training.accumulate == 1 else FP32 * elements
-    return BF16 * elements + sums + nbytes(state.offloaded, mesh)
+    run, elements = work.training, numbers(state.trained, mesh)
+    size = BF16
+    if run.accumulate > 1:
+        size += FP32 + (BF16 if run.params_dtype == "float32" else 0)
+    return size * elements + nbytes(state.offloaded, mesh)
+
+
+def _whole_embedding(work: Work, mesh: MeshConfig) -> int:
+    """Bytes of the embedding that `fsdp` gathers once for all batches of a step."""
+    if work.training.accumulate == 1 or mesh.fsdp == 1:
+        return 0
+    return work.config.vocab_size * work.config.hidden_size // mesh.tensor * BF16
 
 
 def _kept(work: Work, mesh: MeshConfig, share: DeviceShare, layer: int) -> int:

@@ -7,7 +7,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.params import num_params
 from jaxmoe.plan import search
-from jaxmoe.plan.launches import launch_seconds
+from jaxmoe.plan.links import crossing
 from jaxmoe.plan.memory import largest_context
 from jaxmoe.plan.scheduled import schedule_factor
 from jaxmoe.plan.search import Candidate
@@ -57,16 +57,6 @@ class Plan:
         if not self.compiled:
             return None
         return 100 * (self.chosen.memory.peak / self.compiled.peak - 1)
-
-    @property
-    def launches(self) -> float:
-        """Estimated seconds of a step between operations, as of `launch_seconds`."""
-        return launch_seconds(self.work, self.chosen.mesh, self.target)
-
-    @property
-    def estimate(self) -> float:
-        """Estimated seconds of a step: the bound plus the launches, which overlap with nothing."""
-        return self.chosen.bounds.seconds + self.launches
 
     @property
     def scheduled(self) -> float | None:
@@ -185,10 +175,18 @@ def notes(plan: Plan) -> list[str]:
             f"{plan.work.tiles} tile(s) of images take {image_tokens(plan.work)} tokens of the "
             "context, besides their separators."
         )
-    if plan.launches:
+    if target.hosts > 1:
+        axes = crossing(plan.chosen.mesh, target.devices_a_host)
+        lines.append(
+            f"Hosts have {target.devices_a_host} devices each, one after the other along the mesh: "
+            f"{' and '.join(axes)} cross(es) hosts, at {target.between / 1e9:.3g} GB/s a device."
+        )
+    if plan.chosen.launches:
+        between = f", {1e6 * target.latency_between:.0f} us more for each doubling of its hosts"
         lines.append(
             f"A launch is assumed to take {1e6 * target.launch:.1f} us, a small sum over devices "
-            f"{1e6 * target.latency:.0f} us; how many there are is the compiler's count."
+            f"{1e6 * target.latency:.0f} us{between if target.hosts > 1 else ''}; how many there "
+            "are is the compiler's count."
         )
     if plan.scheduled:
         lines.append(
@@ -206,6 +204,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values, in bytes and seconds; memory and demand are those of one device."""
     work, chosen, target = plan.work, plan.chosen, plan.target
     bounds, demand = chosen.bounds, chosen.demand
+    inside, between = demand.sent(target.devices_a_host)
     return {
         "model": plan.model,
         "parameters": num_params(work.config),
@@ -230,14 +229,19 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "peak": plan.compiled.peak,
             "formula_difference_percent": plan.difference_percent,
         },
-        "demand": dataclasses.asdict(demand),
+        "demand": {
+            **{name: getattr(demand, name) for name in ("weights", "cache", "flops")},
+            "sent": inside + between,
+            "sent_between_hosts": between,
+            "collectives": [dataclasses.asdict(x) for x in demand.collectives],
+        },
         "seconds": {
             **dataclasses.asdict(bounds),
             "binds": bounds.binds,
             "step": bounds.seconds,
             "token": bounds.seconds / plan.tokens,
-            "launches": plan.launches,
-            "estimate": plan.estimate,
+            "launches": chosen.launches,
+            "estimate": chosen.estimate,
             "scheduled": plan.scheduled,
         },
         "notes": notes(plan),

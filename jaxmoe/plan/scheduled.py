@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.mesh import MeshConfig
-from jaxmoe.plan.launches import is_fused
+from jaxmoe.plan.fused import is_fused
 from jaxmoe.plan.targets import Target
 from jaxmoe.plan.work import Work
 

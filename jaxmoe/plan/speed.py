@@ -10,10 +10,12 @@ import math
 import numpy as np
 
 from jaxmoe.mesh import MeshConfig
+from jaxmoe.plan.collectives import collectives
+from jaxmoe.plan.links import Collective
 from jaxmoe.plan.share import DeviceShare, device_share
 from jaxmoe.plan.targets import Target
 from jaxmoe.plan.training import numbers, state_of
-from jaxmoe.plan.vision import tower_flops, tower_reads, tower_sent
+from jaxmoe.plan.vision import tower_flops, tower_reads
 from jaxmoe.plan.work import Work, cache_bytes, stored_params
 
 ACTIVATION = 2  # bytes of an element of activations, bfloat16
@@ -21,8 +23,6 @@ ACTIVATION = 2  # bytes of an element of activations, bfloat16
 # product for each of the forward pass, and another where the matrix is trained.
 PASSES = {"train": 4, "lora": 3}
 WEIGHT_READS = 3  # forward, recomputed and backward
-SUMMED_OVER = ("data", "sequence", "expert")  # axes of tokens; over `fsdp` gradients are scattered
-GRADIENT = 2  # bytes of an element of a gradient, which has the dtype of computation
 OPTIMIZER_BYTES = 32  # per parameter: read and write float32 weight, gradient and two moments
 
 
@@ -34,13 +34,20 @@ class Demand:
         weights: bytes of weights read from memory.
         cache: bytes of the KV cache read from memory.
         flops: floating-point operations.
-        sent: bytes sent to other devices.
+        collectives: what it exchanges with other devices.
+        mesh: all of them.
     """
 
     weights: float
     cache: float
     flops: float
-    sent: float
+    collectives: tuple[Collective, ...]
+    mesh: MeshConfig
+
+    def sent(self, devices_a_host: int | None = None) -> tuple[float, float]:
+        """Bytes sent to devices of the same host, and of others; None is one host of them all."""
+        sent = [x.sent(self.mesh, devices_a_host) for x in self.collectives]
+        return math.fsum(inside for inside, _ in sent), math.fsum(outside for _, outside in sent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +80,16 @@ def bounds(target: Target, demand: Demand) -> Bounds:
     return Bounds(
         (demand.weights + demand.cache) / target.bandwidth,
         demand.flops / target.flops,
-        demand.sent / target.interconnect,
+        math.fsum(x.seconds(demand.mesh, target) for x in demand.collectives),
     )
 
 
-def demand(work: Work, mesh: MeshConfig) -> Demand:
-    """What the busiest device of the mesh must move and compute in one step."""
+def demand(work: Work, mesh: MeshConfig, target: Target | None = None) -> Demand:
+    """What the busiest device of the mesh must move and compute in one step.
+
+    Args:
+        target: as of `jaxmoe.plan.collectives.collectives`.
+    """
     share = device_share(work, mesh)
     weights = _weights_read(work, mesh, share) * (WEIGHT_READS if work.trains else 1)
     if work.trains:
@@ -89,7 +100,8 @@ def demand(work: Work, mesh: MeshConfig) -> Demand:
         weights=weights,
         cache=0.0 if work.trains else float(cache_bytes(work, mesh)),
         flops=flops * PASSES.get(work.task, 1),
-        sent=_sent(work, mesh, share),
+        collectives=collectives(work, mesh, target),
+        mesh=mesh,
     )
 
 
@@ -145,73 +157,3 @@ def attention_flops(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
             pairs[mask] = seen.sum() * share.length / work.tokens
     by_layer = sum(pairs[spec.mask] for spec in work.config.attention_specs)
     return 4.0 * share.rows * share.heads * work.config.head_dim * by_layer
-
-
-def _sent(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
-    """Bytes that a device sends in a step, by ring collectives over n devices.
-
-    An all-reduce sends 2 (n - 1) / n of its array, all-gather and reduce-scatter half of that.
-    """
-    config = work.config
-    moe = sum(kind.feed_forward == "moe" for kind in config.layers)
-    wide = 4 if work.format is None else ACTIVATION  # kernels round before the sum, XLA after it
-    # All-reduces over `tensor`: attention and feed-forward, then experts and the embedding.
-    nbytes = 2 * len(config.layers) * wide + (moe + 1) * ACTIVATION
-    sent = 2 * _part(mesh.tensor) * share.tokens * config.hidden_size * nbytes
-    sent += moe * _sent_to_experts(work, mesh, share)
-    sent += _sent_along_sequence(work, mesh, share) + tower_sent(work, mesh)
-    sent *= 3 if work.trains else 1  # forward, recomputed forward, and backward
-    return sent + _sent_weights(work, mesh)
-
-
-def _part(devices: int) -> float:
-    return (devices - 1) / devices
-
-
-def _sent_to_experts(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
-    """Bytes that one MoE layer sends over the `expert` axis.
-
-    They are those of an all-reduce, of an all-gather and a reduce-scatter, or of two all-to-alls.
-    """
-    copies = work.config.num_experts_per_tok if share.exchange == "all_to_all" else 1
-    tokens = share.tokens if share.exchange == "all_to_all" else share.group
-    return 2 * _part(mesh.expert) * tokens * copies * work.config.hidden_size * ACTIVATION
-
-
-def _sent_along_sequence(work: Work, mesh: MeshConfig, share: DeviceShare) -> float:
-    """Bytes that attention sends over the `sequence` axis in all layers.
-
-    New keys and values are gathered; in global layers queries are gathered too, and their float32
-    results merged. Local layers send nothing if every device holds whole chunks.
-    """
-    d, tokens = work.config.head_dim, share.rows * work.tokens
-    is_split = share.length < work.tokens
-    keys = 2 * share.kv_heads * ACTIVATION if is_split else 0
-    queries = (ACTIVATION + 4 if is_split else 2 * 4) * share.heads
-    if work.trains:
-        queries = 0  # each device has all keys of its queries
-    masks = [spec.mask for spec in work.config.attention_specs]
-    numbers = sum(mask.span is None for mask in masks) * (keys + queries)
-    numbers += keys * sum(
-        mask.span is not None and not (mask.block_diagonal and share.length % mask.span == 0)
-        for mask in masks
-    )
-    return _part(mesh.sequence) * tokens * d * numbers
-
-
-def _sent_weights(work: Work, mesh: MeshConfig) -> float:
-    """Bytes of weights gathered over fsdp at each use, and in training of gradients reduced."""
-    at_use = dataclasses.replace(mesh, fsdp=1)
-    stored = [x for x in stored_params(work.config, work.format) if not x.is_vision]
-    sent = float(sum(x.nbytes(at_use) - x.nbytes(mesh) for x in stored))
-    return 3 * sent + _sent_gradients(work, mesh) if work.trains else sent
-
-
-def _sent_gradients(work: Work, mesh: MeshConfig) -> float:
-    """Bytes of the all-reduces of gradients over the devices with other tokens."""
-    sizes, sent = dataclasses.asdict(mesh), 0.0
-    for x, count in state_of(work).trained.items():
-        divided = {axis for axes in x.axes for axis in axes}
-        others = math.prod(sizes[axis] for axis in SUMMED_OVER if axis not in divided)
-        sent += 2 * _part(others) * count * x.size(mesh) * GRADIENT
-    return sent

@@ -10,7 +10,9 @@ from jaxmoe.parsing import read_yaml
 
 RESERVE = 0.05  # the fraction of a device's memory that is kept; see `Target.reserve_reason`
 HOST = 8  # the most GPUs of one machine
+MOST_HOSTS = 64
 _COUNTS = [str(count) for count in range(1, HOST + 1)]
+_HOSTS = [str(hosts) for hosts in range(2, MOST_HOSTS + 1)]
 _Rate = Annotated[float, Range(1.0, 1e20)]
 _Seconds = Annotated[float, Range(0.0, 1.0)]
 
@@ -25,12 +27,15 @@ class Target:
         memory: bytes of memory.
         bandwidth: bytes per second from memory.
         flops: dense bfloat16 operations per second.
-        interconnect: bytes per second that it can send to other devices.
+        interconnect: bytes per second that it can send to other devices of its host.
         compiler: what to compile for: a GPU such as `h100`, or a TPU topology such as
             `v5p:2x2x2`; None if no compiler serves it.
         reserve: the fraction of the memory that a program cannot use.
         launch: seconds from the end of one operation of a CUDA graph to the start of the next.
-        latency: seconds that an all-reduce of a few bytes over the devices takes.
+        latency: seconds that an all-reduce of a few bytes over the devices of a host takes.
+        hosts: how many hosts the devices are on, as many on each; a TPU slice counts as one.
+        between_hosts: bytes per second that a device can send to other hosts.
+        latency_between: seconds that are added for each doubling of the hosts of an all-reduce.
     """
 
     name: str
@@ -43,6 +48,31 @@ class Target:
     reserve: Annotated[float, Range(0.0, 0.99)] = RESERVE
     launch: _Seconds = 0.0
     latency: _Seconds = 0.0
+    hosts: Annotated[int, Range(1, 2**16)] = 1
+    between_hosts: _Rate | None = None
+    latency_between: _Seconds = 0.0
+
+    def __post_init__(self):
+        if self.devices % self.hosts:
+            raise UserError(
+                f"target {self.name} has {self.devices} devices on {self.hosts} hosts; give each "
+                "host as many."
+            )
+        if self.hosts > 1 and self.between_hosts is None:
+            raise UserError(
+                f"target {self.name} has {self.hosts} hosts; add 'between_hosts', the bytes a "
+                "second that a device sends to other hosts."
+            )
+
+    @property
+    def devices_a_host(self) -> int:
+        """How many devices a host has."""
+        return self.devices // self.hosts
+
+    @property
+    def between(self) -> float:
+        """Bytes per second that a device can send over the slowest link."""
+        return self.interconnect if self.between_hosts is None else self.between_hosts
 
     @property
     def limit(self) -> int:
@@ -74,8 +104,12 @@ _GPUS: dict[str, dict[str, Any]] = {
     "h200": {"memory": 151397597184, "bandwidth": 4.8e12, "flops": 989e12, "interconnect": 450e9},
     "b200": {"memory": 192000000000, "bandwidth": 8.0e12, "flops": 2250e12, "interconnect": 900e9},
 }
-# Assumed from published figures of CUDA graphs and of NCCL over NVLink; not measured here.
+# Assumed from published figures of CUDA graphs, and of NCCL over NVLink and InfiniBand; not
+# measured here.
 _LAUNCHES = {"launch": 1.5e-6, "latency": 10e-6}
+_BETWEEN = {"latency_between": 10e-6}
+# Of NVIDIA's DGX systems: InfiniBand of 200 or 400 Gb/s a GPU.
+_NETWORKS = {"a100": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9}
 _TPUS: dict[str, dict[str, Any]] = {
     "v5p": {"memory": 95 * 2**30, "bandwidth": 2.765e12, "flops": 459e12, "interconnect": 600e9},
     "v6e": {"memory": 32 * 2**30, "bandwidth": 1.64e12, "flops": 918e12, "interconnect": 400e9},
@@ -92,6 +126,7 @@ _SLICES = {
 def known_names() -> list[str]:
     """The names of the targets that messages list and that a search considers."""
     gpus = [f"{gpu}x{count}" for gpu in _GPUS for count in (1, 2, 4, 8)]
+    gpus += [f"{gpu}x{HOST}x{hosts}" for gpu in _NETWORKS for hosts in (2, 4, 8)]
     return gpus + [f"{tpu}-{size}" for tpu, sizes in _SLICES.items() for size in sizes]
 
 
@@ -103,18 +138,22 @@ def parse_target(text: str) -> Target:
     """
     if text.endswith((".yaml", ".yml")):
         return read_fields(Target, read_yaml(text), f"target file {text}")
-    gpu, times, count = text.partition("x")
-    count = count if times else "1"
+    gpu, count, hosts = (*text.split("x", 2), "1", "1")[:3]
     if gpu in _GPUS and count in _COUNTS:
         figures: dict[str, Any] = {**_LAUNCHES, **_GPUS[gpu]}
-        return Target(name=text, devices=int(count), compiler=gpu, **figures)
+        if hosts in _HOSTS and gpu in _NETWORKS:
+            figures |= {**_BETWEEN, "hosts": int(hosts), "between_hosts": _NETWORKS[gpu]}
+        if hosts == "1" or "hosts" in figures:
+            devices = int(count) * int(hosts)
+            return Target(name=text, devices=devices, compiler=gpu, **figures)
     tpu, _, size = text.partition("-")
     if size.isdecimal() and int(size) in _SLICES.get(tpu, {}):
         shape = _SLICES[tpu][int(size)]
         return Target(name=text, devices=_chips(shape), compiler=f"{tpu}:{shape}", **_TPUS[tpu])
     raise UserError(
         f"target {text!r:.80} is unknown: there are {', '.join(known_names())}, "
-        f"GPUs in any number up to {HOST}, and YAML files that describe another."
+        f"GPUs in any number up to {HOST} on up to {MOST_HOSTS} hosts, and YAML files that "
+        "describe another."
     )
 
 
@@ -147,7 +186,7 @@ def absent_devices(target: Target) -> list:
         if target.is_tpu:
             return absent.absent_tpus(str(target.compiler))
         if target.compiler in absent.GPUS:
-            return absent.absent_gpus(target.compiler, target.devices)
+            return absent.absent_gpus(target.compiler, target.devices, target.hosts)
     except absent.CompilerError as error:
         raise UserError(str(error)) from error
     raise UserError(

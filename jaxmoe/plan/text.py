@@ -68,19 +68,23 @@ def speed_table(plan: Plan) -> Table:
     table = _table(f"a step of {plan.tokens:,} token(s)", "a device")
     table.add_column("ms at least", justify="right")
     demand, bounds = plan.chosen.demand, plan.chosen.bounds
+    inside, between = demand.sent(plan.target.devices_a_host)
+    sent = f"{(inside + between) / 2**20:.1f} MiB sent"
+    if plan.target.hosts > 1:
+        sent += f", {between / 2**20:.1f} to other hosts"
     rows = {
         "memory": (f"{(demand.weights + demand.cache) / GIB:.2f} GiB read", bounds.memory),
         "compute": (f"{demand.flops / 1e12:.2f} TFLOP", bounds.compute),
-        "communication": (f"{demand.sent / 2**20:.1f} MiB sent", bounds.communication),
+        "communication": (sent, bounds.communication),
     }
     for name, (amount, seconds) in rows.items():
         binds = " (binds)" if name == bounds.binds else ""
         table.add_row(name + binds, amount, f"{1e3 * seconds:.3g}")
     if plan.scheduled:
         table.add_row("memory, by the compiler's schedule", "", f"{1e3 * plan.scheduled:.3g}")
-    if plan.launches:
-        table.add_row("launches, beside any of them", "", f"{1e3 * plan.launches:.3g}")
-        table.add_row("estimate", "", f"{1e3 * plan.estimate:.3g}")
+    if plan.chosen.launches:
+        table.add_row("launches, beside any of them", "", f"{1e3 * plan.chosen.launches:.3g}")
+        table.add_row("estimate", "", f"{1e3 * plan.chosen.estimate:.3g}")
     rate = plan.tokens / bounds.seconds
     table.add_row("tokens/s at most", "", f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}")
     return table

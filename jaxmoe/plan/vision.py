@@ -12,6 +12,7 @@ from jaxmoe.config import Llama4Config, vision_of
 from jaxmoe.errors import UserError
 from jaxmoe.generation.features import TILES, batches
 from jaxmoe.mesh import MeshConfig, activation_axes
+from jaxmoe.plan.links import Collective
 from jaxmoe.plan.work import Work, abstract_mesh, stored_params
 
 BF16, FP32 = 2, 4
@@ -41,18 +42,19 @@ def tower_reads(work: Work, mesh: MeshConfig) -> float:
     return float(sum(reads))
 
 
-def tower_sent(work: Work, mesh: MeshConfig) -> float:
-    """Bytes that a device sends for the tiles of a step: gathered weights, or float32 sums."""
-    return float(sum(_batch_sent(work, mesh, tiles) for tiles in _batches(work)))
+def tower_collectives(work: Work, mesh: MeshConfig) -> list[Collective]:
+    """The collectives for the tiles of a step: gathered weights, and float32 sums of each layer."""
+    return [x for tiles in _batches(work) for x in _batch_collectives(work, mesh, tiles)]
 
 
-def _batch_sent(work: Work, mesh: MeshConfig, tiles: int) -> float:
-    at_use = sum(_parts(work, _at_use(mesh, tiles)).values())
-    sent = float(at_use - sum(_parts(work, mesh).values()))
-    if (n := _sharing(tiles, mesh)) > 1:
+def _batch_collectives(work: Work, mesh: MeshConfig, tiles: int) -> list[Collective]:
+    sharing, at_use = _sharing(tiles, mesh), _at_use(mesh, tiles)
+    gathered = ("fsdp",) if sharing == mesh.tensor else ("fsdp", "tensor")
+    found = [Collective("all-gather", gathered, sum(_parts(work, at_use).values()))]
+    if sharing > 1:
         sums = 2 * vision_of(work.config).num_hidden_layers
-        sent += sums * 2 * (n - 1) / n * _stream(work, mesh, tiles) * FP32
-    return sent
+        found.append(Collective("all-reduce", ("tensor",), _stream(work, mesh, tiles) * FP32, sums))
+    return found
 
 
 def tower_temporaries(work: Work, mesh: MeshConfig) -> int:

@@ -75,12 +75,13 @@ _LIBTPU = {
 _LOWERED_AS = {"gpu": "cuda"}  # a device's platform -> the platform name of JAX's lowering rules
 
 
-def absent_gpus(kind: str, count: int) -> list[jax.Device]:
-    """Compile-only devices for `count` GPUs of one host.
+def absent_gpus(kind: str, count: int, hosts: int = 1) -> list[jax.Device]:
+    """Compile-only devices for `count` GPUs.
 
     Args:
         kind: one of `GPUS`, such as "a100".
         count: how many.
+        hosts: on how many hosts, each with as many.
 
     Raises:
         CompilerError: if the CUDA plugin is not installed.
@@ -91,7 +92,7 @@ def absent_gpus(kind: str, count: int) -> list[jax.Device]:
         described["name"],
         "cuda",
         target_config=_GPU.substitute(described),
-        topology=f"1x{count}x1",
+        topology=f"1x{count}x1" if hosts == 1 else f"1x{hosts}x{count // hosts}",
     )
     return list(topology.devices)
 
