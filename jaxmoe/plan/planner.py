@@ -59,6 +59,11 @@ class Plan:
         return 100 * (self.chosen.memory.peak / self.compiled.peak - 1)
 
     @property
+    def estimate(self) -> float:
+        """Estimated seconds of a step: the bound plus the launches, which overlap with nothing."""
+        return self.chosen.estimate
+
+    @property
     def scheduled(self) -> float | None:
         """Seconds of a step on TPUs by the compiler's schedule, communication apart, or None."""
         factor = schedule_factor(self.work, self.chosen.mesh, self.target)
@@ -178,8 +183,9 @@ def notes(plan: Plan) -> list[str]:
     if target.hosts > 1:
         axes = crossing(plan.chosen.mesh, target.devices_a_host)
         lines.append(
-            f"Hosts have {target.devices_a_host} devices each, one after the other along the mesh: "
-            f"{' and '.join(axes)} cross(es) hosts, at {target.between / 1e9:.3g} GB/s a device."
+            f"Hosts have {target.devices_a_host} devices each, in the order of the mesh, so that "
+            f"links between hosts carry {' and '.join(axes)}: {target.between / 1e9:.3g} GB/s a "
+            "device."
         )
     if plan.chosen.launches:
         between = f", {1e6 * target.latency_between:.0f} us more for each doubling of its hosts"
@@ -241,7 +247,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "step": bounds.seconds,
             "token": bounds.seconds / plan.tokens,
             "launches": chosen.launches,
-            "estimate": chosen.estimate,
+            "estimate": plan.estimate,
             "scheduled": plan.scheduled,
         },
         "notes": notes(plan),

@@ -84,7 +84,7 @@ def speed_table(plan: Plan) -> Table:
         table.add_row("memory, by the compiler's schedule", "", f"{1e3 * plan.scheduled:.3g}")
     if plan.chosen.launches:
         table.add_row("launches, beside any of them", "", f"{1e3 * plan.chosen.launches:.3g}")
-        table.add_row("estimate", "", f"{1e3 * plan.chosen.estimate:.3g}")
+        table.add_row("estimate", "", f"{1e3 * plan.estimate:.3g}")
     rate = plan.tokens / bounds.seconds
     table.add_row("tokens/s at most", "", f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}")
     return table

@@ -69,9 +69,13 @@ def _state(work: Work) -> State:
     statistics = jax.tree.leaves(setup.abstract.optimizer)
     on_host = [x for x in statistics if x.sharding.memory_kind == "pinned_host"]
     on_device = [x for x in statistics if x.sharding.memory_kind != "pinned_host"]
-    trees = setup.frozen, setup.abstract.params, on_device, on_host
-    adapted = frozenset() if setup.plan is None else frozenset(setup.plan.ranks)
-    return State(*map(_group, trees), adapted)
+    return State(
+        frozen=_group(setup.frozen),
+        trained=_group(setup.abstract.params),
+        optimizer=_group(on_device),
+        offloaded=_group(on_host),
+        adapted=frozenset() if setup.plan is None else frozenset(setup.plan.ranks),
+    )
 
 
 def no_batch(number: int) -> Any:

@@ -123,7 +123,6 @@ def _found(
     config: TrainConfig, model: Llama4Config, loss: Loss, trained: dict, frozen: dict, batch: Any
 ) -> Found:
     """The gradient and metrics of a step's batches, as if they were one."""
-
     # Cast before the loop over batches, which would otherwise keep float32 copies.
     trained, frozen = cast_all(trained, config.dtype), cast_all(frozen, config.dtype)
 
