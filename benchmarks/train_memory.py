@@ -23,27 +23,45 @@ FIGURES = Path(__file__).parent / "train-memory.json"
 
 
 def case(task: str, layers: int, target: str, mesh: str, rows: int, context: int, **more) -> dict:
-    """A step of Scout's first layers; `more` are `weights`, and fields of the run."""
+    """A step of Scout's first layers; `more` are `weights`, and fields of the run's default."""
     named = {"task": task, "layers": layers, "target": target, "mesh": mesh}
     return {**named, "rows": rows, "context": context, **more}
 
 
+EVERYWHERE = {"targets": ["layers.*.attention.*", "*.shared.*", "*.experts.*"]}
 CASES = [
-    case("lora", 48, "h100x8", "expert=8", 8, 8192),
-    case("lora", 48, "h100x1", "data=1", 1, 8192, weights="int4"),
-    case("lora", 48, "h100x8", "tensor=8", 1, 425984),
+    case("lora", 48, "h100x8", "tensor=8", 1, 433152),
+    case("lora", 48, "h100x8x8", "sequence=8,tensor=8", 1, 3355648),
     case("lora", 4, "h100x1", "data=1", 1, 8192, weights="int4"),
     case("lora", 4, "h100x8", "expert=8", 8, 8192),
+    case("lora", 4, "h100x8", "expert=8", 8, 8192, accumulate=2),
+    case("lora", 4, "h100x8", "expert=8", 8, 8192, adapter=EVERYWHERE),
     case("lora", 4, "h100x8", "fsdp=8", 8, 8192),
+    case("lora", 4, "h100x8", "fsdp=8", 8, 8192, adapter=EVERYWHERE),
+    case("lora", 4, "h100x8", "fsdp=8", 8, 8192, remat="attention"),
+    case("lora", 4, "h100x8", "fsdp=8", 8, 8192, remat="dots"),
     case("lora", 2, "h100x8", "fsdp=8", 8, 32768),
     case("lora", 2, "h100x8", "sequence=8", 1, 262144),
+    case("lora", 4, "h100x8", "sequence=2,tensor=4", 1, 65536),
+    case("lora", 2, "h100x8", "fsdp=2,tensor=4", 2, 65536),
     case("lora", 4, "h100x8", "fsdp=2,tensor=4", 2, 65536),
     case("lora", 2, "h100x8", "tensor=8", 1, 262144),
-    case("lora", 2, "h100x8x8", "sequence=8,tensor=8", 1, 1048576),
+    case("lora", 4, "h100x8x8", "sequence=8,tensor=8", 1, 1048576),
     case("lora", 4, "v5p-16", "fsdp=8", 8, 8192),
     case("train", 4, "h100x8", "fsdp=8", 8, 8192),
-    case("train", 2, "h100x8", "fsdp=8", 8, 8192, accumulate=2),
+    case("train", 4, "h100x8", "fsdp=8", 8, 8192, accumulate=2),
+    case("train", 4, "h100x8", "fsdp=8", 8, 8192, optimizer={"name": "muon"}),
     case("train", 4, "h100x8", "expert=8", 8, 8192),
+    case(
+        "train",
+        4,
+        "h200x8",
+        "expert=8",
+        8,
+        8192,
+        params_dtype="bfloat16",
+        optimizer={"name": "adafactor"},
+    ),
 ]
 
 

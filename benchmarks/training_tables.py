@@ -35,7 +35,7 @@ def _train_memory_row(figures: dict) -> list[str]:
     """GB of a device by the compiler, and by how much the formula's sum is off."""
     case, compiled = figures["case"], figures["compiled"]
     known = ("task", "layers", "target", "mesh", "rows", "context", "weights")
-    options = [f"{name}: {value}" for name, value in case.items() if name not in known]
+    options = [_option(name, value) for name, value in case.items() if name not in known]
     task = {"lora": "LoRA", "train": "all parameters"}[case["task"]]
     task = f"QLoRA, {case['weights']}" if "weights" in case else task
     kept = compiled["weights"] + compiled["optimizer"]
@@ -48,3 +48,10 @@ def _train_memory_row(figures: dict) -> list[str]:
         *(f"{x / 1e9:.1f}" for x in (kept, compiled["temporaries"], compiled["peak"])),
         f"{percent:+.1f} %",
     ]
+
+
+def _option(name: str, value: object) -> str:
+    """A run's setting in a few words."""
+    if name == "adapter":
+        return "adapters of experts too"
+    return ", ".join(map(str, value.values())) if isinstance(value, dict) else f"{name}: {value}"
