@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         required=True,
-        help="such as h100x8, h200x1, v5p-16 or v6e-64, or a YAML file that describes one",
+        help="such as h100x8, h100x8x2 (two hosts), v5p-16 or v6e-64, or a YAML file of one",
     )
     parser.add_argument("--task", choices=TASKS, help="default: decode, or that of --run")
     parser.add_argument(

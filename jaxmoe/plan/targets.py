@@ -124,7 +124,7 @@ _SLICES = {
 
 
 def known_names() -> list[str]:
-    """The names of the targets that messages list and that a search considers."""
+    """The names of the targets that a search considers."""
     gpus = [f"{gpu}x{count}" for gpu in _GPUS for count in (1, 2, 4, 8)]
     gpus += [f"{gpu}x{HOST}x{hosts}" for gpu in _NETWORKS for hosts in (2, 4, 8)]
     return gpus + [f"{tpu}-{size}" for tpu, sizes in _SLICES.items() for size in sizes]
@@ -150,10 +150,10 @@ def parse_target(text: str) -> Target:
     if size.isdecimal() and int(size) in _SLICES.get(tpu, {}):
         shape = _SLICES[tpu][int(size)]
         return Target(name=text, devices=_chips(shape), compiler=f"{tpu}:{shape}", **_TPUS[tpu])
+    of_one_host = ", ".join(name for name in known_names() if name.count("x") < 2)
     raise UserError(
-        f"target {text!r:.80} is unknown: there are {', '.join(known_names())}, "
-        f"GPUs in any number up to {HOST} on up to {MOST_HOSTS} hosts, and YAML files that "
-        "describe another."
+        f"target {text!r:.80} is unknown: there are {of_one_host}, GPUs in any number up to "
+        f"{HOST} on up to {MOST_HOSTS} hosts as in h100x8x2, and YAML files that describe another."
     )
 
 
