@@ -31,9 +31,7 @@ HELD, HELD_OF_HEADS = 4, 4  # arrays [T, D] and [T, H d] that are held through a
 # Arrays [R, F] and [R, D] of the experts; what their matrices' gradients need is kept until then.
 OF_EXPERTS = {"train": (5, 2), "lora": (4, 0), "adapted": (9, 2)}
 GATHERED_WITH = 5, 3  # the same, while `fsdp` gathers the matrices of experts with adapters
-EXCHANGED = (
-    2  # arrays [items, D] that devices write into each other's memory, which has no other use
-)
+EXCHANGED = 2  # arrays [items, D] in the memory that an exchange writes to, and nothing else uses
 OF_SWIGLU = {"train": 6, "lora": 8}  # arrays [T, F]; beside adapters two of them are float32
 OF_SWIGLU_ON_TPUS = 6  # which fuse these with what reads them
 SUMMED = 8  # arrays [T, D] while gradients are summed over `tensor`, two of them float32
@@ -66,9 +64,7 @@ def training_temporaries(work: Work, mesh: MeshConfig, target: Target | None = N
     activations = sum(_kept(work, mesh, share, i) for i in range(len(kinds)))
     swiglu = OF_SWIGLU_ON_TPUS if tpu else OF_SWIGLU[work.task]
     phases = [_loss(work, mesh, share), _gathering(work, mesh, share, tpu)]
-    phases += [
-        _layer(work, mesh, share, kind, swiglu) for kind in dict.fromkeys(work.config.layers)
-    ]
+    phases += [_layer(work, mesh, share, kind, swiglu) for kind in dict.fromkeys(kinds)]
     update = _update(work, mesh) - gradients - activations
     throughout = _exchanged(work, share) + _whole_embedding(work, mesh)
     return Temporaries(gradients, activations, max(*phases, update) + throughout)
@@ -88,9 +84,11 @@ def _update(work: Work, mesh: MeshConfig) -> int:
     """
     if work.training.optimizer.name != "muon":
         return 0
-    config, trained = work.config, state_of(work).trained
-    vocabulary = config.vocab_size * config.hidden_size // (mesh.fsdp * mesh.tensor)
-    return 2 * FP32 * numbers(trained, mesh) + (FP32 + BF16) * vocabulary
+    held, config = 2 * FP32 * numbers(state_of(work).trained, mesh), work.config
+    if work.task == "train":
+        vocabulary = config.vocab_size * config.hidden_size // (mesh.fsdp * mesh.tensor)
+        held += (FP32 + BF16) * vocabulary  # beside its gradient one array more than a matrix has
+    return held
 
 
 def _exchanged(work: Work, share: DeviceShare) -> int:
