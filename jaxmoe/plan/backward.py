@@ -27,7 +27,8 @@ from jaxmoe.plan.training import State, nbytes, numbers, state_of
 from jaxmoe.plan.work import Work
 from jaxmoe.train.cross_entropy import chunk_size
 
-HELD, HELD_OF_HEADS = 4, 4  # arrays [T, D] and [T, H d] that are held through a layer's backward
+# Arrays [T, D], [T, H d] and [T, K d] that are held through a layer's backward pass.
+HELD, HELD_OF_HEADS, HELD_OF_KEYS = 4, 4, 3
 # Arrays [R, F] and [R, D] of the experts; what their matrices' gradients need is kept until then.
 OF_EXPERTS = {"train": (5, 2), "lora": (4, 0), "adapted": (9, 2)}
 GATHERED_WITH = 5, 3  # the same, while `fsdp` gathers the matrices of experts with adapters
@@ -158,9 +159,10 @@ def _layer(
     """
     stream, heads, between = _stream(work, share), _heads(work, share), _between(work, share)
     width = share.tokens * _width(work, mesh, kind) * BF16
-    held = HELD * between + HELD_OF_HEADS * heads
+    keys = share.rows * share.kv_heads * work.config.head_dim * BF16  # of a token in each row
+    held = HELD * between + HELD_OF_HEADS * heads + HELD_OF_KEYS * share.length * keys
     if share.length < work.tokens:  # keys and values of all tokens are gathered
-        held += 2 * share.rows * work.tokens * share.kv_heads * work.config.head_dim * BF16
+        held += 2 * work.tokens * keys
     rows = _rows(work, mesh, share) if kind.feed_forward == "moe" else 0
     of_embed = rows * work.config.hidden_size * BF16
     phases = [2 * of_embed + of_swiglu * width]
