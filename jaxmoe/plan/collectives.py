@@ -1,7 +1,8 @@
 """The collectives of a step: their kinds, the mesh axes they run over, and their bytes.
 
-A decode step's are those of the compiled program; tests/plan/test_plan_hosts.py compares the two.
-Those of other steps are the same sums, exchanges and gathers, of which XLA merges small ones.
+A decode step's are those of the compiled program, which tests/plan/test_plan_hosts.py compares with
+them, but for gathers over `fsdp`, of which XLA merges small ones. Those of prefill and training
+are the same sums, exchanges and gathers; no test compares their number.
 """
 
 import dataclasses
