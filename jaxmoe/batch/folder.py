@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from jaxmoe.batch.leases import LEASES
@@ -46,6 +46,10 @@ class Parts(NamedTuple):
     def failed(self, round_: int) -> set[int]:
         """The blocks that have failed rows before a round."""
         return {block for block, of in self.errors if of < round_}
+
+    def answered(self, round_: int) -> set[int]:
+        """The blocks that have a part of a round before one."""
+        return {block for block, of in self.answers if of < round_}
 
 
 def parts_of(names: Iterable[str]) -> Parts:
@@ -164,25 +168,18 @@ class JobFolder:
                 found.setdefault(ended.number, ended)
         return found
 
-    @contextlib.contextmanager
-    def journal(self, block: int, round_: int) -> Iterator["Journal"]:
+    def journal(self, block: int, round_: int) -> "Journal":
         """Opens this process's journal of a part to come."""
         name = f"{JOURNAL}{part_name(block, round_)}.{self._owner}"
-        file = self.storage.append(name)
-        try:
-            yield Journal(name, file)
-        finally:
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
+        return Journal(f"{self.storage}/{name}", self.storage.append(name))
 
 
 class Journal:
     """Keeps the rows of a part to come; on an object store, which cannot append, it keeps none."""
 
-    def __init__(self, name: str, file: BinaryIO | None):
-        """Writes to an open file."""
-        self._name, self._file = name, file
+    def __init__(self, path: str, file: BinaryIO | None):
+        """Writes to an open file; the path is for error messages."""
+        self._path, self._file = path, file
 
     def write(self, ended: Ended) -> None:
         """Adds a row; once this returns, killing the process does not lose it.
@@ -192,24 +189,33 @@ class Journal:
         """
         if self._file is None:
             return
-        with writable(self._name):
+        with writable(self._path):
             self._file.write(json.dumps(ended).encode() + b"\n")
             self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of a disk that is full, which `write` has said
+                self._file.close()
 
 
 def check_round(folder: JobFolder, parts: Parts, blocks: Iterable[int], retry: bool) -> int:
     """The round to run: the newest, or another one if failed rows are to run again.
 
+    A round of these that has not ended goes on.
+
     Raises:
-        UserError: if they are, while the rows of the newest round have not all ended.
+        UserError: if they are, while the job has not ended.
     """
     newest = folder.round()
     if not retry:
         return newest
     left = set(blocks) if not newest else parts.failed(newest)
-    if left - {block for block, of in parts.answers if of == newest}:
+    left -= {block for block, of in parts.answers if of == newest}
+    if left and not newest:
         raise UserError("--retry-errors comes after the job has ended; run it without first.")
-    if not parts.failed(newest + 1):
+    if left or not parts.failed(newest + 1):
         return newest
     folder.begin_round(newest + 1)
     return newest + 1

@@ -41,7 +41,9 @@ def alive(monkeypatch):
 
 def test_parts_are_in_the_order_of_the_rows(source, output):
     with fake.open_job(output, source) as job:
+        before = len(os.listdir("/dev/fd"))
         assert fake.answer(job, first=True) == 10
+        assert len(os.listdir("/dev/fd")) <= before + 1  # the input; journals are closed
         assert job.done
         assert job.summarize()["answered"] == 10
     assert ids(output) == IDS
@@ -172,6 +174,32 @@ def test_what_a_killed_program_left_is_removed(tmp_path, output, monkeypatch):
             job.summarize()
         assert ids(output, "errors") == ([] if retry else ["r12"])
         assert not list((output / "journal").iterdir()) and not list((output / "leases").iterdir())
+    assert sorted(ids(output)) == sorted(f"r{n}" for n in range(30))
+
+
+def test_a_retry_that_was_stopped_goes_on_by_the_same_command(source, output):
+    with source.open("a") as file:
+        file.write('{"id": "x", "tokens": [13]}\n{"id": "y", "tokens": [13]}\n' * 2)
+    with fake.open_job(output, source) as job:
+        fake.answer(job, failing=True)
+    with fake.open_job(output, source, retry=True) as job:
+        assert fake.answer(job, most=1) == 1
+        with fake.open_job(output, source, retry=True) as other:  # a second program takes part
+            assert not other.done
+    with fake.open_job(output, source, retry=True) as job:
+        fake.answer(job)
+        assert job.done and job.summarize()["answered"] == 12
+    assert sorted(ids(output)) == sorted([*IDS, "x", "y"])
+
+
+def test_a_retry_of_a_shard_leaves_the_others_theirs(tmp_path, output):
+    source = fake.write_rows(tmp_path / "in.jsonl", 30)
+    for retry in (False, True):
+        with fake.open_job(output, source, shard=(1, 2), retry=retry) as job:
+            fake.answer(job, failing=not retry)
+    with fake.open_job(output, source, shard=(0, 2)) as job:
+        fake.answer(job)
+        assert job.done
     assert sorted(ids(output)) == sorted(f"r{n}" for n in range(30))
 
 
