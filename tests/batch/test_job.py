@@ -232,6 +232,7 @@ def test_a_limit_ends_the_job_early(source, output):
     [
         (lambda path: fake.write_rows(path, 10, max_tokens=4), "in.jsonl has changed since"),
         (lambda path: path.write_text(path.read_text()[:-30]), "in.jsonl has changed since"),
+        (lambda path: fake.write_rows(path, 11), "in.jsonl has changed since"),
         (lambda path: fake.write_rows(path.with_name("more.jsonl"), 2), "now there are others"),
     ],
 )
