@@ -164,8 +164,9 @@ class JobFolder:
         found: dict[int, Ended] = {}
         for name in self.storage.names(f"{JOURNAL}{part_name(block, round_)}."):
             for line in (self.storage.read(name) or b"").split(b"\n")[:-1]:  # the last is torn
-                ended = Ended(*json.loads(line))
-                found.setdefault(ended.number, ended)
+                with contextlib.suppress(ValueError):  # a loss of power leaves zeros
+                    ended = Ended(*json.loads(line))
+                    found.setdefault(ended.number, ended)
         return found
 
     def journal(self, block: int, round_: int) -> "Journal":

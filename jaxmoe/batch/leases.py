@@ -94,11 +94,12 @@ class Leases:
         self._taken -= own
 
     def _is_held(self, name: str) -> bool:
-        if name not in self._owners:
-            content = self._storage.read(name)
-            if content is None:  # given back a moment ago
-                return False
-            self._owners[name] = content.decode(errors="replace")
+        if name in self._owners and self._lives(self._owners[name]):
+            return True
+        content = self._storage.read(name)  # again: what was given back may have another owner
+        if content is None:  # given back a moment ago
+            return False
+        self._owners[name] = content.decode(errors="replace")
         return self._lives(self._owners[name])
 
     def _lives(self, owner: str) -> bool:
@@ -134,12 +135,13 @@ def _is_of(name: str, work: str) -> bool:
 
 
 def _host() -> str:
-    """A name of this machine and its boot: process ids are those of another after the next one."""
+    """What tells where this process's id means something: the machine, its boot, its container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        ids = os.readlink("/proc/self/ns/pid")
     except OSError:
-        boot = ""
-    return f"{socket.gethostname()} {boot}"
+        boot = ids = ""
+    return f"{socket.gethostname()} {boot} {ids}"
 
 
 def _started(pid: int) -> str | None:

@@ -69,9 +69,10 @@ def test_a_torn_line_of_a_journal_is_answered_again(source, output):
     with fake.open_job(output, source) as job:
         fake.answer(job, most=6)
     (journal,) = (output / "journal").iterdir()
-    journal.write_bytes(journal.read_bytes()[:-5])
+    first, second, end = journal.read_bytes().split(b"\n")
+    journal.write_bytes(b"\0" * len(first) + b"\n" + second[:-5])  # as after a loss of power
     with fake.open_job(output, source) as job:
-        assert fake.answer(job) == 5
+        assert fake.answer(job) == 6
     assert ids(output) == IDS
 
 
@@ -118,6 +119,26 @@ def test_a_living_owner_keeps_its_block(source, output, alive):
             while time.monotonic() < ends:
                 assert not feed.more(False)
     assert ids(output) == IDS[len(requests) :]
+
+
+def test_a_block_that_was_given_back_has_another_owner(tmp_path):
+    folder = storage_of(tmp_path)
+    with Leases(folder) as watcher:
+        for _ in range(2):  # who had it last time is known, and gone
+            with Leases(folder) as owner:
+                assert owner.take("000000", [])
+                assert not watcher.take("000000", folder.names(leases.LEASES))
+
+
+def test_processes_of_another_container_are_not_looked_at(tmp_path, monkeypatch):
+    """They have ids of their own, on a host of the same name."""
+    folder = storage_of(tmp_path)
+    with Leases(folder) as other:
+        about = json.loads(folder.read(leases.WORKERS + other.owner) or b"")
+        ended = json.dumps(about | {"started": "0"}).encode()
+        assert leases._has_ended(ended)
+        monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]")
+        assert not leases._has_ended(ended)
 
 
 def test_a_dead_process_of_this_machine_loses_its_block_at_once(tmp_path):
