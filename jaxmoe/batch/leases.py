@@ -24,6 +24,7 @@ from jaxmoe.errors import UserError
 LEASES, WORKERS = "leases/", "workers/"
 EXPIRY = 60.0  # seconds without a sign of life after which an owner counts as dead
 BEATS = 6  # signs of life in that time
+MOMENT = 1 / 60  # of that time, in which an owner of many leases is looked at once
 
 
 class Leases:
@@ -48,6 +49,7 @@ class Leases:
         self.owner = f"{socket.gethostname():.40}-{uuid.uuid4().hex[:12]}"
         self._owners: dict[str, str] = {}  # of leases
         self._seen: dict[str, tuple[bytes, float]] = {}  # owner -> its last count, and since when
+        self._alive: dict[str, float] = {}  # owner -> until when it counts as alive
         self._taken: set[str] = set()
         self._ended = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True)
@@ -103,15 +105,18 @@ class Leases:
         return self._lives(self._owners[name])
 
     def _lives(self, owner: str) -> bool:
+        now = self._clock()
+        if now < self._alive.get(owner, now):
+            return True
         content = self._storage.read(WORKERS + owner)
         if content is None or _has_ended(content):
             return False
-        now = self._clock()
-        last, since = self._seen.setdefault(owner, (content, now))
+        last, since = self._seen.get(owner, (None, now))
         if content != last:
-            self._seen[owner] = content, now
-            return True
-        return now - since < self._expiry
+            since = now
+        self._seen[owner] = content, since
+        self._alive[owner] = min(now + MOMENT * self._expiry, since + self._expiry)
+        return now < self._alive[owner]
 
     def _show(self, count: int) -> None:
         pid = os.getpid()

@@ -69,7 +69,7 @@ def test_a_torn_line_of_a_journal_is_answered_again(source, output):
     with fake.open_job(output, source) as job:
         fake.answer(job, most=6)
     (journal,) = (output / "journal").iterdir()
-    first, second, end = journal.read_bytes().split(b"\n")
+    first, second = journal.read_bytes().splitlines()
     journal.write_bytes(b"\0" * len(first) + b"\n" + second[:-5])  # as after a loss of power
     with fake.open_job(output, source) as job:
         assert fake.answer(job) == 6
@@ -128,6 +128,20 @@ def test_a_block_that_was_given_back_has_another_owner(tmp_path):
             with Leases(folder) as owner:
                 assert owner.take("000000", [])
                 assert not watcher.take("000000", folder.names(leases.LEASES))
+
+
+def test_an_owner_of_many_leases_is_looked_at_once(tmp_path, alive):
+    folder, time_ = storage_of(tmp_path), [0.0]
+    with Leases(folder, 600.0) as owner, Leases(folder, 600.0, lambda: time_[0]) as other:
+        blocks = [f"{i:06}" for i in range(9)]
+        assert all(owner.take(block, []) for block in blocks)
+        read, asked = folder.read, []
+        folder.read = lambda name: asked.append(name) or read(name)
+        for time_[0] in (0.0, 599.0, 600.0):
+            held = time_[0] < 600
+            assert all(other._is_held(f"{leases.LEASES}{b}.0") == held for b in blocks)
+            assert not held or asked.count(leases.WORKERS + owner.owner) == 1
+            asked.clear()
 
 
 def test_processes_of_another_container_are_not_looked_at(tmp_path, monkeypatch):
