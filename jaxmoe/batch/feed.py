@@ -16,7 +16,11 @@ IDLE = 0.5  # seconds between looks at a job whose last blocks other programs ha
 
 
 class Feed:
-    """Gives the engine the requests of a job, and the job the lines of their answers."""
+    """Gives the engine the requests of a job, and the job the lines of their answers.
+
+    Attributes:
+        failed: the first row that failed, of those that this program ran; None if none did.
+    """
 
     def __init__(
         self,
@@ -26,6 +30,7 @@ class Feed:
         stop: Callable[[], bool] = lambda: False,
         noticed: Callable[[Envelope], None] = lambda envelope: None,
         ended: Callable[[int], object] = lambda rows: None,
+        ends_with_errors: bool = False,
     ):
         """Takes nothing yet.
 
@@ -35,8 +40,10 @@ class Feed:
             stop: whether to take no more.
             noticed: called with the envelope of each row.
             ended: called with how many rows have ended since the last call, of all programs.
+            ends_with_errors: whether a row that fails ends the rest early.
         """
         self._job, self._reader_of, self._stop = job, reader_of, stop
+        self._ends_with_errors = ends_with_errors
         self._noticed, self._report = noticed, ended
         self._works: dict[str, Answering] = {}  # by the id of a request
         self._reported = job.ended
@@ -44,7 +51,7 @@ class Feed:
 
     def more(self, waits: bool) -> Sequence[Request]:
         """The requests of the next block that has any, as `generate_from` asks for them."""
-        while not self._stop():
+        while not self.stops():
             work = self._job.take()
             if work is not None:
                 answering = Answering(work, self._reader_of, self._noticed, self._works)
@@ -59,6 +66,10 @@ class Feed:
                 time.sleep(IDLE)
             self._count()
         return ()
+
+    def stops(self) -> bool:
+        """Whether to end early."""
+        return self._stop() or (self._ends_with_errors and self.failed is not None)
 
     def _begin(self, answering: Answering) -> Sequence[Request]:
         self._works |= {str(request.id): answering for request in answering.requests}

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from jaxmoe.batch import leases, manifest, storage
+from jaxmoe.batch.formats import error_of
 from jaxmoe.batch.leases import Leases
 from jaxmoe.batch.sources import find_sources
 from jaxmoe.batch.storage import storage_of
@@ -188,6 +189,16 @@ def test_failed_rows_run_again_when_asked(tmp_path, output):
     assert sorted(ids(output)) == sorted(f"r{n}" for n in range(30))
     with fake.open_job(output, source) as job:
         assert job.done
+
+
+def test_a_row_that_fails_may_end_the_rest(source, output):
+    """Also one that is refused, so that none of its block runs."""
+    source.write_text('{"id": 1}\n' * 4 + source.read_text())
+    with fake.open_job(output, source) as job:
+        feed = fake.Feed(job, fake.reader_of, ends_with_errors=True)
+        assert not feed.more(True)
+        assert feed.stops() and not job.done
+        assert feed.failed is not None and "exactly one of" in error_of(feed.failed.line)
 
 
 def test_what_a_killed_program_left_is_removed(tmp_path, output, monkeypatch):
