@@ -90,6 +90,10 @@ class JobFolder:
         """The parts that there are."""
         return parts_of([*self.storage.names(ANSWERS), *self.storage.names(ERRORS)])
 
+    def is_published(self, block: int, round_: int) -> bool:
+        """Whether a part is there."""
+        return bool(self.storage.names(f"{ANSWERS}{part_name(block, round_)}."))
+
     def round(self) -> int:
         """The number of the newest round; 0 until failed rows were to run again."""
         return len(self.storage.names(ROUNDS))
@@ -115,11 +119,14 @@ class JobFolder:
         name, failed = part_name(block, round_), [row for row in ended if row.failed]
         lines = [row.line for row in ended if not row.failed]
         report = part_report(lines, [row.number for row in failed], begun, time.time())
-        self.storage.create(f"{REPORTS}{name}.json", json.dumps(report).encode())
-        if failed:
-            errors = encode_part([row.line for row in failed], "jsonl")
-            self.storage.create(f"{ERRORS}{name}.jsonl", errors)
-        self.storage.create(f"{ANSWERS}{name}.{self._form}", encode_part(lines, self._form))
+        if not self.is_published(block, round_):  # a dead owner may have left the first of these
+            self.storage.put(f"{REPORTS}{name}.json", json.dumps(report).encode())
+            if failed:
+                errors = encode_part([row.line for row in failed], "jsonl")
+                self.storage.put(f"{ERRORS}{name}.jsonl", errors)
+            else:
+                self.storage.delete(f"{ERRORS}{name}.jsonl")
+            self.storage.create(f"{ANSWERS}{name}.{self._form}", encode_part(lines, self._form))
         for earlier in self._earlier_errors(block, round_):
             self.storage.delete(earlier)
         for journal in self.storage.names(f"{JOURNAL}{name}."):

@@ -5,13 +5,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxmoe.batch.folder import (
-    ANSWERS,
-    Ended,
-    JobFolder,
-    Journal,
-    part_name,
-)
+from jaxmoe.batch.folder import Ended, JobFolder, Journal, part_name
 from jaxmoe.batch.leases import LEASES, Leases
 from jaxmoe.batch.manifest import Manifest, RowReader
 from jaxmoe.batch.sources import Source
@@ -114,7 +108,7 @@ class Worker:
             name = part_name(block, self._round)
             if block in self._journals or not self._leases.take(name, leased):
                 continue
-            if self._is_published(block):  # by a process that was just ahead
+            if self._folder.is_published(block, self._round):  # by a process that was just ahead
                 self._leases.end(name, leased)
                 continue
             return self._begin(block)
@@ -131,10 +125,6 @@ class Worker:
         left = [block for block in wanted if (block, self._round) not in parts.answers]
         self.ended, self.done = self.rows - sum(map(self._manifest.size, left)), not left
         return left
-
-    def _is_published(self, block: int) -> bool:
-        names = self._folder.storage.names(ANSWERS + part_name(block, self._round) + ".")
-        return bool(names)
 
     def _begin(self, block: int) -> Work:
         first = block * self._manifest.block + 1

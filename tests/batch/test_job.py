@@ -223,6 +223,21 @@ def test_what_a_killed_program_left_is_removed(tmp_path, output, monkeypatch):
     assert sorted(ids(output)) == sorted(f"r{n}" for n in range(30))
 
 
+def test_what_a_dead_owner_said_of_a_part_is_replaced(source, output):
+    """It saw no row fail and ended before the answers; the next one sees one, as it may."""
+    folder = storage_of(output)
+    folder.put("reports/000000.json", b'{"failed": []}')
+    folder.put("errors/000001.jsonl", b'{"id": "r5"}\n')
+    source.write_text(source.read_text().replace("[2]", "[13]"))
+    with fake.open_job(output, source) as job:
+        fake.answer(job, failing=True)
+        assert job.summarize()["failed"] == 1
+    assert ids(output, "errors") == ["r1"]
+    with fake.open_job(output, source, retry=True) as job:
+        assert fake.answer(job) == 1
+    assert sorted(ids(output)) == IDS
+
+
 def test_a_retry_that_was_stopped_goes_on_by_the_same_command(source, output):
     with source.open("a") as file:
         file.write('{"id": "x", "tokens": [13]}\n{"id": "y", "tokens": [13]}\n' * 2)
