@@ -13,6 +13,7 @@ from jaxmoe.generation.jobs import RequestReader
 from jaxmoe.generation.request import Request
 
 IDLE = 0.5  # seconds between looks at a job whose last blocks other programs have
+STEPS = 16  # the same while rows are in work; counted, so that a program's processes agree
 
 
 class Feed:
@@ -47,10 +48,14 @@ class Feed:
         self._noticed, self._report = noticed, ended
         self._works: dict[str, Answering] = {}  # by the id of a request
         self._reported = job.ended
+        self._rests = 0  # steps until the next look
         self.failed: Ended | None = None
 
     def more(self, waits: bool) -> Sequence[Request]:
         """The requests of the next block that has any, as `generate_from` asks for them."""
+        if not waits and self._rests:
+            self._rests -= 1
+            return ()
         while not self.stops():
             work = self._job.take()
             if work is not None:
@@ -61,6 +66,7 @@ class Feed:
                 if answering.requests:
                     return self._begin(answering)
             elif self._job.done or not waits:
+                self._rests = STEPS
                 break
             else:
                 time.sleep(IDLE)

@@ -156,6 +156,15 @@ def test_processes_of_another_container_are_not_looked_at(tmp_path, monkeypatch)
         assert not leases._has_ended(ended)
 
 
+def test_a_job_is_not_looked_at_in_each_step(source, output, monkeypatch):
+    """The processes of a program would wait for one another in each."""
+    with fake.open_job(output, source) as job:
+        feed, looks = fake.Feed(job, fake.reader_of), []
+        monkeypatch.setattr(job, "take", lambda: looks.append(0))
+        assert not any(feed.more(False) for _ in range(100))
+        assert 1 < len(looks) < 10
+
+
 def test_a_dead_process_of_this_machine_loses_its_block_at_once(tmp_path):
     folder = storage_of(tmp_path)
     script = (
