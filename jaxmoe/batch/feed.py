@@ -13,10 +13,15 @@ from jaxmoe.generation.jobs import RequestReader
 from jaxmoe.generation.request import Request
 
 IDLE = 0.5  # seconds between looks at a job whose last blocks other programs have
+STEPS = 16  # the same while rows are in work; counted, so that a program's processes agree
 
 
 class Feed:
-    """Gives the engine the requests of a job, and the job the lines of their answers."""
+    """Gives the engine the requests of a job, and the job the lines of their answers.
+
+    Attributes:
+        failed: the first row that failed, of those that this program ran; None if none did.
+    """
 
     def __init__(
         self,
@@ -26,6 +31,7 @@ class Feed:
         stop: Callable[[], bool] = lambda: False,
         noticed: Callable[[Envelope], None] = lambda envelope: None,
         ended: Callable[[int], object] = lambda rows: None,
+        ends_with_errors: bool = False,
     ):
         """Takes nothing yet.
 
@@ -35,16 +41,22 @@ class Feed:
             stop: whether to take no more.
             noticed: called with the envelope of each row.
             ended: called with how many rows have ended since the last call, of all programs.
+            ends_with_errors: whether a row that fails ends the rest early.
         """
         self._job, self._reader_of, self._stop = job, reader_of, stop
+        self._ends_with_errors = ends_with_errors
         self._noticed, self._report = noticed, ended
         self._works: dict[str, Answering] = {}  # by the id of a request
         self._reported = job.ended
+        self._rests = 0  # steps until the next look
         self.failed: Ended | None = None
 
     def more(self, waits: bool) -> Sequence[Request]:
         """The requests of the next block that has any, as `generate_from` asks for them."""
-        while not self._stop():
+        if not waits and self._rests:
+            self._rests -= 1
+            return ()
+        while not self.stops():
             work = self._job.take()
             if work is not None:
                 answering = Answering(work, self._reader_of, self._noticed, self._works)
@@ -54,11 +66,16 @@ class Feed:
                 if answering.requests:
                     return self._begin(answering)
             elif self._job.done or not waits:
+                self._rests = STEPS
                 break
             else:
                 time.sleep(IDLE)
             self._count()
         return ()
+
+    def stops(self) -> bool:
+        """Whether to end early."""
+        return self._stop() or (self._ends_with_errors and self.failed is not None)
 
     def _begin(self, answering: Answering) -> Sequence[Request]:
         self._works |= {str(request.id): answering for request in answering.requests}

@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from jaxmoe.batch.leases import LEASES
@@ -46,6 +46,10 @@ class Parts(NamedTuple):
     def failed(self, round_: int) -> set[int]:
         """The blocks that have failed rows before a round."""
         return {block for block, of in self.errors if of < round_}
+
+    def answered(self, round_: int) -> set[int]:
+        """The blocks that have a part of a round before one."""
+        return {block for block, of in self.answers if of < round_}
 
 
 def parts_of(names: Iterable[str]) -> Parts:
@@ -86,6 +90,10 @@ class JobFolder:
         """The parts that there are."""
         return parts_of([*self.storage.names(ANSWERS), *self.storage.names(ERRORS)])
 
+    def is_published(self, block: int, round_: int) -> bool:
+        """Whether a part is there."""
+        return bool(self.storage.names(f"{ANSWERS}{part_name(block, round_)}."))
+
     def round(self) -> int:
         """The number of the newest round; 0 until failed rows were to run again."""
         return len(self.storage.names(ROUNDS))
@@ -111,11 +119,14 @@ class JobFolder:
         name, failed = part_name(block, round_), [row for row in ended if row.failed]
         lines = [row.line for row in ended if not row.failed]
         report = part_report(lines, [row.number for row in failed], begun, time.time())
-        self.storage.create(f"{REPORTS}{name}.json", json.dumps(report).encode())
-        if failed:
-            errors = encode_part([row.line for row in failed], "jsonl")
-            self.storage.create(f"{ERRORS}{name}.jsonl", errors)
-        self.storage.create(f"{ANSWERS}{name}.{self._form}", encode_part(lines, self._form))
+        if not self.is_published(block, round_):  # a dead owner may have left the first of these
+            self.storage.put(f"{REPORTS}{name}.json", json.dumps(report).encode())
+            if failed:
+                errors = encode_part([row.line for row in failed], "jsonl")
+                self.storage.put(f"{ERRORS}{name}.jsonl", errors)
+            else:
+                self.storage.delete(f"{ERRORS}{name}.jsonl")
+            self.storage.create(f"{ANSWERS}{name}.{self._form}", encode_part(lines, self._form))
         for earlier in self._earlier_errors(block, round_):
             self.storage.delete(earlier)
         for journal in self.storage.names(f"{JOURNAL}{name}."):
@@ -160,29 +171,23 @@ class JobFolder:
         found: dict[int, Ended] = {}
         for name in self.storage.names(f"{JOURNAL}{part_name(block, round_)}."):
             for line in (self.storage.read(name) or b"").split(b"\n")[:-1]:  # the last is torn
-                ended = Ended(*json.loads(line))
-                found.setdefault(ended.number, ended)
+                with contextlib.suppress(ValueError):  # a loss of power leaves zeros
+                    ended = Ended(*json.loads(line))
+                    found.setdefault(ended.number, ended)
         return found
 
-    @contextlib.contextmanager
-    def journal(self, block: int, round_: int) -> Iterator["Journal"]:
+    def journal(self, block: int, round_: int) -> "Journal":
         """Opens this process's journal of a part to come."""
         name = f"{JOURNAL}{part_name(block, round_)}.{self._owner}"
-        file = self.storage.append(name)
-        try:
-            yield Journal(name, file)
-        finally:
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
+        return Journal(f"{self.storage}/{name}", self.storage.append(name))
 
 
 class Journal:
     """Keeps the rows of a part to come; on an object store, which cannot append, it keeps none."""
 
-    def __init__(self, name: str, file: BinaryIO | None):
-        """Writes to an open file."""
-        self._name, self._file = name, file
+    def __init__(self, path: str, file: BinaryIO | None):
+        """Writes to an open file; the path is for error messages."""
+        self._path, self._file = path, file
 
     def write(self, ended: Ended) -> None:
         """Adds a row; once this returns, killing the process does not lose it.
@@ -192,24 +197,33 @@ class Journal:
         """
         if self._file is None:
             return
-        with writable(self._name):
+        with writable(self._path):
             self._file.write(json.dumps(ended).encode() + b"\n")
             self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # of a disk that is full, which `write` has said
+                self._file.close()
 
 
 def check_round(folder: JobFolder, parts: Parts, blocks: Iterable[int], retry: bool) -> int:
     """The round to run: the newest, or another one if failed rows are to run again.
 
+    A round of these that has not ended goes on.
+
     Raises:
-        UserError: if they are, while the rows of the newest round have not all ended.
+        UserError: if they are, while the job has not ended.
     """
     newest = folder.round()
     if not retry:
         return newest
     left = set(blocks) if not newest else parts.failed(newest)
-    if left - {block for block, of in parts.answers if of == newest}:
+    left -= {block for block, of in parts.answers if of == newest}
+    if left and not newest:
         raise UserError("--retry-errors comes after the job has ended; run it without first.")
-    if not parts.failed(newest + 1):
+    if left or not parts.failed(newest + 1):
         return newest
     folder.begin_round(newest + 1)
     return newest + 1

@@ -23,6 +23,7 @@ __all__ = [
     "UnknownColumns",
     "encode_part",
     "error_line",
+    "error_of",
     "is_failed",
     "output_line",
     "request_of",
@@ -91,6 +92,12 @@ def is_failed(line: dict[str, Json]) -> bool:
         return True
     response = line.get("response") if "custom_id" in line else None
     return isinstance(response, dict) and response["status_code"] != 200
+
+
+def error_of(line: dict[str, Json]) -> str:
+    """Why a row failed, by its line of output of which `is_failed` is true."""
+    error = line["error"] or line["response"]["body"]["error"]
+    return error if isinstance(error, str) else error["message"]
 
 
 class UnknownColumns:

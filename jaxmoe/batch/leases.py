@@ -24,6 +24,7 @@ from jaxmoe.errors import UserError
 LEASES, WORKERS = "leases/", "workers/"
 EXPIRY = 60.0  # seconds without a sign of life after which an owner counts as dead
 BEATS = 6  # signs of life in that time
+MOMENT = 1 / 60  # of that time, in which an owner of many leases is looked at once
 
 
 class Leases:
@@ -48,6 +49,7 @@ class Leases:
         self.owner = f"{socket.gethostname():.40}-{uuid.uuid4().hex[:12]}"
         self._owners: dict[str, str] = {}  # of leases
         self._seen: dict[str, tuple[bytes, float]] = {}  # owner -> its last count, and since when
+        self._alive: dict[str, float] = {}  # owner -> until when it counts as alive
         self._taken: set[str] = set()
         self._ended = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True)
@@ -94,23 +96,27 @@ class Leases:
         self._taken -= own
 
     def _is_held(self, name: str) -> bool:
-        if name not in self._owners:
-            content = self._storage.read(name)
-            if content is None:  # given back a moment ago
-                return False
-            self._owners[name] = content.decode(errors="replace")
+        if name in self._owners and self._lives(self._owners[name]):
+            return True
+        content = self._storage.read(name)  # again: what was given back may have another owner
+        if content is None:  # given back a moment ago
+            return False
+        self._owners[name] = content.decode(errors="replace")
         return self._lives(self._owners[name])
 
     def _lives(self, owner: str) -> bool:
+        now = self._clock()
+        if now < self._alive.get(owner, now):
+            return True
         content = self._storage.read(WORKERS + owner)
         if content is None or _has_ended(content):
             return False
-        now = self._clock()
-        last, since = self._seen.setdefault(owner, (content, now))
+        last, since = self._seen.get(owner, (None, now))
         if content != last:
-            self._seen[owner] = content, now
-            return True
-        return now - since < self._expiry
+            since = now
+        self._seen[owner] = content, since
+        self._alive[owner] = min(now + MOMENT * self._expiry, since + self._expiry)
+        return now < self._alive[owner]
 
     def _show(self, count: int) -> None:
         pid = os.getpid()
@@ -134,12 +140,13 @@ def _is_of(name: str, work: str) -> bool:
 
 
 def _host() -> str:
-    """A name of this machine and its boot: process ids are those of another after the next one."""
+    """What tells where this process's id means something: the machine, its boot, its container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        ids = os.readlink("/proc/self/ns/pid")
     except OSError:
-        boot = ""
-    return f"{socket.gethostname()} {boot}"
+        boot = ids = ""
+    return f"{socket.gethostname()} {boot} {ids}"
 
 
 def _started(pid: int) -> str | None:

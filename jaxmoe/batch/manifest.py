@@ -5,6 +5,7 @@ The manifest is made once, by whoever starts the job first, and later runs are h
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ class Input:
     Attributes:
         rows: how many it has that belong to the job.
         sha256: of these rows.
+        whole: whether it has no others.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Input:
     stamp: str
     rows: int
     sha256: str
+    whole: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +150,8 @@ class _Survey:
             self._read(self._bytes)
             if self.count == limit:
                 break
-        kept = self.count - before
-        return Input(source.path, source.size, source.stamp, kept, digest.hexdigest())
+        kept, whole = self.count - before, limit is None or self.count < limit
+        return Input(source.path, source.size, source.stamp, kept, digest.hexdigest(), whole)
 
     def repeated(self) -> tuple[int, ...]:
         ids = np.frombuffer(self._ids, np.uint64)
@@ -185,16 +188,17 @@ def check_inputs(manifest: Manifest, sources: Sequence[Source], where: str) -> N
         )
     for known, source in zip(manifest.inputs, sources, strict=True):
         same = (source.size, source.stamp) == (known.size, known.stamp)
-        if not same and _digest(source, known.rows) != known.sha256:
+        if not same and _digest(source, None if known.whole else known.rows) != known.sha256:
             raise UserError(
                 f"{source.path} has changed since the job in {where} began; restore it, or choose "
                 "another output."
             )
 
 
-def _digest(source: Source, count: int) -> str:
+def _digest(source: Source, count: int | None) -> str:
+    """The digest of the first so many rows of a file, or of all."""
     digest = hashlib.sha256()
-    for _, row in zip(range(count), rows(source), strict=False):
+    for row in itertools.islice(rows(source), count):
         _update(digest, row)
     return digest.hexdigest()
 

@@ -1,18 +1,11 @@
 """Gives this process blocks of a job to work on, and keeps what comes of them."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxmoe.batch.folder import (
-    ANSWERS,
-    Ended,
-    JobFolder,
-    Journal,
-    part_name,
-)
+from jaxmoe.batch.folder import Ended, JobFolder, Journal, part_name
 from jaxmoe.batch.leases import LEASES, Leases
 from jaxmoe.batch.manifest import Manifest, RowReader
 from jaxmoe.batch.sources import Source
@@ -93,15 +86,16 @@ class Worker:
         self.blocks = list(blocks)
         self.rows = sum(map(manifest.size, self.blocks))
         self.ended, self.done = 0, False
+        self._unanswered: set[int] = set()  # blocks that have no part of an earlier round
         self._journals: dict[int, Journal] = {}
         self._begun: dict[int, float] = {}
-        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._open.close()
+        for journal in self._journals.values():
+            journal.close()
 
     def take(self) -> Work | None:
         """The next block; None if there is none that is free now.
@@ -114,7 +108,7 @@ class Worker:
             name = part_name(block, self._round)
             if block in self._journals or not self._leases.take(name, leased):
                 continue
-            if self._is_published(block):  # by a process that was just ahead
+            if self._folder.is_published(block, self._round):  # by a process that was just ahead
                 self._leases.end(name, leased)
                 continue
             return self._begin(block)
@@ -124,15 +118,13 @@ class Worker:
         """The blocks without a part of this round; counts the rows of the others."""
         parts = self._folder.parts()
         wanted = self.blocks
+        self._unanswered = set(wanted) - parts.answered(self._round)
         if self._round:
-            wanted = [block for block in wanted if block in parts.failed(self._round)]
+            again = self._unanswered | parts.failed(self._round)
+            wanted = [block for block in wanted if block in again]
         left = [block for block in wanted if (block, self._round) not in parts.answers]
         self.ended, self.done = self.rows - sum(map(self._manifest.size, left)), not left
         return left
-
-    def _is_published(self, block: int) -> bool:
-        names = self._folder.storage.names(ANSWERS + part_name(block, self._round) + ".")
-        return bool(names)
 
     def _begin(self, block: int) -> Work:
         first = block * self._manifest.block + 1
@@ -143,12 +135,11 @@ class Worker:
             )
             for number, (file, row) in enumerate(read, start=first)
         ]
-        if self._round:
+        if block not in self._unanswered:
             failed = self._folder.failed_rows(block, self._round)
             rows = [row for row in rows if row.number in failed]
         self._begun[block] = time.time()
-        journal = self._folder.journal(block, self._round)
-        self._journals[block] = self._open.enter_context(journal)
+        self._journals[block] = self._folder.journal(block, self._round)
         kept = self._folder.journaled(block, self._round)
         return Work(
             block, self._round, rows, [kept[row.number] for row in rows if row.number in kept]
@@ -164,7 +155,7 @@ class Worker:
         if self._leases.has(work.name, leased):
             self._folder.publish(work.block, work.round, ended, self._begun[work.block])
             self._leases.end(work.name, leased)
-        del self._journals[work.block]
+        self._journals.pop(work.block).close()
 
 
 def blocks_of(manifest: Manifest, shard: tuple[int, int]) -> list[int]:

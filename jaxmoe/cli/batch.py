@@ -18,7 +18,7 @@ import jax
 
 from jaxmoe.batch.envelope import Envelope
 from jaxmoe.batch.feed import Feed
-from jaxmoe.batch.formats import UnknownColumns
+from jaxmoe.batch.formats import UnknownColumns, error_of
 from jaxmoe.batch.job import Job, JobOptions
 from jaxmoe.batch.leases import EXPIRY
 from jaxmoe.cli import answer_flags, devices, engines, image_flags
@@ -162,13 +162,14 @@ def _answer(args, mesh, setting: Setting, job: Job, stop) -> None:
             stop=stop,
             noticed=functools.partial(_warn, columns),
             ended=advance,
+            ends_with_errors=args.on_error == "stop",
         )
         stream = generate_from(
             config,
             params,
             feed.more,
             rows=args.rows,
-            stop=stop,
+            stop=feed.stops,
             stop_ids=setting.stop_ids,
             kv=args.kv,
             step_tokens=args.step_tokens,
@@ -177,8 +178,11 @@ def _answer(args, mesh, setting: Setting, job: Job, stop) -> None:
         )
         for record in _records(stream, setting):
             feed.take_in(record)
-            if feed.failed is not None and args.on_error == "stop":
-                raise UserError(f"row {feed.failed.number} failed: {feed.failed.line}")
+    if feed.failed is not None and args.on_error == "stop":
+        why = error_of(feed.failed.line).rstrip(".")
+        raise UserError(
+            f"row {feed.failed.number} failed ({why}); correct it, or leave --on-error stop out."
+        )
     if not job.done:
         raise Stopped(f"{job.ended} of {job.rows} rows are in whole parts; run again to go on.")
 

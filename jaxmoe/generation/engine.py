@@ -346,6 +346,8 @@ class Engine:
             if completion.finish_reason is not None:
                 self._scheduler.release(row)
                 del self._completions[row]
+                if self._references is not None:
+                    self._references.release(completion.request.pictures)
             yield CompletionToken(completion, int(chosen.token[i]), text)
 
     def _completion_of(self, row: Row) -> Completion:

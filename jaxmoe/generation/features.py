@@ -30,6 +30,7 @@ from jaxmoe.model.steps import Place, without_features
 
 TILES = 128  # of a table; of Scout they take 188 MB in bfloat16
 BATCHES = (16, 4, 1)  # tiles that are computed at once: few sizes, since each is compiled
+LARGEST = 2**31 - 1  # of a token or reference
 DECODED = 32  # pictures whose pixels are kept: a step has new tiles of so many, at most
 
 Encode = Callable[[Llama4Config, dict, jax.Array], jax.Array]
@@ -172,8 +173,10 @@ class References:
                 that is an error.
         """
         self._config, self._table, self._keeps_lost = config, table, keeps_lost
-        self._tiles: list[tuple[Picture, int]] = []
+        self._tiles: dict[int, tuple[Picture, int]] = {}
         self._first: dict[bytes, int] = {}  # a picture's first tile, by its digest
+        self._users: collections.Counter[bytes] = collections.Counter()  # prompts, by the same
+        self._next, self._most = 0, (LARGEST - config.vocab_size) // table.tokens_per_tile
         self._lost: dict[bytes, str] = {}
 
     def of(
@@ -196,13 +199,32 @@ class References:
                 f"{what} has {places} image tokens for {len(pictures)} images of {count} "
                 "features; make its tokens of its images by a chat, or by the images' layout."
             )
+        self._users.update(picture.digest for picture in pictures)
         return with_references(self._config, found, np.concatenate([[], *numbers]))
+
+    def release(self, pictures: Sequence[Picture]) -> None:
+        """Forgets the pictures of a prompt that is not read again, unless other prompts have them.
+
+        The references of a picture that comes later are others.
+        """
+        for picture in pictures:
+            self._users[picture.digest] -= 1
+            if self._users[picture.digest]:
+                continue
+            del self._users[picture.digest]
+            self._lost.pop(picture.digest, None)
+            first = self._first.pop(picture.digest)
+            for i in range(picture.num_tiles):
+                del self._tiles[first + i]
 
     def _numbers(self, picture: Picture) -> np.ndarray:
         """The numbers of a picture's features."""
         if picture.digest not in self._first:
-            self._first[picture.digest] = len(self._tiles)
-            self._tiles += [(picture, i) for i in range(picture.num_tiles)]
+            if self._next + picture.num_tiles > self._most:
+                self._next = 0  # the pictures that began there are long released
+            self._first[picture.digest] = self._next
+            self._tiles |= {self._next + i: (picture, i) for i in range(picture.num_tiles)}
+            self._next += picture.num_tiles
         each = self._table.tokens_per_tile
         return self._first[picture.digest] * each + np.arange(picture.num_tiles * each)
 

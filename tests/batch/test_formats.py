@@ -17,6 +17,7 @@ from jaxmoe.batch.formats import (
     UnknownColumns,
     encode_part,
     error_line,
+    error_of,
     is_failed,
     output_line,
     request_of,
@@ -325,6 +326,7 @@ def test_both_of_openais_errors():
     line = error_line(envelope, "It ended.", ran=False)
     assert line["response"] is None
     assert line["error"] == {"code": "batch_cancelled", "message": "It ended."}
+    assert error_of(line) == error_of(error_line(envelope, "It ended.", ran=True)) == "It ended."
     assert is_failed(line)
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from jaxmoe.batch import leases, manifest, storage
+from jaxmoe.batch.formats import error_of
 from jaxmoe.batch.leases import Leases
 from jaxmoe.batch.sources import find_sources
 from jaxmoe.batch.storage import storage_of
@@ -41,7 +42,9 @@ def alive(monkeypatch):
 
 def test_parts_are_in_the_order_of_the_rows(source, output):
     with fake.open_job(output, source) as job:
+        before = len(os.listdir("/dev/fd"))
         assert fake.answer(job, first=True) == 10
+        assert len(os.listdir("/dev/fd")) <= before + 1  # the input; journals are closed
         assert job.done
         assert job.summarize()["answered"] == 10
     assert ids(output) == IDS
@@ -67,9 +70,10 @@ def test_a_torn_line_of_a_journal_is_answered_again(source, output):
     with fake.open_job(output, source) as job:
         fake.answer(job, most=6)
     (journal,) = (output / "journal").iterdir()
-    journal.write_bytes(journal.read_bytes()[:-5])
+    first, second = journal.read_bytes().splitlines()
+    journal.write_bytes(b"\0" * len(first) + b"\n" + second[:-5])  # as after a loss of power
     with fake.open_job(output, source) as job:
-        assert fake.answer(job) == 5
+        assert fake.answer(job) == 6
     assert ids(output) == IDS
 
 
@@ -118,6 +122,49 @@ def test_a_living_owner_keeps_its_block(source, output, alive):
     assert ids(output) == IDS[len(requests) :]
 
 
+def test_a_block_that_was_given_back_has_another_owner(tmp_path):
+    folder = storage_of(tmp_path)
+    with Leases(folder) as watcher:
+        for _ in range(2):  # who had it last time is known, and gone
+            with Leases(folder) as owner:
+                assert owner.take("000000", [])
+                assert not watcher.take("000000", folder.names(leases.LEASES))
+
+
+def test_an_owner_of_many_leases_is_looked_at_once(tmp_path, alive):
+    folder, time_ = storage_of(tmp_path), [0.0]
+    with Leases(folder, 600.0) as owner, Leases(folder, 600.0, lambda: time_[0]) as other:
+        blocks = [f"{i:06}" for i in range(9)]
+        assert all(owner.take(block, []) for block in blocks)
+        read, asked = folder.read, []
+        folder.read = lambda name: asked.append(name) or read(name)
+        for time_[0] in (0.0, 599.0, 600.0):
+            held = time_[0] < 600
+            assert all(other._is_held(f"{leases.LEASES}{b}.0") == held for b in blocks)
+            assert not held or asked.count(leases.WORKERS + owner.owner) == 1
+            asked.clear()
+
+
+def test_processes_of_another_container_are_not_looked_at(tmp_path, monkeypatch):
+    """They have ids of their own, on a host of the same name."""
+    folder = storage_of(tmp_path)
+    with Leases(folder) as other:
+        about = json.loads(folder.read(leases.WORKERS + other.owner) or b"")
+        ended = json.dumps(about | {"started": "0"}).encode()
+        assert leases._has_ended(ended)
+        monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]")
+        assert not leases._has_ended(ended)
+
+
+def test_a_job_is_not_looked_at_in_each_step(source, output, monkeypatch):
+    """The processes of a program would wait for one another in each."""
+    with fake.open_job(output, source) as job:
+        feed, looks = fake.Feed(job, fake.reader_of), []
+        monkeypatch.setattr(job, "take", lambda: looks.append(0))
+        assert not any(feed.more(False) for _ in range(100))
+        assert 1 < len(looks) < 10
+
+
 def test_a_dead_process_of_this_machine_loses_its_block_at_once(tmp_path):
     folder = storage_of(tmp_path)
     script = (
@@ -153,6 +200,16 @@ def test_failed_rows_run_again_when_asked(tmp_path, output):
         assert job.done
 
 
+def test_a_row_that_fails_may_end_the_rest(source, output):
+    """Also one that is refused, so that none of its block runs."""
+    source.write_text('{"id": 1}\n' * 4 + source.read_text())
+    with fake.open_job(output, source) as job:
+        feed = fake.Feed(job, fake.reader_of, ends_with_errors=True)
+        assert not feed.more(True)
+        assert feed.stops() and not job.done
+        assert feed.failed is not None and "exactly one of" in error_of(feed.failed.line)
+
+
 def test_what_a_killed_program_left_is_removed(tmp_path, output, monkeypatch):
     """It was killed after it wrote a part, and before it tidied up."""
     source = fake.write_rows(tmp_path / "in.jsonl", 30)
@@ -172,6 +229,47 @@ def test_what_a_killed_program_left_is_removed(tmp_path, output, monkeypatch):
             job.summarize()
         assert ids(output, "errors") == ([] if retry else ["r12"])
         assert not list((output / "journal").iterdir()) and not list((output / "leases").iterdir())
+    assert sorted(ids(output)) == sorted(f"r{n}" for n in range(30))
+
+
+def test_what_a_dead_owner_said_of_a_part_is_replaced(source, output):
+    """It saw no row fail and ended before the answers; the next one sees one, as it may."""
+    folder = storage_of(output)
+    folder.put("reports/000000.json", b'{"failed": []}')
+    folder.put("errors/000001.jsonl", b'{"id": "r5"}\n')
+    source.write_text(source.read_text().replace("[2]", "[13]"))
+    with fake.open_job(output, source) as job:
+        fake.answer(job, failing=True)
+        assert job.summarize()["failed"] == 1
+    assert ids(output, "errors") == ["r1"]
+    with fake.open_job(output, source, retry=True) as job:
+        assert fake.answer(job) == 1
+    assert sorted(ids(output)) == IDS
+
+
+def test_a_retry_that_was_stopped_goes_on_by_the_same_command(source, output):
+    with source.open("a") as file:
+        file.write('{"id": "x", "tokens": [13]}\n{"id": "y", "tokens": [13]}\n' * 2)
+    with fake.open_job(output, source) as job:
+        fake.answer(job, failing=True)
+    with fake.open_job(output, source, retry=True) as job:
+        assert fake.answer(job, most=1) == 1
+        with fake.open_job(output, source, retry=True) as other:  # a second program takes part
+            assert not other.done
+    with fake.open_job(output, source, retry=True) as job:
+        fake.answer(job)
+        assert job.done and job.summarize()["answered"] == 12
+    assert sorted(ids(output)) == sorted([*IDS, "x", "y"])
+
+
+def test_a_retry_of_a_shard_leaves_the_others_theirs(tmp_path, output):
+    source = fake.write_rows(tmp_path / "in.jsonl", 30)
+    for retry in (False, True):
+        with fake.open_job(output, source, shard=(1, 2), retry=retry) as job:
+            fake.answer(job, failing=not retry)
+    with fake.open_job(output, source, shard=(0, 2)) as job:
+        fake.answer(job)
+        assert job.done
     assert sorted(ids(output)) == sorted(f"r{n}" for n in range(30))
 
 
@@ -204,6 +302,7 @@ def test_a_limit_ends_the_job_early(source, output):
     [
         (lambda path: fake.write_rows(path, 10, max_tokens=4), "in.jsonl has changed since"),
         (lambda path: path.write_text(path.read_text()[:-30]), "in.jsonl has changed since"),
+        (lambda path: fake.write_rows(path, 11), "in.jsonl has changed since"),
         (lambda path: fake.write_rows(path.with_name("more.jsonl"), 2), "now there are others"),
     ],
 )

@@ -4,12 +4,15 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmoe.generation import features
 from jaxmoe.generation.engine import Engine, generate
 from jaxmoe.generation.feeding import generate_from
 from jaxmoe.generation.request import Request
 from jaxmoe.generation.sampling import Sampling
+from jaxmoe.images import open_picture
 from jaxmoe.mesh import MeshConfig
 from tests.conftest import one_device
+from tests.generate.pictures import IDS, MODEL, SETTINGS, SMALL, WIDE, random_params
 
 GREEDY = Sampling(temperature=0.0)
 PLAIN = {"seed": 3, "temperature": 1.0}
@@ -88,6 +91,28 @@ def test_a_prefix_is_read_once_for_all_parts(small):
         apart = answers_of(fed.run(more=lambda: parts.pop() if parts else []))
     check_same(apart, together)
     assert fed.tokens - engine.tokens < 20  # what begins alike in one part alone
+
+
+def test_pictures_come_and_are_forgotten():
+    """First in a later part; one is shown again after it was forgotten, and numbers begin anew."""
+    wide, small = (open_picture(image, SETTINGS, "x") for image in (WIDE, SMALL))
+    show = {x: tuple(IDS.layout(x.grid, SETTINGS.tokens_per_tile)) for x in (wide, small)}
+    shown = [(), (wide,), (small, wide), (small,), (wide,), (small, small)]
+    parts = [
+        [Request(f"{i}", (5, *(t for x in own for t in show[x]), 7), 4, GREEDY, pictures=own)]
+        for i, own in enumerate(shown)
+    ]
+    with jax.set_mesh(one_device()):
+        own = {"rows": 2, "stop_ids": ()}
+        whole = [request for part in parts for request in part]
+        expected = answers_of(generate(MODEL, random_params(), whole, GREEDY, **own))
+        engine = Engine(MODEL, random_params(), parts.pop(0), **own, grows=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(features, "LARGEST", MODEL.vocab_size + 5 * SETTINGS.tokens_per_tile)
+            found = answers_of(engine.run(more=lambda: parts.pop(0) if parts else []))
+    check_same(found, expected)
+    assert engine._references is not None
+    assert not engine._references._tiles and not engine._references._users
 
 
 def test_told_to_stop_it_asks_for_no_more(small):
