@@ -22,9 +22,10 @@ CREWS = {  # programs at once, and processes of each
     "two": (2, 1),
     "four": (4, 1),
     "one of two processes": (1, 2),
+    "one of four processes": (1, 4),
 }
-SHARE = {"one": 6, "two": 7, "four": 5, "one of two processes": 2}  # of 20 signals
-MESHES = ("data=2", "tensor=2")  # of programs, by chance
+SHARE = {"one": 5, "two": 7, "four": 5, "one of two processes": 2}  # of 20 signals; else 1
+MESHES = {2: ("data=2", "tensor=2"), 4: ("data=2,tensor=2",)}  # by devices; of programs, by chance
 AGAIN, LOST = (75, -signal.SIGTERM), (69, -signal.SIGABRT)  # told to stop; without its peer
 
 
@@ -53,7 +54,8 @@ def answers(output):
 
 
 def begin(command, output, processes, moments):
-    devices = ["--mesh", moments.choice(MESHES), "--cpu-devices", 2 // processes]
+    count = max(2, processes)
+    devices = ["--mesh", moments.choice(MESHES[count]), "--cpu-devices", count // processes]
     if processes == 1:
         return [together.start(*command, output, *devices)]
     patience = {"JAXMOE_HEARTBEAT": "2", "JAXMOE_START_TIMEOUT": "30"}
@@ -116,7 +118,7 @@ def disturb(command, output, crew, moments, wanted):
 @pytest.mark.parametrize("crew", CREWS)
 def test_signals_at_random_times(command, undisturbed, tmp_path, crew):
     moments = random.Random(f"{SEED} {crew}")
-    wanted, sent, jobs = max(1, KILLS * SHARE[crew] // 20), 0, 0
+    wanted, sent, jobs = max(1, KILLS * SHARE.get(crew, 1) // 20), 0, 0
     while sent < wanted:
         jobs += 1
         output = tmp_path / f"out{jobs}"
