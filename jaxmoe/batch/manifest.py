@@ -161,9 +161,8 @@ class _Survey:
 
 
 def _id_hash(row: Row, number: int) -> int:
-    id_ = request_of(row.content, "", number).envelope.id
-    text = f"row {number}" if id_ is None else f"id {id_}"  # a row without an id repeats none
-    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+    id_ = str(request_of(row.content, "", number).envelope.id)
+    digest = hashlib.blake2b(id_.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 

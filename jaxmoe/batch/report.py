@@ -61,7 +61,7 @@ def part_report(
 
 
 def job_report(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The sums of parts' reports, of each block the newest; empty without any.
+    """The sums of parts' reports; a row that failed again in another round counts again.
 
     `hours` is the time of all programs together, in which blocks were worked on.
     """

@@ -133,7 +133,8 @@ def new_cache(
     if tokens is not None:
         most = max(requests, key=lambda request: request.length)
         check_room(most, tokens)
-        capacity, full, rings = round_capacity(most.length), tokens, min(rings, round_size(tokens))
+        room = max(most.length, min(capacity, tokens // layout.groups))  # for longer ones to come
+        capacity, full, rings = round_capacity(room), tokens, min(rings, round_size(tokens))
     return init_cache(config, layout.total, capacity, dtype, tokens=full, ring_tokens=rings)
 
 

@@ -93,6 +93,14 @@ def test_a_prefix_is_read_once_for_all_parts(small):
     assert fed.tokens - engine.tokens < 20  # what begins alike in one part alone
 
 
+@pytest.mark.parametrize("cache_tokens", [None, 1024])
+def test_a_cache_has_room_for_slightly_longer_requests(small, cache_tokens):
+    with jax.set_mesh(one_device()):
+        own = {"rows": 2, "grows": True, "cache_tokens": cache_tokens}
+        engine = Engine(small.config, small.params, [Request("a", (1,), 2, GREEDY)], **own)
+        assert engine.fits(Request("b", (1,) * 900, 2, GREEDY))
+
+
 def test_pictures_come_and_are_forgotten():
     """First in a later part; one is shown again after it was forgotten, and numbers begin anew."""
     wide, small = (open_picture(image, SETTINGS, "x") for image in (WIDE, SMALL))
