@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jaxmoe.batch.folder import Ended, JobFolder, check_round
 from jaxmoe.batch.leases import EXPIRY, Leases
 from jaxmoe.batch.manifest import Manifest, make_manifest, open_manifest
-from jaxmoe.batch.sources import find_sources
+from jaxmoe.batch.sources import find_sources, outside
 from jaxmoe.batch.storage import storage_of
 from jaxmoe.batch.work import Work, Worker, blocks_of, decode_work
 from jaxmoe.processes import is_first, on_first
@@ -94,7 +94,7 @@ class Job:
 
     def _open(self, stack: contextlib.ExitStack) -> dict[str, Any]:
         options, storage = self._options, storage_of(self._place)
-        sources = find_sources(self._inputs)
+        sources = outside(find_sources(self._inputs), self._place)
 
         def make() -> Manifest:
             sizes = {"limit": options.limit, "block": options.block}

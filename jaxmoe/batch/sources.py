@@ -53,6 +53,19 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
     return sorted(found.values())
 
 
+def outside(sources: Sequence[Source], folder: str) -> list[Source]:
+    """The sources that are not in a folder: a job's own answers, which a pattern finds, are none.
+
+    Raises:
+        UserError: if all are.
+    """
+    inside = _identity(folder.rstrip("/")) + "/"
+    found = [source for source in sources if not _identity(source.path).startswith(inside)]
+    if not found:
+        raise UserError(f"all inputs are in the output {folder}; choose another output.")
+    return found
+
+
 def rows(source: Source, start: int = 0) -> Iterator[Row]:
     """The rows of a source that have a number above `start`, one at a time.
 

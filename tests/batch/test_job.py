@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from jaxmoe.batch import folder as job_folder
 from jaxmoe.batch import leases, manifest, storage
 from jaxmoe.batch.formats import error_of
 from jaxmoe.batch.leases import Leases
@@ -271,6 +272,27 @@ def test_a_retry_of_a_shard_leaves_the_others_theirs(tmp_path, output):
         fake.answer(job)
         assert job.done
     assert sorted(ids(output)) == sorted(f"r{n}" for n in range(30))
+
+
+def test_a_jobs_own_answers_are_no_input(source, output):
+    for _ in range(2):
+        with fake.open_job(output, source.parent / "**") as job:
+            fake.answer(job)
+    assert ids(output) == IDS
+    with pytest.raises(UserError, match="all inputs are in the output"):
+        fake.open_job(output, output / "answers").__enter__()
+
+
+def test_a_report_is_made_once_of_the_same_parts(source, output, monkeypatch):
+    with fake.open_job(output, source) as job:
+        fake.answer(job, most=8)
+        assert job.summarize()["answered"] == 8
+    with fake.open_job(output, source) as job:
+        fake.answer(job)
+        report = job.summarize()
+        assert report["answered"] == 10
+        monkeypatch.setattr(job_folder, "draw_report", None)
+        assert job.summarize() == report
 
 
 def test_a_retry_comes_after_the_end(source, output):
