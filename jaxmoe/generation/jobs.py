@@ -174,7 +174,9 @@ class RequestReader:
         for id_ in ids:
             first = self.seen.setdefault(str(id_), where)
             if first != where:
-                raise UserError(f"{where} has the id {id_!r} of {first}; ids must differ.")
+                file = where.rsplit(" ", 2)[0]
+                shown = first.removeprefix(f"{file} ")
+                raise UserError(f"{where} has the id {id_!r} of {shown}; ids must differ.")
 
     def _request(self, line: _Line, prompt: Prompt | UserError) -> Request:
         if isinstance(prompt, UserError):
