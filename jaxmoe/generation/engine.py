@@ -158,7 +158,8 @@ class Engine:
         self._completions: dict[Row, Completion] = {}
         self._every, self._adapters, self._document = params, adapter_names(params), document
         self._chooses = False
-        requests, prefixes = self._prepare(requests), find_prefixes(requests)
+        requests = self._prepare(requests)
+        prefixes = find_prefixes(requests)
         after = 0 if document is None else document.length
         if document is not None:  # a large cache, beside which no ring is had in vain
             layout = lay_out(rows if len(requests) > 1 else 1, 1 + HOLDERS * any(prefixes))
