@@ -16,6 +16,10 @@ class UserError(ValueError):
         super().__init__(line)
 
 
+class AbsentProcesses(UserError):
+    """Other processes of one program did not come, as when they were taken away: run it again."""
+
+
 def sentence_of(error: OSError) -> str:
     """What an error of the file system says, with the name of the file if it has one."""
     where = f"{error.filename}: " if error.filename else ""

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from jaxmoe.cli.gathering import gather
-from jaxmoe.errors import UserError
+from jaxmoe.errors import AbsentProcesses, UserError
 
 
 @pytest.fixture
@@ -18,14 +18,18 @@ def address():
 
 
 def together(address, processes, patience=2):
-    """What each process ends with: the sentence of its error, or nothing."""
+    """What each process ends with: the sentence of its error, or nothing.
+
+    Before the sentence "absent: " says that the error is that of processes that did not come.
+    """
     said = [""] * len(processes)
 
     def come(place, number, count):
         try:
             gather(address, count, number, patience)
         except UserError as error:
-            said[place] = str(error)
+            absent = isinstance(error, AbsentProcesses)
+            said[place] = f"absent: {error}" if absent else str(error)
 
     threads = [
         threading.Thread(target=come, args=(place, *each), daemon=True)
@@ -45,13 +49,13 @@ def test_all_come(address):
 
 def test_those_that_do_not_come_are_named_to_all(address):
     first, third = together(address, [(0, 5), (2, 5)])
-    assert first.startswith("processes 1, 3, 4 of 5 did not come within 2 s; start all")
+    assert first.startswith("absent: processes 1, 3, 4 of 5 did not come within 2 s; start all")
     assert third == first
 
 
 def test_the_first_does_not_come(address):
     (said,) = together(address, [(1, 2)], patience=1)
-    assert said.startswith(f"the first process was not found at {address} within 1 s (Connection")
+    assert said.startswith(f"absent: the first process was not found at {address} within 1 s (")
 
 
 @pytest.mark.parametrize(

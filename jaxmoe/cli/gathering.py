@@ -10,10 +10,11 @@ import os
 import socket
 import time
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import AbsentProcesses, UserError
 
 GREETING = "jaxmoe"  # the first word of what a process says, before its number and the count
 COMPLETE = "all have come"  # what the first process answers; anything else is an error's sentence
+MISSING = "missing: "  # which begins with this if processes did not come
 MOST_BYTES = 4096  # of a message
 _PATIENCE = 5.0  # seconds for one connection or message
 _PAUSE = 0.5  # seconds from one try to connect to the next
@@ -57,8 +58,8 @@ def _receive(port: int, count: int, deadline: float, patience: int) -> None:
                 f"process{many} {', '.join(missing)} of {count} did not come within {patience} "
                 "s; start all processes, and let them reach the first one."
             )
-            _tell(came, sentence)
-            raise UserError(sentence) from None
+            _tell(came, MISSING + sentence)
+            raise AbsentProcesses(sentence) from None
         except UserError as error:
             _tell(came, str(error))
             raise
@@ -148,10 +149,12 @@ def _report(address: tuple[str, int], greeting: str, deadline: float, patience: 
         if not answer:
             time.sleep(_PAUSE)
     if not answer:
-        raise UserError(
+        raise AbsentProcesses(
             f"the first process was not found at {':'.join(map(str, address))} within "
             f"{patience} s ({why}); start it, and give an address that all reach."
         )
+    if answer.startswith(MISSING):
+        raise AbsentProcesses(answer.removeprefix(MISSING))
     if answer != COMPLETE:
         raise UserError(answer)
 

@@ -157,7 +157,7 @@ def _limited(patience: int, sentence: str) -> Iterator[None]:
 
     def end() -> None:
         print(f"error: {sentence}", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(os.EX_UNAVAILABLE)
 
     timer = threading.Timer(patience, end)
     timer.daemon = True

@@ -13,7 +13,7 @@ import jax
 
 from jaxmoe import processes
 from jaxmoe.cli import watchdog
-from jaxmoe.errors import Stopped, UserError, sentence_of
+from jaxmoe.errors import AbsentProcesses, Stopped, UserError, sentence_of
 from pallas_kernels.compile.errors import CompilerError
 
 
@@ -31,7 +31,8 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except (UserError, CompilerError) as error:
-        _fail(f"error: {UserError(str(error))}")
+        code = os.EX_UNAVAILABLE if isinstance(error, AbsentProcesses) else 1
+        _fail(f"error: {UserError(str(error))}", code)
     except Stopped as stopped:  # all processes are, and end together
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
