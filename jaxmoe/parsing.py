@@ -35,11 +35,22 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
     Raises:
         UserError: as `read_bytes`, or if it is not UTF-8.
     """
-    content = read_bytes(path, max_bytes)
+    return decode_text(read_bytes(path, max_bytes), str(path))
+
+
+def decode_text(content: bytes, where: str) -> str:
+    """The text of UTF-8 bytes, without a byte order mark.
+
+    Args:
+        where: the file, or the line in it, for error messages.
+
+    Raises:
+        UserError: if they are not UTF-8.
+    """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 at byte {error.start}; write it anew.") from None
+        raise UserError(f"{where} is no UTF-8 at byte {error.start}; write it anew.") from None
 
 
 def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 from jaxmoe.batch.folder import Ended
 from jaxmoe.batch.formats import Asked, Envelope, error_line, is_failed, output_line, request_of
 from jaxmoe.batch.work import JobRow, Work
+from jaxmoe.files.rows import place_of_row
 from jaxmoe.generation.jobs import Refusal, RequestReader
 from jaxmoe.generation.request import Request
 
@@ -37,8 +38,7 @@ class Answering:
             noticed: called with each row's envelope.
             running: ids of requests in work, which no other may have.
         """
-        self._running = running
-        self.work = work
+        self.work, self._running = work, running
         self.ended = {row.number: row for row in work.ended}
         self.requests: list[Request] = []
         self._rows: dict[str, int] = {}  # the row of each request, by its id
@@ -71,9 +71,10 @@ class Answering:
             if str(one.id) in self._rows or str(one.id) in self._running
         ]
         if taken:
-            refused = f"row {number} of the job has the id {taken[0]!r:.80} of an earlier answer."
+            said = f"row {number} of the job has the id {taken[0]!r:.80} of an earlier answer"
+            refused = f"{said}; ids must differ."
         if refused is not None:
-            self._end(number, error_line(asked.envelope, refused, ran=True))
+            self._end(number, error_line(asked.envelope, refused))
             return
         self._envelopes[number] = asked.envelope
         self._answers[number] = {str(one.id): None for one in requests}
@@ -111,12 +112,12 @@ class Answering:
 
 
 def _place(row: JobRow) -> str:
-    return f"{row.file} {'row' if row.file.endswith('.parquet') else 'line'} {row.line}"
+    return place_of_row(row.file, row.line)
 
 
 def _asked(row: JobRow) -> Asked:
     asked = request_of(row.content.encode("latin-1"), _place(row), row.number)
     if row.repeated and asked.refusal is None:
-        refusal = f"{_place(row)} has the id {asked.envelope.id!r:.80} of an earlier row."
-        return Asked(asked.envelope, refusal=refusal)
+        said = f"{_place(row)} has the id {asked.envelope.id!r:.80} of an earlier row"
+        return Asked(asked.envelope, refusal=f"{said}; ids must differ.")
     return asked

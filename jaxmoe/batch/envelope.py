@@ -18,7 +18,6 @@ class Envelope:
         model: what a row of OpenAI's calls the model.
         prompts: how many prompts the row has: one of OpenAI's completions may have several.
         copied: columns that say nothing of the request.
-        created: the time of OpenAI's answers, in seconds since 1970.
     """
 
     kind: str
@@ -26,7 +25,6 @@ class Envelope:
     model: str = ""
     prompts: int = 1
     copied: dict[str, Json] = dataclasses.field(default_factory=dict)
-    created: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

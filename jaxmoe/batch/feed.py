@@ -47,6 +47,7 @@ class Feed:
         self._ends_with_errors = ends_with_errors
         self._noticed, self._report = noticed, ended
         self._works: dict[str, Answering] = {}  # by the id of a request
+        self._begun: list[Answering] = []  # those of them that have not ended
         self._reported = job.ended
         self._rests = 0  # steps until the next look
         self.failed: Ended | None = None
@@ -79,6 +80,7 @@ class Feed:
 
     def _begin(self, answering: Answering) -> Sequence[Request]:
         self._works |= {str(request.id): answering for request in answering.requests}
+        self._begun.append(answering)
         self._count()
         return answering.requests
 
@@ -101,9 +103,9 @@ class Feed:
     def _end(self, answering: Answering) -> None:
         if answering.is_done:
             self._job.publish(answering.work, list(answering.in_order))
+            self._begun = [other for other in self._begun if other is not answering]
 
     def _count(self) -> None:
-        begun = {id(a): a for a in self._works.values()}.values()
-        known = self._job.ended + sum(len(a.ended) for a in begun)
+        known = self._job.ended + sum(len(answering.ended) for answering in self._begun)
         self._report(max(0, known - self._reported))
         self._reported = max(known, self._reported)

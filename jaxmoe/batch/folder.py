@@ -134,11 +134,8 @@ class JobFolder:
 
     def _earlier_errors(self, block: int, round_: int) -> list[str]:
         names = self.storage.names(f"{ERRORS}{block:06}")
-        return [
-            name
-            for name in names
-            if any(of < round_ and at == block for at, of in parts_of([name]).errors)
-        ]
+        keys = {name: _key(name.removeprefix(ERRORS)) for name in names}
+        return [name for name, (at, of) in keys.items() if at == block and of < round_]
 
     def summarize(self) -> dict[str, Any]:
         """Writes the report of the job, and a picture of it; returns the report.

@@ -9,13 +9,13 @@ import difflib
 from collections.abc import Iterator
 
 from jaxmoe.batch.envelope import CHAT, OURS, Asked, Envelope, Json
-from jaxmoe.batch.openai_answers import answer_line, failed_line, unrun_line
+from jaxmoe.batch.openai_answers import answer_line, failed_line
 from jaxmoe.batch.openai_requests import is_openai, kind_of, records_of
 from jaxmoe.batch.parts import encode_part
 from jaxmoe.errors import UserError
 from jaxmoe.generation.jobs import KINDS, is_id
 from jaxmoe.generation.request_keys import KEYS
-from jaxmoe.parsing import MAX_BYTES, parse_json
+from jaxmoe.parsing import MAX_BYTES, decode_text, parse_json
 
 __all__ = [
     "Asked",
@@ -72,18 +72,16 @@ def output_line(envelope: Envelope, records: list[dict[str, Json]]) -> dict[str,
     return line | {"error": errors[0]} if errors else line
 
 
-def error_line(envelope: Envelope, sentence: str, ran: bool) -> dict[str, Json]:
+def error_line(envelope: Envelope, sentence: str) -> dict[str, Json]:
     """The line of output of a row that has no answer.
 
     Args:
         envelope: the row's.
         sentence: why.
-        ran: whether the row is at fault, so that it would fail again; False if it was not looked
-            at, as when a job ends early.
     """
     if envelope.kind == OURS:
         return {"id": envelope.id, "error": sentence} | _copied(envelope)
-    return failed_line(envelope, sentence, 400) if ran else unrun_line(envelope, sentence)
+    return failed_line(envelope, sentence, 400)
 
 
 def is_failed(line: dict[str, Json]) -> bool:
@@ -121,10 +119,7 @@ class UnknownColumns:
 def _parsed(content: bytes, where: str) -> dict[str, Json]:
     if len(content) > MAX_BYTES:
         raise UserError(f"{where} has more than {MAX_BYTES} bytes; make it shorter.")
-    try:
-        row = parse_json(content.decode("utf-8-sig"), where)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is no UTF-8 at byte {error.start}; write it anew.") from None
+    row = parse_json(decode_text(content, where), where)
     if not isinstance(row, dict):
         raise UserError(f"{where} is no JSON object.")
     return row

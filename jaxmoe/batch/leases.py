@@ -74,10 +74,10 @@ class Leases:
         Args:
             names: of all leases, as they were listed a moment ago.
         """
-        turns = [int(name.rpartition(".")[2]) for name in names if _is_of(name, work)]
-        if turns and self._is_held(_name(work, max(turns))):
+        turn = _last_turn(work, names)
+        if turn >= 0 and self._is_held(_name(work, turn)):
             return False
-        name = _name(work, max(turns, default=-1) + 1)
+        name = _name(work, turn + 1)
         taken = self._storage.create(name, self.owner.encode())
         if taken:
             self._taken.add(name)
@@ -85,8 +85,7 @@ class Leases:
 
     def has(self, work: str, names: Iterable[str]) -> bool:
         """Whether this process still has the lease; it has not if another took the next turn."""
-        turns = [int(name.rpartition(".")[2]) for name in names if _is_of(name, work)]
-        return bool(turns) and _name(work, max(turns)) in self._taken
+        return _name(work, _last_turn(work, names)) in self._taken
 
     def end(self, work: str, names: Iterable[str]) -> None:
         """Removes the leases of work that is done."""
@@ -133,6 +132,12 @@ class Leases:
 
 def _name(work: str, turn: int) -> str:
     return f"{LEASES}{work}.{turn}"
+
+
+def _last_turn(work: str, names: Iterable[str]) -> int:
+    """The number of the last lease of some work; -1 if there is none."""
+    turns = (int(name.rpartition(".")[2]) for name in names if _is_of(name, work))
+    return max(turns, default=-1)
 
 
 def _is_of(name: str, work: str) -> bool:

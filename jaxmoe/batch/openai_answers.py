@@ -8,6 +8,7 @@ from jaxmoe.batch.envelope import CHAT, Envelope, Json
 
 _REASONS = {"repetition": "stop"}  # what OpenAI has no word for
 _PREFIXES = {CHAT: "chatcmpl"}
+CREATED = 0  # so that a row has the same bytes in every run
 _BESIDE = ("stop_reason", "prompt_logprobs", "warning")  # of a choice: vLLM's, and ours
 
 
@@ -17,7 +18,7 @@ def answer_line(envelope: Envelope, records: list[dict[str, Json]]) -> dict[str,
     body: dict[str, Json] = {
         "id": f"{_PREFIXES.get(envelope.kind, 'cmpl')}-{_digest(envelope)}",
         "object": envelope.kind,
-        "created": envelope.created,
+        "created": CREATED,
         "model": envelope.model,
         "choices": [choose(index, record) for index, record in enumerate(records)],
     }
@@ -37,12 +38,6 @@ def failed_line(envelope: Envelope, sentence: str, status: int) -> dict[str, Jso
     kind = "invalid_request_error" if status == 400 else "server_error"
     error = {"message": sentence, "type": kind, "param": None, "code": None}
     return _line(envelope, status, {"error": error})
-
-
-def unrun_line(envelope: Envelope, sentence: str) -> dict[str, Json]:
-    """The line of a row that was never looked at."""
-    error = {"code": "batch_cancelled", "message": sentence}
-    return _line(envelope, 0, None) | {"response": None, "error": error}
 
 
 def _line(envelope: Envelope, status: int, body: Json) -> dict[str, Json]:

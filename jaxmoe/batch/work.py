@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxmoe.batch.folder import Ended, JobFolder, Journal, part_name
 from jaxmoe.batch.leases import LEASES, Leases
@@ -56,6 +56,13 @@ def decode_work(record: Any) -> Work:
     return Work(rows=rows, ended=ended, **record)
 
 
+class _Taken(NamedTuple):
+    """A block in work: its journal, and when it was taken, in seconds since 1970."""
+
+    journal: Journal
+    begun: float
+
+
 class Worker:
     """Takes blocks that no living process has, and publishes their parts.
 
@@ -87,15 +94,14 @@ class Worker:
         self.rows = sum(map(manifest.size, self.blocks))
         self.ended, self.done = 0, False
         self._unanswered: set[int] = set()  # blocks that have no part of an earlier round
-        self._journals: dict[int, Journal] = {}
-        self._begun: dict[int, float] = {}
+        self._taken: dict[int, _Taken] = {}
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for journal in self._journals.values():
-            journal.close()
+        for taken in self._taken.values():
+            taken.journal.close()
 
     def take(self) -> Work | None:
         """The next block; None if there is none that is free now.
@@ -106,7 +112,7 @@ class Worker:
         leased = self._folder.storage.names(LEASES)
         for block in self.look():
             name = part_name(block, self._round)
-            if block in self._journals or not self._leases.take(name, leased):
+            if block in self._taken or not self._leases.take(name, leased):
                 continue
             if self._folder.is_published(block, self._round):  # by a process that was just ahead
                 self._leases.end(name, leased)
@@ -138,8 +144,7 @@ class Worker:
         if block not in self._unanswered:
             failed = self._folder.failed_rows(block, self._round)
             rows = [row for row in rows if row.number in failed]
-        self._begun[block] = time.time()
-        self._journals[block] = self._folder.journal(block, self._round)
+        self._taken[block] = _Taken(self._folder.journal(block, self._round), time.time())
         kept = self._folder.journaled(block, self._round)
         return Work(
             block, self._round, rows, [kept[row.number] for row in rows if row.number in kept]
@@ -147,15 +152,17 @@ class Worker:
 
     def keep(self, work: Work, ended: Ended) -> None:
         """Adds a row's line to the journal; killing the process does not lose it then."""
-        self._journals[work.block].write(ended)
+        self._taken[work.block].journal.write(ended)
 
     def publish(self, work: Work, ended: Sequence[Ended]) -> None:
         """Writes the part of work whose rows have all ended, in their order."""
+        taken = self._taken[work.block]
         leased = self._folder.storage.names(f"{LEASES}{work.name}.")
         if self._leases.has(work.name, leased):
-            self._folder.publish(work.block, work.round, ended, self._begun[work.block])
+            self._folder.publish(work.block, work.round, ended, taken.begun)
             self._leases.end(work.name, leased)
-        self._journals.pop(work.block).close()
+        del self._taken[work.block]
+        taken.journal.close()
 
 
 def blocks_of(manifest: Manifest, shard: tuple[int, int]) -> list[int]:

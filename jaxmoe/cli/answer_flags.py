@@ -86,6 +86,12 @@ class Setting:
         given = self.model, self.tokenizer, self.sampling
         return Checker(*given, cache_tokens=cache_tokens, adapters=self.adapters, **document)
 
+    def options(self, args: argparse.Namespace) -> dict[str, Any]:
+        """The arguments of `generate` and `generate_from` that flags and checkpoint give."""
+        names = ("rows", "kv", "step_tokens", "cache_tokens")
+        given = {name: getattr(args, name) for name in names}
+        return given | {"stop_ids": self.stop_ids, "tokenizer": self.tokenizer}
+
     def described(self, args: argparse.Namespace, document: str | None = None) -> list[Any]:
         """What `job_digest` hashes of it: models by their digests, and settings."""
         folders = filter(None, (args.checkpoint, document))

@@ -134,7 +134,7 @@ def _settings(args: argparse.Namespace, setting: Setting) -> list[Any]:
 
 @contextlib.contextmanager
 def _open_job(args, digest: str, options: JobOptions, stop) -> Iterator[Job]:
-    """The job, whose rows are counted first if nobody has done that."""
+    """The job; its rows are counted first, unless an earlier run has counted them."""
     with contextlib.ExitStack() as stack:
         with byte_progress("Counting rows") as progress:
 
@@ -148,7 +148,7 @@ def _open_job(args, digest: str, options: JobOptions, stop) -> Iterator[Job]:
 
 
 def _answer(args, mesh, setting: Setting, job: Job, stop) -> None:
-    """Answers what is left, until all is answered by somebody or `stop` says to end."""
+    """Answers rows until this and other programs have answered all, or `stop` says to end."""
     config, params = devices.load(args, mesh)
     columns = UnknownColumns()
     with (
@@ -164,18 +164,8 @@ def _answer(args, mesh, setting: Setting, job: Job, stop) -> None:
             ended=advance,
             ends_with_errors=args.on_error == "stop",
         )
-        stream = generate_from(
-            config,
-            params,
-            feed.more,
-            rows=args.rows,
-            stop=feed.stops,
-            stop_ids=setting.stop_ids,
-            kv=args.kv,
-            step_tokens=args.step_tokens,
-            tokenizer=setting.tokenizer,
-            cache_tokens=args.cache_tokens,
-        )
+        options = setting.options(args)
+        stream = generate_from(config, params, feed.more, stop=feed.stops, **options)
         for record in _records(stream, setting):
             feed.take_in(record)
     if feed.failed is not None and args.on_error == "stop":

@@ -61,7 +61,7 @@ def main() -> None:
     setting = answer_flags.read_setting(args, sampling_flags.sampling_by(args))
     if setting.adapters and args.prompt is not None:
         raise UserError("--prompt takes one --adapter FOLDER; lines of --prompts choose by name.")
-    sampling, tokenizer = setting.sampling, setting.tokenizer
+    tokenizer = setting.tokenizer
     after = document_length(args.document) if args.document else 0
     of_document = document_adapter(args.document) if args.document else None
 
@@ -78,20 +78,9 @@ def main() -> None:
         text_only = not any(request.pictures for request in left)
         config, params = devices.load(args, mesh, text_only)
         with jax.set_mesh(mesh):
-            stream = generate(
-                config,
-                params,
-                left,
-                sampling,
-                rows=args.rows,
-                stop_ids=setting.stop_ids,
-                kv=args.kv,
-                step_tokens=args.step_tokens,
-                tokenizer=tokenizer,
-                cache_tokens=args.cache_tokens,
-                document=_document(args, config, params, left) if after else None,
-                stop=stop,
-            )
+            options = setting.options(args)
+            options["document"] = _document(args, config, params, left) if after else None
+            stream = generate(config, params, left, setting.sampling, stop=stop, **options)
             show = _show_progress if args.prompt is None else _stream_text
             if args.prompt is not None and len(lines) > 1:
                 show = _print_texts

@@ -10,10 +10,11 @@ import math
 import uuid
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from jaxmoe.errors import UserError
-from jaxmoe.parsing import MAX_BYTES, parse_json
+from jaxmoe.parsing import MAX_BYTES, decode_text, parse_json
 
 type Json = Any  # a value from a JSON file
 
@@ -69,8 +70,17 @@ def rows_of(file: io.BufferedIOBase, name: str, start: int = 0) -> Iterator[Row]
         raise
     except _DAMAGE as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
-        after = f" after {'row' if name.endswith(_WHOLE) else 'line'} {last}" if last else ""
+        after = f" after {_row_word(name)} {last}" if last else ""
         raise UserError(f"{name} cannot be read{after}: {reason:.200}.") from None
+
+
+def place_of_row(path: str | Path, number: int) -> str:
+    """The name of a row in error messages: its file, and the number of its row or line."""
+    return f"{path} {_row_word(str(path))} {number}"
+
+
+def _row_word(name: str) -> str:
+    return "row" if name.endswith(_WHOLE) else "line"
 
 
 def _rows(file: io.BufferedIOBase, name: str, start: int) -> Iterator[Row]:
@@ -116,10 +126,7 @@ def _array(file: io.BufferedIOBase, name: str, start: int) -> Iterator[Row]:
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise UserError(f"{name} is an array of more than {MAX_BYTES} bytes; write a row a line.")
-    try:
-        rows = parse_json(content.decode("utf-8-sig"), name)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is no UTF-8 at byte {error.start}; write it anew.") from None
+    rows = parse_json(decode_text(content, name), name)
     for number, row in enumerate(rows[start:], start + 1):
         yield Row(number, _dumped(row))
 

@@ -217,14 +217,19 @@ class References:
             for i in range(picture.num_tiles):
                 del self._tiles[first + i]
 
+    def _free(self, count: int) -> int:
+        """The first of so many numbers of tiles that no picture has, after the last given ones."""
+        first = self._next
+        while first + count > self._most or any(first + i in self._tiles for i in range(count)):
+            first = 0 if first + count > self._most else first + 1
+        return first
+
     def _numbers(self, picture: Picture) -> np.ndarray:
         """The numbers of a picture's features."""
         if picture.digest not in self._first:
-            if self._next + picture.num_tiles > self._most:
-                self._next = 0  # the pictures that began there are long released
-            self._first[picture.digest] = self._next
-            self._tiles |= {self._next + i: (picture, i) for i in range(picture.num_tiles)}
-            self._next += picture.num_tiles
+            first = self._first[picture.digest] = self._free(picture.num_tiles)
+            self._tiles |= {first + i: (picture, i) for i in range(picture.num_tiles)}
+            self._next = first + picture.num_tiles
         each = self._table.tokens_per_tile
         return self._first[picture.digest] * each + np.arange(picture.num_tiles * each)
 

@@ -14,7 +14,7 @@ from jaxmoe.generation.request_keys import KEYS, Settings, read_settings
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.generation.side_by_side import outcomes
 from jaxmoe.images import ImageSettings, PictureReader
-from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_text
+from jaxmoe.parsing import MAX_TEXT_BYTES, decode_text, parse_json, read_text
 from jaxmoe.text import (
     Prompt,
     Tokenizer,
@@ -97,10 +97,7 @@ def read_requests(
 def _read(path: str | Path) -> str:
     if str(path) != "-":
         return read_text(path, MAX_TEXT_BYTES)
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the standard input is no UTF-8 at byte {error.start}.") from None
+    return decode_text(sys.stdin.buffer.read(), "the standard input")
 
 
 @dataclasses.dataclass(frozen=True)

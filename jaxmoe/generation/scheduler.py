@@ -111,7 +111,7 @@ class Scheduler:
 
     @property
     def prefixes(self) -> set[Prefix]:
-        """Those that are held, or that waiting requests begin with."""
+        """The prefixes that rows hold, or that waiting requests begin with."""
         waiting = {part for _, prefix in self.waiting if prefix for part in prefix.path}
         return waiting.union(*(group.held for group in self._groups))
 

@@ -24,13 +24,14 @@ from jaxtyping import Int64
 from jaxmoe.errors import UserError
 from jaxmoe.files.atomic import locked, rename, sync, writable
 from jaxmoe.files.outputs import PARTIAL, write_json
+from jaxmoe.files.rows import place_of_row
 from jaxmoe.images import ImageSettings, PictureReader
 from jaxmoe.parsing import read_json
 from jaxmoe.progress import byte_progress
 from jaxmoe.text import Learned, Prompt, Tokenizer, render_learned
 from jaxmoe.train.conversations import Example, Text, example_of, pair_of
 from jaxmoe.train.make_tokens import END_OF_TEXT
-from jaxmoe.train.sources import RawRow, place_of, read_rows
+from jaxmoe.train.sources import RawRow, read_rows
 
 SKIPPED, INDEX = "skipped.jsonl", "index.json"
 FILES = ("tokens.bin", "learned.bin", "documents.bin", "rows.bin", SKIPPED)
@@ -164,7 +165,7 @@ class Documents:
     def where(self, document: int) -> str:
         """The file and line of a document."""
         record = self.records[document]
-        return place_of(self.files[record["file"]], int(record["number"]))
+        return place_of_row(self.files[record["file"]], int(record["number"]))
 
     def row(self, document: int) -> RawRow:
         """The row of a document with pictures."""

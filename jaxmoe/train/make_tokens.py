@@ -8,7 +8,7 @@ from jaxtyping import Integer
 
 from jaxmoe.errors import UserError
 from jaxmoe.files.outputs import written
-from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_text
+from jaxmoe.parsing import MAX_TEXT_BYTES, decode_text, parse_json, read_text
 from jaxmoe.text import Tokenizer
 
 END_OF_TEXT = "<|end_of_text|>"
@@ -33,10 +33,7 @@ def documents(path: str | Path) -> Iterator[str]:
 
 
 def _text(line: bytes, where: str) -> str:
-    try:
-        record = parse_json(line.decode("utf-8-sig"), where)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is no UTF-8 at byte {error.start}.") from None
+    record = parse_json(decode_text(line, where), where)
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise UserError(f'{where} is no object with a "text"; write {{"text": "..."}} a line.')
     return record["text"]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxmoe.errors import UserError
-from jaxmoe.files.rows import rows_of
-from jaxmoe.parsing import MAX_BYTES, parse_json
+from jaxmoe.files.rows import place_of_row, rows_of
+from jaxmoe.parsing import MAX_BYTES, decode_text, parse_json
 
 type Json = Any  # a value from a JSON file
 
@@ -31,7 +31,7 @@ class RawRow(NamedTuple):
     @property
     def where(self) -> str:
         """Its file and line, for error messages."""
-        return place_of(self.path, self.number)
+        return place_of_row(self.path, self.number)
 
     def parse(self) -> dict[str, Json]:
         """The row as an object.
@@ -39,18 +39,10 @@ class RawRow(NamedTuple):
         Raises:
             UserError: if it is none.
         """
-        try:
-            row = parse_json(self.content.decode("utf-8-sig"), self.where)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.where} is no UTF-8 at byte {error.start}.") from None
+        row = parse_json(decode_text(self.content, self.where), self.where)
         if not isinstance(row, dict):
             raise UserError(f'{self.where} is no JSON object, such as {{"text": "..."}}.')
         return row
-
-
-def place_of(path: str | Path, number: int) -> str:
-    """The name of a row in error messages."""
-    return f"{path} {'row' if Path(path).suffix in ('.parquet', '.json') else 'line'} {number}"
 
 
 def files_of(pattern: str) -> list[Path]:

@@ -88,43 +88,45 @@ def test_documented_lines_run_as_they_are(name):
     assert found.envelope.model == row["body"]["model"]
 
 
+KEYS_THAT_COUNT = {
+    "max_tokens": 9,
+    "n": 2,
+    "seed": 5,
+    "stop": ["a", "b"],
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": -1,
+    "min_p": 0.1,
+    "presence_penalty": 1,
+    "frequency_penalty": -1,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"65": -100},
+    "logprobs": True,
+    "top_logprobs": 3,
+    "stop_token_ids": [3],
+    "min_tokens": 2,
+    "include_stop_str_in_output": True,
+    "repetition_detection": {"max_pattern_size": 3, "min_count": 4},
+}
+KEYS_WITHOUT_EFFECT = {
+    "user": "me",
+    "metadata": {"a": "b"},
+    "store": True,
+    "service_tier": "flex",
+    "stream": False,
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "length_penalty": 1.0,
+    "skip_special_tokens": True,
+    "add_special_tokens": False,
+    "echo": None,
+    "response_format": {"type": "text"},
+}
+
+
 def test_all_known_keys_of_a_body_reach_the_reader_of_requests(tmp_path):
-    ours = {
-        "max_tokens": 9,
-        "n": 2,
-        "seed": 5,
-        "stop": ["a", "b"],
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": -1,
-        "min_p": 0.1,
-        "presence_penalty": 1,
-        "frequency_penalty": -1,
-        "repetition_penalty": 1.1,
-        "logit_bias": {"65": -100},
-        "logprobs": True,
-        "top_logprobs": 3,
-        "stop_token_ids": [3],
-        "min_tokens": 2,
-        "include_stop_str_in_output": True,
-        "repetition_detection": {"max_pattern_size": 3, "min_count": 4},
-    }
-    neutral = {
-        "user": "me",
-        "metadata": {"a": "b"},
-        "store": True,
-        "service_tier": "flex",
-        "stream": False,
-        "tool_choice": "auto",
-        "parallel_tool_calls": True,
-        "length_penalty": 1.0,
-        "skip_special_tokens": True,
-        "add_special_tokens": False,
-        "echo": None,
-        "response_format": {"type": "text"},
-    }
     forms = [
-        chat(**ours, **neutral, tools=[TOOL]),
+        chat(**KEYS_THAT_COUNT, **KEYS_WITHOUT_EFFECT, tools=[TOOL]),
         chat(response_format={"type": "json_schema", "json_schema": {"schema": SCHEMA}}),
         chat(guided_choice=["a", "b"], ignore_eos=False),
         chat(structured_outputs={"regex": "a+"}),
@@ -137,7 +139,7 @@ def test_all_known_keys_of_a_body_reach_the_reader_of_requests(tmp_path):
     assert [one.refusal for one in found] == [None] * len(rows)
     assert found[0].records[0] == {
         **{"id": "0", "messages": HELLO, "tools": [TOOL]},
-        **ours,
+        **KEYS_THAT_COUNT,
         **{"response_format": {"type": "text"}},
     }
     assert found[2].records[0]["structured_outputs"] == {"choice": ["a", "b"]}
@@ -181,7 +183,7 @@ def test_a_line_of_openai_that_cannot_run_says_why(row, words):
     found = asked(row)
     assert found.records == () and found.refusal.startswith("in.jsonl line 3: ")
     assert re.search(words, found.refusal)
-    line = error_line(found.envelope, found.refusal, ran=True)
+    line = error_line(found.envelope, found.refusal)
     assert line["response"]["body"]["error"]["message"] == found.refusal
     assert line["custom_id"] == str(row["custom_id"])
 
@@ -193,7 +195,7 @@ def test_columns_of_ours_that_are_no_settings_are_copied():
     line = output_line(found.envelope, answers("hi", id_=3))
     assert line["answer"] == "b" and line["tools"] == [1]
     assert line["text"] == "hi" and line["input_text"] is None and line["id"] == 3
-    line = error_line(found.envelope, "It failed.", ran=False)
+    line = error_line(found.envelope, "It failed.")
     assert line == {"id": 3, "error": "It failed.", "answer": "b", "input_text": None, "tools": [1]}
 
 
@@ -231,7 +233,7 @@ def test_rows_of_data_sets_need_no_id_and_may_call_messages_a_prompt():
 def test_a_row_that_is_no_request_refuses_itself(content, words):
     found = request_of(content, "in.jsonl line 3", 7)
     assert re.search(words, found.refusal)
-    line = error_line(found.envelope, found.refusal, ran=True)
+    line = error_line(found.envelope, found.refusal)
     assert is_failed(line) and line.get("custom_id", line["id"]) in ("row-7", 1)
     assert ("custom_id" in line) == (b"custom_id" in content)
 
@@ -250,11 +252,11 @@ def test_a_column_that_looks_like_a_setting_is_told_of_once():
 def test_answers_to_a_chat_are_what_openai_reads():
     found = asked(chat(model="scout", n=2, logprobs=True))
     records = [*answers("hé", logprobs=1), answer(TOKENIZER.encode("H"), most=1, logprobs=1)]
-    line = output_line(dataclasses.replace(found.envelope, created=1_700_000_000), records)
+    line = output_line(found.envelope, records)
     assert list(line) == ["id", "custom_id", "response", "error"] and line["error"] is None
     assert line["response"]["status_code"] == 200 and not is_failed(line)
     read = ChatCompletion.model_validate(line["response"]["body"], strict=True)
-    assert (read.model, read.created, read.object) == ("scout", 1_700_000_000, "chat.completion")
+    assert (read.model, read.created, read.object) == ("scout", 0, "chat.completion")
     assert [choice.message.content for choice in read.choices] == ["hé", "H"]
     assert [choice.finish_reason for choice in read.choices] == ["stop", "length"]
     assert [choice.index for choice in read.choices] == [0, 1]
@@ -262,7 +264,7 @@ def test_answers_to_a_chat_are_what_openai_reads():
     assert first.token == "h" and first.logprob == -0.5 and first.top_logprobs[0].bytes == [120]
     usage = read.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 5, 8)
-    assert line == output_line(dataclasses.replace(found.envelope, created=1_700_000_000), records)
+    assert line == output_line(found.envelope, records)
     other = output_line(dataclasses.replace(found.envelope, id="request-2"), records)
     names = [
         (x["id"], x["response"]["request_id"], x["response"]["body"]["id"]) for x in (line, other)
@@ -314,7 +316,7 @@ def test_an_answer_that_failed_fails_its_line(row):
 
 def test_both_of_openais_errors():
     envelope = asked(chat()).envelope
-    line = error_line(envelope, "It is wrong.", ran=True)
+    line = error_line(envelope, "It is wrong.")
     assert line["error"] is None and line["response"]["status_code"] == 400
     kinds = {
         "message": "It is wrong.",
@@ -323,10 +325,7 @@ def test_both_of_openais_errors():
         "code": None,
     }
     assert line["response"]["body"] == {"error": kinds}
-    line = error_line(envelope, "It ended.", ran=False)
-    assert line["response"] is None
-    assert line["error"] == {"code": "batch_cancelled", "message": "It ended."}
-    assert error_of(line) == error_of(error_line(envelope, "It ended.", ran=True)) == "It ended."
+    assert error_of(line) == "It is wrong."
     assert is_failed(line)
 
 
@@ -348,12 +347,12 @@ bodies = some.dictionaries(some.sampled_from([*chat()["body"], "prompt", "n", "s
 def test_whatever_a_line_holds_it_has_a_line_of_output(content):
     found = request_of(content, "in.jsonl line 3", 7)
     assert (found.refusal is None) == bool(found.records)
-    lines = [error_line(found.envelope, found.refusal or "It ended.", ran) for ran in (True, False)]
+    lines = [error_line(found.envelope, found.refusal or "It ended.")]
     lines += [output_line(found.envelope, answers("x"))]
-    assert [is_failed(line) for line in lines] == [True, True, False]
+    assert [is_failed(line) for line in lines] == [True, False]
     read = encode_part(lines, "jsonl").split(b"\n")
     assert [json.loads(line) for line in read[:-1]] == lines and read[-1] == b""
-    assert parquet.read_table(io.BytesIO(encode_part(lines, "parquet"))).num_rows == 3
+    assert parquet.read_table(io.BytesIO(encode_part(lines, "parquet"))).num_rows == 2
 
 
 @quick
@@ -366,7 +365,7 @@ def test_whatever_a_body_holds_it_is_requests_or_refused(url, body):
 
 def test_a_line_holds_what_only_an_escape_can_write():
     found = request_of(b'{"prompt": "a", "label": "\\ud800"}', "in.jsonl line 3", 7)
-    line = error_line(found.envelope, "It failed.", ran=True)
+    line = error_line(found.envelope, "It failed.")
     assert json.loads(encode_part([line], "jsonl"))["label"] == "\ud800"
 
 

@@ -45,7 +45,7 @@ def _write_parquet(folder: Path) -> None:
 
 def _read(folder: Path) -> list:
     asked = [request_of(row.content, "a", row.number) for row in rows(*find_sources([str(folder)]))]
-    lines = [error_line(one.envelope, one.refusal or "It ended.", ran=False) for one in asked]
+    lines = [error_line(one.envelope, one.refusal or "It ended.") for one in asked]
     return [asked, encode_part(lines, "jsonl")]
 
 

@@ -12,7 +12,7 @@ from jaxmoe.generation.sampling import Sampling
 from jaxmoe.images import open_picture
 from jaxmoe.mesh import MeshConfig
 from tests.conftest import one_device
-from tests.generate.pictures import IDS, MODEL, SETTINGS, SMALL, WIDE, random_params
+from tests.generate.pictures import IDS, MODEL, SETTINGS, SMALL, WIDE, noise, random_params
 
 GREEDY = Sampling(temperature=0.0)
 PLAIN = {"seed": 3, "temperature": 1.0}
@@ -45,7 +45,7 @@ def answers_of(stream):
 
 
 def check_same(found, expected):
-    """The same tokens; log-probabilities within rounding, since steps have other shapes."""
+    """Tokens are equal, and log-probabilities within rounding: steps have other shapes."""
     assert found.keys() == expected.keys()
     for done, other in ((found[id_], expected[id_]) for id_ in expected):
         assert (done.tokens, done.finish_reason) == (other.tokens, other.finish_reason)
@@ -121,6 +121,26 @@ def test_pictures_come_and_are_forgotten():
     check_same(found, expected)
     assert engine._references is not None
     assert not engine._references._tiles and not engine._references._users
+
+
+def test_a_picture_that_stays_keeps_its_references(monkeypatch):
+    """Also when references are used up and the first ones are given again."""
+    with jax.set_mesh(one_device()):
+        table = features.FeatureTable(MODEL, random_params())
+    each = table.tokens_per_tile
+    monkeypatch.setattr(features, "LARGEST", MODEL.vocab_size + 12 * each)
+    references = features.References(MODEL, table)
+    pictures = [open_picture(noise(seed), SETTINGS, "it") for seed in range(20)]
+
+    def seen(picture):
+        tokens = [IDS.patch] * picture.num_features
+        return set(references.of("it", tokens, [picture]).tolist())
+
+    stays = seen(pictures[0])
+    for picture in pictures[1:]:
+        assert not seen(picture) & stays
+        references.release([picture])
+    assert seen(pictures[0]) == stays
 
 
 def test_told_to_stop_it_asks_for_no_more(small):
