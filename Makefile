@@ -1,8 +1,9 @@
 # make            the environment                make oracle   agreement with torch and transformers
 # make demo       small Llama 4s write and see   make newest   main tests on the newest jax
-# make check      lint and the quick tests       make bench    speed on this CPU
-# make test       every test but the oracle's    make lock     newest versions into requirements/
-# make lint       style, types, architecture     make clean    removes what was built
+# make check      lint and the quickest tests    make bench    speed on this CPU
+# make test       each part of the code          make lock     newest versions into requirements/
+# make test-slow  the tests that take longer     make clean    removes what was built
+# make lint       style, types, architecture
 #
 # Settable, as in `make VENV=/tmp/venv test`: PYTHON and ORACLE_PYTHON (which build the environments),
 # VENV, VENV_ORACLE, VENV_NEWEST, BUILD.
@@ -19,6 +20,7 @@ python = $(VENV)/bin/python
 in_parallel = --numprocesses 2 --dist loadfile --no-loadscope-reorder  # small files come last
 newest_tests = tests/model/test_golden.py tests/generate/test_engine.py tests/train/test_trainer.py \
     tests/checkpoint/test_convert.py tests/checkpoint/test_refused_sources.py tests/checkpoint/test_formats.py
+slow = slow or absent_gpu or absent_tpu
 quick_tests = tests/test_mesh_config.py tests/test_errors.py tests/test_parsing.py tests/test_hf_config.py \
     tests/test_reference.py tests/eval/test_needle.py tests/checkpoint/test_names.py tests/model/test_layers.py \
     tests/scripts/test_main.py tests/text/test_chat.py
@@ -26,7 +28,7 @@ ORACLE_SEED := $(or $(JAXMOE_ORACLE_SEED),$(shell date +%s))
 with_oracle = JAXMOE_ORACLE_PYTHON="$(abspath $(VENV_ORACLE))/bin/python"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: venv demo check test lint oracle newest bench lock clean
+.PHONY: venv demo check test test-slow lint oracle newest bench lock clean
 .DEFAULT_GOAL = venv
 
 venv: $(VENV)/.project
@@ -42,7 +44,10 @@ check: lint
 	$(python) -m pytest $(in_parallel) $(quick_tests)
 
 test: $(VENV)/.project
-	$(python) -m pytest -m "not oracle" $(in_parallel)
+	$(python) -m pytest -m "not oracle and not ($(slow))" $(in_parallel)
+
+test-slow: $(VENV)/.project
+	$(python) -m pytest -m "not oracle and ($(slow))" $(in_parallel)
 
 lint: $(VENV)/.project
 	$(python) -m ruff check

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from benchmarks import write_tables
 from jaxmoe.checkpoint.convert import convert
@@ -20,6 +21,7 @@ def test_tables_are_made_from_the_json():
     assert json.loads((ROOT / "benchmarks" / "cpu.json").read_text())["same_tokens"]
 
 
+@pytest.mark.slow
 def test_snippets_run_as_they_are_written(tmp_path, monkeypatch, capsys):
     """After `make demo`, in a folder with its `build`."""
     convert(ROOT / "demo" / "model", tmp_path / "build" / "demo")
@@ -35,6 +37,7 @@ def test_snippets_run_as_they_are_written(tmp_path, monkeypatch, capsys):
     assert names["out"].shape == (2, 8, 1, 128) and jnp.isfinite(names["out"]).all()
 
 
+@pytest.mark.slow
 def test_the_page_on_python_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     convert(ROOT / "demo" / "model", tmp_path / "build" / "demo")
     monkeypatch.chdir(tmp_path)

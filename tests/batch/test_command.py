@@ -67,6 +67,7 @@ def test_openais_lines_run_as_they_are(demo, tmp_path):
     refuses(*command, "--n", 2, words=[output, "another job"])
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_gets_each_answer_once(small, store, proxy, tmp_path):
     """From an object store to itself, by two programs: slow, busy, and with lost replies."""
     rows = fake.write_rows(tmp_path / "in.jsonl", 24).read_bytes().splitlines(keepends=True)

@@ -22,6 +22,7 @@ from tests import formats, tiny
 from tests.checkpoint.damage import change_metadata, made_old
 from tests.checkpoint.sources import assert_same_bytes, read_all
 from tests.conftest import one_device
+from tests.tiers import slow_after_first
 
 LIKE = {"scout": tiny.scout_like, "maverick": tiny.maverick_like}
 SIZES = {"num_hidden_layers": 4, "intermediate_size": 64, "intermediate_size_mlp": 128}
@@ -149,7 +150,7 @@ def test_meta_with_a_flipped_bit(tmp_path, small_blocks, monkeypatch):
 
 
 @pytest.mark.parametrize("like", LIKE)
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", slow_after_first([4, 1]))
 def test_meta_equals_hf(tmp_path, small_blocks, like, ranks):
     config = meta_config(like)
     if config["rope_scaling"]:  # Meta's code fixes it
@@ -176,6 +177,7 @@ def test_meta_with_vision(tmp_path, small_blocks):
     del nested
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_metas_fp8_equals_what_it_stands_for(tmp_path, small_blocks, ranks):
     config = meta_config("maverick", num_hidden_layers=4, interleave_moe_layer_step=1)

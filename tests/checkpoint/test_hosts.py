@@ -110,6 +110,7 @@ def test_shares_of_many_devices():
         assert held <= 2 * size // 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "weights", "part"), [("fsdp=8", None, 0.5), ("expert=2,tensor=4", "int8", 0.8)]
 )

@@ -48,6 +48,7 @@ def kill_after(seconds, source, output, weights):
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, "int4"])
 def test_killed_at_random_times(tmp_path, small_blocks, weights):
     config = tiny.maverick_like(**SIZES)

@@ -80,6 +80,7 @@ def folder(tmp_path):
     shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep
 
 
+@pytest.mark.slow
 def test_peak_memory_of_converting_and_loading_2_gb(folder):
     """The half gigabyte beyond the model is about one share and what the allocator keeps."""
     size = write_sparse_checkpoint(folder / "hf")

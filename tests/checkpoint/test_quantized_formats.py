@@ -25,6 +25,7 @@ from tests.checkpoint.test_formats import (
     read_all,
 )
 from tests.conftest import one_device
+from tests.tiers import slow_after_first
 
 
 def test_groups_that_cannot_be_paired(tmp_path):
@@ -37,11 +38,13 @@ def test_groups_that_cannot_be_paired(tmp_path):
 
 @pytest.mark.parametrize(
     "like, make",
-    [
-        *itertools.product(LIKE, [formats.in_fp8, formats.in_w4a16]),
-        ("maverick", formats.in_fp8_blocks),
-        ("scout", formats.in_fp8_tensors),
-    ],
+    slow_after_first(
+        [
+            ("maverick", formats.in_fp8_blocks),
+            ("scout", formats.in_fp8_tensors),
+            *itertools.product(LIKE, [formats.in_fp8, formats.in_w4a16]),
+        ]
+    ),
 )
 def test_quantized_means_the_same(tmp_path, small_blocks, like, make):
     """The logits equal those of the model with the dequantized numbers."""
@@ -74,6 +77,7 @@ def test_fp8_there_and_back(tmp_path, small_blocks):
     np.testing.assert_array_equal(logits(tmp_path / "again"), logits(orbax))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [formats.in_fp8, formats.in_w4a16, formats.in_fp8_blocks, formats.in_fp8_tensors]
 )

@@ -113,6 +113,7 @@ def killed_at(monkeypatch, owner, name, nth):
     monkeypatch.setattr(owner, name, function)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owner, name", [(Path, "rename"), (shutil, "rmtree"), (Path, "mkdir")])
 def test_killed_between_file_operations(tmp_path, monkeypatch, owner, name):
     """Interrupts at each of them in turn; the conversion resumes, or its output is complete."""

@@ -78,6 +78,7 @@ def prompt(small):
     return np.random.default_rng(3).integers(0, small.hf_config["vocab_size"], 45).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [7, 16, 64])  # ends within a chunk; a chunk; more than there is
 def test_an_answer_is_that_of_float64(small, prompt, chunk):
     answer = greedy_answer(small.config, small.params, prompt, 6, prefill_chunk=chunk)

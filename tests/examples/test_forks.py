@@ -80,6 +80,7 @@ def greedy(model, prompt, count):
     return text[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", MESHES)
 def test_prompt_lookup_is_greedy_in_fewer_steps(model, spec):
     """Across the ends of chunks, with guesses that are right and guesses that are wrong."""
@@ -144,6 +145,7 @@ def dense(model, run):
     return dense_lora(model, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["data=1", "fsdp=2,tensor=2,data=2"])
 def test_lora_trains_adapters_alone_and_the_result_is_merged(model, run, dense, tokens, spec):
     """A run that is killed in its second step goes on with the adapters of the first."""

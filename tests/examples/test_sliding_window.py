@@ -69,6 +69,7 @@ PATHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("mesh", [None, MESH])
 def test_logits_are_those_of_a_dense_window(small, batch, expected, mesh, ends):

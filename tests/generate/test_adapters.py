@@ -121,6 +121,7 @@ def expected(model, params, requests):
     return alone(model.config, params, requests)
 
 
+@pytest.mark.slow
 def test_a_batch_of_several_adapters(model, params, requests, expected):
     assert len({tuple(tokens) for tokens, _ in expected.values()}) == len(requests)
     check(answers(model.config, params, requests), expected)
@@ -189,6 +190,7 @@ def test_a_prompt_of_an_unknown_adapter_is_refused_alone(llm, requests, expected
         LLM.from_parts(llm.config, one_adapter(llm.params, "all")).generate([[1]], adapter="all")
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_document_is_that_of_its_requests(
     llm, folders, requests, expected, tmp_path
 ):

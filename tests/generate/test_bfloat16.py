@@ -30,6 +30,7 @@ def logprobs(model, requests, **options):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"rows": 12}, {"rows": 6, "step_tokens": 16}], ids=str)
 def test_rows_and_budgets(model, options):
     """Prompts are read whole or in pieces, across chunks of 16 tokens, and beside others or not."""

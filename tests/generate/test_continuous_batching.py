@@ -18,6 +18,7 @@ from jaxmoe.model.kv_cache import cache_kind, cache_kinds, restart_rows
 from jaxmoe.model.kv_cache.pages import FREE, NULL
 from tests import tiny
 from tests.conftest import load_tiny, one_device
+from tests.tiers import slow_after_first
 
 VOCABULARY, LONGEST, MOST = 120, 200, 24  # tokens of a text, and requests of a workload
 GREEDY = Sampling(temperature=0.0)
@@ -92,15 +93,18 @@ def _poison(layers, free):
     return tuple(jax.tree.map(lambda x, w=where: poison(x, w), layer) for layer, where in pairs)
 
 
+@pytest.mark.runs_long
 @pytest.mark.parametrize(
     ("mesh", "rows", "count"),
-    [
-        (None, 1, 15),
-        (None, 3, 60),
-        ("expert=4,sequence=2", 8, 10),
-        ("data=2,fsdp=2,tensor=2", 4, 10),
-        ("data=2,expert=2,sequence=2", 2, 10),
-    ],
+    slow_after_first(
+        [
+            (None, 3, 20),
+            (None, 1, 10),
+            ("expert=4,sequence=2", 8, 10),
+            ("data=2,fsdp=2,tensor=2", 4, 10),
+            ("data=2,expert=2,sequence=2", 2, 10),
+        ]
+    ),
 )
 def test_each_answer_is_the_models_own(small, mesh, rows, count):
     """Rows join and leave, prompts share prefixes and end in pages, answers stop early."""
@@ -119,6 +123,7 @@ def test_each_answer_is_the_models_own(small, mesh, rows, count):
     assert shared  # workloads in which fewer tokens were computed than the requests have
 
 
+@pytest.mark.slow
 def test_a_prefix_is_computed_once(small):
     """A hundred requests behind 2,000 tokens: these are computed once, and held once."""
     rng = np.random.default_rng(0)
@@ -141,6 +146,7 @@ def test_a_prefix_is_computed_once(small):
         assert chosen.tolist() == answers[request.id]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "step_tokens"), [(3000, 64), (100_000, 512)])
 def test_a_row_that_writes_gets_a_token_in_every_step(tmp_path, length, step_tokens):
     """Another reads a prompt beside it; of the long one only local layers, which take less time."""

@@ -10,6 +10,7 @@ from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from tests import tiny
 from tests.conftest import load_tiny, one_device
+from tests.tiers import slow_after_first
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -31,7 +32,8 @@ def answers(stream):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "rows"), [(None, 1), (None, 8), ("data=2,sequence=2,tensor=2", 4)]
+    ("mesh", "rows"),
+    slow_after_first([(None, 8), (None, 1), ("data=2,sequence=2,tensor=2", 4)]),
 )
 def test_questions_side_by_side(model, mesh, rows):
     rng = np.random.default_rng(0)

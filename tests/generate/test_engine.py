@@ -185,6 +185,7 @@ def test_no_rows_are_refused(model, requests):
         run(model, requests, GREEDY, rows=0)
 
 
+@pytest.mark.slow
 def test_each_width_and_setting_compiles_once(model, requests):
     """Another seed or temperature, and the cache that a step gives back, compile nothing new."""
     with jax.set_mesh(MeshConfig(expert=2, tensor=2, data=2).make()):
@@ -209,6 +210,7 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(model, requests, sampl
     assert found == alone
 
 
+@pytest.mark.slow
 def test_calls_of_any_length_run_the_same_programs(model, caplog):
     """With one request or many: at most six sizes of steps, and three of choices."""
     rng, compiled = np.random.default_rng(0), collections.Counter()

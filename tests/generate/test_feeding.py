@@ -13,6 +13,7 @@ from jaxmoe.images import open_picture
 from jaxmoe.mesh import MeshConfig
 from tests.conftest import one_device
 from tests.generate.pictures import IDS, MODEL, SETTINGS, SMALL, WIDE, noise, random_params
+from tests.tiers import slow_after_first
 
 GREEDY = Sampling(temperature=0.0)
 PLAIN = {"seed": 3, "temperature": 1.0}
@@ -56,7 +57,7 @@ def logprobs_of(done):
     return [own.logprob for own in (*(done.prompt_logprobs or ()), *(done.logprobs or ()))]
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2,expert=2,tensor=2"])
+@pytest.mark.parametrize("mesh", slow_after_first([None, "data=2,expert=2,tensor=2"]))
 def test_parts_answer_as_the_whole_does(small, mesh):
     """Each part asks for more: drawn tokens, log-probabilities, penalties, a longer cache."""
     mesh = MeshConfig.parse(mesh).make() if mesh else one_device()

@@ -42,6 +42,7 @@ def answers(config, params, requests, **options):
     return written
 
 
+@pytest.mark.slow
 def test_an_answer_is_that_of_the_whole_prompt(checkpoint, tmp_path):
     tokens, pictures = pages()
     with jax.set_mesh(one_device()):

@@ -25,11 +25,13 @@ def model(golden, tmp_path_factory):
     return load_tiny(tmp_path_factory.mktemp("document"), golden.config, golden.tensors())
 
 
+@pytest.mark.slow
 def test_one_forward_pass(golden, model):
     logits = token_logits(model.config, model.params, golden.tokens)[:, golden.first_row :]
     assert abs(logits - golden.logits).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_read_and_continued(golden, model, tmp_path):
     """Interrupted in the third chunk, read to its end on a mesh, and asked on one device.
 

@@ -284,6 +284,7 @@ def test_flags_of_a_model_without_a_tower(checkpoint, folder):
         by_flags(checkpoint, *flags, model=TEXT_MODEL)
 
 
+@pytest.mark.slow
 def test_the_command_answers_about_pictures(checkpoint, folder):
     lines = [
         {"id": "a", "prompt": "<image>a", "images": ["small.png"]},

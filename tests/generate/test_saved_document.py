@@ -26,6 +26,7 @@ from jaxmoe.model.params import abstract_params, init_params
 from jaxmoe.model.transformer import forward, unembed
 from tests.checkpoint.damage import change_description, change_metadata, exchange, made_old
 from tests.model.test_paged_cache import CONFIG
+from tests.tiers import slow_after_first
 
 LENGTH, ASKED, NEW = 700, 20, 12
 GREEDY = Sampling(temperature=0.0)
@@ -79,6 +80,7 @@ def logits_after(params, document, tokens):
     return np.asarray(unembed(CONFIG, params, out.hidden))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [64, 97, 1000])  # all edges: test_paged_cache.py
 def test_prefill_chunks_around_the_edges(params, tokens, plain, chunk):
     document = new_document(CONFIG, params, LENGTH + ASKED)
@@ -89,12 +91,14 @@ def test_prefill_chunks_around_the_edges(params, tokens, plain, chunk):
 
 @pytest.mark.parametrize(
     "first, second, third, kv",
-    [
-        (None, None, None, None),
-        ("sequence=8", None, "sequence=2,fsdp=4", None),
-        ("data=2,sequence=2,tensor=2", "sequence=4,fsdp=2", None, None),
-        (None, "sequence=8", "data=2,sequence=2,tensor=2", "int8"),
-    ],
+    slow_after_first(
+        [
+            (None, None, None, None),
+            ("sequence=8", None, "sequence=2,fsdp=4", None),
+            ("data=2,sequence=2,tensor=2", "sequence=4,fsdp=2", None, None),
+            (None, "sequence=8", "data=2,sequence=2,tensor=2", "int8"),
+        ]
+    ),
 )
 def test_interrupted_and_continued_elsewhere(
     params, tokens, plain, tmp_path, first, second, third, kv
@@ -193,6 +197,7 @@ def answers(params, requests, document=None):
     return written
 
 
+@pytest.mark.slow
 def test_questions_do_not_see_each_other(params, tokens, tmp_path):
     """The longest comes first: what it wrote lies where the others have nothing yet."""
     read_until(params, tokens, tmp_path / "text")

@@ -27,6 +27,7 @@ def model(tmp_path_factory):
     return load_tiny(tmp_path_factory.mktemp("text"), config, tiny.random_tensors(config, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompt", "tokens"),
     [("Hello", TOKENIZER.encode("Hello", bos=True)), (CHAT, render(CHAT, TOKENIZER))],

@@ -63,6 +63,7 @@ def test_each_row_drops_its_own(model, spec):
         assert abs(np.asarray(ours) - want[0, -1]).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["data=1", "sequence=2,tensor=4"])
 def test_pages_without_tokens_are_free_again(tmp_path, spec):
     """The scheduler counts on them: without, requests after the document would lose tokens."""

@@ -71,6 +71,7 @@ def test_a_whole_pass(params, poison, mesh):
     assert abs(on(mesh, params, rows()) - expected).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_prefill_in_whole_chunks(params, poison, mesh):
     path = {"prefill_chunk": LENGTH, "decode_from": LENGTH}
@@ -120,6 +121,7 @@ def gradient(params, batch):
     return jax.tree.map(np.asarray, grad(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_gradients(params, poison, mesh):
     expected = gradient(params, rows())

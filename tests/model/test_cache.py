@@ -77,6 +77,7 @@ def used(cache, shards):
     return (np.asarray(cache.full.owner) >= 0).reshape(shards, -1).sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [2, 8])
 def test_pages_are_dealt_out_evenly(small, shards):
     """Any prefix of one row, and short rows too."""
@@ -157,6 +158,7 @@ def test_the_current_mesh_is_the_default(small):
         assert init_cache(small.config, 1, round_capacity(1)).full.table.shape == (8, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.reads_compiled
 @pytest.mark.parametrize("mesh", ["data=8", "sequence=8", "expert=2,sequence=2,tensor=2"])
 def test_decode_updates_the_cache_in_place(small, mesh):

@@ -20,6 +20,7 @@ from pallas_kernels.quantized import unpaired
 from tests.pallas_kernels import hopper, tpu
 from tests.pallas_kernels.attention.cases import assert_close
 from tests.pallas_kernels.hopper import INTERPRET, ON_GPU
+from tests.tiers import slow
 
 LAYERS = (LayerKind("local", "moe"), LayerKind("local", "dense"), LayerKind("global", "moe"))
 SMALL = Llama4Config(
@@ -59,11 +60,11 @@ def filled(config, rows, kv, params=None):
 def step(config, cache, new, format=None, params=None, **options):
     params = parameters(config, format) if params is None else params
 
-    def run(cache, *new):
+    def run(params, cache, *new):
         out = forward(config, params, *new, cache, **options)
         return unembed(config, params, out.hidden[:, -1]), out
 
-    return jax.block_until_ready(jax.jit(run)(cache, *new))
+    return jax.block_until_ready(jax.jit(run)(params, cache, *new))
 
 
 def fused(config, cache, new, hardware=hopper, format=None, params=None):
@@ -90,13 +91,16 @@ def as_float(x):
     ("hardware", "rows", "kv", "changes", "format"),
     [
         pytest.param(hopper, 1, "bf16", {"use_qk_norm": False}, None, marks=pytest.mark.hopper),
-        pytest.param(hopper, 3, "int8", {}, None, marks=pytest.mark.hopper),
-        (tpu, 1, "int8", {}, None),
-        (tpu, 3, "bf16", {"use_qk_norm": False}, None),
-        (tpu, 2, "int8", {}, "int4"),
-        (tpu, 2, "int8", {}, "int8"),
+        pytest.param(hopper, 3, "int8", {}, None, marks=[pytest.mark.hopper, pytest.mark.slow]),
         # One layer: a rounding of its output would move the next one's keys by a step of int4.
         (tpu, 2, "int4", {"layers": LAYERS[2:]}, None),
+        *slow(
+            (tpu, 1, "int8", {}, None),
+            # Some of the layers: each takes 8 s to compile.
+            (tpu, 3, "bf16", {"use_qk_norm": False, "layers": LAYERS[::2]}, None),
+            (tpu, 2, "int8", {"layers": LAYERS[:2]}, "int4"),
+            (tpu, 2, "int8", {"layers": LAYERS[2:]}, "int8"),
+        ),
     ],
 )
 def test_logits_and_cache_are_those_of_the_layers(hardware, rows, kv, changes, format):
@@ -125,26 +129,24 @@ def test_logits_and_cache_are_those_of_the_layers(hardware, rows, kv, changes, f
     assert all((a.assignments == b.assignments).all() and a.dropped == 0 for a, b in stats)
 
 
+@pytest.mark.slow
 @pytest.mark.hopper
 def test_padding_writes_nothing_and_rows_stay_apart():
     """One row is padding, one is NaN; the third is bit-equal to a step in which both are sound."""
-    cache, (tokens, positions, segments) = filled(SMALL, 3, "int8")
+    config = dataclasses.replace(SMALL, layers=LAYERS[1:])  # a feed-forward network of each kind
+    cache, (tokens, positions, _) = filled(config, 3, "int8")
     segments = np.array([[1], [0], [1]], np.int32)
-    want, _ = fused(SMALL, cache, (tokens, positions, segments))
-    params = parameters(SMALL)
-    params = {**params, "embed": params["embed"].at[tokens[0, 0]].set(jnp.nan)}
-    tokens[1], tokens[2] = tokens[0], (tokens[0] + 1) % SMALL.vocab_size
-    cache, _ = filled(SMALL, 3, "int8")
-    logits = []
-    for embed in (parameters(SMALL)["embed"], params["embed"]):
-        run = functools.partial(forward, SMALL, params | {"embed": embed}, kernels=INTERPRETED)
-        out = jax.jit(lambda cache, *new, run=run: run(*new, cache))(
-            cache, tokens, positions, segments
-        )
-        logits.append(as_float(out.hidden))
-    assert np.isnan(logits[1][0]).all()
-    np.testing.assert_array_equal(logits[0][2], logits[1][2])
-    assert np.isfinite(as_float(want)[[0, 2]]).all()
+    tokens[1], tokens[2] = tokens[0], (tokens[0] + 1) % config.vocab_size
+    params = parameters(config)
+    sick = {**params, "embed": params["embed"].at[tokens[0, 0]].set(jnp.nan)}
+
+    run = jax.jit(lambda *inputs: forward(config, *inputs, kernels=INTERPRETED).hidden)
+    sound, with_nan = (
+        as_float(run(params, tokens, positions, segments, cache)) for params in (params, sick)
+    )
+    assert np.isfinite(sound[[0, 2]]).all()
+    assert np.isnan(with_nan[0]).all()
+    np.testing.assert_array_equal(sound[2], with_nan[2])
 
 
 def why_not(config=SMALL, rows=1, tokens=1, dtype=jnp.bfloat16, params=None, mesh=None):
@@ -184,16 +186,21 @@ def test_tokens_that_travel_to_their_experts_are_not_served():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "rows"), [("tensor=2,sequence=2", 2), ("expert=2,tensor=2", 1), ("data=2", 2)]
+    ("mesh", "rows", "layers"),
+    [
+        ("data=2", 2, LAYERS[2:]),
+        *slow(("tensor=2,sequence=2", 2, LAYERS[1:]), ("expert=2,tensor=2", 1, LAYERS[:1])),
+    ],
 )
-def test_tpu_kernels_on_a_mesh(mesh, rows):
+def test_tpu_kernels_on_a_mesh(mesh, rows, layers):
     """Heads, keys, experts and rows on devices of their own: the layers' numbers without a mesh."""
-    cache, new = filled(TPU_SMALL, rows, "int8")
-    want, _ = step(TPU_SMALL, cache, new, fused=False)
+    config = dataclasses.replace(TPU_SMALL, layers=layers)
+    cache, new = filled(config, rows, "int8")
+    want, _ = step(config, cache, new, fused=False)
     mesh = MeshConfig.parse(mesh).make(jax.devices()[: 4 if "," in mesh else 2])
     with jax.set_mesh(mesh):
-        places = jax.tree.map(lambda x: x.sharding, abstract_params(TPU_SMALL, mesh, jnp.bfloat16))
-        params = jax.device_put(parameters(TPU_SMALL), places)
-        cache, new = filled(TPU_SMALL, rows, "int8", params)
-        got, _ = fused(TPU_SMALL, cache, new, tpu, params=params)
+        places = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh, jnp.bfloat16))
+        params = jax.device_put(parameters(config), places)
+        cache, new = filled(config, rows, "int8", params)
+        got, _ = fused(config, cache, new, tpu, params=params)
     assert_close(as_float(got), as_float(want), 0.02)

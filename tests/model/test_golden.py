@@ -65,6 +65,7 @@ def test_greedy_continuation(name, tmp_path):
     np.testing.assert_array_equal(list(written.values()), golden.greedy)
 
 
+@pytest.mark.slow
 def test_programs_that_users_get():
     """Compiled without tests/conftest.py's flags: a forward pass, a prefill and decode steps."""
     tests = "test_full_forward[maverick]", "test_prefill_and_decode[one prefill-scout]"

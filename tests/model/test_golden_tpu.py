@@ -16,6 +16,7 @@ from tests import tiny
 from tests.conftest import load_tiny
 from tests.pallas_kernels import tpu
 from tests.pallas_kernels.attention.cases import TOLERANCE, assert_close
+from tests.tiers import slow_after_first
 
 CHUNK = 139  # tokens of a row; two chunks, of which each crosses an edge of attention chunks
 INTERPRETED = functools.partial(forward, kernels=Kernels(interpret=tpu.INTERPRET))
@@ -47,6 +48,7 @@ def through_the_cache(golden, config, params, **options):
     return logits[:, golden.first_row :], names
 
 
+@pytest.mark.slow
 def test_prefill_in_float32(golden):
     """As exact as XLA's products, in test_golden.py."""
     golden, model = golden
@@ -57,7 +59,8 @@ def test_prefill_in_float32(golden):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kv"), [("data=1", None), ("data=1", "int4"), ("tensor=2,sequence=2", "int8")]
+    ("mesh", "kv"),
+    slow_after_first([("data=1", None), ("data=1", "int4"), ("tensor=2,sequence=2", "int8")]),
 )
 def test_prefill_and_fused_decoding(golden, mesh, kv):
     """In bfloat16, with weights that are exact there; int4 keys alone cost 3 % on average."""

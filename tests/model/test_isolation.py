@@ -75,6 +75,7 @@ def test_experts(spec, length, k):
         assert_isolated(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec, kv", [(None, None), (SPREAD, None), (SPREAD, "int8")])
 def test_rows_of_a_batch(model, spec, kv):
     """In segments and in steps of one token, through the cache."""
@@ -89,6 +90,7 @@ def test_rows_of_a_batch(model, spec, kv):
     assert np.isnan(got[1, 5:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", [jnp.float32, "int8", "fp8"])
 def test_pages_are_free_of_their_past(model, kv):
     """A row reads the rest of a page that a spoiled one has left; bits are those of a new cache."""
@@ -107,6 +109,7 @@ def test_pages_are_free_of_their_past(model, kv):
         assert_isolated(again.hidden, fresh.hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [None, SPREAD])
 def test_requests(model, spec):
     """Beside a spoiled one, and after it, in its row and in its pages."""

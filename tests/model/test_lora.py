@@ -114,6 +114,7 @@ def on_one_device(model, adapted, tokens):
     return loss_and_gradients(model, adapted, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_losses_and_gradients_on_any_mesh(model, tokens, on_one_device, mesh):
     sizes = MeshConfig.parse(mesh)
@@ -134,6 +135,7 @@ def test_every_adapter_has_a_gradient(on_one_device):
     assert len(leaves) == 2 * 18 - 1 and all(float(abs(x).max()) > 1e-6 for x in leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
 def test_qlora_equals_lora_on_the_widened_base(model, adapted, tokens, format):
     quantized = quantize_params(model.config, adapted, format)

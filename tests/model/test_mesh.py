@@ -14,6 +14,7 @@ from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.transformer import forward, positions_of, unembed
 from tests import tiny
 from tests.conftest import load_tiny, one_device
+from tests.tiers import slow_after_first
 
 MESHES = [
     "data=8",
@@ -58,7 +59,7 @@ def make_mesh(text):
     return sizes.make(jax.devices()[:count])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", slow_after_first(MESHES[::-1]))
 def test_logits_and_sampled_tokens(small, batch, on_one_device, mesh):
     logits, tokens = on_one_device
     mesh = make_mesh(mesh)
@@ -101,6 +102,7 @@ def test_three_rows_on_eight_devices(small, batch, on_one_device):
     assert abs(logits - on_one_device[0][:3]).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,sequence=2", "data=2,expert=2,tensor=2"])
 def test_gradients(small, batch, mesh):
     expected = gradients(small, small.params, batch)

@@ -55,6 +55,7 @@ def plain(params, batch):
     return token_logits(CONFIG, params, *batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "prefill"),
     [(63, 252), (64, 256), (65, 260), (95, 285), (96, 288), (97, 194), (192, 290), (300, 290)],
@@ -74,6 +75,7 @@ def test_pieces_of_a_log(monkeypatch, params, batch, plain):
     assert abs(ours - plain).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["sequence=8", "data=2,sequence=2,tensor=2"])
 @pytest.mark.parametrize("kv, tolerance", [(None, 1e-4), ("int8", 1e-3)])
 def test_meshes(params, batch, plain, mesh, kv, tolerance):
@@ -109,6 +111,7 @@ def test_recycled_pages_show_nothing_of_their_past(params, kv):
     np.testing.assert_array_equal(fresh, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "data=2,sequence=2,tensor=2"])
 def test_requests_wait_for_pages(params, mesh):
     """And answer the same: a long one and many short ones in a pool for the long one."""

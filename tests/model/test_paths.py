@@ -90,6 +90,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_other_configurations(variant, tmp_path):
     """Through the cache on a mesh: segments, then single tokens."""

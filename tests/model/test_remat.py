@@ -40,6 +40,7 @@ def kept(params, remat):
     return sum(x.size for x in jax.tree.leaves(backward))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "attention", "dots", True])
 def test_gradients_are_the_same(params, gradient, remat):
     found = jax.grad(total)(params, remat)

@@ -80,6 +80,7 @@ def through_the_kernel(calls, *arguments, **options):
     return paged_attention(*arguments, config=PagedTpuConfig(block_q=64, block_k=128), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lay", [in_rows, packed])
 def test_steps_of_many_tokens(lay, monkeypatch):
     params, calls = init_params(CONFIG, jax.random.key(1)), []

@@ -19,6 +19,7 @@ from jaxmoe.model.vision import tile_features
 from tests import tiny, vision
 from tests.conftest import one_device
 from tests.images.drawn import drawn
+from tests.tiers import slow_after_first
 
 TOLERANCE = 1e-4
 LIKE = ["scout", "maverick"]
@@ -137,7 +138,7 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", slow_after_first(MESHES))
 def test_engine_beside_text(checkpoints, mesh):
     golden, mesh, config, params = loaded(checkpoints, "scout", mesh)
     with jax.set_mesh(mesh):
@@ -196,6 +197,7 @@ def test_prompts_with_the_same_image_share_a_prefix_and_others_do_not(checkpoint
     assert engine.tokens < sum(len(x.tokens) + 3 for x in requests) - shared + 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["int8", "int4", "fp8"])
 def test_quantized_caches(checkpoints, kv):
     golden, mesh, config, params = loaded(checkpoints, "scout")

@@ -102,6 +102,7 @@ def test_products_and_gradients(way, dtype, case, spoil):
     check(case, got, results(way, dtype, case), hit_items)
 
 
+@pytest.mark.slow
 @each_spoiled
 @DIFFERENTIATED
 def test_gated_products_and_gradients(way, dtype, case, spoil):
@@ -126,6 +127,7 @@ def test_gated_products_that_are_not_differentiated(way, dtype, case):
         check_gated(way, case, arrays[:4], spoiled[:4], hit_items)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["int8", "fp8", "int4"])
 @FORWARD
 def test_quantized_matrices(way, dtype, case, stored):

@@ -219,6 +219,7 @@ def test_output_and_gradients(rows, chunk):
     check(rows, draw("float32"), chunk=chunk)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     check("packed", draw("bfloat16", heads=(10, 2), head_dim=128), chunk=100)
 

@@ -68,6 +68,7 @@ def test_cache_is_that_of_all_layers(kv, spec, rows, context):
     assert cache_bytes(planned, mesh) == device_bytes(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("spec", ["tensor=16", "expert=3", "fsdp=7", "tensor=8,expert=16"])
 def test_a_mesh_divides_as_abstract_parameters_say(spec, format):

@@ -115,6 +115,7 @@ def disturb(command, output, crew, moments, wanted):
     return sent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crew", CREWS)
 def test_signals_at_random_times(command, undisturbed, tmp_path, crew):
     moments = random.Random(f"{SEED} {crew}")

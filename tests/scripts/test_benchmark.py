@@ -86,6 +86,7 @@ def test_caches_that_do_not_fit_are_left_out():
     assert "274.9 GB does not fit in the 60.0 GB" in left_out["decode-1m-b64-bf16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["bf16", "int8", "fp8", "int4"])
 def test_cached_arrays_are_as_large_as_counted(format, monkeypatch):
     monkeypatch.setattr(cases, "COLD_BYTES", 50e6)

@@ -57,6 +57,7 @@ def test_long_prompts_and_short_answers():
     assert {request.max_new_tokens for request in requests} == set(range(1, 17))
 
 
+@pytest.mark.slow
 def test_figures(figures):
     (workload,) = figures["workloads"]
     (side,) = workload["engine"]

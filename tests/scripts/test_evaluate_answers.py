@@ -42,6 +42,7 @@ def counts(characters, right):
     return {"characters": characters, "characters_right": right}
 
 
+@pytest.mark.slow
 def test_pictures_and_a_line_that_is_refused(tmp_path):
     model = tmp_path / "model"
     succeeds("convert.py", DEMO / "model", model)

@@ -10,6 +10,7 @@ from jaxmoe.errors import UserError
 from tests.scripts import FOLDER, refuses, succeeds
 
 
+@pytest.mark.slow
 def test_a_model(tmp_path):
     convert(FOLDER.parent / "demo" / "needle" / "model", tmp_path / "checkpoint")
     flags = "--max-new-tokens", 60, "--temperatures", "0,1", "--ignore-stop"

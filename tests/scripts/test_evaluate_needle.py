@@ -33,6 +33,7 @@ def unhurried(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.slow
 def test_the_needle_model_finds_its_key(unhurried, checkpoint, tmp_path):
     """At one chunk, and at two, where only the global layer sees the needle."""
     output, png = tmp_path / "needle.json", tmp_path / "needle.png"

@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
+import pytest
 
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.cli import evaluate_quantized
 from tests.scripts import FOLDER, refuses, succeeds
 
 
+@pytest.mark.slow
 def test_a_model(tmp_path):
     convert(FOLDER.parent / "demo" / "model", tmp_path / "checkpoint")
     (tmp_path / "text").write_text("And the king said unto the people, Go up. " * 40)

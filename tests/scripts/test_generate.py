@@ -57,6 +57,7 @@ def prompts(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_write_the_same(checkpoint, tokenizer, prompts, tmp_path):
     """Sampled; one output on stdout, one in a file."""
     path = prompts(

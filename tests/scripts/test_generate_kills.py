@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.scripts import FOLDER, succeeds
 
 KILLS = int(os.environ.get("JAXMOE_KILLS", "2"))
@@ -24,6 +26,7 @@ def answers(path):
     return path.read_bytes().split(b"\n")[1:-1]
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(small, tmp_path):
     moments = random.Random(SEED)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

@@ -33,6 +33,7 @@ def wait_for_an_answer(path, processes):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_job_is_killed_stopped_and_ended_elsewhere(small, tmp_path):
     source, output, other = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "other.jsonl"))
     requests = [{"id": n, "tokens": [n + 1, 7]} for n in range(40)]
@@ -69,6 +70,7 @@ def test_a_job_is_killed_stopped_and_ended_elsewhere(small, tmp_path):
     assert output.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_logits_of_several_processes(small, tmp_path):
     """By a job's file, whose flags the command line adds to."""
     tokens = np.random.default_rng(0).integers(1, 100, (2, 40))
@@ -105,6 +107,7 @@ def wait_for_a_save(workspace, processes):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_document_is_read_on_some_and_asked_on_others(needle, tmp_path):
     text, questions = tmp_path / "text.txt", tmp_path / "questions.jsonl"
     text.write_text("The quick brown fox. " * 800)

@@ -77,6 +77,7 @@ def model(task, monkeypatch) -> dict:
     return make_needle_model.model_config(task.tokenizer) | {"num_hidden_layers": 2}
 
 
+@pytest.mark.slow
 def test_a_killed_run_takes_the_same_steps(task, model, tmp_path):
     mesh, words = one_device(), tmp_path / "words"
     words.mkdir()

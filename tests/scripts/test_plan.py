@@ -83,6 +83,7 @@ def test_a_folder_with_a_config(planned, tmp_path):
     assert found["context"] == 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, words",
     [

@@ -65,6 +65,7 @@ def test_pictures_for_a_model_that_does_not_see(checkpoint, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_killed_continued_and_asked(checkpoint, text, tmp_path):
     command = ("read.py", checkpoint, text, "--output", tmp_path / "saved", "--save-every", 8192)
     kill_after_a_save(tmp_path / "saved.partial", FOLDER / command[0], *command[1:])

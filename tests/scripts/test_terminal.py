@@ -8,6 +8,8 @@ import sys
 import threading
 import tty
 
+import pytest
+
 from tests.scripts import FOLDER
 
 
@@ -51,6 +53,7 @@ def _read(read, i, end):
     os.close(end)
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_terminals(small, tmp_path):
     """Catches a progress bar that takes, wraps or draws into what is written to stdout."""
     source = tmp_path / "in.jsonl"

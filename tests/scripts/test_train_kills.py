@@ -8,6 +8,8 @@ import random
 import signal
 import time
 
+import pytest
+
 from tests.scripts import training
 
 KILLS = int(os.environ.get("JAXMOE_KILLS", "2"))
@@ -31,6 +33,7 @@ def killed_at_random(config, moments):
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(tmp_path):
     moments = random.Random(SEED)
     undisturbed = training.write_config(tmp_path, "undisturbed", **RUN)

@@ -25,6 +25,7 @@ def run_together(config, count):
     return [out.count("Wrote ") for out, _ in said]
 
 
+@pytest.mark.slow
 def test_two_and_four_processes_train_as_one(tmp_path, alone):
     config = training.write_config(tmp_path, "together", cpu_devices=2, **RUN)
     killed = training.start_together(config, 2)

@@ -21,6 +21,7 @@ def test_a_signal_saves_the_state_and_says_run_again(tmp_path, name):
     assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == [str(last)]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_after_the_same_step(tmp_path):
     """Only one of them gets the signal. Catches a state that a process saves alone."""
     config = training.write_config(tmp_path, "run", steps=10**6, save_every=0, cpu_devices=2)

@@ -28,6 +28,7 @@ from jaxmoe.train.trainer import train
 from pallas_kernels.quantized import QuantizedMatrix
 from tests import tiny
 from tests.conftest import load_tiny, one_device
+from tests.tiers import slow_after_first
 from tests.train.conftest import EVERY_AXIS, EVERY_AXIS_RTOL
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -105,6 +106,7 @@ def adapted(config, mesh=None):
     )
 
 
+@pytest.mark.slow
 def test_a_run_writes_an_adapter_and_resumes_to_the_same(finished, model):
     config, losses = finished
     assert losses[-1] < 0.8 * losses[0]
@@ -139,7 +141,7 @@ def test_a_run_writes_an_adapter_and_resumes_to_the_same(finished, model):
         np.testing.assert_array_equal(base, np.asarray(w, np.float32))
 
 
-@pytest.mark.parametrize("mesh", EVERY_AXIS)
+@pytest.mark.parametrize("mesh", slow_after_first(EVERY_AXIS[::-1]))
 def test_the_same_losses_on_any_mesh(finished, mesh):
     config, alone = finished
     config = dataclasses.replace(config, output=f"{config.output}-{mesh}", save_every=0)
@@ -175,6 +177,7 @@ def held(params, base, trained):
     return {}
 
 
+@pytest.mark.slow
 def test_qlora_trains_and_full_training_of_its_base_is_refused(config, model, tmp_path):
     convert(Path(model.checkpoint).parent / "hf", tmp_path / "int4", weights="int4")
     config = dataclasses.replace(config, init=str(tmp_path / "int4"), save_every=0)

@@ -72,6 +72,7 @@ def test_a_batch_has_the_conversations_of_the_rows_and_their_pixels(config, rows
     assert seen == set(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_vision", [True, False])
 def test_a_config_trains_on_pictures_with_the_tower_or_without(config, train_vision):
     mesh = one_device()

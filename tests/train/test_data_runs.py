@@ -157,6 +157,7 @@ def test_packed_documents_lose_what_each_loses_alone(config):
     np.testing.assert_allclose(held, packed / targets, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_resumes_from_the_same_documents(config, monkeypatch):
     records = run(config)
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]

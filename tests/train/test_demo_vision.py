@@ -17,6 +17,7 @@ from jaxmoe.model.params import num_params
 from jaxmoe.text import Tokenizer
 from jaxmoe.train.config import read_train_config
 from tests.conftest import one_device
+from tests.tiers import slow_after_first
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "demo" / "vision"
@@ -48,7 +49,7 @@ def read_examples(checkpoint, mesh):
     ]
 
 
-@pytest.mark.parametrize("mesh", [None, "expert=4,tensor=2"])
+@pytest.mark.parametrize("mesh", slow_after_first([None, "expert=4,tensor=2"]))
 def test_it_says_on_any_mesh_what_the_metrics_say(checkpoint, mesh):
     mesh = one_device() if mesh is None else MeshConfig.parse(mesh).make()
     assert read_examples(checkpoint, mesh) == METRICS["examples"]

@@ -25,6 +25,7 @@ from jaxmoe.train.trainer import make_step, train
 from tests import tiny, vision
 from tests.conftest import one_device
 from tests.small_tokenizers import CHAT, byte_tokenizer
+from tests.tiers import slow_after_first
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -158,6 +159,7 @@ LEAVES = [
 ]
 
 
+@pytest.mark.slow
 def test_gradients_through_the_tower_are_finite_differences():
     """With all experts for every token: where the best one changes, there is no gradient."""
     params, rows = params_of(one_device()), batch()
@@ -214,7 +216,9 @@ def alone():
     return first_losses(one_device())[0]
 
 
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,expert=2", "sequence=2,tensor=4"])
+@pytest.mark.parametrize(
+    "mesh", slow_after_first(["sequence=2,tensor=4", "data=2,fsdp=2,expert=2"])
+)
 def test_training_is_the_same_on_any_mesh(alone, mesh):
     spread, state = first_losses(MeshConfig.parse(mesh).make())
     np.testing.assert_allclose(spread, alone, rtol=1e-4)
@@ -233,6 +237,7 @@ def test_tiles_are_spread_over_the_devices():
     assert features.sharding.shard_shape(features.shape)[0] == 1
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_stays_and_costs_no_backward_pass(tmp_path):
     mesh, config = one_device(), run_config(tmp_path / "run")
     with jax.set_mesh(mesh):

@@ -95,6 +95,7 @@ def test_adapters_begin_at_ln_2_and_their_reference_is_the_base(config, tmp_path
     assert not (tmp_path / "run" / "reference.npz").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sigmoid", "ipo"])
 def test_adapters_of_experts_are_rounded_as_their_reference_is(config, objective):
     """In bfloat16 too: adapters that add nothing leave no margin."""
@@ -112,6 +113,7 @@ def test_adapters_of_experts_are_rounded_as_their_reference_is(config, objective
     assert record["router_peak"] >= 1 and record["balance_loss"] > 0
 
 
+@pytest.mark.slow
 def test_batches_of_a_step_are_one_batch(config):
     parts = dataclasses.replace(config.data, batch_size=2)
     accumulated = dataclasses.replace(
@@ -170,6 +172,7 @@ def alone(model, batch):
     return np.array(found).reshape(-1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["data=2,tensor=2", "fsdp=2,expert=2,sequence=2"])
 def test_meshes_take_the_same_steps(config, spec):
     config = dataclasses.replace(config, steps=3, save_every=0)

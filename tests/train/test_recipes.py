@@ -20,6 +20,7 @@ from jaxmoe.plan.targets import parse_target
 from jaxmoe.train.config import read_train_config
 from jaxmoe.train.trainer import check_names
 from tests import tiny
+from tests.tiers import slow_after_first
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "configs" / "recipes"
@@ -106,7 +107,7 @@ def checkout(models, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_after_first(NAMES))
 def test_a_twin_learns(name, checkout, monkeypatch):
     """By the command, in three steps."""
     content = yaml.safe_load((RECIPES / "small" / f"{name}.yaml").read_text())

@@ -106,6 +106,7 @@ def test_a_step_that_is_skipped_is_followed_by_others(config):
     assert records[4]["learning_rate"] == float(learning_rate(config.optimizer, 8)(3))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(config):
     """What a config may change meanwhile: the mesh, and how layers are computed again."""
     config = dataclasses.replace(config, steps=8, save_every=2, accumulate=2, mesh="data=4")

@@ -137,6 +137,7 @@ def flat(params):
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(params)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_moments_in_the_hosts_memory_take_the_same_steps(name):
     config = make_config()

@@ -21,6 +21,7 @@ from jaxmoe.train.step import make_step
 from jaxmoe.train.trainer import train
 from tests import tiny
 from tests.conftest import one_device
+from tests.tiers import slow_after_first
 from tests.train.conftest import EVERY_AXIS, EVERY_AXIS_RTOL
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -178,7 +179,7 @@ def alone(make_config):
     return first_losses(make_config("alone"), one_device())[0]
 
 
-@pytest.mark.parametrize("mesh", EVERY_AXIS)
+@pytest.mark.parametrize("mesh", slow_after_first(EVERY_AXIS[::-1]))
 def test_training_is_the_same_on_any_mesh(config, alone, mesh):
     assert alone[-1][0] < 0.1 * alone[0][0]
     spread, state = first_losses(config, MeshConfig.parse(mesh).make())
@@ -199,6 +200,7 @@ def test_bfloat16_computes_roughly_the_same_and_trains_float32(config, alone):
     assert kinds == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
+@pytest.mark.slow
 @pytest.mark.reads_compiled
 def test_the_step_reuses_the_memory_of_the_state(config):
     model = from_hf(config.model, "test")

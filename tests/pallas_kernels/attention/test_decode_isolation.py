@@ -80,6 +80,7 @@ def check(way, format, layout, hit, q=None, cache=None):
     return by_query[0][0][hit]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, value", [("k", np.nan), ("v", np.inf)], ids=["k", "v"])
 @over(RUNS)
 def test_a_row(way, format, layout, name, value):

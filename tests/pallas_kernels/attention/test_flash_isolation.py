@@ -70,6 +70,7 @@ def unspoiled(way, dtype, case):
     return run(way, case, *draw(case, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoiled", [row, head, query, unseen])
 @over(
     runs(XLA, "float32", [CASE]),

@@ -74,6 +74,7 @@ def test_products(way, dtype, case, stored):
     assert_close(got, judge(case, arrays).out, TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format, width", [("fp8", 256), ("int8", 128), ("int4", 128)])
 @over(
     runs(XLA, "bfloat16", LONG),

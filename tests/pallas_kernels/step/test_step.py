@@ -234,6 +234,7 @@ def test_quantized_matrices(format):
     assert_close(exact(out)[:3], want, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["token", "expert"])
 def test_what_is_bad_in_the_experts_stays_there(interpreted, where, bad):
