@@ -72,7 +72,8 @@ class Job:
         self._options, self._read = options, read
         self.rows = self.ended = 0
         self.done = False
-        self._folder: JobFolder | None = None  # of the first process, as the next
+        self._folder: JobFolder | None = None  # of the first process, as the next two
+        self._leases: Leases | None = None
         self._worker: Worker | None = None
         self._looked = 0.0
         self._stack = contextlib.ExitStack()
@@ -101,7 +102,7 @@ class Job:
             return make_manifest(self._digest, sources, read=self._read, **sizes)
 
         manifest = open_manifest(storage, self._digest, sources, make)
-        leases = stack.enter_context(Leases(storage, options.expiry))
+        self._leases = leases = stack.enter_context(Leases(storage, options.expiry))
         self._folder = folder = JobFolder(storage, options.form, leases.owner)
         blocks = blocks_of(manifest, options.shard)
         round_ = check_round(folder, folder.parts(), blocks, options.retry)
@@ -152,7 +153,8 @@ class Job:
         """The report of the job, which is written to its folder with a picture."""
 
         def summarize() -> dict[str, Any]:
-            assert self._folder is not None
+            assert self._folder is not None and self._leases is not None
+            self._leases.sweep()
             return self._folder.summarize()
 
         return on_first(summarize)

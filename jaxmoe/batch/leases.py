@@ -94,6 +94,12 @@ class Leases:
             self._storage.delete(name)
         self._taken -= own
 
+    def sweep(self) -> None:
+        """Removes the files of processes that were killed on this machine."""
+        for name in self._storage.names(WORKERS):
+            if _has_ended(self._storage.read(name) or b""):
+                self._storage.delete(name)
+
     def _is_held(self, name: str) -> bool:
         if name in self._owners and self._lives(self._owners[name]):
             return True

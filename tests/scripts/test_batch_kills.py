@@ -126,7 +126,8 @@ def test_signals_at_random_times(command, undisturbed, tmp_path, crew):
         sent += disturb(command, output, crew, moments, wanted - sent)
         what = f"after {sent} signals of JAXMOE_KILL_SEED={SEED}"
         assert answers(output) == undisturbed, what
-        assert not list((output / "journal").iterdir()), what
+        for folder in ("journal", "workers"):
+            assert not list((output / folder).iterdir()), what
         assert not (output / "errors").exists(), what
         assert json.loads((output / "report.json").read_text())["answered"] == ROWS, what
     print(f"{crew}: {sent} signals in {jobs} jobs, JAXMOE_KILL_SEED={SEED}")
