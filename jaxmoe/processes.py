@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from jaxmoe.errors import UserError, sentence_of
 
-_LEAST = 1024  # bytes that are sent at once
+_LEAST, _MOST = 1024, 1 << 30  # bytes that are sent at once
 # Whether the first process runs an action of `on_first`, in which it is not to wait for the others.
 _alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
 
@@ -63,7 +63,13 @@ def _outcome(action: Callable[[], Any]) -> bytes:
     context = contextvars.copy_context()
     context.run(_alone.set, True)
     try:
-        return json.dumps({"value": context.run(action)}).encode()
+        content = json.dumps({"value": context.run(action)}).encode()
+        if len(content) > _MOST:
+            raise UserError(
+                f"The first process has {len(content) / 1e9:.1f} GB to tell the others at once, "
+                f"more than {_MOST / 1e9:.1f} GB; let it read less, as by a smaller --block-rows."
+            )
+        return content
     except UserError as error:
         return json.dumps({"error": str(error)}).encode()
     except OSError as error:

@@ -23,6 +23,7 @@ from jaxmoe.parsing import parse_json
 NAME = "manifest.json"
 GRAIN = 4  # a block's rows are a multiple of this
 SMALLEST, LARGEST, BLOCKS = 16, 512, 64  # rows of a block, and how many blocks a small job has
+HEAVIEST = 256 << 20  # bytes of a block's rows on average, as where they hold pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,8 @@ def make_manifest(
 
     Args:
         limit: how many rows the job has, at most.
-        block: rows of a block, rounded up to a multiple of `GRAIN`; default: few in a small job.
+        block: rows of a block, rounded up to a multiple of `GRAIN`; default: few in a small job, or
+            where rows are large.
         read: called with the bytes of the rows so far, and of all files as they are stored.
 
     Raises:
@@ -119,21 +121,28 @@ def make_manifest(
     if not survey.count:
         named = ", ".join(source.path for source in sources)
         raise UserError(f"{named:.300} holds no requests; write one JSON object a line.")
-    size = block or max(SMALLEST, min(LARGEST, -(-survey.count // BLOCKS)))
-    grains = -(-size // GRAIN)
+    grains = -(-(block or _block_rows(survey.count, survey.bytes)) // GRAIN)
     begins = tuple(zip(survey.files[::grains], survey.numbers[::grains], strict=True))
     return Manifest(job, tuple(inputs), survey.count, grains * GRAIN, begins, survey.repeated())
+
+
+def _block_rows(rows: int, nbytes: int) -> int:
+    """How many of a job's rows make a block."""
+    few = max(SMALLEST, min(LARGEST, -(-rows // BLOCKS)))
+    light = HEAVIEST * rows // max(1, nbytes)
+    return max(1, min(few, light // GRAIN * GRAIN))
 
 
 class _Survey:
     """What is known of the rows read so far.
 
     Attributes:
+        count, bytes: how many there are, and their lengths together.
         files, numbers: where every `GRAIN`th row comes after.
     """
 
     def __init__(self, read: Callable[[int], object]):
-        self.count, self._bytes, self._read = 0, 0, read
+        self.count, self.bytes, self._read = 0, 0, read
         self.files, self.numbers = array("l"), array("l")
         self._ids = array("Q")  # hashes of the rows' ids
 
@@ -146,8 +155,8 @@ class _Survey:
             self.count, after = self.count + 1, row.number
             self._ids.append(_id_hash(row, self.count))
             _update(digest, row)
-            self._bytes += len(row.content)
-            self._read(self._bytes)
+            self.bytes += len(row.content)
+            self._read(self.bytes)
             if self.count == limit:
                 break
         kept, whole = self.count - before, limit is None or self.count < limit

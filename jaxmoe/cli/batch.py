@@ -66,7 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--block-rows",
         type=int,
         metavar="N",
-        help="rows that a command takes at once; default: a 64th of the job, from 16 to 512",
+        help="rows that a command takes at once; default: a 64th of the job, from 16 to 512, of "
+        "at most 256 MiB",
     )
     parser.add_argument(
         "--lease",
