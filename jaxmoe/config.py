@@ -133,6 +133,8 @@ class Llama4Config:
         floor_scale, attn_scale: of `1 + attn_scale * ln(floor((p+1) / floor_scale) + 1)`, the
             temperature of global layers.
         image_token_id: the token at each place of an image's feature.
+        selection_bias: whether each router has a bias by which it chooses experts (Wang et al.,
+            arXiv 2408.15664); no published Llama 4 has one.
         vision: the sizes of the vision tower; None for a model of text.
     """
 
@@ -160,6 +162,7 @@ class Llama4Config:
     eos_token_ids: tuple[int, ...] = (200001, 200007, 200008)
     pad_token_id: int = 200018
     image_token_id: int = 200092
+    selection_bias: bool = False
     vision: VisionConfig | None = None
 
     def __post_init__(self):

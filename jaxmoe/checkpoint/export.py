@@ -1,6 +1,7 @@
 """Exports a checkpoint to the Hugging Face layout: `config.json`, safetensors, tokenizer files."""
 
 import collections
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,7 @@ def export(
     *,
     weights: str | None = None,
     adapter: str | Path | None = None,
+    drop_selection_bias: bool = False,
 ) -> Report:
     """Writes a checkpoint in the Hugging Face layout that transformers reads.
 
@@ -55,12 +57,17 @@ def export(
         weights: "bf16" or "float32" widens quantized matrices to that dtype.
         adapter: a folder that PEFT or a run saved; its matrices are added in float32, and the sums
             rounded once to the dtype of the tensors.
+        drop_selection_bias: leaves out the biases by which routers choose experts, for which the
+            layout has no place; the model then chooses other ones.
 
     Raises:
-        UserError: if the checkpoint or the adapter is bad, matrices have a format that the layout
-            does not have, or the output exists or cannot be written.
+        UserError: if the checkpoint or the adapter is bad, matrices have a format, or routers
+            a bias, that the layout does not have, or the output exists or cannot be written.
     """
     opened = read_checkpoint(checkpoint)
+    notes: tuple[str, ...] = ()
+    if opened.config.selection_bias:
+        opened, notes = _without_bias(opened, drop_selection_bias)
     merging = (
         None if adapter is None else Merging(_adapter(opened, adapter, weights), opened.config)
     )
@@ -79,7 +86,25 @@ def export(
             _write_json(folder / INDEX, safetensors.index_of(files, total))
         _write_json(folder / "config.json", _config(opened, _dtype(opened, tensors), weights))
         copy_companions(Path(checkpoint), folder)
-    return Report(len(tensors), total, left_out=0, notes=merging.notes if merging else ())
+    notes += merging.notes if merging else ()
+    return Report(len(tensors), total, left_out=0, notes=notes)
+
+
+def _without_bias(opened: Checkpoint, drops: bool) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint without the selection biases of its routers, and what to tell the user.
+
+    Raises:
+        UserError: if they are not to be left out.
+    """
+    if not drops:
+        raise UserError(
+            f"{opened.path} has routers that choose experts by a selection bias, for which the "
+            "Hugging Face layout has no place; --drop-selection-bias leaves it out, with which the "
+            "model chooses other experts."
+        )
+    config = dataclasses.replace(opened.config, selection_bias=False)
+    note = "The selection bias is left out: the exported model chooses other experts."
+    return dataclasses.replace(opened, config=config), (note,)
 
 
 def _adapter(opened: Checkpoint, folder: str | Path, weights: str | None) -> PeftAdapter:

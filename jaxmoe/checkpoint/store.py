@@ -46,6 +46,7 @@ from pallas_kernels.quantized import QuantizedMatrix
 KEY = "jaxmoe"  # names the metadata among Orbax's custom metadata
 REMEDY = "make one with jaxmoe convert"
 FLOATS = ("bfloat16", "float32", "float16")  # dtypes of arrays that are not quantized
+SELECTION_BIAS = "selection_bias"  # beside Hugging Face's keys: readers without it refuse the model
 QVALUES = {"int8": "int8", "fp8": "float8_e4m3fn", "int4": "int8"}  # of quantized ones, by format
 
 COMPANIONS = (  # files that travel with the weights
@@ -211,12 +212,19 @@ def read_checkpoint(path: str | Path, text_only: bool = False) -> Checkpoint:
         raise UserError(
             f"{path} holds {arrays} arrays, too few for {layers} layers; convert it again."
         )
-    config = from_hf(described, source=str(path))
+    config = _config(described, str(path))
     has_outer = "outer" in finished.metadata and not text_only
     outer = finished.field("outer", dict) if has_outer else None
     if outer is not None:
         config = with_vision(config, outer, str(path))
     return Checkpoint(finished, config, _formats(finished, config), outer, stated_dtype(described))
+
+
+def _config(described: dict[str, Any], source: str) -> Llama4Config:
+    """The model of the metadata's configuration, which is Hugging Face's but for one key."""
+    biased = described.get(SELECTION_BIAS) is True
+    plain = {key: x for key, x in described.items() if key != SELECTION_BIAS or not biased}
+    return dataclasses.replace(from_hf(plain, source=source), selection_bias=biased)
 
 
 def _formats(finished: Finished, config: Llama4Config) -> dict[str, Format]:
@@ -367,6 +375,7 @@ def model_metadata(
     """
     outer = outer_to_hf(config) if outer is None else outer
     version = importlib.metadata.version("jaxmoe")
-    metadata = {"format": FORMAT, "version": version, "config": to_hf(config, dtype)}
+    described = to_hf(config, dtype) | ({SELECTION_BIAS: True} if config.selection_bias else {})
+    metadata: dict[str, Any] = {"format": FORMAT, "version": version, "config": described}
     metadata["formats"] = {name: list(value) for name, value in (formats or {}).items()}
     return metadata | ({} if outer is None else {"outer": outer})

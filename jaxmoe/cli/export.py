@@ -21,6 +21,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter", metavar="FOLDER", help="add an adapter that PEFT or jaxmoe train saved"
     )
+    parser.add_argument(
+        "--drop-selection-bias",
+        action="store_true",
+        help="leave out the biases by which routers choose experts, which the layout cannot have",
+    )
     return parser
 
 
@@ -29,8 +34,14 @@ def main() -> None:
     args = make_parser().parse_args()
     start = time.perf_counter()
     with byte_progress("Exporting") as progress:
-        asked = {"weights": args.weights, "adapter": args.adapter}
-        report = export(args.checkpoint, args.output, progress, **asked)
+        report = export(
+            args.checkpoint,
+            args.output,
+            progress,
+            weights=args.weights,
+            adapter=args.adapter,
+            drop_selection_bias=args.drop_selection_bias,
+        )
     seconds = time.perf_counter() - start
     print(
         f"Exported {report.tensors} tensors, {report.nbytes / 1e9:.2f} GB, to {args.output} "

@@ -111,6 +111,8 @@ def why_not_fused(
     tensor = 1 if mesh is None else meshes.axis_size(mesh, "ffn")
     if any(map(is_lora, jax.tree.leaves(params["layers"], is_leaf=is_lora))):
         return "it takes matrices without adapters; merge_adapters makes them so"
+    if config.selection_bias:
+        return "it takes routers without a selection bias"
     weights = jax.tree.leaves(params["layers"], is_leaf=_is_matrix)
     kinds = {(w.format, w.group_size) for w in weights if _is_matrix(w)}
     if kinds and why_not_tpu(interpret) is not None:

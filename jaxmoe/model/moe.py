@@ -78,23 +78,42 @@ def route(
     x: Float[Array, "B S D"],
     real: Bool[Array, "B S"],
     choose: Callable[..., Routing] | None = None,
+    bias: Float[Array, "E"] | None = None,
 ) -> Routing:
     """The router's logits, and what `choose`, by default Llama 4's, makes of them."""
-    return (choose or choose_experts)(config, linear("BSD,DE->BSE", x, router), real)
+    given = {} if bias is None else {"bias": bias}
+    return (choose or choose_experts)(config, linear("BSD,DE->BSE", x, router), real, **given)
 
 
 def choose_experts(
-    config: Llama4Config, logits: Float[Array, "B S E"], real: Bool[Array, "B S"]
+    config: Llama4Config,
+    logits: Float[Array, "B S E"],
+    real: Bool[Array, "B S"],
+    bias: Float[Array, "E"] | None = None,
 ) -> Routing:
-    """The k largest logits and their sigmoids (no softmax, no renormalization)."""
+    """The k largest logits and their sigmoids (no softmax, no renormalization).
+
+    Args:
+        bias: added to the sigmoids to choose by, and to nothing else (Wang et al., arXiv
+            2408.15664, equation 3); it has no gradient.
+    """
+    ranked = logits if bias is None else _biased(logits, bias)
     if config.num_experts_per_tok == 1:  # top_k would sort all
-        expert = jnp.argmax(logits, axis=-1, keepdims=True)
+        expert = jnp.argmax(ranked, axis=-1, keepdims=True)
         is_chosen = jnp.arange(logits.shape[-1]) == expert
         chosen = jnp.sum(jnp.where(is_chosen, logits, 0), axis=-1, keepdims=True)
     else:
-        chosen, expert = lax.top_k(logits, config.num_experts_per_tok)
+        chosen, expert = lax.top_k(ranked, config.num_experts_per_tok)
+        if bias is not None:
+            is_chosen = jnp.arange(logits.shape[-1]) == expert[..., None]
+            chosen = jnp.sum(jnp.where(is_chosen, logits[..., None, :], 0), axis=-1)
     weight = jax.nn.sigmoid(chosen.astype(jnp.float32)).astype(logits.dtype)
     return Routing(logits, jnp.where(real[..., None], expert, config.num_local_experts), weight)
+
+
+def _biased(logits: Float[Array, "B S E"], bias: Float[Array, "E"]) -> Float[Array, "B S E"]:
+    scores = jax.nn.sigmoid(logits.astype(jnp.float32)) + bias.astype(jnp.float32)
+    return lax.stop_gradient(scores)
 
 
 def moe(
@@ -113,11 +132,12 @@ def moe(
         p: the layer's parameters, as in `moe_specs`.
         real: which tokens are no padding.
         kernels: what the experts run on.
-        choose: what makes a routing of the router's logits; default: `choose_experts`.
+        choose: what makes a routing of the router's logits; default: `choose_experts`. Where the
+            model has a selection bias, it is called with that as `bias`.
         weigh_output: multiplies the experts' output by the router weight, as most other models
             do, instead of their input.
     """
-    routing = route(config, p["router"], x, real, choose)
+    routing = route(config, p["router"], x, real, choose, p.get("selection_bias"))
     routed, reached = spread_over_mesh(config, p["experts"], x, routing, kernels, weigh_output)
     return swiglu(p["shared"], x) + routed, router_stats(routing, real, reached)
 

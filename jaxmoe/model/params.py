@@ -47,7 +47,9 @@ def swiglu_specs(D: int, F: int) -> SpecTree:
 def moe_specs(config: Llama4Config) -> SpecTree:
     """Router, shared expert and routed experts of one layer."""
     D, F, E = config.hidden_size, config.intermediate_size, config.num_local_experts
+    bias = ParamSpec((E,), (None,), None, start=0.0)
     return {
+        **({"selection_bias": bias} if config.selection_bias else {}),
         "router": ParamSpec((D, E), ("embed", None), (0,)),
         "shared": swiglu_specs(D, F),
         "experts": {

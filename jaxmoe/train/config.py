@@ -202,6 +202,8 @@ class TrainConfig:
         router_z_loss: likewise the routers' z-loss, the mean squared log-sum-exp of their logits;
             ST-MoE takes 0.001.
         z_loss: likewise the z-loss, the mean squared log-sum-exp of the logits; PaLM takes 0.0001.
+        selection_bias: how much a step moves each expert's bias, by which alone routers choose,
+            towards an even load; DeepSeek-V3 takes 0.001. 0 moves none, and makes none.
         frozen: names of parameters that are not trained, or patterns such as
             `layers.*.feed_forward.router`.
         accumulate: batches whose gradients make one step. They run one after the other and count by
@@ -238,6 +240,7 @@ class TrainConfig:
     router_loss: Annotated[float, Range(0.0, 100.0)] = 0.01
     router_z_loss: Annotated[float, Range(0.0, 100.0)] = 0.0
     z_loss: Annotated[float, Range(0.0, 100.0)] = 0.0
+    selection_bias: Annotated[float, Range(0.0, 1.0)] = 0.0
     frozen: tuple[str, ...] = ()
     accumulate: Annotated[int, Range(1, 2**16)] = 1
     remat: Literal["none", "full", "attention", "dots", True, False] = "none"
@@ -254,6 +257,11 @@ class TrainConfig:
             raise UserError("give either 'model', a config.json, or 'init', a checkpoint.")
         if self.adapter is not None and self.init is None:
             raise UserError("'adapter' needs 'init', the checkpoint that it is for.")
+        if self.adapter is not None and self.selection_bias:
+            raise UserError(
+                "'selection_bias' moves parameters of the model, for which the files of an adapter "
+                "have no place; leave it out, or train without 'adapter'."
+            )
         data = self.data
         if self.keep == "best" and data and not (data.held_out_every or data.held_out):
             raise UserError("keep best needs held-out documents: give data 'held_out_every'.")

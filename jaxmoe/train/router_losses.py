@@ -11,10 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.model.moe import RouterStats
 
+ASSIGNMENTS = "router_assignments"  # the metric that selection biases are moved by
+
 
 class RouterHealth(NamedTuple):
     """How the tokens spread over the experts of each MoE layer; padding does not count."""
 
+    assignments: Int[Array, "L E"]  # how many each expert gets
     load: Float[Array, "L E"]  # fraction of the assignments that each expert gets
     entropy: Float[Array, "L"]  # of the router's softmax, mean over tokens, in nats
     peak: Float[Array, "L"]  # the largest load over the mean load: 1 is even, E is collapse
@@ -31,7 +34,8 @@ def router_losses(layers: tuple[RouterStats, ...]) -> tuple[Float[Array, ""], Ro
     """
     if not layers:
         empty, none = jnp.zeros((0,)), jnp.zeros((0,), jnp.int32)
-        health = RouterHealth(jnp.zeros((0, 0)), empty, empty, none, jnp.int32(0))
+        load, assignments = jnp.zeros((0, 0)), jnp.zeros((0, 0), jnp.int32)
+        health = RouterHealth(assignments, load, empty, empty, none, jnp.int32(0))
         return jnp.float32(0), health
     stacked = [(_balance(stats), _health(stats)) for stats in layers]
     balance, health = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
@@ -50,6 +54,8 @@ def router_z(layers: tuple[RouterStats, ...]) -> Float[Array, ""]:
 def router_metrics(z: Float[Array, ""], health: RouterHealth) -> dict[str, jax.Array]:
     """What is recorded of routers: the worst layer's health and each load; nothing without any.
 
+    `ASSIGNMENTS` is for the step, which does not record it.
+
     Args:
         z: the routers' z-loss.
     """
@@ -62,6 +68,7 @@ def router_metrics(z: Float[Array, ""], health: RouterHealth) -> dict[str, jax.A
         "router_load": health.load,
         "router_dead": health.dead.sum().astype(jnp.float32),  # a mean, where batches make a step
         "dropped": health.dropped,
+        ASSIGNMENTS: health.assignments,
     }
 
 
@@ -72,4 +79,5 @@ def _balance(stats: RouterStats) -> Float[Array, ""]:
 
 def _health(stats: RouterStats) -> RouterHealth:
     dead = jnp.sum(stats.assignments == 0)
-    return RouterHealth(stats.load, stats.entropy, stats.peak, dead, stats.dropped)
+    spread = stats.assignments, stats.load, stats.entropy, stats.peak
+    return RouterHealth(*spread, dead, stats.dropped)

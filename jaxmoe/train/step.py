@@ -14,9 +14,12 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.loss import Loss
 from jaxmoe.train.partition import join
+from jaxmoe.train.router_losses import ASSIGNMENTS
+from jaxmoe.train.selection_bias import moved
 from jaxmoe.train.state import TrainState
 from pallas_kernels.quantized import QuantizedMatrix
 
@@ -86,8 +89,9 @@ def make_step(
         finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
         if config.optimizer.name == "muon":  # else XLA decays weights before the forward pass
             before, finite = lax.optimization_barrier((before, finite))
-        after = _updated(config, optimizer, before, found.gradient)
+        after = _updated(config, optimizer, before, found)
         state, halted = _counted(before, after, finite, patience)
+        found.metrics.pop(ASSIGNMENTS, None)
         return state, Outcome(found.metrics, norm, found.targets, halted, state.skipped)
 
     layouts: dict[str, Any] = {}
@@ -128,7 +132,10 @@ def _found(
 
     def total(trained: dict, batch: Any):
         value, metrics = loss(model, join(trained, frozen), batch)
-        return value, collections.OrderedDict(metrics)  # whose order compiled functions keep
+        found = collections.OrderedDict(metrics)  # whose order compiled functions keep
+        if not config.selection_bias:
+            found.pop(ASSIGNMENTS, None)
+        return value, found
 
     def found(batch: Any) -> Found:
         (value, metrics), gradient = jax.value_and_grad(total, has_aux=True)(trained, batch)
@@ -184,12 +191,19 @@ def _updated(
     config: TrainConfig,
     optimizer: optax.GradientTransformation,
     state: TrainState,
-    gradient: dict,
+    found: Found,
 ) -> tuple[dict, Any]:
-    """Parameters and moments after a step; the optimizer sees all of them in float32."""
+    """Parameters and moments after a step; the optimizer sees all of them in float32.
+
+    The gradient of selection biases is 0, so the optimizer leaves them where they are.
+    """
     wide = cast_all(state.params, "float32")
-    updates, moments = optimizer.update(gradient, state.optimizer, wide)
+    updates, moments = optimizer.update(found.gradient, state.optimizer, wide)
     params = cast(dict, optax.apply_updates(wide, updates))
+    if config.selection_bias:
+        if ASSIGNMENTS not in found.metrics:
+            raise UserError(f"'selection_bias' needs a loss whose metrics have {ASSIGNMENTS!r}.")
+        params = moved(params, found.metrics[ASSIGNMENTS], config.selection_bias)
     if config.params_dtype == "bfloat16":
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         leaves, structure = jax.tree.flatten(params)

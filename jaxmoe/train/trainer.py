@@ -37,6 +37,7 @@ from jaxmoe.train.partition import (
 from jaxmoe.train.preferences import preference_loss
 from jaxmoe.train.references import SavedReferences, preference_run
 from jaxmoe.train.run_folder import RunFolder
+from jaxmoe.train.selection_bias import abstract_biases, check_moves, model_of, with_biases
 from jaxmoe.train.state import SavedStates, TrainState, abstract_state, random_params, state_of
 from jaxmoe.train.step import cast_all, make_step
 from pallas_kernels.quantized import QuantizedMatrix
@@ -172,6 +173,7 @@ class Setup:
 
     def _first_params(self) -> dict:
         params = _first_params(self.config, self.model, self.mesh, self.init)
+        params = with_biases(self.model, params, self.mesh)
         if self.plan is None:
             return params
         return self.plan.first(self.model, params, self.mesh, self.config.seed)
@@ -204,7 +206,7 @@ def set_up(
 
     Writes nothing but tokens of the data. `init` may be shapes, for a step that is only compiled.
     """
-    references = None
+    references, model = None, model_of(config, model)
     check_names(config, model, source)
     if config.preference is not None:
         loss = loss or preference_loss(config.preference, **_loss_options(config))
@@ -222,12 +224,14 @@ def set_up(
     loss = loss or next_token_loss(**_loss_options(config))
     optimizer = make_optimizer(config.optimizer, config.steps)
     shapes = init if isinstance(init, dict) else _shapes(config, model, mesh, init)
+    shapes = abstract_biases(model, shapes, mesh)
     trainable, plan = all_but(config.frozen, trainable, shapes), None
     if config.adapter is not None:
         plan, trainable = adapter_plan(config.adapter, model, source), adapters_among(trainable)
         shapes = plan.abstract(model, shapes, mesh)
     trained, frozen = split(shapes, trainable)
     _check_trained(trained, source)
+    check_moves(config, trained, source)
     abstract = abstract_state(trained, optimizer, mesh, **_storage(config))
     functions = loss, batches, init, trainable, evaluate
     return Setup(config, mesh, *functions, model, plan, optimizer, abstract, frozen, references)
@@ -274,7 +278,7 @@ def data_of(config: TrainConfig, source: str = "the config") -> TrainingData:
     Raises:
         UserError: as `train`, for what concerns the data.
     """
-    model = _model(config, source)
+    model = model_of(config, _model(config, source))
     check_names(config, model, source)
     return training_data(config, model)
 
@@ -335,8 +339,8 @@ def _first_params(
     if isinstance(init, dict):
         return jax.tree.map(jnp.copy, init)
     folder = config.init if init is None else str(init)
-    if folder is None:
-        return random_params(model, mesh, config.seed)
+    if folder is None:  # a seed draws the same weights with and without biases
+        return random_params(dataclasses.replace(model, selection_bias=False), mesh, config.seed)
     return store.load(folder, mesh)[1]
 
 

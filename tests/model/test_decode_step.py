@@ -160,6 +160,7 @@ def why_not(config=SMALL, rows=1, tokens=1, dtype=jnp.bfloat16, params=None, mes
     ("options", "why"),
     [
         ({"tokens": 2}, "one new token a row"),
+        ({"config": dataclasses.replace(SMALL, selection_bias=True)}, "without a selection bias"),
         ({"rows": 65}, "up to 64 tokens, not 65"),
         ({"dtype": jnp.float32}, "bfloat16, not float32"),
         ({"config": dataclasses.replace(SMALL, attention_chunk_size=48)}, "multiples of 64 tokens"),

@@ -5,7 +5,7 @@ import pytest
 
 from tests.scripts import training
 
-RUN = {"steps": 20, "evaluate_every": 2, "keep": "best", "accumulate": 2}
+RUN = {"steps": 20, "evaluate_every": 2, "keep": "best", "accumulate": 2, "selection_bias": 0.001}
 
 
 @pytest.fixture
