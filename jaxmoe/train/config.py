@@ -1,5 +1,6 @@
 """`TrainConfig`: everything that a training run depends on, read from one YAML file."""
 
+import collections
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,10 +23,12 @@ class SourceConfig:
         path: a file of rows, or a pattern such as `chats/*.jsonl`.
         weight: its share of the rows, in proportion to the other sources' weights. Without weights
             all files are one source.
+        name: what records call it, whose losses are told apart; None takes its path.
     """
 
     path: str
     weight: Annotated[float, Range(1e-6, 1e6)] | None = None
+    name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,16 @@ class DataConfig:
             raise UserError("'held_out' goes with 'files'; of 'tokens', use 'held_out_every'.")
         if len({source.weight is None for source in self.sources}) == 2:
             raise UserError("some of 'sources' have a 'weight'; give all of them one, or none.")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        if any(source.name is not None and source.weight is None for source in self.sources):
+            raise UserError(
+                "'sources' have a 'name' and no 'weight', without which all are one source; give "
+                "each a weight, or leave the names out."
+            )
+        if twice := [name for name, n in collections.Counter(self.source_names).items() if n > 1]:
+            raise UserError(f"two of 'sources' are called {twice[0]!r:.80}; give one a 'name'.")
 
     @property
     def mixture(self) -> list[tuple[tuple[str, ...], float]]:
@@ -81,6 +94,13 @@ class DataConfig:
         if any(source.weight is not None for source in self.sources):
             return [((source.path,), source.weight or 1.0) for source in self.sources]
         return [(self.files or tuple(source.path for source in self.sources), 1.0)]
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What records call the sources of `mixture`; empty if there is only one."""
+        if len(self.mixture) == 1:
+            return ()
+        return tuple(source.name or source.path for source in self.sources)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

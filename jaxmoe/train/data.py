@@ -18,12 +18,13 @@ BLOCK = 2**24  # tokens looked at once
 class Batch(NamedTuple):
     """Rows for `losses`: int32 [rows, length] each, and which tokens are learned; None means all.
 
-    Segment 0 is padding.
+    Segment 0 is padding. `source` is which of several sources each token is of; None of one.
     """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
     learned: np.ndarray | None = None
+    source: np.ndarray | None = None
 
 
 def read_tokens(path: str | Path, dtype: str | None = None) -> Integer[np.ndarray, "tokens"]:

@@ -29,23 +29,33 @@ def held_out_loss(
     batches: Iterable[Any],
     forward: Callable = transformer.forward,
 ) -> dict[str, Any]:
-    """Mean cross entropy in nats a target over all batches; empty if there are none."""
+    """Mean cross entropy in nats a target over all batches; empty if there are none.
+
+    Also of each source that has targets among them, if `config` mixes several.
+    """
     params = cast_all(params, config.dtype)
+    names = config.data.source_names if config.data is not None else ()
     sums: list[tuple[jax.Array, jax.Array]] = []
     for batch in batches:
         jax.block_until_ready(sums[-2:-1])  # the device has the next one to do meanwhile
         note_work()
-        sums.append(_sum(model, params, batch, forward))
+        sums.append(_sum(model, params, batch, forward, len(names)))
     if not sums:
         return {}
     nats, targets = np.sum(jax.device_get(sums), axis=0)
-    return {HELD_OUT_LOSS: float(nats / targets)}
+    kinds = [HELD_OUT_LOSS, *(f"{HELD_OUT_LOSS}/{name}" for name in names)]
+    found = zip(kinds, nats, targets, strict=True)
+    return {name: float(x / count) for name, x, count in found if count or name == HELD_OUT_LOSS}
 
 
 def _sum(
-    model: Llama4Config, params: dict, batch: Batch | PictureBatch, forward: Callable
+    model: Llama4Config,
+    params: dict,
+    batch: Batch | PictureBatch,
+    forward: Callable,
+    sources: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The cross entropy of a batch's targets, and their number."""
+    """The cross entropy of a batch's targets, and their number; then those of each source."""
     tokens, segment_ids, learned = batch[:3]
     targets, features = tokens, None
     if isinstance(batch, PictureBatch):
@@ -54,6 +64,8 @@ def _sum(
         targets = np.where(is_text, tokens, model.image_token_id)
         learned = batch.learned & is_text
     rows = jax.tree.map(jnp.asarray, (targets, segment_ids, learned))
+    if sources:
+        rows = (*rows, jnp.asarray(batch.source), jnp.arange(sources))
     inputs = Inputs(jnp.asarray(tokens), None, rows[1])
     kept = {"readout": summed_cross_entropy, "arguments": rows, "features": features}
     return step(model, params, inputs, None, forward=forward, **kept)[0]

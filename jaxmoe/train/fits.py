@@ -176,12 +176,14 @@ def _abstract_batch(setup: Setup) -> Any:
         return jax.ShapeDtypeStruct((*parts, *shape), dtype, sharding=sharding(setup.mesh, spec))
 
     tokens, learned = array(jnp.int32, rows, length), array(jnp.bool_, rows, length)
+    several = bool(setup.config.rows.source_names)
     if setup.config.preference is None:
-        return Batch(tokens, tokens, learned)
+        return Batch(tokens, tokens, learned, tokens if several else None)
     document, reference = array(jnp.int32, rows, 1), None
     if setup.plan is None or setup.plan.opened is not None:
         reference = array(jnp.float32, rows, 1, 2)
-    return PreferenceBatch(tokens, tokens, learned, document, reference)
+    source = document if several else None
+    return PreferenceBatch(tokens, tokens, learned, document, reference, source)
 
 
 def memory_table(found: StepMemory) -> Table:

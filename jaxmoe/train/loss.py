@@ -3,7 +3,7 @@
 Shape letters: B rows, S tokens a row, D embed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +94,7 @@ def next_token_loss(
     *,
     z_loss: float = 0.0,
     router_z_loss: float = 0.0,
+    sources: Sequence[str] = (),
 ) -> Loss:
     """The loss of `train` that predicts each next token; arguments as for `losses`.
 
@@ -101,9 +102,10 @@ def next_token_loss(
     """
 
     def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
-        tokens, segment_ids, learned = jax.tree.map(jnp.asarray, Batch(*batch))
+        tokens, segment_ids, learned, source = jax.tree.map(jnp.asarray, Batch(*batch))
         rows = tokens, segment_ids, router_loss, remat, forward
-        options = {"z_loss": z_loss, "router_z_loss": router_z_loss}
+        options: dict[str, Any] = {"z_loss": z_loss, "router_z_loss": router_z_loss}
+        options |= {"source": source, "sources": sources}
         found = losses(model, params, *rows, learned=learned, **options)
         return found.total, metrics(found)
 
@@ -118,6 +120,7 @@ def picture_loss(
     *,
     z_loss: float = 0.0,
     router_z_loss: float = 0.0,
+    sources: Sequence[str] = (),
 ) -> Loss:
     """The loss of `train` for conversations with pictures, which runs the vision tower, too.
 
@@ -125,17 +128,19 @@ def picture_loss(
     `trainable=lambda name: not name.startswith("vision.")` says, costs no backward pass.
 
     Args:
-        router_loss, forward, z_loss, router_z_loss: as for `losses`.
+        router_loss, forward, z_loss, router_z_loss, sources: as for `losses`.
         remat: recompute layers of the decoder and of the tower in the backward pass.
         encode: `tile_features`, or a fork's function of the same arguments.
     """
 
     def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
-        tokens, segment_ids, learned, pixels = map(jnp.asarray, batch)
+        tokens, segment_ids, learned, pixels = map(jnp.asarray, batch[:4])
         features = encode(model, params["vision"], pixels, remat)
         features = features.reshape(-1, features.shape[-1])
         rows = tokens, segment_ids, router_loss, remat, forward
-        options = {"z_loss": z_loss, "router_z_loss": router_z_loss, "features": features}
+        options: dict[str, Any] = {"z_loss": z_loss, "router_z_loss": router_z_loss}
+        options |= {"source": getattr(batch, "source", None), "sources": sources}
+        options["features"] = features
         found = losses(model, params, *rows, learned=learned, **options)
         return found.total, metrics(found) | {"right": found.right}
 
@@ -153,6 +158,16 @@ def metrics(found: Losses) -> dict[str, jax.Array]:
     return recorded | router_metrics(found.router_z, found.health)
 
 
+def targets_of(name: str, metrics: Mapping[str, Any]) -> Any:
+    """How many targets a metric is a mean over: `loss/NAME` over those of a source.
+
+    Where the metrics do not say, they count as one.
+    """
+    kind, _, source = name.partition("/")
+    of_all = metrics.get("targets", 1.0)
+    return metrics.get(f"targets/{source}", of_all) if kind == "loss" else of_all
+
+
 def summed_cross_entropy(
     config: Llama4Config,
     params: dict,
@@ -160,14 +175,27 @@ def summed_cross_entropy(
     tokens: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
     learned: Bool[Array, "B S"] | None = None,
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    source: Int[Array, "B S"] | None = None,
+    sources: Int[Array, "sources"] | None = None,
+) -> tuple[Float[Array, "parts"], Int[Array, "parts"]]:
     """The cross entropy of the targets of `next_tokens`, summed in float32, and their number.
 
     A readout of `jaxmoe.model.steps.step`.
+
+    Args:
+        source: which source each token is of.
+        sources: those that are told apart.
+
+    Returns:
+        Both of all targets, then of each source's.
     """
     targets, real = next_tokens(tokens, segment_ids, learned)
     nats = token_losses(config, params, hidden, targets).nats
-    return jnp.sum(jnp.where(real, nats, 0.0)), jnp.sum(real)
+    parts = [real]
+    if source is not None and sources is not None:
+        parts += [real & (source == one) for one in sources]
+    sums = [jnp.sum(jnp.where(part, nats, 0.0)) for part in parts]
+    return jnp.stack(sums), jnp.stack([jnp.sum(part) for part in parts])
 
 
 def next_tokens(

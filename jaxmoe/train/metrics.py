@@ -11,14 +11,19 @@ import numpy as np
 from jaxmoe.config import Llama4Config
 from jaxmoe.plan.model_flops import model_flops
 from jaxmoe.plan.targets import peak_flops
+from jaxmoe.train.loss import targets_of
 from jaxmoe.train.partition import Trainable
 
 Record = dict[str, Any]
 
 
 def record_of(step: int, metrics: dict, norm: float, rate: float) -> Record:
-    """The record of a step in plain numbers, its losses first."""
-    plain = {name: _plain(np.asarray(value)) for name, value in metrics.items()}
+    """The record of a step in plain numbers, its losses first; none of sources without targets."""
+    plain = {
+        name: _plain(np.asarray(value))
+        for name, value in metrics.items()
+        if not name.startswith("loss/") or targets_of(name, metrics)
+    }
     record = {"step": step} | {name: plain[name] for name in plain if name.endswith("loss")}
     return record | {"gradient_norm": norm, "learning_rate": rate} | plain
 

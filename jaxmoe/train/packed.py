@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Int, Int32, Int64
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
@@ -206,7 +206,8 @@ class PackedData:
         if self.has_pictures:
             tiles = len(rows) * self._tiles
             talks = [[self._conversation(x, i) for i in range(len(x))] for x in rows]
-            return picture_batch(self.model, talks, length=self.wanted.length, tiles=tiles)
+            shown = picture_batch(self.model, talks, length=self.wanted.length, tiles=tiles)
+            return shown._replace(source=self._source_of_tokens(rows))
         shape = len(rows), self.wanted.length
         learned = np.zeros(shape, bool)
         batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), learned)
@@ -219,11 +220,27 @@ class PackedData:
                 batch.segment_ids[place] = self._segments(pieces, index)
                 used += len(tokens)
         if not self._pairs:
-            return batch
+            return batch._replace(source=self._source_of_tokens(rows))
         documents = np.full((len(rows), self._pairs), -1, np.int32)
         for row, pieces in enumerate(rows):
             documents[row, : len(pieces)] = pieces.document
-        return PreferenceBatch(batch.tokens, batch.segment_ids, learned, documents)
+        source = self._source_of(documents) if self.wanted.source_names else None
+        return PreferenceBatch(batch.tokens, batch.segment_ids, learned, documents, source=source)
+
+    def _source_of(self, documents: Int[np.ndarray, "*shape"]) -> Int32[np.ndarray, "*shape"]:
+        """The number of the source that documents are of; that of `held_out` comes last."""
+        ends = [found.stop for found in self.documents.sources]
+        return np.searchsorted(ends, documents, side="right").astype(np.int32)
+
+    def _source_of_tokens(self, rows: list[Pieces]) -> Int32[np.ndarray, "rows length"] | None:
+        """The source of each token of some rows, of padding any; None if there is only one."""
+        if not self.wanted.source_names:
+            return None
+        found = np.zeros((len(rows), self.wanted.length), np.int32)
+        for row, pieces in enumerate(rows):
+            of_tokens = np.repeat(self._source_of(pieces.document), pieces.stop - pieces.start)
+            found[row, : len(of_tokens)] = of_tokens
+        return found
 
     def _segments(self, pieces: Pieces, index: int) -> int | Int[np.ndarray, "tokens"]:
         """The segment of each token of a piece of a row; an answer of a pair is one of its own."""

@@ -37,12 +37,14 @@ class PictureBatch(NamedTuple):
         segment_ids: the conversation that a token of a row belongs to; 0 is padding.
         learned: the tokens that the loss counts.
         pixels: of the tiles; after those of the conversations, black ones that no token refers to.
+        source: which of several sources each token is of; None of one.
     """
 
     tokens: Int32[np.ndarray, "rows length"]
     segment_ids: Int32[np.ndarray, "rows length"]
     learned: Bool[np.ndarray, "rows length"]
     pixels: UInt8[np.ndarray, "tiles side side 3"]
+    source: Int32[np.ndarray, "rows length"] | None = None
 
 
 def read_conversation(

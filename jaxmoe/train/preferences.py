@@ -5,7 +5,7 @@ row's pair i, with its prompt, and 2i + 2 the rejected one. So both have the sam
 log-probabilities are sums over segments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from jaxmoe.model.remat import Remat
 from jaxmoe.model.transformer import forward, positions_of
 from jaxmoe.train.config import PreferenceConfig
 from jaxmoe.train.cross_entropy import token_losses
-from jaxmoe.train.loss import Loss, mean, next_tokens
+from jaxmoe.train.loss import Loss, by_source, mean, next_tokens
 from jaxmoe.train.router_losses import router_losses, router_metrics, router_z
 from jaxmoe.train.step import TARGETS
 
@@ -36,6 +36,7 @@ class PreferenceBatch(NamedTuple):
         document: the number of each pair among all; -1 for none.
         reference: the reference's log-probabilities in nats of the chosen and the rejected answer;
             None if the reference is the model without what its adapters add.
+        source: which of several sources each pair is of; None of one.
     """
 
     tokens: Integer[np.ndarray, "rows length"]
@@ -43,6 +44,7 @@ class PreferenceBatch(NamedTuple):
     learned: Bool[np.ndarray, "rows length"]
     document: Integer[np.ndarray, "rows pairs"]
     reference: Float[np.ndarray, "rows pairs 2"] | None = None
+    source: Integer[np.ndarray, "rows pairs"] | None = None
 
 
 class Pairs(NamedTuple):
@@ -158,6 +160,7 @@ def preference_loss(
     *,
     z_loss: float = 0.0,
     router_z_loss: float = 0.0,
+    sources: Sequence[str] = (),
 ) -> Loss:
     """The loss of `train` for pairs of answers, whose batches are `PreferenceBatch`.
 
@@ -165,7 +168,8 @@ def preference_loss(
 
     Args:
         wanted: the objective.
-        router_loss, remat, forward, z_loss, router_z_loss: as for `jaxmoe.train.loss.losses`.
+        router_loss, remat, forward, z_loss, router_z_loss, sources: as for
+            `jaxmoe.train.loss.losses`; of a source the pairs' loss is recorded.
     """
 
     def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
@@ -173,12 +177,15 @@ def preference_loss(
         policy, sft, z, stats = answers(model, params, batch, remat, forward)
         reference = _reference(model, params, batch, policy, forward)
         options = wanted.beta, wanted.objective, wanted.label_smoothing
-        found = mean_of_pairs(pair_losses(policy, reference, *options), policy.real)
+        each = pair_losses(policy, reference, *options)
+        found = mean_of_pairs(each, policy.real)
         balance, health = router_losses(stats)
         of_routers = router_z(stats)
         targets = jnp.sum(policy.real, dtype=jnp.float32)
         recorded = {"loss": found, "sft_loss": sft, "z_loss": z, "balance_loss": balance}
         recorded |= {TARGETS: targets, **pair_metrics(policy, reference, wanted.beta)}
+        if batch.source is not None:
+            recorded |= by_source(each, policy.real, batch.source, sources)  # pyrefly: ignore
         total = found + wanted.sft_loss * sft + z_loss * z
         total += router_loss * balance + router_z_loss * of_routers
         return total, recorded | router_metrics(of_routers, health)

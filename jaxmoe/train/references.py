@@ -22,7 +22,7 @@ from jaxmoe.processes import on_first
 from jaxmoe.progress import task_progress
 from jaxmoe.train.batches import TrainingData
 from jaxmoe.train.config import TrainConfig
-from jaxmoe.train.loss import Loss
+from jaxmoe.train.loss import Loss, targets_of
 from jaxmoe.train.preferences import PreferenceBatch, answers
 from jaxmoe.train.step import TARGETS, cast_all
 
@@ -138,12 +138,12 @@ def held_out_preferences(
     """
     params = cast_all(params, config.dtype)
     found = [jax.device_get(measure(params, jax.tree.map(jnp.asarray, x))) for x in batches()]
-    weights = np.array([float(one[TARGETS]) for one in found])
-    means = {
-        name: np.average([one[name] for one in found], axis=0, weights=weights)
-        for name in (found[0] if found else {})
-        if name != TARGETS and not np.ndim(found[0][name])
-    }
+    means = {}
+    for name in found[0] if found else {}:
+        weights = np.array([float(targets_of(name, one)) for one in found])
+        counts = name.partition("/")[0] == TARGETS or np.ndim(found[0][name])
+        if not counts and weights.any():
+            means[name] = np.average([one[name] for one in found], weights=weights)
     return {f"held_out_{name}": float(x) for name, x in means.items()}
 
 

@@ -16,7 +16,7 @@ from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.train.config import TrainConfig
-from jaxmoe.train.loss import Loss
+from jaxmoe.train.loss import Loss, targets_of
 from jaxmoe.train.partition import join
 from jaxmoe.train.router_losses import ASSIGNMENTS
 from jaxmoe.train.selection_bias import moved
@@ -166,10 +166,9 @@ def _scaled(found: Found, scale: Callable[[jax.Array], jax.Array]) -> Found:
     """
 
     def of_metric(name: str, x: jax.Array) -> jax.Array:
-        kind, _, source = name.partition("/")
-        if kind == TARGETS or not jnp.issubdtype(x.dtype, jnp.floating):
+        if name.partition("/")[0] == TARGETS or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return x * scale(found.metrics.get(f"{TARGETS}/{source}", found.targets))
+        return x * scale(targets_of(name, {**found.metrics, TARGETS: found.targets}))
 
     metrics = collections.OrderedDict(
         (name, of_metric(name, x)) for name, x in found.metrics.items()

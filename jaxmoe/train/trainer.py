@@ -266,7 +266,9 @@ def _save(
 
 
 def _loss_options(config: TrainConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in LOSS_OPTIONS}
+    options = {name: getattr(config, name) for name in LOSS_OPTIONS}
+    names = config.data.source_names if config.data is not None else ()
+    return options | {"sources": names}
 
 
 def data_of(config: TrainConfig, source: str = "the config") -> TrainingData:

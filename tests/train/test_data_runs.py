@@ -100,7 +100,7 @@ def run(config, stop_after=None):
 def segments(batch):
     """The text and the learned text of each segment of a batch."""
     found = []
-    for tokens, ids, learned in zip(*batch, strict=True):
+    for tokens, ids, learned in zip(*batch[:3], strict=True):
         for number in range(1, ids.max() + 1):
             mine = ids == number
             texts = tokens[mine], tokens[mine & learned]
@@ -121,7 +121,7 @@ def rendered(i):
 def test_an_epoch_has_every_document_whole_and_once_with_its_mask(config):
     data = training_data(config, CONFIG)
     count = int(re.match(r"27 documents in (\d+) rows of 64 tokens", data.summary)[1])
-    rows = [row for step in range(count) for row in zip(*data.batches(step), strict=True)]
+    rows = [row for step in range(count) for row in zip(*data.batches(step)[:3], strict=True)]
     for epoch in (rows[:count], rows[count : 2 * count]):
         found = segments(Batch(*map(np.stack, zip(*epoch, strict=True))))
         assert sorted(found) == sorted(rendered(i) for i in range(30) if i % 10 != 9)
@@ -146,8 +146,8 @@ def test_packed_documents_lose_what_each_loses_alone(config):
         for row in range(4):
             for number in range(1, batch.segment_ids[row].max() + 1):
                 mine = np.flatnonzero(batch.segment_ids[row] == number)
-                alone = Batch(*(np.zeros_like(x) for x in batch))
-                for own, every in zip(alone, batch, strict=True):
+                alone = Batch(*(np.zeros_like(x) for x in batch[:3]))
+                for own, every in zip(alone[:3], batch[:3], strict=True):
                     own[0, : len(mine)] = every[row, mine]
                 total, count = total + nats(params, alone), count + 1
         held = held_out_loss(config, CONFIG, params, batches=[batch])["held_out_loss"]
@@ -233,17 +233,68 @@ def test_what_a_killed_process_left_is_made_anew(config):
     assert len(records) == 1 and not partial.exists()
 
 
-def test_sources_have_their_shares_of_the_rows(config, tmp_path):
+@pytest.fixture
+def mixed(config, tmp_path):
+    """A run on chats, and on three times as many rows of texts."""
     texts = write(tmp_path / "texts.jsonl", [{"text": "z" * 40} for _ in range(9)])
     sources = (
-        SourceConfig(path=config.data.files[0], weight=1.0),
+        SourceConfig(path=config.data.files[0], weight=1.0, name="chats"),
         SourceConfig(path=texts, weight=3.0),
     )
-    data = training_data(with_data(config, files=(), sources=sources), CONFIG)
+    return with_data(config, files=(), sources=sources)
+
+
+def test_sources_have_their_shares_of_the_rows(mixed):
+    data = training_data(mixed, CONFIG)
     rows = [tokens for step in range(64) for tokens in data.batches(step).tokens]
     z = TOKENIZER.encode("z")[0]
     share = np.mean([(tokens == z).any() for tokens in rows])
     assert 0.6 < share < 0.9  # of 256 rows, about three quarters
+
+
+def test_losses_of_sources_are_recorded(mixed, tmp_path):
+    """Those of a source that a step has nothing of are left out; held-out files are of none."""
+    other = write(tmp_path / "other.jsonl", [chat("other?", "yes")])
+    names = mixed.data.source_names
+    assert names == ("chats", str(tmp_path / "texts.jsonl"))
+    mixed = with_data(mixed, held_out_every=5, held_out=(other,))
+    mixed = dataclasses.replace(mixed, steps=6, accumulate=2, save_every=0)
+    mixed = with_data(mixed, batch_size=1)
+    records = run(mixed)
+    for record in records:
+        targets = [record[f"targets/{name}"] for name in names]
+        shares = [n * record[f"loss/{name}"] for n, name in zip(targets, names, strict=True) if n]
+        np.testing.assert_allclose(sum(shares), record["loss"] * record["targets"], rtol=1e-5)
+        assert sum(targets) == record["targets"]
+        assert [f"loss/{name}" in record for name in names] == [n > 0 for n in targets]
+    assert {0} < {record["targets/chats"] for record in records}
+    assert records[-1].keys() >= {f"held_out_loss/{name}" for name in names}
+    assert (Path(mixed.output) / "losses.png").exists()
+
+
+def test_held_out_losses_of_sources(mixed, tmp_path):
+    other = write(tmp_path / "other.jsonl", [chat("other?", "yes")])
+    mixed = with_data(mixed, held_out_every=5, held_out=(other,))
+    data, one_source = training_data(mixed, CONFIG), with_data(mixed, sources=(), files=("x",))
+    with jax.set_mesh(one_device()):
+        params = random_params(CONFIG, one_device(), seed=0)
+        found = held_out_loss(mixed, CONFIG, params, batches=data.held_out())
+        of_all = held_out_loss(one_source, CONFIG, params, batches=data.held_out())
+        assert of_all == {"held_out_loss": found["held_out_loss"]}
+        for number, name in enumerate(mixed.data.source_names):
+            own = (x._replace(learned=x.learned & (x.source == number)) for x in data.held_out())
+            alone = held_out_loss(one_source, CONFIG, params, batches=own)["held_out_loss"]
+            np.testing.assert_allclose(found[f"held_out_loss/{name}"], alone, rtol=1e-6)
+
+
+def test_names_of_sources(mixed):
+    first, second = mixed.data.sources
+    twice = (first, dataclasses.replace(second, name="chats"))
+    with pytest.raises(UserError, match="two of 'sources' are called 'chats'"):
+        with_data(mixed, sources=twice)
+    unweighted = tuple(dataclasses.replace(x, weight=None) for x in twice)
+    with pytest.raises(UserError, match="a 'name' and no 'weight'"):
+        with_data(mixed, sources=unweighted)
 
 
 def test_files_may_be_held_out(config, tmp_path):

@@ -103,7 +103,7 @@ def test_what_the_assistant_says_is_learned():
 
 
 def test_a_batch_holds_each_feature_once_and_in_order():
-    tokens, segments, learned, pixels = batch()
+    tokens, segments, learned, pixels = batch()[:4]
     places = []
     for number, (own, said, tiles) in enumerate(talks(), 1):
         place = segments == number

@@ -19,6 +19,7 @@ from jaxmoe.train.config import (
     DataConfig,
     OptimizerConfig,
     PreferenceConfig,
+    SourceConfig,
     TrainConfig,
 )
 from jaxmoe.train.conversations import pair_of
@@ -84,8 +85,17 @@ def losses(records):
 
 
 def test_adapters_begin_at_ln_2_and_their_reference_is_the_base(config, tmp_path):
-    config = dataclasses.replace(config, adapter=AdapterConfig(rank=4))
+    halves = {"first": ROWS[:10], "last": ROWS[10:]}
+    files = {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in halves.items()}
+    sources = tuple(SourceConfig(path=path, weight=1.0, name=name) for name, path in files.items())
+    data = dataclasses.replace(config.data, files=(), sources=sources)
+    config = dataclasses.replace(config, adapter=AdapterConfig(rank=4), data=data)
     records = run(config)
+    for record in records:
+        of_sources = [record[f"targets/{x}"] * record.get(f"loss/{x}", 0) for x in halves]
+        assert sum(of_sources) == pytest.approx(record["targets"] * record["loss"], rel=1e-5)
+    held_out = [records[-1][f"held_out_loss/{name}"] for name in halves]  # a pair each
+    assert sum(held_out) / 2 == pytest.approx(records[-1]["held_out_loss"], rel=1e-5)
     assert records[0]["loss"] == LN_2
     assert records[0]["rewards/margins"] == 0
     assert records[-1]["loss"] < 0.6

@@ -14,7 +14,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.plan.model_flops import model_flops
 from jaxmoe.plan.targets import peak_flops
 from jaxmoe.train.config import OptimizerConfig, TrainConfig
-from jaxmoe.train.curves import COLORS, draw_losses
+from jaxmoe.train.curves import COLORS, OTHERS, SIZE, draw_losses
 from jaxmoe.train.logs import log_package, open_log
 from jaxmoe.train.metrics import Meter, record_of, without_not_finite
 from jaxmoe.train.partition import everything
@@ -122,9 +122,15 @@ def test_the_losses_are_drawn(tmp_path):
     lines = [{"step": n, "loss": 5 - n} for n in (1, 2, 4)] + [{"step": 3, "loss": None}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     draw_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png")
+    assert Image.open(tmp_path / "losses.png").size == SIZE
     image = np.asarray(Image.open(tmp_path / "losses.png"))[60:]  # without the legend
     color = [int(COLORS["loss"][i : i + 2], 16) for i in (1, 3, 5)]
     y, x = np.nonzero((image == color).all(-1))
     assert y[x.argmin()] < y[x.argmax()] and x.max() - x.min() > 600
+    more = [{"step": n, **{f"loss/source {i}": i + n for i in range(9)}} for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in more))
+    draw_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png")
+    colors = {tuple(x) for x in np.asarray(Image.open(tmp_path / "losses.png")).reshape(-1, 3)}
+    assert {tuple(int(x[i : i + 2], 16) for i in (1, 3, 5)) for x in OTHERS} <= colors
     (tmp_path / "metrics.jsonl").write_text("")
     draw_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png")  # nothing to draw
