@@ -81,21 +81,26 @@ class Reading(NamedTuple):
         """The chosen answer after its prompt, then the rejected one after the same prompt.
 
         Returns:
-            Both as one, and how many tokens the first has.
+            Both as one, with the pictures of one, and how many tokens the first has.
 
         Raises:
-            UserError: as `render`, also if an answer has no tokens to learn, or a prompt pictures.
+            UserError: as `render`, also if an answer has no tokens to learn, or other pictures than
+                the other one.
         """
         with _named(row):
             both = [self._rendered(example, row) for example in pair_of(row.parse())]
-            for name, (prompt, learned) in zip(("chosen", "rejected"), both, strict=True):
-                if prompt.pictures:
-                    raise UserError(f"its '{name}' has pictures, which preferences do not take")
+            for name, (_, learned) in zip(("chosen", "rejected"), both, strict=True):
                 if not learned[1:].any():
                     raise UserError(f"its '{name}' has no answer of the assistant's")
+            first, second = ([x.digest for x in prompt.pictures] for prompt, _ in both)
+            if first != second:
+                raise UserError(
+                    "its 'chosen' and 'rejected' show different pictures; let the prompt show all "
+                    "of them, which both share"
+                )
         tokens = [token for prompt, _ in both for token in prompt.tokens]
         learned = np.concatenate([learned for _, learned in both])
-        return Learned(Prompt(tokens), learned), len(both[0].learned)
+        return Learned(Prompt(tokens, both[0].prompt.pictures), learned), len(both[0].learned)
 
     def _rendered(self, example: Example, row: RawRow) -> Learned:
         if isinstance(example, Text):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.model.remat import Remat
@@ -73,9 +73,7 @@ def losses(
     given = {} if features is None else {"features": features}
     out = forward(config, params, tokens, positions, segment_ids, remat=remat, **given)
     if features is not None:
-        is_text = tokens < config.vocab_size
-        learned = is_text if learned is None else learned & is_text
-        tokens = jnp.where(is_text, tokens, config.image_token_id)
+        tokens, learned = text_of(config, tokens, learned)
     targets, real = next_tokens(tokens, segment_ids, learned)
     found = token_losses(config, params, out.hidden, targets)
     cross_entropy, z = mean(found.nats, real), mean(found.log_sum_exp**2, real)
@@ -135,8 +133,7 @@ def picture_loss(
 
     def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
         tokens, segment_ids, learned, pixels = map(jnp.asarray, batch[:4])
-        features = encode(model, params["vision"], pixels, remat)
-        features = features.reshape(-1, features.shape[-1])
+        features = features_of(model, params, pixels, remat, encode)
         rows = tokens, segment_ids, router_loss, remat, forward
         options: dict[str, Any] = {"z_loss": z_loss, "router_z_loss": router_z_loss}
         options |= {"source": getattr(batch, "source", None), "sources": sources}
@@ -146,6 +143,27 @@ def picture_loss(
 
     loss.trains_vision = True  # pyrefly: ignore  # an attribute, which `train` asks for
     return loss
+
+
+def features_of(
+    config: Llama4Config,
+    params: dict,
+    pixels: UInt8[Array, "tiles side side 3"],
+    remat: Remat = False,
+    encode: Callable = tile_features,
+) -> Float[Array, "N D"]:
+    """The features of all tiles, one after the other; arguments as for `picture_loss`."""
+    features = encode(config, params["vision"], pixels, remat)
+    return features.reshape(-1, features.shape[-1])
+
+
+def text_of(
+    config: Llama4Config, tokens: Int[Array, "B S"], learned: Bool[Array, "B S"] | None
+) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """Tokens with the image token at the places of features, and what is learned without these."""
+    is_text = tokens < config.vocab_size
+    learned = is_text if learned is None else learned & is_text
+    return jnp.where(is_text, tokens, config.image_token_id), learned
 
 
 def metrics(found: Losses) -> dict[str, jax.Array]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64
+from jaxtyping import Bool, Int, Int32, Int64, UInt8
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
@@ -15,13 +15,7 @@ from jaxmoe.train.config import DataConfig
 from jaxmoe.train.data import Batch, is_held_out
 from jaxmoe.train.documents import Documents, Reading
 from jaxmoe.train.packing import Order, Pieces, Rows, cut, pack_rows
-from jaxmoe.train.pictures import (
-    Conversation,
-    PictureBatch,
-    conversation_of,
-    no_tiles,
-    picture_batch,
-)
+from jaxmoe.train.pictures import PictureBatch, black_tiles, pixels_of, with_tiles
 from jaxmoe.train.preferences import PreferenceBatch
 
 AnyBatch = Batch | PictureBatch | PreferenceBatch
@@ -203,29 +197,37 @@ class PackedData:
         return self.documents.tokens[place].astype(np.int32), self.documents.learned[place]
 
     def _batch(self, rows: list[Pieces]) -> AnyBatch:
-        if self.has_pictures:
-            tiles = len(rows) * self._tiles
-            talks = [[self._conversation(x, i) for i in range(len(x))] for x in rows]
-            shown = picture_batch(self.model, talks, length=self.wanted.length, tiles=tiles)
-            return shown._replace(source=self._source_of_tokens(rows))
         shape = len(rows), self.wanted.length
-        learned = np.zeros(shape, bool)
-        batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32), learned)
+        tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        learned, pixels, shown = np.zeros(shape, bool), None, 0
+        if self.has_pictures:
+            pixels = black_tiles(len(rows) * self._tiles, self._side)
         for row, pieces in enumerate(rows):
             used = 0
             for index in range(len(pieces)):
-                tokens, counts = self._tokens(pieces, index)
-                place = row, slice(used, used + len(tokens))
-                batch.tokens[place], learned[place] = tokens, counts
-                batch.segment_ids[place] = self._segments(pieces, index)
-                used += len(tokens)
-        if not self._pairs:
-            return batch._replace(source=self._source_of_tokens(rows))
+                own, counts = self._tokens(pieces, index)
+                if pixels is not None and len(tiles := self._pixels(pieces, index)):
+                    end = shown + len(tiles)
+                    pixels[shown:end], own = tiles, with_tiles(self.model, own, shown, end)
+                    shown = end
+                place = row, slice(used, used + len(own))
+                tokens[place], learned[place] = own, counts
+                segment_ids[place] = self._segments(pieces, index)
+                used += len(own)
+        batch = tokens, segment_ids, learned
+        if self._pairs:
+            documents = self._documents_of(rows)
+            source = self._source_of(documents) if self.wanted.source_names else None
+            return PreferenceBatch(*batch, documents, source=source, pixels=pixels)
+        source = self._source_of_tokens(rows)
+        return Batch(*batch, source) if pixels is None else PictureBatch(*batch, pixels, source)
+
+    def _documents_of(self, rows: list[Pieces]) -> Int32[np.ndarray, "rows pairs"]:
+        """The number of each pair of some rows; -1 for none."""
         documents = np.full((len(rows), self._pairs), -1, np.int32)
         for row, pieces in enumerate(rows):
             documents[row, : len(pieces)] = pieces.document
-        source = self._source_of(documents) if self.wanted.source_names else None
-        return PreferenceBatch(batch.tokens, batch.segment_ids, learned, documents, source=source)
+        return documents
 
     def _source_of(self, documents: Int[np.ndarray, "*shape"]) -> Int32[np.ndarray, "*shape"]:
         """The number of the source that documents are of; that of `held_out` comes last."""
@@ -250,13 +252,14 @@ class PackedData:
         length, second = (int(self.documents.records[x][document]) for x in ("length", "second"))
         return 2 * index + 1 + (np.arange(length) >= second).astype(np.int32)
 
-    def _conversation(self, pieces: Pieces, index: int) -> Conversation:
-        """A document with the pixels of its pictures, which are read again."""
-        tokens, learned = self._tokens(pieces, index)
+    def _pixels(self, pieces: Pieces, index: int) -> UInt8[np.ndarray, "tiles side side 3"]:
+        """The tiles of a document's pictures, which are read again; none if it has none."""
         document = int(pieces.document[index])
         if not self.documents.records["tiles"][document]:
-            return Conversation(tokens, learned, no_tiles(self._side))
-        rendered = self.reading.render(self.documents.row(document))
-        if len(rendered.learned) != len(tokens):
+            return black_tiles(0, self._side)
+        row, length = self.documents.row(document), self.documents.records["length"][document]
+        read = self.reading
+        rendered = read.render_pair(row)[0] if read.pairs else read.render(row)
+        if len(rendered.learned) != length:
             raise UserError(f"{self.documents.where(document)} has a picture of another size now.")
-        return conversation_of(rendered, self._side)
+        return pixels_of(rendered, self._side)

@@ -1,6 +1,6 @@
 """Conversations with pictures as training batches: packed rows of tokens, and tiles of pixels."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,14 +67,33 @@ def read_conversation(
 
 def conversation_of(rendered: Learned, side: int) -> Conversation:
     """A rendered conversation with the pixels of its pictures, in tiles of `side` pixels."""
-    pixels = [no_tiles(side), *(picture.tiles() for picture in rendered.prompt.pictures)]
     tokens = np.array(rendered.prompt.tokens, np.int32)
-    return Conversation(tokens, rendered.learned, np.concatenate(pixels))
+    return Conversation(tokens, rendered.learned, pixels_of(rendered, side))
 
 
-def no_tiles(side: int) -> UInt8[np.ndarray, "tiles side side 3"]:
-    """The pixels of a conversation without pictures."""
-    return np.zeros((0, side, side, 3), np.uint8)
+def pixels_of(rendered: Learned, side: int) -> UInt8[np.ndarray, "tiles side side 3"]:
+    """The pixels of a rendered conversation's pictures, in tiles of `side` pixels."""
+    pixels = [black_tiles(0, side), *(picture.tiles() for picture in rendered.prompt.pictures)]
+    return np.concatenate(pixels)
+
+
+def black_tiles(count: int, side: int) -> UInt8[np.ndarray, "tiles side side 3"]:
+    """Tiles that no token refers to."""
+    return np.zeros((count, side, side, 3), np.uint8)
+
+
+def with_tiles(
+    config: Llama4Config, tokens: Int32[np.ndarray, "tokens"], start: int, stop: int
+) -> Int32[np.ndarray, "tokens"]:
+    """The tokens with references to the features of a batch's tiles from `start` up to `stop`.
+
+    Tokens that show the tiles several times, as a pair of answers does, refer to them each time.
+    """
+    each = vision_of(config).tokens_per_tile
+    features = np.arange(start * each, stop * each)
+    places = np.count_nonzero(tokens == config.image_token_id)
+    times = places // len(features) if len(features) else 0
+    return with_references(config, tokens, np.tile(features, times))
 
 
 def pack(
@@ -114,36 +133,12 @@ def pack(
     return batch
 
 
-def picture_batch(
-    config: Llama4Config, rows: Sequence[Sequence[Conversation]], *, length: int, tiles: int
-) -> PictureBatch:
-    """A batch of rows that are planned already.
-
-    Args:
-        config: of a model with a vision tower.
-        rows: the conversations of each, of at most `length` tokens.
-        length: of a row.
-        tiles: of the batch, at least those of all conversations.
-    """
-    batch = _empty(config, len(rows), length, tiles)
-    number, shown = 0, 0
-    for row, conversations in enumerate(rows):
-        used = 0
-        for conversation in conversations:
-            number += 1
-            _put(batch, conversation, config, number, row, used, shown)
-            used += len(conversation.tokens)
-            shown += len(conversation.pixels)
-    return batch
-
-
 def _empty(config: Llama4Config, rows: int, length: int, tiles: int) -> PictureBatch:
-    side = vision_of(config).image_size
     return PictureBatch(
         np.full((rows, length), config.pad_token_id, np.int32),
         np.zeros((rows, length), np.int32),
         np.zeros((rows, length), bool),
-        np.zeros((tiles, side, side, 3), np.uint8),
+        black_tiles(tiles, vision_of(config).image_size),
     )
 
 
@@ -158,9 +153,9 @@ def _put(
 ) -> None:
     """Writes a conversation into a batch, from a place of a row and behind the tiles shown."""
     tokens, learned, pixels = conversation
-    each, end = vision_of(config).tokens_per_tile, shown + len(pixels)
+    end = shown + len(pixels)
     place = row, slice(start, start + len(tokens))
-    batch.tokens[place] = with_references(config, tokens, np.arange(shown * each, end * each))
+    batch.tokens[place] = with_tiles(config, tokens, shown, end)
     batch.segment_ids[place] = number
     batch.learned[place] = learned
     batch.pixels[shown:end] = pixels

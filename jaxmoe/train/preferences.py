@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
@@ -21,7 +21,14 @@ from jaxmoe.model.remat import Remat
 from jaxmoe.model.transformer import forward, positions_of
 from jaxmoe.train.config import PreferenceConfig
 from jaxmoe.train.cross_entropy import token_losses
-from jaxmoe.train.loss import Loss, by_source, mean, next_tokens
+from jaxmoe.train.loss import (
+    Loss,
+    by_source,
+    features_of,
+    mean,
+    next_tokens,
+    text_of,
+)
 from jaxmoe.train.router_losses import router_losses, router_metrics, router_z
 from jaxmoe.train.step import TARGETS
 
@@ -37,6 +44,7 @@ class PreferenceBatch(NamedTuple):
         reference: the reference's log-probabilities in nats of the chosen and the rejected answer;
             None if the reference is the model without what its adapters add.
         source: which of several sources each pair is of; None of one.
+        pixels: of tiles of pictures, as in a `PictureBatch`; both answers refer to the same.
     """
 
     tokens: Integer[np.ndarray, "rows length"]
@@ -45,6 +53,7 @@ class PreferenceBatch(NamedTuple):
     document: Integer[np.ndarray, "rows pairs"]
     reference: Float[np.ndarray, "rows pairs 2"] | None = None
     source: Integer[np.ndarray, "rows pairs"] | None = None
+    pixels: UInt8[np.ndarray, "tiles side side 3"] | None = None
 
 
 class Pairs(NamedTuple):
@@ -174,8 +183,11 @@ def preference_loss(
 
     def loss(model: Llama4Config, params: dict, batch: Any) -> tuple[jax.Array, dict]:
         batch = jax.tree.map(jnp.asarray, PreferenceBatch(*batch))
-        policy, sft, z, stats = answers(model, params, batch, remat, forward)
-        reference = _reference(model, params, batch, policy, forward)
+        features = None
+        if batch.pixels is not None:
+            features = features_of(model, params, batch.pixels, remat)  # pyrefly: ignore
+        policy, sft, z, stats = answers(model, params, batch, remat, forward, features)
+        reference = _reference(model, params, batch, policy, forward, features)
         options = wanted.beta, wanted.objective, wanted.label_smoothing
         each = pair_losses(policy, reference, *options)
         found = mean_of_pairs(each, policy.real)
@@ -199,11 +211,23 @@ def answers(
     batch: PreferenceBatch,
     remat: Remat = False,
     forward: Callable = forward,
+    features: Float[Array, "N D"] | None = None,
 ) -> Answers:
-    """Runs the model on a batch's answers."""
+    """Runs the model on a batch's answers.
+
+    Args:
+        features: of the batch's pictures; None computes them, if there are any.
+    """
+    tokens, learned, given = batch.tokens, batch.learned, {}
+    if batch.pixels is not None:
+        if features is None:
+            features = features_of(model, params, batch.pixels, remat)  # pyrefly: ignore
+        given = {"features": features}
+        tokens, learned = text_of(model, tokens, learned)  # pyrefly: ignore
     positions = positions_of(batch.segment_ids)  # pyrefly: ignore  # traced arrays, as below
-    out = forward(model, params, batch.tokens, positions, batch.segment_ids, remat=remat)
-    targets, real = next_tokens(batch.tokens, batch.segment_ids, batch.learned)  # pyrefly: ignore
+    rows = batch.tokens, positions, batch.segment_ids
+    out = forward(model, params, *rows, remat=remat, **given)
+    targets, real = next_tokens(tokens, batch.segment_ids, learned)  # pyrefly: ignore
     found = token_losses(model, params, out.hidden, targets)
     rows = real, batch.segment_ids, batch.document.shape[1]
     pairs = answer_log_probabilities(found.nats, *rows)  # pyrefly: ignore
@@ -212,19 +236,31 @@ def answers(
 
 
 def _reference(
-    model: Llama4Config, params: dict, batch: PreferenceBatch, policy: Pairs, forward: Callable
+    model: Llama4Config,
+    params: dict,
+    batch: PreferenceBatch,
+    policy: Pairs,
+    forward: Callable,
+    features: Float[Array, "N D"] | None,
 ) -> Pairs:
     """The reference's log-probabilities, as the batch has them or with adapters that add nothing.
 
-    The adapters stay in place, so that the reference is rounded where the policy is.
+    The adapters stay in place, so that the reference is rounded where the policy is. The policy's
+    features of pictures are its own too, unless the tower has adapters.
     """
     if batch.reference is not None:
         chosen, rejected = batch.reference[..., 0], batch.reference[..., 1]
         return Pairs(chosen, rejected, policy.real)  # pyrefly: ignore  # traced arrays
-    if not any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora))):
+    if not _has_adapters(params):
         raise UserError(
             "pairs need a reference: train adapters, or let `train` read the pairs from the "
             "config's data, which computes one."
         )
     frozen = jax.lax.stop_gradient(adding_nothing(params))
-    return answers(model, frozen, batch, forward=forward).pairs
+    shared = None if features is None or _has_adapters(params["vision"]) else features
+    shared = jax.lax.stop_gradient(shared)
+    return answers(model, frozen, batch, forward=forward, features=shared).pairs
+
+
+def _has_adapters(params: dict) -> bool:
+    return any(map(is_lora, jax.tree.leaves(params, is_leaf=is_lora)))

@@ -206,20 +206,21 @@ def set_up(
 
     Writes nothing but tokens of the data. `init` may be shapes, for a step that is only compiled.
     """
-    references, model = None, model_of(config, model)
+    references, shows, model = None, False, model_of(config, model)
     check_names(config, model, source)
     if config.preference is not None:
         loss = loss or preference_loss(config.preference, **_loss_options(config))
     if batches is None:
         found = data or training_data(config, model)
-        batches = found.batches
+        batches, shows = found.batches, found.has_pictures
         if config.preference is not None and loss is not None:
             batches, judge, references = preference_run(config, model, mesh, found, loss)
             evaluate = evaluate or judge
         elif loss is None:
             evaluate = evaluate or functools.partial(_held_out, config, model, found)
-            loss = picture_loss(**_loss_options(config)) if found.has_pictures else None
-    trains_vision = getattr(loss, "trains_vision", False) and config.train_vision
+            loss = picture_loss(**_loss_options(config)) if shows else None
+    trains_vision = getattr(loss, "trains_vision", config.preference is not None and shows)
+    trains_vision = trains_vision and config.train_vision
     trainable = trainable or (everything if trains_vision else text_only)
     loss = loss or next_token_loss(**_loss_options(config))
     optimizer = make_optimizer(config.optimizer, config.steps)
