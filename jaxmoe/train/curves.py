@@ -13,7 +13,7 @@ SIZE, (LEFT, TOP, RIGHT, BOTTOM) = (960, 540), (80, 50, 940, 490)
 COLORS = {"loss": "#3b6ea5", "held_out_loss": "#e08a3c"}
 # Of sources, again from the first on where there are more.
 OTHERS = ("#5aa469", "#a05195", "#d45087", "#8a6d3b", "#2f9e9e", "#7a7a7a", "#b5a300", "#665191")
-NAMED, LETTERS = 5, 18  # losses in a line of the legend, and letters of a name
+NAMED, LETTERS = 5, 23  # losses in a line of the legend, and letters of a name
 INK, LINE = "#222222", "#eeeeee"
 LINES = 5  # horizontal
 
@@ -58,6 +58,13 @@ def _curves(metrics: Path) -> dict[str, Curve]:
     return curves
 
 
+def _short(name: str) -> str:
+    """The name of a loss, of a source with a long one its end."""
+    kind, _, source = name.partition("/")
+    room = LETTERS - len(kind) - 1
+    return name if len(source) <= room else f"{kind}/…{source[1 - room :]}"
+
+
 def _draw(
     pen: ImageDraw.ImageDraw,
     curves: dict[str, Curve],
@@ -78,8 +85,7 @@ def _draw(
     for i, (name, curve) in enumerate(curves.items()):
         color = COLORS.get(name) or OTHERS[(i - len(COLORS)) % len(OTHERS)]
         row, column = divmod(i, NAMED)
-        said = name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…"
-        pen.text((LEFT + 172 * column, 20 + 20 * row), said, font=font, fill=color)
+        pen.text((LEFT + 172 * column, 20 + 20 * row), _short(name), font=font, fill=color)
         places = [
             (LEFT + (RIGHT - LEFT) * step / last, bottom - (loss - least) * height)
             for step, loss in curve
