@@ -252,6 +252,7 @@ def test_sources_have_their_shares_of_the_rows(mixed):
     assert 0.6 < share < 0.9  # of 256 rows, about three quarters
 
 
+@pytest.mark.slow
 def test_losses_of_sources_are_recorded(mixed, tmp_path):
     """Those of a source that a step has nothing of are left out; held-out files are of none."""
     other = write(tmp_path / "other.jsonl", [chat("other?", "yes")])

@@ -127,6 +127,7 @@ def test_saved_references_saw_the_pictures(config, params):
     assert kept("embed") and not kept("vision.projector")
 
 
+@pytest.mark.slow
 def test_adapters_of_the_tower_begin_at_ln_2(config, params, tmp_path):
     """After a step the reference, whose features are without them, differs."""
     adapter, folder = AdapterConfig(rank=4, targets=("vision.projector",)), tmp_path / "checkpoint"

@@ -149,6 +149,7 @@ class Reference:
         self.peaks.append(counts.max() / counts.mean())
 
 
+@pytest.mark.slow
 def test_loads_even_out_without_a_term_in_the_loss(config):
     """As NumPy says, over all batches of a step; the first loss is that without biases."""
     still = dataclasses.replace(config, optimizer=OptimizerConfig(peak_lr=1e-12))
@@ -196,6 +197,7 @@ def run(config, mesh, stop_after=None):
     return store.load(f"{config.output}/checkpoint", one_device()) if stop_after is None else None
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_its_biases_and_export_does_not_lose_them_silently(config, tmp_path):
     """Also on another mesh, and beside frozen routers."""
     model, params = run(config, one_device())
