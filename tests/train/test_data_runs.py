@@ -246,9 +246,12 @@ def mixed(config, tmp_path):
 
 def test_sources_have_their_shares_of_the_rows(mixed):
     data = training_data(mixed, CONFIG)
-    rows = [tokens for step in range(64) for tokens in data.batches(step).tokens]
-    z = TOKENIZER.encode("z")[0]
-    share = np.mean([(tokens == z).any() for tokens in rows])
+    batches = [data.batches(step) for step in range(64)]
+    is_text = np.array([batch.tokens == TOKENIZER.encode("z")[0] for batch in batches]).any(-1)
+    real = np.array([batch.segment_ids > 0 for batch in batches])
+    wanted = np.where(is_text[..., None], 1, 0) * real
+    np.testing.assert_array_equal([batch.source for batch in batches], wanted)
+    share = is_text.mean()
     assert 0.6 < share < 0.9  # of 256 rows, about three quarters
 
 
