@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.export import export
@@ -234,3 +235,10 @@ def test_what_moves_no_bias_is_refused(config):
     frozen = dataclasses.replace(config, frozen=("*.selection_bias",))
     with pytest.raises(UserError, match="'selection_bias' moves nothing"):
         run(frozen, one_device())
+    optimizer = make_optimizer(config.optimizer, 9)
+    weights = jax.device_put(jnp.ones(3), NamedSharding(one_device(), PartitionSpec()))
+    state = state_of({"w": weights}, optimizer, one_device())
+    plain = dataclasses.replace(config, accumulate=1)
+    step = make_step(plain, from_hf(MODEL, "test"), optimizer, lambda m, p, b: (p["w"].sum(), {}))
+    with pytest.raises(UserError, match="needs a loss whose metrics have 'router_assignments'"):
+        step({"w": None}, state, jnp.ones(1))
