@@ -9,15 +9,14 @@ is created once, too.
 
 import contextlib
 import json
-import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
+from jaxmoe.batch.process_name import has_ended, process_name
 from jaxmoe.batch.storage import Storage
 from jaxmoe.errors import UserError
 
@@ -95,7 +94,8 @@ class Leases:
         self._taken -= own
 
     def sweep(self) -> None:
-        """Removes the files of processes that were killed on this machine."""
+        """Removes what processes left that were killed on this machine."""
+        self._storage.sweep()
         for name in self._storage.names(WORKERS):
             if _has_ended(self._storage.read(name) or b""):
                 self._storage.delete(name)
@@ -124,8 +124,7 @@ class Leases:
         return now < self._alive[owner]
 
     def _show(self, count: int) -> None:
-        pid = os.getpid()
-        about = {"host": _host(), "pid": pid, "started": _started(pid), "count": count}
+        about = {"process": process_name(), "count": count}
         self._storage.put(WORKERS + self.owner, json.dumps(about).encode())
 
     def _beat(self) -> None:
@@ -150,30 +149,9 @@ def _is_of(name: str, work: str) -> bool:
     return name.rpartition(".")[0] == LEASES + work
 
 
-def _host() -> str:
-    """What tells where this process's id means something: the machine, its boot, its container."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        ids = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        boot = ids = ""
-    return f"{socket.gethostname()} {boot} {ids}"
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine began; None if it has ended, or cannot be looked at."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in "ZX" else rest[18]
-
-
 def _has_ended(content: bytes) -> bool:
     """Whether an owner was a process of this machine that is gone: none has to wait for it."""
     try:
-        about = json.loads(content)
-        host, pid, started = about["host"], int(about["pid"]), about["started"]
-    except (ValueError, KeyError, TypeError):
+        return has_ended(json.loads(content)["process"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
-    return host == _host() and started is not None and _started(pid) != started

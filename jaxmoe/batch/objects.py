@@ -76,6 +76,9 @@ class ObjectStorage:
         with self._asking(name, "deleted"), contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store, checked_name(name))
 
+    def sweep(self) -> None:
+        """As `Storage.sweep`; the store keeps nothing that is not whole."""
+
     def append(self, name: str) -> None:
         """None: no object can be appended to."""
 

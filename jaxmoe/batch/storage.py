@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from jaxmoe.batch.objects import HIDDEN, ObjectStorage, checked_name
+from jaxmoe.batch.process_name import has_ended, process_name
 from jaxmoe.errors import UserError, sentence_of
 from jaxmoe.files.atomic import publish, publish_new, writable
+from jaxmoe.files.outputs import PARTIAL
 
 
 @runtime_checkable
@@ -53,6 +55,10 @@ class Storage(Protocol):
         """Removes a file, if it is there."""
         ...
 
+    def sweep(self) -> None:
+        """Removes unfinished files of processes that were killed on this machine."""
+        ...
+
     def append(self, name: str) -> BinaryIO | None:
         """Opens a file to append to, which `flush` hands to the system; None if none can be."""
         ...
@@ -85,7 +91,8 @@ def local_path(place: str) -> Path | None:
 class LocalStorage:
     """A folder of a file system, of a network's too; it is made when the first file is written.
 
-    A file is written under a hidden name beside its own, synced, and renamed or linked.
+    A file is written under a hidden name beside its own, which begins with the process's, synced,
+    and renamed or linked.
     """
 
     def __init__(self, folder: Path):
@@ -133,6 +140,13 @@ class LocalStorage:
         with writable(path):
             path.unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        """As `Storage.sweep`."""
+        for partial in self._folder.rglob(f"{HIDDEN}*{PARTIAL}"):
+            if has_ended(partial.name.removeprefix(HIDDEN).partition(".")[0]):
+                with writable(partial):
+                    partial.unlink(missing_ok=True)
+
     def append(self, name: str) -> BinaryIO:
         """As `Storage.append`."""
         path = self._path(name)
@@ -152,7 +166,7 @@ class LocalStorage:
         path = self._path(name)
         with writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{HIDDEN}{uuid.uuid4().hex}.partial")
+            partial = path.with_name(f"{HIDDEN}{process_name()}.{uuid.uuid4().hex}{PARTIAL}")
             try:
                 with open(partial, "xb") as file:
                     file.write(content)

@@ -150,8 +150,8 @@ def test_processes_of_another_container_are_not_looked_at(tmp_path, monkeypatch)
     """They have ids of their own, on a host of the same name."""
     folder = storage_of(tmp_path)
     with Leases(folder) as other:
-        about = json.loads(folder.read(leases.WORKERS + other.owner) or b"")
-        ended = json.dumps(about | {"started": "0"}).encode()
+        name = json.loads(folder.read(leases.WORKERS + other.owner) or b"")["process"]
+        ended = json.dumps({"process": name.rpartition("-")[0] + "-0"}).encode()
         assert leases._has_ended(ended)
         monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]")
         assert not leases._has_ended(ended)

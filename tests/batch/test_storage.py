@@ -2,12 +2,14 @@
 
 import errno
 import os
+import subprocess
 import sys
 import threading
 
 import pytest
 
 from jaxmoe.batch import objects, storage
+from jaxmoe.batch.process_name import process_name
 from jaxmoe.batch.storage import LocalStorage, Storage, storage_of
 from jaxmoe.errors import UserError
 
@@ -67,6 +69,25 @@ def test_one_of_many_creates_a_file(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(won) == list(range(40))
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    """And not what a living one writes, nor what may be one of another machine."""
+    place, own = LocalStorage(tmp_path / "job"), process_name()
+    place.sweep()  # of a folder that is not there yet
+    place.put("answers/0.jsonl", b"1")
+    script = (
+        "import os, sys\nfrom jaxmoe.batch.storage import storage_of\n"
+        "os.fsync = lambda descriptor: os._exit(9)\n"
+        "storage_of(sys.argv[1]).create('answers/1.jsonl', b'1')"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(place)]).returncode == 9
+    assert len(os.listdir(tmp_path / "job/answers")) == 2
+    others = {f".{name}.0a.partial" for name in (own, "0" * 16 + "-1-0", "no name")}
+    for name in others:
+        (tmp_path / "job/answers" / name).touch()
+    place.sweep()
+    assert set(os.listdir(tmp_path / "job/answers")) == {"0.jsonl", *others}
 
 
 @pytest.mark.parametrize("call", ["put", "create"])
