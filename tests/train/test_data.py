@@ -54,7 +54,7 @@ def test_epochs_and_seeds_differ():
 
 def test_segments_begin_where_documents_do():
     tokens = documents(*[5] * 40)
-    rows, segment_ids, _ = batch(tokens, 0)
+    rows, segment_ids, *_ = batch(tokens, 0)
     begins = rows == BEGIN
     changes = np.diff(segment_ids, axis=1) == 1
     np.testing.assert_array_equal(changes, begins[:, 1:])
