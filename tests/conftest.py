@@ -63,10 +63,22 @@ RUNS_LONG = "runs_long"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks the tests of Hopper kernels by the implementation among their parameters."""
+    """Marks tests of kernels by the implementation among their parameters.
+
+    Interpreters are slow: `make test` runs the first case of each test in them.
+    """
+    begun = set()
     for item in items:
-        if "mosaic_gpu" in getattr(getattr(item, "callspec", None), "id", ""):
-            item.add_marker("hopper")
+        case = getattr(getattr(item, "callspec", None), "id", "")
+        for implementation in ("mosaic_gpu", "mosaic_tpu"):
+            if implementation not in case:
+                continue
+            if implementation == "mosaic_gpu":
+                item.add_marker("hopper")
+            test = item.nodeid.partition("[")[0], implementation
+            if test in begun:
+                item.add_marker("slow")
+            begun.add(test)
 
 
 @pytest.fixture(scope="module", autouse=True)

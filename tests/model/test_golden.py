@@ -16,6 +16,7 @@ from jaxmoe.generation.engine import Request, generate
 from jaxmoe.generation.sampling import Sampling
 from tests import tiny
 from tests.conftest import load_tiny, one_device
+from tests.tiers import slow_after_first
 
 TOLERANCE = 1e-4
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def test_full_forward(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
-@pytest.mark.parametrize("chunk", [None, 7], ids=["one prefill", "chunks"])
+@pytest.mark.parametrize("chunk", slow_after_first([7, None]))
 def test_prefill_and_decode(name, chunk, tmp_path):
     golden, model = load_golden(name, tmp_path)
     logits = token_logits(

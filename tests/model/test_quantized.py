@@ -23,6 +23,7 @@ from jaxmoe.model.params import (
 from jaxmoe.model.transformer import forward, positions_of, unembed
 from pallas_kernels.compile.absent import absent_tpus
 from pallas_kernels.quantized import LARGEST, QuantizedMatrix, dequantize_matrix, quantize_matrix
+from tests.tiers import slow_after_first
 
 # Widths that int4, which packs 128 inputs, can be cut at.
 CONFIG = dataclasses.replace(
@@ -65,7 +66,7 @@ def logits(params):
     return unembed(CONFIG, params, hidden) * (segments != 0)[..., None]
 
 
-@every_format
+@pytest.mark.parametrize("format", slow_after_first(LARGEST))
 def test_logits(params, format):
     """Without a mesh and on all of them."""
     stored = quantize_params(CONFIG, params, format)

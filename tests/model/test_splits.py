@@ -1,5 +1,6 @@
 """One MoE layer on every split of eight devices: one device's answer, gradients and statistics."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -17,12 +18,20 @@ SPLITS = [
     for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES))
     if math.prod(sizes) == 8
 ]
+
+
+def _tier(split):
+    """`make test` runs the splits over one axis, and those over experts and two other axes."""
+    sizes = dataclasses.astuple(split)
+    return () if 8 in sizes or (max(sizes) == split.expert == 2) else pytest.mark.slow
+
+
 # Rows and tokens a row. Every split divides eight rows; of one row, other axes than sequence and
 # tensor hold copies.
 FEW, MANY, ONE_ROW = (8, 8), (8, 72), (1, 16)
 # The number of tokens changes how they travel only where experts lie on several devices.
 CASES = [
-    pytest.param(split, shape, id=f"{split} {name}")
+    pytest.param(split, shape, id=f"{split} {name}", marks=_tier(split))
     for name, shape in [("few", FEW), ("many", MANY), ("one row", ONE_ROW)]
     for split in SPLITS
     if split.expert > 1 or shape == MANY
