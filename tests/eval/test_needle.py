@@ -90,6 +90,7 @@ def test_an_answer_is_that_of_float64(small, prompt, chunk):
     np.testing.assert_allclose(whole, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_answer_is_the_engines(small, prompt):
     stream = generate(
         small.config,

@@ -60,6 +60,7 @@ def test_chat(checkpoint, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_picture(tmp_path, capsys):
     convert(SEES / "model", tmp_path / "checkpoint")
     questions = ["What is written?", "How many digits are there?"]

@@ -141,6 +141,7 @@ def test_a_batch_without_adapters_runs_on_the_base_alone(model, params, requests
             answers(model.config, params, chosen, forward=forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["data=2,expert=2,tensor=2"])
 def test_a_batch_on_a_mesh(model, folders, requests, expected, spec, monkeypatch):
     """Prompts' tokens are sent to their experts, and single tokens are gathered."""
@@ -150,6 +151,7 @@ def test_a_batch_on_a_mesh(model, folders, requests, expected, spec, monkeypatch
     check(answers(model.config, params, requests, mesh, rows=8), expected)
 
 
+@pytest.mark.slow
 def test_a_batch_over_a_quantized_base(model, params, requests):
     """As over the same base widened, by the programs of the test above."""
     quantized = quantize_params(model.config, params, "int8")

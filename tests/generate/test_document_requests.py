@@ -15,7 +15,7 @@ from tests.tiers import slow_after_first
 GREEDY = Sampling(temperature=0.0)
 
 
-@pytest.fixture(scope="module", params=[16, 8192])
+@pytest.fixture(scope="module", params=slow_after_first([16, 8192]))
 def model(request, tmp_path_factory):
     """A local and a global layer; the text is shorter than a chunk, or longer."""
     config = tiny.scout_like(

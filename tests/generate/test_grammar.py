@@ -155,6 +155,7 @@ def check_answers(walker, name, schema, walks):
     return True
 
 
+@pytest.mark.slow
 def test_every_answer_to_a_public_schema_is_valid_or_the_schema_is_refused(small, bytes_only):
     """All 383 schemas of the official test suite are tried."""
     for walker in (small, bytes_only):
