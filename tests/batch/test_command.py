@@ -87,7 +87,6 @@ def test_a_store_that_fails_gets_each_answer_once(small, store, proxy, tmp_path)
     assert ids == [f"r{n}" for n in range(24)]
 
 
-@pytest.mark.slow
 def test_each_process_of_a_scheduler_may_be_an_engine(small, tmp_path):
     """They share the rows, and one that is stopped delays no other for longer than its lease."""
     source, output = fake.write_rows(tmp_path / "in.jsonl", 40), tmp_path / "out"
