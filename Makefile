@@ -41,7 +41,7 @@ demo: $(VENV)/.project $(BUILD)/demo.converted $(BUILD)/demo-vision.converted
 	    --prompt "What is written?" --temperature 0 --max-new-tokens 20
 
 check: lint
-	$(python) -m pytest $(in_parallel) $(quick_tests)
+	$(python) -m pytest -m "not ($(slow))" $(in_parallel) $(quick_tests)
 
 test: $(VENV)/.project
 	$(python) -m pytest -m "not oracle and not ($(slow))" $(in_parallel)

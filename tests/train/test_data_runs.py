@@ -257,7 +257,7 @@ def test_sources_have_their_shares_of_the_rows(mixed):
 
 @pytest.mark.slow
 def test_losses_of_sources_are_recorded(mixed, tmp_path):
-    """Those of a source that a step has nothing of are left out; held-out files are of none."""
+    """Catches a loss of a source without targets in a step, and held-out files among sources."""
     other = write(tmp_path / "other.jsonl", [chat("other?", "yes")])
     names = mixed.data.source_names
     assert names == ("chats", str(tmp_path / "texts.jsonl"))

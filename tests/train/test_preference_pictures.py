@@ -63,7 +63,7 @@ def config(tmp_path, rows):
 
 
 def by_hand(rows, batch, folder):
-    """The same pairs in the same order, each answer with its own copy of the prompt's pictures."""
+    """A batch of the same pairs in which both answers have copies of the prompt's pictures."""
     reader = PictureReader(read_image_settings(folder, CONFIG.vision), folder)
     found = PreferenceBatch(*(None if x is None else np.zeros_like(x) for x in batch))
     used, shown = 0, 0
@@ -114,7 +114,7 @@ def test_both_answers_share_the_pictures_of_their_prompt(config, rows, params, t
 
 
 def test_saved_references_saw_the_pictures(config, params):
-    """Of a run that trains the whole model, the tower too if it is asked to."""
+    """Catches references without pictures, where the whole model is trained and with the tower."""
     with jax.set_mesh(one_device()):
         setup = set_up(config, CONFIG, one_device(), "test", init=params)
         Path(config.output).mkdir(exist_ok=True)
