@@ -17,7 +17,7 @@ BUILD = build
 older_peft = 0.18.1
 picture = demo/vision/held-out/2x2.png
 python = $(VENV)/bin/python
-in_parallel = --numprocesses 2 --dist loadfile --no-loadscope-reorder  # small files come last
+in_parallel = --numprocesses 2 --dist worksteal --durations 25 --durations-min 10
 newest_tests = tests/model/test_golden.py tests/generate/test_engine.py tests/train/test_trainer.py \
     tests/checkpoint/test_convert.py tests/checkpoint/test_refused_sources.py tests/checkpoint/test_formats.py
 slow = slow or absent_gpu or absent_tpu

@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Set before JAX starts. The compiler for absent GPUs is installed, its driver is not.
 ON_GPU = os.environ.get("JAXMOE_TEST_GPU", "0") != "0"
@@ -25,10 +26,12 @@ if HURRIED:
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
         "--xla_cpu_parallel_codegen_split_count=1"
     )
-# And once a run: this process, its workers and the scripts that they start share one folder.
+# And once: this process, its workers, the scripts that they start and later runs share one folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxmoe-compiled-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    COMPILED = Path(__file__).parents[1] / "build" / "compiled-by-tests"
+    if sum(f.stat().st_size for f in COMPILED.glob("*")) > 1 << 30:  # mostly of former code
+        shutil.rmtree(COMPILED)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # What else scripts keep goes here, instead of the user's own folder.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxmoe-tests-")
@@ -43,7 +46,10 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from tests.annotations import quick_jaxtyped
+
 jax.config.update("jax_num_cpu_devices", 8)
+jaxtyping.jaxtyped = quick_jaxtyped  # before the code is imported, which the hook decorates
 
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert

@@ -13,6 +13,7 @@ from jaxmoe.mesh import MeshConfig
 from jaxmoe.model import moe
 from pallas_kernels.compile.absent import absent_h100s, compiler_options
 from tests.model import moe_layer
+from tests.tiers import slow_after_first
 
 D, F, E = 16, 8, 8
 MESHES = [
@@ -57,7 +58,9 @@ def results(k, p, x, routing):
     return jax.tree.map(np.asarray, both(p, x, routing.router_weight))
 
 
-@pytest.mark.parametrize(("k", "skew"), [(1, 0.9), (2, 0.0)], ids=["most to one", "two each"])
+@pytest.mark.parametrize(
+    ("k", "skew"), slow_after_first([(1, 0.9), (2, 0.0)]), ids=["most to one", "two each"]
+)
 @pytest.mark.parametrize("tokens", [1, 160], ids=["few tokens", "many tokens"])
 def test_every_mesh_gives_the_same(tokens, k, skew):
     case = draw(k, tokens, skew)

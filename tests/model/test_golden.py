@@ -35,7 +35,7 @@ def test_full_forward(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
-@pytest.mark.parametrize("chunk", slow_after_first([7, None]))
+@pytest.mark.parametrize("chunk", slow_after_first([None, 7]), ids=["one prefill", "chunks"])
 def test_prefill_and_decode(name, chunk, tmp_path):
     golden, model = load_golden(name, tmp_path)
     logits = token_logits(
@@ -49,7 +49,7 @@ def test_prefill_and_decode(name, chunk, tmp_path):
     assert abs(logits[:, golden.first_row :] - golden.logits).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["scout", "maverick"])
+@pytest.mark.parametrize("name", slow_after_first(["maverick", "scout"]))
 def test_greedy_continuation(name, tmp_path):
     golden, model = load_golden(name, tmp_path)
     new = golden.greedy.shape[1]

@@ -16,7 +16,6 @@ from tests import tiny
 from tests.conftest import load_tiny
 from tests.pallas_kernels import tpu
 from tests.pallas_kernels.attention.cases import TOLERANCE, assert_close
-from tests.tiers import slow_after_first
 
 CHUNK = 139  # tokens of a row; two chunks, of which each crosses an edge of attention chunks
 INTERPRETED = functools.partial(forward, kernels=Kernels(interpret=tpu.INTERPRET))
@@ -58,9 +57,9 @@ def test_prefill_in_float32(golden):
     assert abs(logits - golden.logits).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "kv"),
-    slow_after_first([("data=1", None), ("data=1", "int4"), ("tensor=2,sequence=2", "int8")]),
+    ("mesh", "kv"), [("data=1", None), ("data=1", "int4"), ("tensor=2,sequence=2", "int8")]
 )
 def test_prefill_and_fused_decoding(golden, mesh, kv):
     """In bfloat16, with weights that are exact there; int4 keys alone cost 3 % on average."""

@@ -213,7 +213,7 @@ def check(rows, arrays, **options):
         assert_close(x, y, TOLERANCE[arrays[0].dtype.name])
 
 
-@pytest.mark.parametrize("chunk", [None, 100])
+@pytest.mark.parametrize("chunk", [100, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", ROWS)
 def test_output_and_gradients(rows, chunk):
     check(rows, draw("float32"), chunk=chunk)

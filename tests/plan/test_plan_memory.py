@@ -29,6 +29,7 @@ from jaxmoe.train.optimizer import make_optimizer
 from jaxmoe.train.state import abstract_state
 from pallas_kernels.experts import make_group_metadata, rows_of_blocks
 from pallas_kernels.quantized import quantize_matrix
+from tests.tiers import slow_after_first
 
 MESHES = ["data=1", "tensor=8", "expert=4,sequence=2", "data=2,fsdp=2,tensor=2", "fsdp=4,expert=2"]
 
@@ -37,7 +38,7 @@ def work(name="scout", **fields):
     return Work(config=PRESETS[name], **{"context": 100_000, **fields})
 
 
-@pytest.mark.parametrize("spec", MESHES)
+@pytest.mark.parametrize("spec", slow_after_first(reversed(MESHES)))
 @pytest.mark.parametrize("format", STORAGE_FORMATS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_weights_are_those_of_all_abstract_parameters(name, format, spec):

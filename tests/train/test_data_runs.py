@@ -137,6 +137,7 @@ def nats(params, batch):
     return float(found) * targets.sum()
 
 
+@pytest.mark.slow
 def test_packed_documents_lose_what_each_loses_alone(config):
     batch = training_data(config, CONFIG).batches(0)
     with jax.set_mesh(one_device()):

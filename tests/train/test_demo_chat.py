@@ -10,7 +10,6 @@ from demo.chat import make_chat_adapter as chat
 from demo.make_demo import VERSE
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.train.config import read_train_config
-from tests.tiers import slow_after_first
 
 ROOT = Path(__file__).parents[2]
 ADAPTER = ROOT / "demo" / "chat" / "adapter"
@@ -25,8 +24,9 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("side", "adapter", "in_format"), slow_after_first([("after", ADAPTER, 4), ("before", None, 0)])
+    ("side", "adapter", "in_format"), [("after", ADAPTER, 4), ("before", None, 0)]
 )
 def test_it_answers_as_the_metrics_say(checkpoint, side, adapter, in_format):
     """Held-out questions, in the format with the adapter alone."""

@@ -25,7 +25,6 @@ from jaxmoe.train.trainer import make_step, train
 from tests import tiny, vision
 from tests.conftest import one_device
 from tests.small_tokenizers import CHAT, byte_tokenizer
-from tests.tiers import slow_after_first
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -216,9 +215,8 @@ def alone():
     return first_losses(one_device())[0]
 
 
-@pytest.mark.parametrize(
-    "mesh", slow_after_first(["sequence=2,tensor=4", "data=2,fsdp=2,expert=2"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["sequence=2,tensor=4", "data=2,fsdp=2,expert=2"])
 def test_training_is_the_same_on_any_mesh(alone, mesh):
     spread, state = first_losses(MeshConfig.parse(mesh).make())
     np.testing.assert_allclose(spread, alone, rtol=1e-4)

@@ -151,6 +151,7 @@ def test_pairs_without_a_reference_are_refused(config, model):
         loss(model.config, model.params, batch)
 
 
+@pytest.mark.slow
 def test_a_whole_model_keeps_its_first_log_probabilities_and_resumes(config, model, tmp_path):
     killed = dataclasses.replace(config, output=config.output + "-killed")
     records = run(config)
