@@ -108,6 +108,18 @@ def default_layer_ids(layers: int) -> tuple[int, ...]:
     return min(2, layers), layers // 2, max(0, layers - 3)
 
 
+def parse_layer_ids(text: str) -> tuple[int, ...]:
+    """The ids of `2,24,45`.
+
+    Raises:
+        UserError: if they are no three numbers.
+    """
+    parts = text.split(",")
+    if len(parts) != STATES or not all(x.strip().isdecimal() for x in parts):
+        raise UserError(f"layer ids {text!r:.80} are no {STATES} numbers; write 2,24,45.")
+    return tuple(map(int, parts))
+
+
 def check_layer_ids(layer_ids: Sequence[int], layers: int, source: str) -> None:
     """Raises a UserError unless they are three layers, or the end, of a target of `layers`."""
     if len(layer_ids) != STATES or not all(0 <= i <= layers for i in layer_ids):
