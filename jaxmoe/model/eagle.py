@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe import mesh as meshes
 from jaxmoe.eagle_config import STATES, EagleConfig
 from jaxmoe.model.attention import token_axes
-from jaxmoe.model.layers import linear, rms_norm, rope_frequencies, swiglu
+from jaxmoe.model.layers import linear, product, rms_norm, rope_frequencies, swiglu
 from jaxmoe.model.param_spec import ParamSpec, SpecTree, is_spec
 from jaxmoe.model.params import map_arrays, swiglu_specs
 from jaxmoe.model.sequence import NewTokens, gather
@@ -179,7 +179,8 @@ def rotate_halves(
     x: Float[Array, "B S H d"], cos: Float[Array, "B S half"], sin: Float[Array, "B S half"]
 ) -> Float[Array, "B S H d"]:
     """Rotates the pairs (0, d/2), (1, d/2 + 1), ... of each head, in float32, as Llama 3 does."""
-    one, two = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    half = x.shape[-1] // 2
+    one, two = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1).astype(x.dtype)
 
@@ -258,7 +259,7 @@ def pass_output(
 def draft_logits(
     config: EagleConfig, params: dict, hidden: Float[Array, "*batch D"]
 ) -> Float[Array, "*batch G"]:
-    """Logits of the draft vocabulary in float32, of what a pass put out."""
+    """Logits of the draft vocabulary in float32, never rounded, of what a pass put out."""
     normed = rms_norm(hidden, params["norm"], config.rms_norm_eps)
     head = meshes.constrain_param(params["lm_head"], ("embed", "vocab"))
-    return linear("...D,DG->...G", normed, head).astype(jnp.float32)
+    return product("...D,DG->...G", normed, head)

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmoe.eagle_config import EagleConfig
 from jaxmoe.model.eagle import (
@@ -127,7 +127,7 @@ def unroll(
     hidden, found = fuse_states(config, params, states), []
     keys: list[Heads] = []
     for n in range(passes):
-        embedded = embed(table, following(tokens, n + 1))
+        embedded = embed(table, ahead(tokens, n + 1))
         x, residual = pass_input(config, params, embedded, hidden)
         new = heads(config, params, x, positions + n)
         keys.append(new)
@@ -137,9 +137,10 @@ def unroll(
     return found
 
 
-def following(x: Int[Array, "B S"], n: int) -> Int[Array, "B S"]:
+def ahead(x: Shaped[Array, "B S ..."], n: int) -> Shaped[Array, "B S ..."]:
     """What is `n` places after each place of a row; 0 past its end."""
-    return jnp.pad(x[:, n:], ((0, 0), (0, min(n, x.shape[1]))))
+    widths = [(0, 0), (0, min(n, x.shape[1])), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(x[:, n:], widths)
 
 
 def _attend_unrolled(
