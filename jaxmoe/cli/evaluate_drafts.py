@@ -13,7 +13,7 @@ from jaxmoe.cli.evaluate_loops import read_samplings
 from jaxmoe.cli.evaluate_quantized import read_rows
 from jaxmoe.eagle_config import check_target, parse_layer_ids
 from jaxmoe.eval import needle_report
-from jaxmoe.eval.drafts import Acceptance, figures, measure, why_low
+from jaxmoe.eval.drafts import Acceptance, figures, measure, warning_of
 from jaxmoe.files.outputs import check_writable, write_json
 from jaxmoe.generation.request_keys import check_count
 from jaxmoe.processes import is_first
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
         check_target(head.config, config, "--layer-ids")
     with jax.set_mesh(mesh):
         found = measure(config, params, head, tokens, temperatures, args.count)
-        warning = why_low(config, params, head, tokens, found)
+        warning = warning_of(config, params, head, tokens, found)
     if args.json and is_first():
         write_json(args.json, {"drafts": figures(found)})
     needle_report.show(table(found))

@@ -59,8 +59,9 @@ def measure(
 
     A guess is the likeliest token of the draft vocabulary, and is accepted with the probability
     that the target gives it, at temperature 0 if it is the target's likeliest. That of a chain's
-    first n tokens is the product, along the text's own tokens: on texts as the target would write
-    them it is what a generation would show, on others an estimate.
+    first n tokens is the product, along the text's own tokens. On what the target itself writes
+    greedily this is exact at temperature 0; otherwise it is an estimate, since later guesses follow
+    the text and not the guess before.
 
     Args:
         target: the target's config.
@@ -139,16 +140,17 @@ def other_layer_ids(config: EagleConfig, layers: int) -> list[tuple[int, ...]]:
     return [ids for ids in fits if ids != config.layer_ids]
 
 
-def why_low(
+def warning_of(
     target: Llama4Config,
     params: dict,
     head: Head,
     tokens: Integer[np.ndarray, "B S"],
     found: Sequence[Acceptance],
 ) -> str | None:
-    """A sentence about a head of whose first guesses fewer than `LOW` are accepted; else None.
+    """A sentence about a head that had better read other layers, or guesses badly; else None.
 
-    Tries other layers: a head that reads others than those that it was trained with guesses badly.
+    Of first guesses fewer than `LOW` are accepted, or more with the layers next to those that the
+    head reads, or the default ones, by a twentieth and three standard errors.
 
     Args:
         target, params, head, tokens: as for `measure`.
@@ -156,22 +158,23 @@ def why_low(
     """
     first = max(found, key=lambda one: one.accepted[0])
     share = first.accepted[0]
-    if share >= LOW:
-        return None
-    names = ",".join(map(str, head.config.layer_ids))
-    said = f"of the first guesses {share:.1%} are accepted with the inputs of layers {names}"
+    said = f"of the first guesses {share:.1%} are accepted with the inputs of layers "
+    said += ",".join(map(str, head.config.layer_ids))
     best, better = 0.0, ()
     for ids in other_layer_ids(head.config, target.num_hidden_layers):
         other = head._replace(config=dataclasses.replace(head.config, layer_ids=ids))
         (one,) = measure(target, params, other, tokens, [first.temperature], 1)
         if one.accepted[0] > best:
             best, better = one.accepted[0], ids
-    if best > max(LOW, 2 * share):
+    error = (max(share, best) * (1 - max(share, best)) / first.chains) ** 0.5
+    if best - share > max(0.05 * share, 3 * error):
         others = ",".join(map(str, better))
         return (
             f"{said}, and {best:.1%} with those of {others}: convert the head again with "
             f"--layer-ids {others}"
         )
+    if share >= LOW:
+        return None
     return (
         f"{said}, and no more with its neighbours: the head was trained for another model or with "
         "other layers (convert --layer-ids), or too little"

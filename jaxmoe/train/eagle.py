@@ -31,11 +31,11 @@ from jaxmoe.train.config import HeadConfig, TrainConfig
 from jaxmoe.train.cross_entropy import token_losses
 from jaxmoe.train.data import Batch
 from jaxmoe.train.loss import Loss, next_tokens
+from jaxmoe.train.metrics import HELD_OUT_LOSS
 from jaxmoe.train.step import TARGETS, cast_all
 
 HEAD, TOKEN_IDS = "head", "token_ids"  # beside the target's own parameters
 COUNTED = 1000  # batches, at most, whose tokens make the draft vocabulary
-HELD_OUT_LOSS = "held_out_loss"
 
 
 class HeadLosses(NamedTuple):
@@ -278,7 +278,8 @@ def held_out_head_loss(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _judged(loss: Loss, model: Llama4Config, dtype: str, params: dict, batch: Any) -> dict:
-    return loss(model, cast_all(params, dtype), batch)[1]
+    found = loss(model, cast_all(params, dtype), batch)[1]
+    return {name: meshes.on_all_devices(x) for name, x in found.items()}
 
 
 def refuse_pictures(has_pictures: bool) -> None:

@@ -15,6 +15,7 @@ from jaxmoe.train.loss import targets_of
 from jaxmoe.train.partition import Trainable
 
 Record = dict[str, Any]
+HELD_OUT_LOSS = "held_out_loss"  # of a record: what `best` is the least of
 
 
 def record_of(step: int, metrics: dict, norm: float, rate: float) -> Record:

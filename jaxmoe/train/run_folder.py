@@ -23,11 +23,10 @@ from jaxmoe.processes import on_first
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.curves import draw_losses
 from jaxmoe.train.eagle import HEAD, TOKEN_IDS, eagle_config
+from jaxmoe.train.metrics import HELD_OUT_LOSS
 
 # What may change from one start of a run to the next: its steps stay the same but for rounding.
 CHANGEABLE = ("mesh", "cpu_devices", "remat", "save_every", "log_to")
-HELD_OUT_LOSS = "held_out_loss"  # of a record: what `best` is the least of
-
 DATA = "data"  # the folder of tokenized documents
 
 

@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.checkpoint.heads import Head
 from jaxmoe.eagle_config import eagle_from_hf
 from jaxmoe.errors import UserError
-from jaxmoe.eval.drafts import LOW, measure, other_layer_ids, why_low
+from jaxmoe.eval.drafts import LOW, measure, other_layer_ids, warning_of
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.eagle import abstract_eagle
 from tests import reference
@@ -71,16 +71,19 @@ def numpy_accepted(model, mapping, tensors, tokens, layer_ids, temperature):
     return np.mean(found, axis=0)
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2,sequence=2"])
-def test_acceptance_is_that_of_chains_one_by_one(small, mesh):
-    """A guess held against another place's logits, or a path that is not the text's, would differ.
-
-    So that something is accepted, the head's last matrix is the target's.
-    """
+def near_head(model):
+    """A random head of whose guesses some are accepted: its last matrix is the target's."""
     mapping = head_config(draft_vocab_size=128)
     tensors = head_tensors(mapping, 5)
-    tensors["lm_head.weight"] = small.tensors["lm_head.weight"]
+    tensors["lm_head.weight"] = model.tensors["lm_head.weight"]
     tensors["fc.weight"] = 3 * np.hstack([np.eye(64)] * 3).astype(np.float32)
+    return mapping, tensors
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2,sequence=2"])
+def test_acceptance_is_that_of_chains_one_by_one(small, mesh):
+    """Guesses held against another place's logits, or along another path, would differ."""
+    mapping, tensors = near_head(small)
     mesh = one_device() if mesh is None else MeshConfig.parse(mesh).make()
     head, tokens = loaded(small, mesh, mapping, tensors), text()
     with jax.set_mesh(mesh):
@@ -91,6 +94,37 @@ def test_acceptance_is_that_of_chains_one_by_one(small, mesh):
         np.testing.assert_allclose(one.accepted, wanted, rtol=1e-3, atol=1e-7)
         assert one.tokens_per_step == pytest.approx(1 + sum(wanted), rel=1e-3)
         assert one.chains == 2 * (12 - COUNT)
+
+
+def test_on_what_the_target_writes_it_is_what_drafting_shows(small):
+    """Chains that follow their own guesses, held against what the target writes, greedily.
+
+    A token's own embedding makes a share of its successor's logits, so that the target repeats
+    itself at times, and the head always.
+    """
+    embed, last = (small.tensors[x] for x in ("model.embed_tokens.weight", "lm_head.weight"))
+    last = last + 0.35 * last.std() / embed.std() * embed
+    plain = {**small.tensors, "lm_head.weight": last}
+    mapping, tensors = near_head(small)
+    tensors["lm_head.weight"], tensors["fc.weight"] = embed, tensors["fc.weight"] / 3
+    tokens = np.array([[3], [70]])
+    for _ in range(13):
+        logits = reference.logits(small.hf_config, plain, tokens)
+        tokens = np.concatenate([tokens, logits[:, -1:].argmax(-1)], axis=1)
+    wide = {name: x.astype(np.float64) for name, x in plain.items()}
+    streams = list(reference.streams(small.hf_config, wide, tokens, np.ones_like(tokens)))
+    states, found = np.concatenate([streams[i] for i in (2, 1, 0)], axis=-1), []
+    for row in range(2):
+        for t in range(len(tokens[0]) - 1 - COUNT):  # the token after the last guess is there
+            head = PlainHead(mapping, tensors, embed)
+            guesses, _ = head.draft(tokens[row, 1 : t + 2], states[row, : t + 1], COUNT)
+            found.append(np.cumprod(guesses == tokens[row, t + 2 : t + 2 + COUNT]))
+    with jax.set_mesh(one_device()):
+        params = small.params | {"lm_head": jnp.asarray(last.T)}
+        head, rows = loaded(small, one_device(), mapping, tensors), tokens[:, :-1]
+        (one,) = measure(small.config, params, head, rows, [0.0], COUNT)
+    assert 0 < one.accepted[-1] < one.accepted[0] < 1
+    np.testing.assert_allclose(one.accepted, np.mean(found, axis=0), rtol=1e-6)
 
 
 def test_a_head_that_reads_other_layers_is_told_of(small):
@@ -109,7 +143,7 @@ def test_a_head_that_reads_other_layers_is_told_of(small):
         def judged(ids):
             reads = head._replace(config=dataclasses.replace(head.config, layer_ids=ids))
             found = measure(small.config, params, reads, tokens, [0.0], 1)
-            return found, why_low(small.config, params, reads, tokens, found)
+            return found, warning_of(small.config, params, reads, tokens, found)
 
         right, none = judged((2, 1, 1))
         wrong, warning = judged((1, 0, 0))
@@ -123,7 +157,7 @@ def test_a_head_of_another_model_is_told_of(small):
     head = loaded(small, one_device(), mapping, head_tensors(mapping, 5))
     with jax.set_mesh(one_device()):
         found = measure(small.config, small.params, head, text(), [0.0, 1.0], 1)
-        warning = why_low(small.config, small.params, head, text(), found)
+        warning = warning_of(small.config, small.params, head, text(), found)
     assert "no more with its neighbours: the head was trained for another model" in warning
 
 

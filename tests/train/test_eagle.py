@@ -1,6 +1,8 @@
 """Heads are trained on what NumPy says they are trained on, and written as others read them."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.fields import read_fields
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.model.eagle import abstract_eagle
-from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.config import HeadConfig, TrainConfig, read_train_config
 from jaxmoe.train.data import Batch
 from jaxmoe.train.eagle import HEAD, TOKEN_IDS, head_loss, most_common_tokens
 from jaxmoe.train.trainer import train
@@ -23,6 +25,7 @@ from tests.conftest import one_device
 from tests.eagle import Head, head_config, head_tensors, plain_params, target_ids
 
 PASSES, DECAY = 3, 0.8
+MESH = "data=2,fsdp=2,tensor=2"
 
 
 def batch():
@@ -182,6 +185,14 @@ def test_the_draft_vocabulary_is_what_is_learned_most():
     assert most_common_tokens(batches, 1, 12, 99).tolist() == list(range(12))
 
 
+def test_the_example_of_the_page_is_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "drafts.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(block)
+    config = read_train_config(tmp_path / "run.yaml")
+    assert config.result == "head" and config.head == HeadConfig(intermediate_size=32768)
+
+
 def run_config(small, folder, **changes):
     rng = np.random.default_rng(2)
     tokens = rng.choice([3, 17, 44, 90, 101], 2000).astype(np.uint16)
@@ -271,6 +282,19 @@ def test_batches_that_make_one_step_are_as_one(small, tmp_path):
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
     assert found[0]["gradient_norm"] == pytest.approx(found[1]["gradient_norm"], rel=1e-4)
     np.testing.assert_allclose(found[0]["pass_loss"], found[1]["pass_loss"], atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_mesh_takes_the_same_steps(small, tmp_path):
+    """From the same random head and draft vocabulary, which are made where they lie."""
+    found = []
+    for name, mesh in (("one", one_device()), ("mesh", MeshConfig.parse(MESH).make())):
+        (tmp_path / name).mkdir()
+        with jax.set_mesh(mesh):
+            found.append(list(train(run_config(small, tmp_path / name, steps=2), mesh)))
+    for one, other in zip(*found, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert found[1][1]["held_out_loss"] == pytest.approx(found[0][1]["held_out_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
