@@ -144,7 +144,7 @@ def _vision(outer: Mapping[str, Any], source: str) -> VisionConfig | None:
     keys.check_fixed(VISION_FIXED)
     sizes: dict[str, Any] = {key: keys.integer(key) for key in _vision_sizes()}
     sizes["pixel_shuffle_ratio"] = keys.number("pixel_shuffle_ratio")
-    sizes["rope_theta"] = _rope(keys).get("rope_theta", VisionConfig.rope_theta)
+    sizes["rope_theta"] = rope_fields(keys, VisionConfig.rope_theta)["rope_theta"]
     try:
         return VisionConfig(**sizes)
     except UserError as error:
@@ -247,7 +247,7 @@ def _text_config(keys: Keys) -> Llama4Config:
         num_experts_per_tok=max(1, keys.integer("num_experts_per_tok", 1, minimum=int(has_moe))),
         layers=layers,
         attention_chunk_size=_chunk(keys),
-        **_rope(keys),
+        **rope_fields(keys, Llama4Config.rope_theta),
         use_qk_norm=keys.flag("use_qk_norm", True),
         attn_temperature_tuning=keys.flag("attn_temperature_tuning", True, also=(0, 1, 4)),
         floor_scale=keys.integer("floor_scale", Llama4Config.floor_scale),
@@ -307,17 +307,25 @@ def _attention_kinds(keys: Keys, count: int) -> list[Attention] | None:
     return by_rope or by_type
 
 
-def _rope(keys: Keys) -> dict[str, Any]:
-    """The fields `rope_theta` and `rope_scaling`, by the keys of transformers 4.x or 5.x."""
+def rope_fields(keys: Keys, theta: float) -> dict[str, Any]:
+    """The fields `rope_theta` and `rope_scaling`, by the keys of transformers 4.x or 5.x.
+
+    Args:
+        keys: of a `config.json`.
+        theta: where none is given.
+
+    Raises:
+        UserError: for a value that is not known.
+    """
     if "rope_scaling" in keys and "rope_parameters" in keys:
         keys.refuse("rope_scaling", "null beside rope_parameters")
     name = "rope_parameters" if "rope_parameters" in keys else "rope_scaling"
     if name not in keys:
-        return {"rope_theta": keys.number("rope_theta", Llama4Config.rope_theta)}
+        return {"rope_theta": keys.number("rope_theta", theta)}
     if not isinstance(keys.mapping[name], Mapping):
         keys.refuse(name, "an object or null")
     rope = Keys(keys.mapping[name], f"{keys.source}, {name}")
-    theta = (rope if "rope_theta" in rope else keys).number("rope_theta", Llama4Config.rope_theta)
+    theta = (rope if "rope_theta" in rope else keys).number("rope_theta", theta)
     return {"rope_theta": theta, "rope_scaling": _rope_scaling(rope)}
 
 

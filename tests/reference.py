@@ -18,8 +18,16 @@ def logits(config, tensors, tokens, segment_ids=None, positions=None):
     config = config.get("text_config", config)
     tensors = {k.removeprefix("language_model."): v.astype(np.float64) for k, v in tensors.items()}
     segments = np.ones(np.shape(tokens), int) if segment_ids is None else np.asarray(segment_ids)
+    *_, h = streams(config, tensors, tokens, segments, positions)
+    h = rms_norm(h, config["rms_norm_eps"]) * tensors["model.norm.weight"]
+    return (h @ tensors["lm_head.weight"].T) * (segments != 0)[..., None]
+
+
+def streams(config, tensors, tokens, segments, positions=None):
+    """The residual stream before each layer and after the last, float64 [B, L, D] each."""
     positions = segment_positions(segments) if positions is None else np.asarray(positions)
     h = tensors["model.embed_tokens.weight"][np.asarray(tokens)]
+    yield h
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         w = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -27,8 +35,7 @@ def logits(config, tensors, tokens, segment_ids=None, positions=None):
         h = h + attention(config, w, is_local(config, layer), x, positions, segments)
         x = rms_norm(h, config["rms_norm_eps"]) * w["post_attention_layernorm.weight"]
         h = h + (moe(config, w, x) if is_moe(config, layer) else mlp(w, "feed_forward", x))
-    h = rms_norm(h, config["rms_norm_eps"]) * tensors["model.norm.weight"]
-    return (h @ tensors["lm_head.weight"].T) * (segments != 0)[..., None]
+        yield h
 
 
 def segment_positions(segments):

@@ -71,6 +71,8 @@ def test_nested_text_config():
     assert from_hf(outer, "config.json", text_only=True) == SCOUT
     outer["vision_config"] = tiny.PUBLISHED_VISION
     assert read(outer) == dataclasses.replace(SCOUT, image_token_id=127, vision=VisionConfig())
+    outer["vision_config"] = {**tiny.PUBLISHED_VISION, "rope_theta": None}  # not the text model's
+    assert read(outer).vision == VisionConfig()
     assert from_hf(outer, "config.json", text_only=True) == SCOUT
 
 

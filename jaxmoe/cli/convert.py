@@ -1,4 +1,4 @@
-"""Converts a Llama 4 checkpoint to one that loads onto any mesh.
+"""Converts a Llama 4 checkpoint, or a draft head for one, to one that loads onto any mesh.
 
 Reads Hugging Face safetensors (bf16; FP8, INT8 and W4A16 of compressed-tensors) and Meta's
 consolidated.*.pth. A run that was killed resumes when it is started again.
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.checkpoint.convert import convert, verify
+from jaxmoe.checkpoint.heads import convert_head, is_head
+from jaxmoe.eagle_config import parse_layer_ids
 from jaxmoe.errors import UserError
 from jaxmoe.progress import byte_progress
 
@@ -43,12 +45,25 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read both checkpoints again and compare them; converts first if there is no output",
     )
+    parser.add_argument(
+        "--target",
+        metavar="CHECKPOINT",
+        help="of an EAGLE-3 head: the converted checkpoint that it drafts for",
+    )
+    parser.add_argument(
+        "--layer-ids",
+        metavar="ID,ID,ID",
+        help="with --target: layers whose inputs the head reads; default: as its config says",
+    )
     return parser
 
 
 def main() -> None:
     """Runs the command."""
     args = make_parser().parse_args()
+    if args.target is not None or args.layer_ids is not None or is_head(args.source):
+        _convert_head(args)
+        return
     there = os.path.isdir(args.output) and bool(os.listdir(args.output))
     if there and args.verify and (args.weights or args.text_only):
         raise UserError(f"{args.output} is there: --verify alone compares it as it was made.")
@@ -83,6 +98,24 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"Converted {report.tensors} tensors, {rate}{before}, to {args.output}{left_out}.")
     if report.errors:
         Console(file=sys.stdout).print(_error_table(report.errors))
+
+
+def _convert_head(args: argparse.Namespace) -> None:
+    """Converts a draft head.
+
+    Raises:
+        UserError: if flags do not fit together.
+    """
+    if args.target is None:
+        raise UserError(f"{args.source} is a draft head; give --target, its model's checkpoint.")
+    if args.weights or args.text_only or args.verify or args.ignore_unknown_config:
+        raise UserError("--target goes with --layer-ids alone; leave the other flags out.")
+    ids = None if args.layer_ids is None else parse_layer_ids(args.layer_ids)
+    start = time.perf_counter()
+    with byte_progress("Converting") as progress:
+        report = convert_head(args.source, args.output, args.target, progress, layer_ids=ids)
+    _print_notes((report.note + ".",))
+    print(f"Converted {report.tensors} tensors, {_rate(report.nbytes, start)}, to {args.output}.")
 
 
 def _print_notes(notes: tuple[str, ...]) -> None:

@@ -3,13 +3,14 @@
 `logits` writes the logits of given tokens, by any path; `needle` looks for a pass key hidden in
 long contexts; `answers` grades answers to questions, with or without pictures; `loops` measures how
 much of its own text a model repeats; `quantized` measures what a cache or matrices of 8 or 4 bits
-cost.
+cost; `drafts` counts the guesses of a draft head that its target accepts.
 """
 
 import argparse
 
 from jaxmoe.cli import (
     evaluate_answers,
+    evaluate_drafts,
     evaluate_logits,
     evaluate_loops,
     evaluate_needle,
@@ -22,6 +23,7 @@ COMMANDS = (
     evaluate_answers,
     evaluate_loops,
     evaluate_quantized,
+    evaluate_drafts,
 )
 
 

@@ -122,7 +122,7 @@ def attend(
     cache: LayerCache | None,
 ) -> tuple[Float[Array, "B H S d"], LayerCache | None]:
     """Attention of the new tokens to themselves and to the cache, on any mesh."""
-    axes = _token_axes(q)
+    axes = token_axes(q)
     if cache is None or step.cache is None:
         body = functools.partial(attend_uncached, options, axes)
         in_specs, q_spec = _token_specs(q, k, v, step.tokens, len(q))
@@ -154,7 +154,7 @@ def attend_uncached(
     return flash_attention(q, k, v, tokens.own, tokens.all, in_order=in_order, **shared)
 
 
-def _token_axes(q: jax.Array) -> tuple[str, ...]:
+def token_axes(q: jax.Array) -> tuple[str, ...]:
     """The mesh axes that the tokens of q [B, H, S, d] are sharded over."""
     mesh = meshes.current_mesh()
     return () if mesh is None else meshes.activation_axes(mesh, "length", q.shape[2])

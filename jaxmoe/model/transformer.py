@@ -1,7 +1,7 @@
 """The Llama 4 decoder, top to bottom.
 
-    hidden, cache, router_stats = forward(config, params, tokens, positions, segment_ids, cache)
-    logits = unembed(config, params, hidden)
+    out = forward(config, params, tokens, positions, segment_ids, cache)
+    logits = unembed(config, params, out.hidden)
 
 Pure functions of arrays; `Llama4` owns the parameters as an NNX module. Shape letters: B rows,
 S tokens a row, D embed, V vocabulary.
@@ -38,6 +38,7 @@ class Output(NamedTuple):
     hidden: Float[Array, "B S D"]  # after the final norm; `unembed` makes logits of it
     cache: Cache | None
     router_stats: tuple[RouterStats, ...]  # one a MoE layer, first to last
+    states: Float[Array, "B S states"] | None = None  # those asked for, side by side
 
 
 def forward(
@@ -54,6 +55,7 @@ def forward(
     moe: Callable | None = None,
     packing: Packing | None = None,
     features: Float[Array, "N D"] | None = None,
+    states: tuple[int, ...] = (),
 ) -> Output:
     """Runs the decoder on new tokens, after those that `cache` holds.
 
@@ -72,6 +74,8 @@ def forward(
         packing: which rows of the cache the tokens belong to, where its rows are not theirs.
         features: of images, as `vision.tile_features` makes them; `features[i]` stands in place of
             the embedding of the token `vocab_size + i`.
+        states: layers before which the residual stream is returned too, as a draft head reads it;
+            the number of layers stands for what is after the last. Turns `fused` off.
     """
     steps, cache = start_step(config, Coords(positions, segment_ids), cache, packing)
     entries = cache.layers if cache is not None else [None] * len(config.layers)
@@ -84,17 +88,18 @@ def forward(
     layer = functools.partial(decoder_layer, **parts)
     run_layer: Callable = with_remat(layer, remat, (0, 1)) or functools.partial(_jit_layer, **parts)
     interpret = kernels.interpret
-    fused = fused and moe is None and kernels.fastest
+    fused = fused and moe is None and kernels.fastest and not states
     fused = fused and why_not_fused(config, params, x, cache, interpret, packing) is None
     carried: Any = x
     if fused:
         carried, run_layer = Residual(x, None), functools.partial(_jit_decode_layer, interpret)
-    new_entries, router_stats = [], []
+    new_entries, router_stats, streams = [], [], {0: x}
     layers = zip(config.layers, config.attention_specs, params["layers"], strict=True)
     for i, (kind, spec, p) in enumerate(layers):
         with jax.named_scope(f"layer_{i}"):  # in the compiled program; jaxmoe.plan.operations reads
             carried, entry, stats = run_layer(config, kind, p, carried, steps[spec], entries[i])
         new_entries.append(entry)
+        streams |= {i + 1: carried} if i + 1 in states else {}
         router_stats += [stats] if stats is not None else []
     if cache is not None:
         cache = cache._replace(layers=tuple(new_entries))
@@ -103,7 +108,8 @@ def forward(
         hidden = final_norm(config, interpret, params["norm"], carried, rows)
     else:
         hidden = rms_norm(carried, params["norm"], config.rms_norm_eps)
-    return Output(hidden, cache, tuple(router_stats))
+    asked = jnp.concatenate([streams[i] for i in states], axis=-1) if states else None
+    return Output(hidden, cache, tuple(router_stats), asked)
 
 
 def decoder_layer(

@@ -122,6 +122,10 @@ def _check_run(run: TrainConfig, task: str) -> None:
     its_task = "train" if run.adapter is None else "lora"
     if task != its_task:
         raise UserError(f"the run is one of --task {its_task}; leave out --task {task}.")
+    if run.head is not None:
+        raise UserError(
+            "the formula knows no runs that train a head; use jaxmoe train RUN.yaml --plan TARGET."
+        )
     recomputes = run.remat not in ("none", False)
     if run.dtype != "bfloat16" or run.preference is not None or not recomputes:
         raise UserError(

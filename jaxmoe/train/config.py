@@ -196,6 +196,36 @@ class PreferenceConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """An EAGLE-3 head, which is trained on its target's hidden states (docs/drafts.md).
+
+    Attributes:
+        init: a head of `jaxmoe convert --target` to go on from, whose sizes, layers and vocabulary
+            count instead.
+        draft_vocab_size: how many tokens it can guess: those that are learned most often.
+        intermediate_size: of its feed-forward layer; None takes that of the target's dense layers.
+        num_attention_heads: None takes the target's.
+        num_key_value_heads: likewise.
+        head_dim: likewise.
+        rope_theta: of its rotary positions.
+        layer_ids: the target's layers whose inputs it reads; default: 2, L/2 and L-3 of L.
+        passes: how many tokens of a chain it learns to guess.
+        decay: how much each pass counts, of the one before.
+    """
+
+    init: str | None = None
+    draft_vocab_size: Annotated[int, Range(1, 2**20)] = 32000
+    intermediate_size: Annotated[int, Range(1, 2**22)] | None = None
+    num_attention_heads: Annotated[int, Range(1, 2**14)] | None = None
+    num_key_value_heads: Annotated[int, Range(1, 2**14)] | None = None
+    head_dim: Annotated[int, Range(2, 2**14)] | None = None
+    rope_theta: Annotated[float, Range(1.0, 1e12)] = 10000.0
+    layer_ids: tuple[Annotated[int, Range(0, 2**12)], ...] = ()
+    passes: Annotated[int, Range(1, 64)] = 7
+    decay: Annotated[float, Range(0.0, 1.0)] = 0.8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run.
 
@@ -207,6 +237,8 @@ class TrainConfig:
         preference: train on pairs of a chosen and a rejected answer, which the rows of `data` are.
         adapter: train adapters of the model `init` instead of its parameters, and write them as
             PEFT does.
+        head: train a draft head for the model `init`, which stays as it is, and write it in the
+            layout that SGLang and vLLM read.
         output: the run's folder: checkpoint, metrics, and what a killed run resumes from.
         steps: optimizer steps in all.
         tokenizer: a folder whose tokenizer reads the rows of `data`, and whose files go with the
@@ -248,6 +280,7 @@ class TrainConfig:
     preference: PreferenceConfig | None = None
     optimizer: OptimizerConfig
     adapter: AdapterConfig | None = None
+    head: HeadConfig | None = None
     output: str
     steps: Annotated[int, Range(1, 10**9)]
     tokenizer: str | None = None
@@ -282,11 +315,29 @@ class TrainConfig:
                 "'selection_bias' moves parameters of the model, for which the files of an adapter "
                 "have no place; leave it out, or train without 'adapter'."
             )
+        self._check_head()
         data = self.data
         if self.keep == "best" and data and not (data.held_out_every or data.held_out):
             raise UserError("keep best needs held-out documents: give data 'held_out_every'.")
         if self.keep == "best" and not self.evaluate_every:
             raise UserError("keep best needs 'evaluate_every', the steps between held-out losses.")
+
+    def _check_head(self) -> None:
+        if self.head is None:
+            return
+        if self.init is None:
+            raise UserError("'head' needs 'init', the checkpoint that it drafts for.")
+        others = {"adapter": self.adapter, "preference": self.preference}
+        others |= {"selection_bias": self.selection_bias, "frozen": self.frozen}
+        for name in (name for name, value in others.items() if value):
+            raise UserError(f"'head' trains a draft head alone; leave {name!r} out.")
+
+    @property
+    def result(self) -> str:
+        """The name of what the finished run writes."""
+        if self.head is not None:
+            return "head"
+        return "checkpoint" if self.adapter is None else "adapter"
 
     @property
     def rows(self) -> DataConfig:

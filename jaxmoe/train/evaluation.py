@@ -16,8 +16,8 @@ from jaxmoe.progress import note_work
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.data import Batch
 from jaxmoe.train.loss import summed_cross_entropy
+from jaxmoe.train.metrics import HELD_OUT_LOSS
 from jaxmoe.train.pictures import PictureBatch
-from jaxmoe.train.run_folder import HELD_OUT_LOSS
 from jaxmoe.train.step import cast_all
 
 

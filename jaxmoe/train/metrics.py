@@ -15,6 +15,7 @@ from jaxmoe.train.loss import targets_of
 from jaxmoe.train.partition import Trainable
 
 Record = dict[str, Any]
+HELD_OUT_LOSS = "held_out_loss"  # of a record: what `best` is the least of
 
 
 def record_of(step: int, metrics: dict, norm: float, rate: float) -> Record:
@@ -59,17 +60,17 @@ class Meter:
     batches' first array; MFU is their rate over the devices' peak in bfloat16.
     """
 
-    def __init__(self, model: Llama4Config, trainable: Trainable, mesh: jax.sharding.Mesh):
+    def __init__(self, model: Llama4Config | None, trainable: Trainable, mesh: jax.sharding.Mesh):
         """Starts the clock.
 
         Args:
-            model: whose operations count.
+            model: whose operations count; None counts none.
             trainable: which parameters are trained.
             mesh: the devices.
         """
-        self._flops: Callable[[int, int], float] = lambda rows, length: model_flops(
-            model, rows, length, trainable
-        )
+        self._flops: Callable[[int, int], float] | None = None
+        if model is not None:
+            self._flops = lambda rows, length: model_flops(model, rows, length, trainable)
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = None if peak is None else peak * mesh.size
         self._flops_a_step: float | None = None
@@ -85,7 +86,7 @@ class Meter:
         tokens = jax.tree.leaves(batch)[0]
         self._steps += 1
         self._tokens += tokens.size
-        if self._flops_a_step is None and tokens.ndim > 1:
+        if self._flops is not None and self._flops_a_step is None and tokens.ndim > 1:
             length = tokens.shape[-1]
             self._flops_a_step = self._flops(tokens.size // length, length)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.heads import write_head
 from jaxmoe.checkpoint.peft import write_adapter
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
@@ -21,11 +22,11 @@ from jaxmoe.parsing import MAX_TEXT_BYTES, parse_json, read_json, read_text
 from jaxmoe.processes import on_first
 from jaxmoe.train.config import TrainConfig
 from jaxmoe.train.curves import draw_losses
+from jaxmoe.train.eagle import HEAD, TOKEN_IDS, eagle_config
+from jaxmoe.train.metrics import HELD_OUT_LOSS
 
 # What may change from one start of a run to the next: its steps stay the same but for rounding.
 CHANGEABLE = ("mesh", "cpu_devices", "remat", "save_every", "log_to")
-HELD_OUT_LOSS = "held_out_loss"  # of a record: what `best` is the least of
-
 DATA = "data"  # the folder of tokenized documents
 
 
@@ -34,7 +35,8 @@ class RunFolder:
 
     Attributes:
         path: the folder; in it `config.json` says which run it is.
-        checkpoint: the result, there once the run is finished; of a run with `adapter`, its folder.
+        checkpoint: the result, there once the run is finished; of a run with `adapter` or `head`,
+            its folder.
         states: what a killed run resumes from.
         metrics: a record a line.
         best: the checkpoint of the least held-out loss, where the config asks for it.
@@ -49,7 +51,7 @@ class RunFolder:
         self._config = config
         self._text = _as_json(config)
         self.path = Path(config.output)
-        self.checkpoint = self.path / ("checkpoint" if config.adapter is None else "adapter")
+        self.checkpoint = self.path / config.result
         self.states = self.path / "states"
         self.metrics = self.path / "metrics.jsonl"
         self.best = self.path / "best"
@@ -147,17 +149,21 @@ class RunFolder:
         on_first(self._finish)
 
     def _save(self, path: Path, model: Llama4Config, params: dict) -> None:
-        """Saves a checkpoint or an adapter, by all processes together."""
+        """Saves a checkpoint, an adapter or a head, by all processes together."""
         on_first(lambda: shutil.rmtree(self._partial, ignore_errors=True))
         if (adapter := self._config.adapter) is not None:
             write_adapter(path, model, params, rslora=adapter.rslora, layout=adapter.layout)
+        elif (head := self._config.head) is not None:
+            parts = params[HEAD], params[TOKEN_IDS]
+            write_head(path, eagle_config(head, model), *parts, model.num_hidden_layers)
         else:
             store.save(path, model, params)
 
     def _publish(self, source: Path, place: Path) -> None:
         with writable(self.path):
-            if self._config.adapter is None and self._config.tokenizer_folder is not None:
-                store.copy_companions(Path(self._config.tokenizer_folder), source)
+            tokenizer = self._config.tokenizer_folder
+            if self._config.result == "checkpoint" and tokenizer is not None:
+                store.copy_companions(Path(tokenizer), source)
             if place.exists():
                 shutil.rmtree(place)
             source.rename(place)

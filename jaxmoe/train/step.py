@@ -104,10 +104,11 @@ def make_step(
 
 
 def cast_all(params: dict, dtype: str) -> dict:
-    """The parameters in another dtype; quantized matrices stay as they are."""
+    """The parameters in another dtype; quantized matrices and integers stay as they are."""
 
     def cast_one(p: Any) -> Any:
-        return p if isinstance(p, QuantizedMatrix) else p.astype(dtype)
+        keeps = isinstance(p, QuantizedMatrix) or not jnp.issubdtype(p.dtype, jnp.floating)
+        return p if keeps else p.astype(dtype)
 
     return jax.tree.map(cast_one, params, is_leaf=lambda p: isinstance(p, QuantizedMatrix))
 

@@ -19,6 +19,14 @@ from jaxmoe.model.params import abstract_params, param_specs
 from jaxmoe.train.adapters import AdapterPlan, adapter_plan, adapters_among
 from jaxmoe.train.batches import TrainingData, training_data
 from jaxmoe.train.config import TrainConfig
+from jaxmoe.train.eagle import (
+    HeadPlan,
+    head_of,
+    head_plan,
+    held_out_head_loss,
+    is_head_param,
+    refuse_pictures,
+)
 from jaxmoe.train.evaluation import held_out_loss
 from jaxmoe.train.logs import log_package, open_log
 from jaxmoe.train.loop import Batches, Evaluate, Loop, Taken, every
@@ -93,7 +101,7 @@ def train(
             loss where `loss` and `batches` are the default.
         data: what `data_of` returned, where it was called before.
         result: makes of all parameters those of the finished checkpoint, if they are not the same;
-            not with `config.adapter`.
+            not with `config.adapter` or `config.head`.
         stop: asked once after each step whether to end early, as a signal may want; on several
             processes it says the same on all, as `jaxmoe.cli.signals.asked_to_stop` does.
 
@@ -107,8 +115,8 @@ def train(
             `not_finite: skip` at the tenth in a row.
         Stopped: after the step at which `stop` said so, with the state saved.
     """
-    if result is not None and config.adapter is not None:
-        raise ValueError("a run with adapters writes these, and makes no other result.")
+    if result is not None and config.result != "checkpoint":
+        raise ValueError("a run with adapters or a head writes these, and makes no other result.")
     folder = RunFolder(config)
     if folder.is_finished():
         return
@@ -144,6 +152,7 @@ class Setup:
         abstract: shapes and shardings of the state.
         frozen: those of the parameters that are not trained.
         references: the reference's log-probabilities, of a run on pairs that begins with it.
+        head: of a run that trains one.
     """
 
     config: TrainConfig
@@ -159,6 +168,7 @@ class Setup:
     abstract: TrainState
     frozen: dict
     references: SavedReferences | None
+    head: HeadPlan | None = None
 
     def begin(self, states: SavedStates) -> tuple[TrainState, dict]:
         """The state to go on from, and the parameters that are not trained."""
@@ -174,6 +184,8 @@ class Setup:
     def _first_params(self) -> dict:
         params = _first_params(self.config, self.model, self.mesh, self.init)
         params = with_biases(self.model, params, self.mesh)
+        if self.head is not None:
+            return self.head.first(params, self.mesh, self.config.seed)
         if self.plan is None:
             return params
         return self.plan.first(self.model, params, self.mesh, self.config.seed)
@@ -185,7 +197,7 @@ class Setup:
         def evaluated(trained: dict) -> Record:
             return {} if self.evaluate is None else self.evaluate(join(trained, frozen))
 
-        meter = Meter(self.model, self.trainable, self.mesh)
+        meter = Meter(None if self.head else self.model, self.trainable, self.mesh)
         step_fn = functools.partial(step_fn, frozen)
         return Loop(self.config, step_fn, self.batches, meter, stop, evaluated)
 
@@ -206,7 +218,7 @@ def set_up(
 
     Writes nothing but tokens of the data. `init` may be shapes, for a step that is only compiled.
     """
-    references, shows, model = None, False, model_of(config, model)
+    references, shows, found, model = None, False, None, model_of(config, model)
     check_names(config, model, source)
     if config.preference is not None:
         loss = loss or preference_loss(config.preference, **_loss_options(config))
@@ -216,9 +228,17 @@ def set_up(
         if config.preference is not None and loss is not None:
             batches, judge, references = preference_run(config, model, mesh, found, loss)
             evaluate = evaluate or judge
+        elif config.head is not None:
+            refuse_pictures(shows)
         elif loss is None:
             evaluate = evaluate or functools.partial(_held_out, config, model, found)
             loss = picture_loss(**_loss_options(config)) if shows else None
+    head = head_plan(config, model, batches)
+    if head is not None:
+        loss, trainable = loss or head.loss(), trainable or is_head_param
+        if found is not None:
+            judge = functools.partial(held_out_head_loss, model, loss, found.held_out, config.dtype)
+            evaluate = evaluate or judge
     trains_vision = getattr(loss, "trains_vision", config.preference is not None and shows)
     trains_vision = trains_vision and config.train_vision
     trainable = trainable or (everything if trains_vision else text_only)
@@ -226,6 +246,7 @@ def set_up(
     optimizer = make_optimizer(config.optimizer, config.steps)
     shapes = init if isinstance(init, dict) else _shapes(config, model, mesh, init)
     shapes = abstract_biases(model, shapes, mesh)
+    shapes = shapes if head is None else head.abstract(shapes, mesh)
     trainable, plan = all_but(config.frozen, trainable, shapes), None
     if config.adapter is not None:
         plan, trainable = adapter_plan(config.adapter, model, source), adapters_among(trainable)
@@ -235,7 +256,8 @@ def set_up(
     check_moves(config, trained, source)
     abstract = abstract_state(trained, optimizer, mesh, **_storage(config))
     functions = loss, batches, init, trainable, evaluate
-    return Setup(config, mesh, *functions, model, plan, optimizer, abstract, frozen, references)
+    rest = optimizer, abstract, frozen, references, head
+    return Setup(config, mesh, *functions, model, plan, *rest)
 
 
 def _storage(config: TrainConfig) -> dict[str, Any]:
@@ -350,8 +372,9 @@ def _first_params(
 def _finished(
     config: TrainConfig, result: Callable[[dict], dict] | None, frozen: dict, state: TrainState
 ) -> dict:
-    """The parameters of a checkpoint of this state; of a run with adapters, these alone."""
+    """The parameters of a checkpoint of this state; of adapters or a head, these alone."""
     if config.adapter is not None:
         return cast_all(state.params, config.checkpoint_dtype)
     params = join(state.params, frozen)
+    result = head_of if config.head is not None else result
     return cast_all(params if result is None else result(params), config.checkpoint_dtype)

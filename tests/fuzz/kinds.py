@@ -35,6 +35,7 @@ from jaxmoe.train.documents import Reading, documents_in
 from jaxmoe.train.sources import read_rows
 from tests import formats, tiny
 from tests.fuzz.batch_kinds import BATCH_KINDS
+from tests.fuzz.head_kinds import HEAD_KINDS
 from tests.fuzz.runner import Kind
 from tests.images.cases import TOKENS
 from tests.small_tokenizers import CHAT, byte_tokenizer
@@ -376,6 +377,7 @@ KINDS = {
         *(Kind(name, _write_pictures(name), _read_pictures, _equal, _all_files)
           for name in PICTURES),
         Kind("picture jobs", _write_picture_jobs, _read_picture_jobs, _equal, _named("jobs.jsonl")),
+        *HEAD_KINDS,
         *BATCH_KINDS,
     )
 }  # fmt: skip

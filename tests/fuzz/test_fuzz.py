@@ -5,7 +5,7 @@ import pytest
 from tests.fuzz.kinds import KINDS
 from tests.fuzz.runner import GOOD, run
 
-SLOW = ("checkpoint", "document")  # whole folders are copied, and arrays are loaded
+SLOW = ("checkpoint", "document", "head")  # whole folders are copied, and arrays are loaded
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -32,7 +32,11 @@ MODELS = {  # the twins', and what their matrices are stored in
 }
 # What a twin may have otherwise than its recipe.
 SIZES = {"init", "output", "data", "mesh", "steps", "log_every", "evaluate_every", "save_every"}
-SIZED = {"optimizer": {"peak_lr", "warmup_steps"}, "adapter": {"rank", "alpha"}}
+SIZED = {
+    "optimizer": {"peak_lr", "warmup_steps"},
+    "adapter": {"rank", "alpha"},
+    "head": {"draft_vocab_size", "intermediate_size"},
+}
 
 
 def planned(name):
@@ -120,6 +124,6 @@ def test_a_twin_learns(name, checkout, monkeypatch):
     records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert len(records) == 3 and records[-1]["loss"] < records[0]["loss"] - 0.01
     assert records[-1]["held_out_loss"] > 0
-    result = "adapter" if "adapter" in content else "checkpoint"
+    result = next((x for x in ("adapter", "head") if x in content), "checkpoint")
     wanted = {result, "config.json", "data", "losses.png", "metrics.jsonl"}
     assert {path.name for path in run.iterdir()} == wanted

@@ -176,7 +176,7 @@ def _work(
         if job.name in done:
             continue
         lost: dict[str, SquaredError] = {}
-        for step in _write(job, writer):
+        for step in write_job(job, writer):
             count += step.nbytes
             progress(count)
             if step.error is not None:
@@ -230,7 +230,7 @@ def _sum(errors: Iterable[Mapping[str, SquaredError]]) -> dict[str, SquaredError
     return total
 
 
-def _write(job: Job, writer: Writer) -> Iterator[Step]:
+def write_job(job: Job, writer: Writer) -> Iterator[Step]:
     """Makes a job's arrays, and yields each step once it is being written.
 
     At the end all arrays are in their files.

@@ -1,0 +1,265 @@
+"""An EAGLE-3 head: one decoder layer that guesses what its target says next (arXiv 2503.01840).
+
+    hidden = fuse_states(config, params, states)          # of the target, `forward(states=...)`
+    out = eagle_pass(config, params, embedded, hidden, positions, segment_ids, cache)
+    logits = draft_logits(config, params, out.hidden)
+
+The pass at a token's place t takes the embedding of the token after it, t + 1, which is known, and
+the hidden state at t, and guesses the token t + 2. Where the target has read t, the hidden state is
+made of three of the target's; after that it is what the head itself put out at t - 1.
+
+Shape letters: B rows, S tokens a row, D embed, H query heads, K key/value heads, d head size,
+T places of a cache, G tokens that can be guessed (the draft vocabulary).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe import mesh as meshes
+from jaxmoe.eagle_config import STATES, EagleConfig
+from jaxmoe.model.attention import token_axes
+from jaxmoe.model.layers import linear, product, rms_norm, rope_frequencies, swiglu
+from jaxmoe.model.param_spec import ParamSpec, SpecTree, is_spec
+from jaxmoe.model.params import map_arrays, swiglu_specs
+from jaxmoe.model.sequence import NewTokens, gather
+from pallas_kernels.attention import Coords, flash_attention
+
+
+class DraftCache(NamedTuple):
+    """Keys and values of a head, one sequence a row; the token at position p has the place p."""
+
+    k: Float[Array, "B K T d"]
+    v: Float[Array, "B K T d"]
+
+
+class PassOutput(NamedTuple):
+    """What a pass of the head returns."""
+
+    hidden: Float[Array, "B S D"]  # before the norm: what the next pass takes
+    cache: DraftCache | None
+
+
+class Heads(NamedTuple):
+    """What attention of a pass is between: rotated queries and keys, and values."""
+
+    q: Float[Array, "B H S d"]
+    k: Float[Array, "B K S d"]
+    v: Float[Array, "B K S d"]
+
+
+def eagle_specs(config: EagleConfig) -> SpecTree:
+    """The parameters of a head. Its embeddings are its target's."""
+    D, d = config.hidden_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    norm = ParamSpec((D,), (None,), None)
+    return {
+        "fc": ParamSpec((STATES * D, D), ("embed", None), (0,)),
+        "embed_norm": norm,
+        "hidden_norm": norm,
+        "attention": {
+            "q": ParamSpec((2 * D, H, d), ("embed", "heads", None), (0,)),
+            "k": ParamSpec((2 * D, K, d), ("embed", "kv_heads", None), (0,)),
+            "v": ParamSpec((2 * D, K, d), ("embed", "kv_heads", None), (0,)),
+            "o": ParamSpec((H, d, D), ("heads", None, "embed"), (0, 1)),
+        },
+        "feed_forward_norm": norm,
+        "feed_forward": swiglu_specs(D, config.intermediate_size),
+        "norm": norm,
+        "lm_head": ParamSpec((D, config.draft_vocab_size), ("embed", "vocab"), (0,)),
+    }
+
+
+def init_eagle(config: EagleConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict:
+    """Random parameters: a tree of arrays like `eagle_specs`."""
+    leaves, structure = jax.tree.flatten(eagle_specs(config), is_leaf=is_spec)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten([spec.init(k, dtype) for spec, k in zip(leaves, keys, strict=True)])
+
+
+def abstract_eagle(config: EagleConfig, mesh: jax.sharding.Mesh, dtype: Any) -> dict:
+    """Shapes, dtypes and shardings of a head's parameters on a mesh.
+
+    Raises:
+        UserError: if the mesh does not divide one.
+    """
+
+    def laid_out(path: tuple, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        name = "head." + ".".join(key.key for key in path)
+        meshes.check_divides(name, spec.shape, spec.axes, mesh)
+        layout = meshes.sharding(mesh, meshes.param_spec(spec.axes))
+        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=layout)
+
+    return jax.tree.map_with_path(laid_out, eagle_specs(config), is_leaf=is_spec)
+
+
+def init_draft_cache(config: EagleConfig, rows: int, places: int, dtype: Any) -> DraftCache:
+    """A cache of zeros for sequences of up to `places` tokens."""
+    shape = rows, config.num_key_value_heads, places, config.head_dim
+    axes = ("batch", "kv_heads", None, None)
+    return DraftCache(*(meshes.constrain(jnp.zeros(shape, dtype), *axes) for _ in range(2)))
+
+
+def at_use(config: EagleConfig, params: dict) -> dict:
+    """The parameters gathered over `fsdp`, as a pass needs them."""
+    return map_arrays(meshes.constrain_param, eagle_specs(config), params)
+
+
+def fuse_states(
+    config: EagleConfig, params: dict, states: Float[Array, "B S states"]
+) -> Float[Array, "B S D"]:
+    """The hidden state that a pass begins with, of the target's three side by side."""
+    fc = meshes.constrain_param(params["fc"], eagle_specs(config)["fc"].axes)
+    hidden = linear("BSE,ED->BSD", states.astype(fc.dtype), fc)
+    return meshes.constrain(hidden, "batch", "length", None)
+
+
+def eagle_pass(
+    config: EagleConfig,
+    params: dict,
+    embedded: Float[Array, "B S D"],
+    hidden: Float[Array, "B S D"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    cache: DraftCache | None = None,
+) -> PassOutput:
+    """One pass of the head at new places, after those that `cache` holds.
+
+    Args:
+        params: a tree like `eagle_specs(config)`.
+        embedded: the target's embedding of the token after each place.
+        hidden: of `fuse_states`, or of the pass at the place before.
+        positions: of each place within its sequence, from 0.
+        segment_ids: which sequence a place belongs to; 0 is padding. With a cache, all that are
+            not 0 belong to the sequence of the row.
+        cache: of one sequence a row. New keys replace those of the same positions; earlier
+            positions are there, and later ones are not seen.
+    """
+    params = at_use(config, params)
+    x, residual = pass_input(config, params, embedded, hidden)
+    q, k, v = heads(config, params, x, positions)
+    coords = Coords(positions, segment_ids)
+    if cache is None:
+        out, _ = attend(config, q, k, v, coords, coords)
+    else:
+        cache = _written(cache, k, v, coords)
+        rows, places = len(q), cache.k.shape[2]
+        place = jnp.broadcast_to(jnp.arange(places, dtype=positions.dtype), (rows, places))
+        whole = Coords(positions, jnp.minimum(segment_ids, 1))
+        out, _ = attend(config, q, *cache, whole, Coords(place, jnp.ones_like(place)))
+    return PassOutput(pass_output(config, params, residual, out), cache)
+
+
+def pass_input(
+    config: EagleConfig, params: dict, embedded: Float[Array, "B S D"], hidden
+) -> tuple[Float[Array, "B S inputs"], Float[Array, "B S D"]]:
+    """What attention takes, norm(embedded) beside norm(hidden) [B, S, 2 D], and the residual."""
+    normed = rms_norm(hidden, params["hidden_norm"], config.rms_norm_eps)
+    embedded = rms_norm(embedded.astype(hidden.dtype), params["embed_norm"], config.rms_norm_eps)
+    residual = normed if config.norm_before_residual else hidden
+    return jnp.concatenate([embedded, normed], axis=-1), residual
+
+
+def heads(config: EagleConfig, params: dict, x: Float[Array, "B S inputs"], positions) -> Heads:
+    """Queries, keys and values of places, rotated by their positions [B, S]."""
+    p = params["attention"]
+    q = linear("BSD,DHd->BSHd", x, p["q"])
+    k = linear("BSD,DKd->BSKd", x, p["k"])
+    v = linear("BSD,DKd->BSKd", x, p["v"])
+    frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    q, k = (rotate_halves(z, jnp.cos(angle), jnp.sin(angle)) for z in (q, k))
+    return Heads(*(jnp.swapaxes(z, 1, 2) for z in (q, k, v)))
+
+
+def rotate_halves(
+    x: Float[Array, "B S H d"], cos: Float[Array, "B S half"], sin: Float[Array, "B S half"]
+) -> Float[Array, "B S H d"]:
+    """Rotates the pairs (0, d/2), (1, d/2 + 1), ... of each head, in float32, as Llama 3 does."""
+    half = x.shape[-1] // 2
+    one, two = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1).astype(x.dtype)
+
+
+def _written(cache: DraftCache, k, v, coords: Coords) -> DraftCache:
+    """The cache with new keys and values [B, K, S, d] at their positions; padding has none."""
+    places = cache.k.shape[2]
+    place = jnp.where(coords.segment != 0, coords.position, places)
+    row = jnp.arange(len(place))[:, None]
+
+    def put(old, new):
+        new = jnp.swapaxes(new, 1, 2).astype(old.dtype)  # [B, S, K, d], as the indices lie
+        old = old.at[row, :, place].set(new, mode="drop")
+        return meshes.constrain(old, "batch", "kv_heads", None, None)
+
+    return DraftCache(put(cache.k, k), put(cache.v, v))
+
+
+def attend(
+    config: EagleConfig,
+    q: Float[Array, "B H S d"],
+    k: Float[Array, "B K T d"],
+    v: Float[Array, "B K T d"],
+    of_queries: Coords,
+    of_keys: Coords,
+) -> tuple[Float[Array, "B H S d"], Float[Array, "B H S"]]:
+    """Causal attention in float32, and the log-sum-exp of its scores, on any mesh.
+
+    Args:
+        of_queries, of_keys: of which follows what a query sees. Keys that are as many as queries
+            may lie over `sequence` as these do.
+    """
+    same = k.shape[2] == q.shape[2]
+    axes = token_axes(q) if same else ()
+
+    def body(q, k, v, tokens: NewTokens):
+        k, v = gather((k, v), axes)
+        return flash_attention(
+            q, k, v, tokens.own, tokens.all, scale=config.head_dim**-0.5, return_lse=True
+        )
+
+    tokens = NewTokens(of_queries, of_keys, None)
+    specs, outputs = None, None
+    if meshes.current_mesh() is not None:
+        specs, outputs = _attend_specs(q, k, v, tokens, same)
+    return meshes.per_device(body, specs, outputs)(q, k, v, tokens)
+
+
+def _attend_specs(q, k, v, tokens: NewTokens, same: bool) -> tuple[Any, Any]:
+    """Where queries, keys, values and coordinates lie, and where outputs and log-sum-exps lie."""
+    mesh: Any = meshes.current_mesh()
+    spec = functools.partial(meshes.activation_spec, mesh)
+    length = "length" if same else None
+    of_q = spec(("batch", "heads", length, None), q.shape)
+    of_keys = spec(("batch", "kv_heads", length, None), k.shape)
+    own: Any = spec(("batch", length), tokens.own.position.shape)
+    whole: Any = spec(("batch", None), tokens.all.position.shape)
+    of_tokens = NewTokens(Coords(own, own), Coords(whole, whole), None)
+    return (of_q, of_keys, of_keys, of_tokens), (
+        of_q,
+        spec(("batch", "heads", length), q.shape[:3]),
+    )
+
+
+def pass_output(
+    config: EagleConfig, params: dict, residual: Float[Array, "B S D"], out
+) -> Float[Array, "B S D"]:
+    """What a pass puts out, of attention's output [B, H, S, d]: before the last norm."""
+    attended = linear("BHSd,HdD->BSD", out.astype(residual.dtype), params["attention"]["o"])
+    hidden = meshes.constrain(residual + attended, "batch", "length", None)
+    normed = rms_norm(hidden, params["feed_forward_norm"], config.rms_norm_eps)
+    hidden = hidden + swiglu(params["feed_forward"], normed)
+    return meshes.constrain(hidden, "batch", "length", None)
+
+
+def draft_logits(
+    config: EagleConfig, params: dict, hidden: Float[Array, "*batch D"]
+) -> Float[Array, "*batch G"]:
+    """Logits of the draft vocabulary in float32, never rounded, of what a pass put out."""
+    normed = rms_norm(hidden, params["norm"], config.rms_norm_eps)
+    head = meshes.constrain_param(params["lm_head"], ("embed", "vocab"))
+    return product("...D,DG->...G", normed, head)

@@ -1,0 +1,70 @@
+"""The committed draft head is the one that demo/eagle/metrics.json and demo/README.md speak of."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from demo.eagle.make_head import COUNT, TEMPERATURES, snippet, with_numbers
+from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.convert import convert
+from jaxmoe.checkpoint.heads import convert_head, load_head
+from jaxmoe.cli import devices
+from jaxmoe.cli import evaluate as command
+from jaxmoe.eval.drafts import LOW, measure
+from tests.conftest import one_device
+
+ROOT = Path(__file__).parents[2]
+EAGLE = ROOT / "demo" / "eagle"
+METRICS = json.loads((EAGLE / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The demo model and its head, converted."""
+    folder = tmp_path_factory.mktemp("demo")
+    convert(ROOT / "demo" / "model", folder / "model")
+    convert_head(EAGLE / "head", folder / "head", folder / "model")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_snippet_is_drafted_as_the_metrics_say(folders, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    mesh = one_device()
+    config, params = store.load(folders / "model", mesh, "float32")
+    head = load_head(folders / "head", mesh, config, "float32")
+    with jax.set_mesh(mesh):
+        found = measure(config, params, head, snippet(), TEMPERATURES, COUNT)
+    for one, known in zip(found, METRICS["snippet"], strict=True):
+        np.testing.assert_allclose(one.accepted, known["accepted"], atol=2e-3)
+
+
+def test_the_head_is_small_and_its_numbers_are_in_the_readme():
+    assert sum(path.stat().st_size for path in (EAGLE / "head").iterdir()) < 2 * 10**6
+    readme = (ROOT / "demo" / "README.md").read_text()
+    assert with_numbers(readme, METRICS) == readme
+
+
+@pytest.mark.slow
+def test_the_command_tells_of_other_layers(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    text = json.loads((ROOT / "demo" / "metrics.json").read_text())["snippet"]["text"]
+    (tmp_path / "text").write_text(text)
+    monkeypatch.setattr(devices, "devices", lambda: jax.devices()[:1])
+    flags = ["--text", str(tmp_path / "text"), "--rows", "1", "--length", "64", "--count", "2"]
+    flags += ["--json", str(tmp_path / "out.json"), "--compilation-cache", "off"]
+    flags = ["drafts", str(folders / "model"), str(folders / "head"), *flags]
+    monkeypatch.setattr("sys.argv", ["evaluate", *flags])
+    command.main()
+    right = json.loads((tmp_path / "out.json").read_text())["drafts"]
+    assert [one["temperature"] for one in right] == [0.0, 1.0]
+    assert right[0]["accepted"][0] > LOW and "warning" not in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["evaluate", *flags, "--layer-ids", "0,0,0"])
+    command.main()
+    wrong = json.loads((tmp_path / "out.json").read_text())["drafts"]
+    assert wrong[0]["accepted"][0] < right[0]["accepted"][0]
+    warned = capsys.readouterr().err
+    assert "inputs of layers 0,0,0, and" in warned and "--layer-ids 2,4,5." in warned
