@@ -42,10 +42,11 @@ class State(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """An answer that gets its next token, after so many."""
+    """An answer that gets its next token, after so many, of which the last may be drafts."""
 
     completion: Completion
     written: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def sampling(self) -> Sampling:
@@ -148,7 +149,7 @@ class Choices:
             if writer is None:
                 continue
             if writer.completion.matcher is not None:
-                allowed[i] = writer.completion.matcher.mask().view(np.uint32)
+                allowed[i] = writer.completion.matcher.mask(writer.drafts).view(np.uint32)
             elif writer.sampling.allowed_ids is not None:
                 allowed[i] = _mask(writer.sampling.allowed_ids, self._words)
         return allowed

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generation.batches import Batch, Sizes
+from jaxmoe.generation.batches import Batch, Sizes, overhead_of
 from jaxmoe.generation.choices import (
     Choices,
     State,
@@ -22,8 +22,9 @@ from jaxmoe.generation.choices import (
     hidden_at,
 )
 from jaxmoe.generation.completion import Completion, CompletionToken
-from jaxmoe.generation.counts import new_counts, start_counts
+from jaxmoe.generation.counts import counts_of_prompt, new_counts
 from jaxmoe.generation.document import Document, check_adapters
+from jaxmoe.generation.drafts import Drafter, drafts_for
 from jaxmoe.generation.features import FeatureTable, References, without_references
 from jaxmoe.generation.grammar import GrammarCompiler
 from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, layout_of, new_cache, widen
@@ -43,8 +44,6 @@ from jaxmoe.text import Tokenizer
 
 __all__ = ["ERROR", "STEP_TOKENS", "Request", "Token", "fit_context", "generate"]
 STEP_TOKENS = 512  # that a step takes, at most
-OVERHEAD = {"cpu": 16}  # what a step costs beside its tokens, in tokens, by platform
-READING_WEIGHTS = 256  # the same where a step takes as long as reading the weights
 
 
 def generate(
@@ -61,6 +60,7 @@ def generate(
     document: Document | None = None,
     tokenizer: Tokenizer | None = None,
     features: FeatureTable | None = None,
+    drafts: int | None = None,
     forward: Callable = transformer.forward,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[CompletionToken]:
@@ -82,6 +82,9 @@ def generate(
             `cache_tokens` are the document's, as is the adapter of every request.
         tokenizer: makes text of the answers; needed for stop strings and grammars.
         features: of images that were computed before; default: an empty table.
+        drafts: tokens that a row tries beside its last one in a step, at most, if they followed the
+            same text before (`jaxmoe.generation.drafts`); the answers are the same. 0 for none;
+            default: 7 on CPUs, else none.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
         stop: asked once before each step whether to end early, with requests unanswered; on several
             processes it says the same on all.
@@ -97,6 +100,8 @@ def generate(
     fitting = [fit_context(config, request, after) for request in own]
     if rows < 1:
         raise UserError(f"rows {rows} is below 1.")
+    if drafts is not None and drafts < 0:
+        raise UserError(f"drafts {drafts} is below 0.")
     if not fitting:
         return iter(())
     return Engine(
@@ -111,6 +116,7 @@ def generate(
         document=document,
         tokenizer=tokenizer,
         features=features,
+        drafts=drafts,
         forward=forward,
     ).run(stop)
 
@@ -139,6 +145,7 @@ class Engine:
         document: Document | None = None,
         tokenizer: Tokenizer | None = None,
         features: FeatureTable | None = None,
+        drafts: int | None = None,
         forward: Callable = transformer.forward,
         grows: bool = False,
     ):
@@ -170,15 +177,18 @@ class Engine:
             layout = lay_out(rows, HOLDERS) if grows else layout_of(config, rows, requests)
             dtype = kv or params["embed"].dtype
             self.cache = new_cache(config, dtype, layout, requests, prefixes, cache_tokens)
-        overhead = OVERHEAD.get(jax.default_backend(), READING_WEIGHTS)
+        platform = jax.default_backend()
+        drafts = drafts_for(config, platform, drafts)
+        sizes = Sizes(layout.rows, step_tokens, overhead_of(platform), drafts)
         self._scheduler = Scheduler(
             free_pages(config, self.cache, layout, after),
             layout.rows,
             layout.holders,
-            Sizes(layout.rows, step_tokens, overhead),
+            sizes,
             padding=config.pad_token_id % config.vocab_size,
             after=after,
             adapters=self._adapters,
+            drafter=Drafter(config, drafts, sizes, after, self._allowed) if drafts else None,
         )
         self._scheduler.add(requests, prefixes)
         self._state = State(jnp.zeros((layout.groups, layout.rows), jnp.int32), None)
@@ -238,7 +248,8 @@ class Engine:
         """Yields tokens until no request is left, or `stop` says to end.
 
         A step is enqueued before the tokens of the one before it are read, so that the devices do
-        not wait for the host. A row that turns out to have stopped costs one token.
+        not wait for the host. A row that turns out to have stopped costs one token. With drafts the
+        tokens are read first.
 
         Args:
             stop: asked once before each step.
@@ -250,6 +261,8 @@ class Engine:
                 self.add(new)
             if not self._scheduler.busy and not unread:
                 return
+            if unread and (unread[-1].batch.has_drafts or self._scheduler.wants_tokens()):
+                yield from self._read(unread.popleft())
             step = self._enqueue()
             if step is not None:
                 unread.append(step)
@@ -294,7 +307,8 @@ class Engine:
         groups, most = batch.slots.shape
         writers: list[Writer | None] = [None] * (groups * most)
         for group, slot, row, written in batch.writers:
-            writer = Writer(self._completion_of(row), written)
+            before = row.drafts[: written - row.written + 1]
+            writer = Writer(self._completion_of(row), written, before)
             writers[group * most + slot] = writer
             if written == 0 and has_penalties(writer.sampling):
                 self._start_counts(group, int(batch.targets[group, slot]), row)
@@ -306,11 +320,9 @@ class Engine:
 
     def _start_counts(self, group: int, i: int, row: Row) -> None:
         assert self._state.counts is not None
-        width = 1 << (len(row.tokens) - 1).bit_length()  # few widths to compile
-        prompt = np.full(max(width, 64), NO_TOKEN, np.int32)
-        prompt[: len(row.tokens)] = without_references(self._config, row.tokens)
-        number = np.int32(group * self._state.previous.shape[1] + i)
-        counts = _start_counts(self._state.counts, number, prompt)
+        prompt = without_references(self._config, row.tokens)
+        number = group * self._state.previous.shape[1] + i
+        counts = counts_of_prompt(self._state.counts, number, prompt)
         self._state = self._state._replace(counts=counts)
 
     def _score(self, batch: Batch, hidden: jax.Array) -> tuple[list[Scored], Logprobs | None]:
@@ -340,7 +352,12 @@ class Engine:
             completion = self._completions.get(row)
             if completion is None:
                 continue  # it has ended, and this token was in vain
-            row.known, i = written + 1, group * most + slot
+            draft, i = unread.batch.drafts[group, slot], group * most + slot
+            completion.drafted += int(draft != NO_TOKEN)
+            if written != row.known or draft not in (NO_TOKEN, chosen.token[i - 1]):
+                continue  # it comes after a draft that is refused
+            completion.accepted += int(draft != NO_TOKEN)
+            row.seen(int(chosen.token[i]), written)
             if self._references is not None:
                 completion.failure = self._references.lost(completion.request.pictures)
             text = completion.push(int(chosen.token[i]), *logprobs_of(chosen, i))
@@ -350,6 +367,11 @@ class Engine:
                 if self._references is not None:
                     self._references.release(completion.request.pictures)
             yield CompletionToken(completion, int(chosen.token[i]), text)
+
+    def _allowed(self, row: Row, drafts: Sequence[int]) -> int:
+        """How many drafts of a row its grammar takes."""
+        matcher = self._completion_of(row).matcher
+        return len(drafts) if matcher is None else matcher.allowed(drafts)
 
     def _completion_of(self, row: Row) -> Completion:
         assert row.request is not None
@@ -375,6 +397,3 @@ class Engine:
 def _sampling(request: Request) -> Sampling:
     assert request.sampling is not None  # `generate` gives each its own
     return request.sampling
-
-
-_start_counts = jax.jit(start_counts, donate_argnums=0)

@@ -1,0 +1,148 @@
+"""Drafts by prompt lookup: tokens that are likely to come, because they followed the same before.
+
+A row's text often repeats its prompt or itself. What followed the last few tokens when they came
+before is a draft of what follows now. A step takes a row's last token and its drafts side by side,
+each as a single token of the row, and chooses a token after each of them with the random numbers of
+that place in the answer. While the chosen token is the draft that comes next, the choice after that
+one counts too. So the answer is the one without drafts, token for token.
+
+A refused draft leaves its keys in the cache. They are never seen: every later query either comes
+before their position, or in a step that has written the position anew. In the ring of a chunked
+layer a draft overwrites a token of an earlier chunk, which no token of its own chunk sees: drafts
+end with the chunk.
+
+How many are worth while follows from how often a row's lookups were right, which each of its tokens
+shows, drafted or not, and from what a step costs by its size. They only fill lines of a step that
+the batch's rows leave empty: with all rows in work there are none.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.generation.batches import Sizes
+from jaxmoe.generation.choices import has_penalties
+from jaxmoe.generation.lookup import Lookup
+from jaxmoe.generation.rows import Row
+from jaxmoe.model.kv_cache import cache_kinds
+from jaxmoe.model.kv_cache.ring import RingCache
+
+DRAFTS = {"cpu": 7}  # of a row in a step at most, by platform; elsewhere there is no measurement
+WORTH = 1.1  # times more tokens for the cost of a step, for which its tokens are waited for
+
+
+class Offer(NamedTuple):
+    """One more draft of a row, and how likely it counts."""
+
+    chance: float
+    row: Row
+
+
+class Drafter:
+    """Gives rows the drafts that are worth while in the next step."""
+
+    def __init__(
+        self,
+        config: Llama4Config,
+        most: int,
+        sizes: Sizes,
+        after: int,
+        allowed: Callable[[Row, Sequence[int]], int],
+    ):
+        """Drafts for the rows of an engine.
+
+        Args:
+            most: drafts of a row in a step, at most.
+            sizes: of steps.
+            after: the position of each row's first token.
+            allowed: how many of a row's drafts its grammar takes, from the first on.
+        """
+        self._most, self._sizes, self._after, self._allowed = most, sizes, after, allowed
+        self._vocab_size = config.vocab_size
+        self._spans = [kind.span for kind in cache_kinds(config) if isinstance(kind, RingCache)]
+
+    def wants(self, groups: Sequence[Sequence[Row | None]]) -> bool:
+        """Whether there are likely to be drafts once the tokens of earlier steps are read."""
+        return bool(self._worth(groups, unread=True))
+
+    def give(self, groups: Sequence[Sequence[Row | None]]) -> None:
+        """Sets `Row.drafts` for the next step."""
+        for rows in groups:
+            for row in filter(None, rows):
+                row.drafts = ()
+        counts: dict[Row, int] = {}
+        for offer in self._worth(groups, unread=False):
+            counts[offer.row] = counts.get(offer.row, 0) + 1
+        for row, count in counts.items():
+            drafts = self._drafts(row)[:count]
+            row.drafts = drafts[: self._allowed(row, drafts)]
+
+    def _worth(self, groups: Sequence[Sequence[Row | None]], unread: bool) -> list[Offer]:
+        """The offers that a step takes, of those that make it the cheapest for its tokens.
+
+        Args:
+            unread: whether tokens may be on their way that drafts would follow.
+        """
+        rows = [[row for row in of_group if row and row.pending] for of_group in groups]
+        if not any(rows) or any(row.pending > 1 for of_group in rows for row in of_group):
+            return []
+        used = [len(of_group) for of_group in rows]
+        sizes = [size for size in self._sizes.single if size >= max(used)]
+        if not sizes or sizes[-1] == min(used):
+            return []
+        offers = [self._offers(of_group, unread) for of_group in rows]
+        best, taken = WORTH * sum(used) / self._sizes.cost(sizes[0], len(groups)), []
+        for size in sizes:
+            pairs = zip(offers, used, strict=True)
+            found = [offer for own, count in pairs for offer in own[: size - count]]
+            tokens = sum(used) + sum(offer.chance for offer in found)
+            if found and tokens / self._sizes.cost(size, len(groups)) > best:
+                best, taken = tokens / self._sizes.cost(size, len(groups)), found
+        return taken
+
+    def _offers(self, rows: Sequence[Row], unread: bool) -> list[Offer]:
+        """The drafts that rows of a group may have, the likeliest first."""
+
+        def own(row: Row) -> Iterator[Offer]:
+            assert row.lookup is not None
+            chance = 1.0
+            for _ in self._drafts(row):
+                chance *= row.lookup.right
+                yield Offer(chance, row)
+
+        able = (row for row in rows if _may_draft(row, unread))
+        found = [offer for row in able for offer in own(row)]
+        return sorted(found, key=lambda offer: -offer.chance)
+
+    def _drafts(self, row: Row) -> tuple[int, ...]:
+        """What is likely to follow, as far as the row has room for it."""
+        assert row.request is not None
+        position = self._after + row.fed
+        room = [self._most, row.request.max_new_tokens - row.written - 1]
+        room += [span - 1 - position % span for span in self._spans]
+        if row.lookup is None:
+            row.lookup = Lookup(row.tokens)
+        row.lookup.take(row.answer)
+        drafts = row.lookup.drafts(max(0, min(room)))
+        known = [token < self._vocab_size for token in drafts]  # others stand for pictures
+        return drafts[: known.index(False) if False in known else len(known)]
+
+
+def _may_draft(row: Row, unread: bool) -> bool:
+    """Whether a row writes, its tokens are known, and it does not count them for penalties."""
+    if row.request is None or row.fed < len(row.tokens) or not row.answer:
+        return False
+    known = unread or row.known == row.written
+    return known and row.request.sampling is not None and not has_penalties(row.request.sampling)
+
+
+def drafts_for(config: Llama4Config, platform: str, wanted: int | None) -> int:
+    """How many drafts a row has at most.
+
+    None on TPUs, whose kernels write one token to a page in a step, and with sliding windows, of
+    which a draft would overwrite a token that is still seen.
+    """
+    rings = (kind.mask for kind in cache_kinds(config) if isinstance(kind, RingCache))
+    if platform == "tpu" or not all(mask.block_diagonal for mask in rings):
+        return 0
+    return DRAFTS.get(platform, 0) if wanted is None else wanted
