@@ -103,7 +103,7 @@ class Sizes:
 
         return min((size for size in self.packed if size > single), key=cost)
 
-    def cost(self, size: int, groups: int) -> float:
+    def cost(self, size: int, groups: int) -> int:
         """What a step costs, in tokens."""
         return self.overhead + size * groups
 

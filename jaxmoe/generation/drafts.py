@@ -104,11 +104,9 @@ class Drafter:
         """The drafts that rows of a group may have, the likeliest first."""
 
         def own(row: Row) -> Iterator[Offer]:
-            assert row.lookup is not None
-            chance = 1.0
-            for _ in self._drafts(row):
-                chance *= row.lookup.right
-                yield Offer(chance, row)
+            right = _lookup_of(row).right
+            for number in range(len(self._drafts(row))):
+                yield Offer(right ** (number + 1), row)
 
         able = (row for row in rows if _may_draft(row, unread))
         found = [offer for row in able for offer in own(row)]
@@ -120,12 +118,17 @@ class Drafter:
         position = self._after + row.fed
         room = [self._most, row.request.max_new_tokens - row.written - 1]
         room += [span - 1 - position % span for span in self._spans]
-        if row.lookup is None:
-            row.lookup = Lookup(row.tokens)
-        row.lookup.take(row.answer)
-        drafts = row.lookup.drafts(max(0, min(room)))
+        drafts = _lookup_of(row).drafts(max(0, min(room)))
         known = [token < self._vocab_size for token in drafts]  # others stand for pictures
         return drafts[: known.index(False) if False in known else len(known)]
+
+
+def _lookup_of(row: Row) -> Lookup:
+    """The row's own, with all tokens that are known."""
+    if row.lookup is None:
+        row.lookup = Lookup(row.tokens)
+    row.lookup.take(row.answer)
+    return row.lookup
 
 
 def _may_draft(row: Row, unread: bool) -> bool:
