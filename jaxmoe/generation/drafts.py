@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.generation.batches import Sizes
-from jaxmoe.generation.choices import has_penalties
 from jaxmoe.generation.lookup import Lookup
 from jaxmoe.generation.rows import Row
 from jaxmoe.model.kv_cache import cache_kinds
@@ -132,11 +131,10 @@ def _lookup_of(row: Row) -> Lookup:
 
 
 def _may_draft(row: Row, unread: bool) -> bool:
-    """Whether a row writes, its tokens are known, and it does not count them for penalties."""
+    """Whether a row writes, and its tokens are known."""
     if row.request is None or row.fed < len(row.tokens) or not row.answer:
         return False
-    known = unread or row.known == row.written
-    return known and row.request.sampling is not None and not has_penalties(row.request.sampling)
+    return unread or row.known == row.written
 
 
 def drafts_for(config: Llama4Config, platform: str, wanted: int | None) -> int:

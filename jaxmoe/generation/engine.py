@@ -29,7 +29,7 @@ from jaxmoe.generation.features import FeatureTable, References, without_referen
 from jaxmoe.generation.grammar import GrammarCompiler
 from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, layout_of, new_cache, widen
 from jaxmoe.generation.prefixes import find_prefixes
-from jaxmoe.generation.request import ERROR, Request, Token, check_room, fit_context
+from jaxmoe.generation.request import ERROR, Request, Token, check_room, fit_context, given_sampling
 from jaxmoe.generation.rows import Row
 from jaxmoe.generation.sampler import Chosen
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
@@ -161,7 +161,8 @@ class Engine:
         self._tokenizer, self._forward = tokenizer, forward
         self._features = features
         self._references: References | None = None
-        self._choices = Choices(config.vocab_size, self._stop_ids)
+        drafts = drafts_for(config, jax.default_backend(), drafts)
+        self._choices = Choices(config.vocab_size, self._stop_ids, drafts)
         self._completions: dict[Row, Completion] = {}
         self._every, self._adapters, self._document = params, adapter_names(params), document
         self._chooses = False
@@ -177,9 +178,7 @@ class Engine:
             layout = lay_out(rows, HOLDERS) if grows else layout_of(config, rows, requests)
             dtype = kv or params["embed"].dtype
             self.cache = new_cache(config, dtype, layout, requests, prefixes, cache_tokens)
-        platform = jax.default_backend()
-        drafts = drafts_for(config, platform, drafts)
-        sizes = Sizes(layout.rows, step_tokens, overhead_of(platform), drafts)
+        sizes = Sizes(layout.rows, step_tokens, overhead_of(jax.default_backend()), drafts)
         self._scheduler = Scheduler(
             free_pages(config, self.cache, layout, after),
             layout.rows,
@@ -203,7 +202,7 @@ class Engine:
         if self._references is not None:
             requests = [self._with_references(request) for request in requests]
         own = {id(request.sampling): request for request in requests}.values()  # hashes are slow
-        self._choices.add({_sampling(request) for request in own})
+        self._choices.add({given_sampling(request) for request in own})
         for request in own:
             self._completion(request)
         check_adapters(requests, self._adapters, self._document)
@@ -314,7 +313,14 @@ class Engine:
                 self._start_counts(group, int(batch.targets[group, slot]), row)
         choice, top = self._choices.of(writers)
         chosen, self._state = choose_tokens(
-            self._config, self._params, hidden, batch.targets, choice, self._state, top
+            self._config,
+            self._params,
+            hidden,
+            batch.targets,
+            batch.drafts,
+            choice,
+            self._state,
+            top,
         )
         return chosen
 
@@ -329,7 +335,7 @@ class Engine:
         """Starts to compute the log-probabilities of prompts' tokens that are asked for."""
         targets, scored = np.full(batch.inputs.tokens.size, NO_TOKEN, np.int32), []
         for row, start, first, count in batch.read:
-            if row.request is None or _sampling(row.request).prompt_logprobs is None:
+            if row.request is None or given_sampling(row.request).prompt_logprobs is None:
                 continue
             following = row.tokens[first + 1 : first + 1 + count]
             following = without_references(self._config, following)
@@ -380,7 +386,7 @@ class Engine:
         return self._completions[row]
 
     def _completion(self, request: Request) -> Completion:
-        sampling = _sampling(request)
+        sampling = given_sampling(request)
         if self._references is not None:
             tokens = without_references(self._config, request.tokens).tolist()
             request = dataclasses.replace(request, tokens=tuple(tokens))
@@ -392,8 +398,3 @@ class Engine:
         if self._tokenizer is None:
             raise UserError("a request has a grammar, but there is no tokenizer; leave it out.")
         return GrammarCompiler(self._tokenizer, self._config.vocab_size, self._stop_ids)
-
-
-def _sampling(request: Request) -> Sampling:
-    assert request.sampling is not None  # `generate` gives each its own
-    return request.sampling

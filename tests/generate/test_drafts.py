@@ -3,6 +3,7 @@
 `JAXMOE_WORKLOADS=10` runs ten times as many random workloads.
 """
 
+import itertools
 import os
 
 import jax
@@ -11,13 +12,16 @@ import pytest
 
 from jaxmoe.errors import UserError
 from jaxmoe.generation import lookup
+from jaxmoe.generation.document import new_document, read
 from jaxmoe.generation.engine import Engine, generate
 from jaxmoe.generation.grammar import Grammar
 from jaxmoe.generation.lookup import Lookup
 from jaxmoe.generation.request import Request
 from jaxmoe.generation.sampling import RepetitionDetection, Sampling
+from jaxmoe.images import open_picture
 from jaxmoe.mesh import MeshConfig
 from tests.conftest import one_device
+from tests.generate import pictures
 from tests.generate.conftest import TOKENIZER
 
 TIMES = int(os.environ.get("JAXMOE_WORKLOADS", "1"))
@@ -47,7 +51,9 @@ def draw_text(rng, most):
 
 def draw_sampling(rng):
     """Settings under which answers repeat themselves: few tokens are likely, or may come at all."""
-    likely = tuple((int(token), float(rng.uniform(4, 12))) for token in rng.choice(LETTERS, 3))
+    likely = tuple(
+        (int(token), float(rng.uniform(4, 12))) for token in rng.choice(LETTERS, 3, replace=False)
+    )
     given = {
         "temperature": float(rng.choice([0.0, 0.4, 1.0])),
         "top_k": int(rng.choice([0, 5])),
@@ -66,7 +72,7 @@ def draw_sampling(rng):
         watch = RepetitionDetection(max_pattern_size=6, min_count=int(rng.integers(3, 8)))
         given |= {"repetition_detection": watch}
     if kind == 3:
-        allowed = [*map(int, rng.choice(LETTERS, 2)), END]
+        allowed = [*map(int, rng.choice(LETTERS, 2, replace=False)), END]
         given |= {"allowed_ids": tuple(allowed), "min_tokens": int(rng.integers(0, 5))}
     if kind == 4:
         given |= {"stop": ("ba", "ed\n", "abab"), "min_tokens": int(rng.integers(0, 20))}
@@ -81,6 +87,7 @@ EVERYTHING = Sampling(
     logit_bias=tuple((token, 1.0) for token in LETTERS[:8]), grammar=GRAMMARS[0],
 )  # fmt: skip
 GREEDY = Sampling(temperature=0.0)
+WITHIN = {None: 1e-5, "int8": 1e-3, "fp8": 1e-3, "int4": 1e-3}  # nats
 
 
 def draw_requests(rng, count, settings=draw_sampling):
@@ -136,7 +143,7 @@ def compare(config, params, rng, *, count=10, settings=draw_sampling, within=1e-
     requests = draw_requests(rng, count, settings)
     later = [requests.pop() for _ in range(count // 3)]
     options["later"] = later
-    expected, _ = answers_of(config, params, requests, drafts=0, **options)
+    expected, _ = answers_of(config, params, requests, **options | {"drafts": 0})
     found, _ = answers_of(config, params, requests, **{"drafts": 5} | options)
     check_same(found, expected, within)
     assert all(x.drafted == x.accepted == 0 for x in expected.values())
@@ -153,8 +160,10 @@ def greedy(rng):
 def test_greedy_answers_are_the_same(llm_model):
     rng, right = np.random.default_rng(0), 0
     with jax.set_mesh(one_device()):
-        for _ in range(3):
-            right += compare(llm_model.config, llm_model.params, rng, settings=greedy)[0]
+        for _ in range(2):
+            right += compare(
+                llm_model.config, llm_model.params, rng, count=6, drafts=3, settings=greedy
+            )[0]
     assert right
 
 
@@ -169,6 +178,104 @@ def test_answers_of_all_kinds_are_the_same(llm_model, rows):
             more = compare(llm_model.config, llm_model.params, rng, rows=rows)
             right, tried = right + more[0], tried + more[1]
     assert 0 < right < tried
+
+
+@pytest.mark.slow
+@pytest.mark.runs_long
+@pytest.mark.parametrize(
+    ("spec", "kv"),
+    [
+        ("sequence=2,tensor=4", "fp8"),
+        ("data=2,fsdp=2,tensor=2", "int8"),
+        ("data=2,expert=2,sequence=2", None),
+        ("expert=4,sequence=2", "int4"),
+        (None, "int8"),
+        (None, "fp8"),
+        (None, "int4"),
+    ],
+)
+def test_on_meshes_and_in_quantized_caches(llm_model, spec, kv):
+    mesh, rng, right = mesh_of(spec), np.random.default_rng(7), 0
+    with jax.set_mesh(mesh):
+        params = llm_model.on(mesh)
+        for _ in range(TIMES * 6):
+            right += compare(
+                llm_model.config, params, rng, count=16, rows=8, kv=kv, within=WITHIN[kv]
+            )[0]
+    assert right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [None, "data=2,sequence=2,tensor=2"])
+def test_after_a_document(llm_model, spec):
+    """Whose tokens are not looked up, and whose length moves the chunks' edges."""
+    rng, right = np.random.default_rng(1), 0
+    with jax.set_mesh(mesh_of(spec)):
+        params = llm_model.on(jax.sharding.get_mesh())
+        for length in 100, 77:
+            text = draw_text(rng, length)
+            requests = draw_requests(rng, 6)
+            found = []
+            for drafts in 0, 5:
+                empty = new_document(llm_model.config, params, length + 6 * 128)
+                *_, document = read(llm_model.config, params, empty, text)
+                options = {"document": document, "tokenizer": TOKENIZER, "rows": 4}
+                stream = generate(
+                    llm_model.config, params, requests, GREEDY, drafts=drafts, **options
+                )
+                found.append({x.request.id: x.completion for x in stream if x.finish_reason})
+            check_same(found[1], found[0])
+            right += sum(x.accepted for x in found[1].values())
+    assert right
+
+
+@pytest.mark.slow
+def test_about_pictures():
+    """References to a picture's features stand for no token that could be a draft."""
+    picture = open_picture(pictures.WIDE, pictures.SETTINGS, "x")
+    seen = pictures.IDS.layout(picture.grid, pictures.SETTINGS.tokens_per_tile)
+    rng, params = np.random.default_rng(3), pictures.random_params()
+    requests = []
+    for i in range(6):
+        text, sampling = draw_text(rng, 30), Sampling(temperature=0.0, logit_bias=((65, 9.0),))
+        prompt = (*text[:20], *seen, *text[20:], *seen, *text[:20])
+        requests.append(Request(i, prompt, 30, sampling, pictures=(picture, picture)))
+    with jax.set_mesh(one_device()):
+        found = [
+            answers_of(pictures.MODEL, params, requests, drafts=drafts, step_tokens=64)[0]
+            for drafts in (0, 5)
+        ]
+    check_same(found[1], found[0])
+    assert sum(x.accepted for x in found[1].values())
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_to_the_same_records(llm_model):
+    """Some answers come from a run that ended early, the others from the next one."""
+    requests = draw_requests(np.random.default_rng(4), 12)
+    config, params, options = llm_model.config, llm_model.params, {"rows": 3}
+
+    def records(asked, most, drafts):
+        steps = itertools.count()
+        stream = generate(
+            config, params, asked, GREEDY, drafts=drafts, tokenizer=TOKENIZER,
+            stop=lambda: next(steps) == most, **options,
+        )  # fmt: skip
+        return {x.request.id: x.completion.record() for x in stream if x.finish_reason}
+
+    with jax.set_mesh(one_device()):
+        expected = records(requests, 10_000, 0)
+        first = records(requests, 15, 5)
+        left = [request for request in requests if request.id not in first]
+        second = records(left, 10_000, 5)
+    assert first and second
+    for id_, record in (first | second).items():
+        assert without_logprobs(record) == without_logprobs(expected[id_])
+
+
+def without_logprobs(record):
+    """They are compared within rounding elsewhere."""
+    return {name: value for name, value in record.items() if name != "logprobs"}
 
 
 def test_fewer_steps(llm_model):
