@@ -27,6 +27,7 @@ from jaxmoe.model.kv_cache import cache_kinds
 from jaxmoe.model.kv_cache.ring import RingCache
 
 DRAFTS = {"cpu": 7}  # of a row in a step at most, by platform; elsewhere there is no measurement
+OVERHEAD = 3  # what a step costs beside its single tokens, each of which reads experts of its own
 WORTH = 1.1  # times more tokens for the cost of a step, for which its tokens are waited for
 
 
@@ -56,7 +57,7 @@ class Drafter:
             after: the position of each row's first token.
             allowed: how many of a row's drafts its grammar takes, from the first on.
         """
-        self._most, self._sizes, self._after, self._allowed = most, sizes, after, allowed
+        self._most, self._sizes, self._after, self._allowed = most, sizes.single, after, allowed
         self._vocab_size = config.vocab_size
         self._spans = [kind.span for kind in cache_kinds(config) if isinstance(kind, RingCache)]
 
@@ -86,17 +87,20 @@ class Drafter:
         if not any(rows) or any(row.pending > 1 for of_group in rows for row in of_group):
             return []
         used = [len(of_group) for of_group in rows]
-        sizes = [size for size in self._sizes.single if size >= max(used)]
-        if not sizes or sizes[-1] == min(used):
-            return []
-        offers = [self._offers(of_group, unread) for of_group in rows]
-        best, taken = WORTH * sum(used) / self._sizes.cost(sizes[0], len(groups)), []
-        for size in sizes:
+        cost = {x: OVERHEAD + x * len(groups) for x in self._sizes if x >= max(used)}
+        best, taken = WORTH * sum(used) / next(iter(cost.values()), 1), []
+
+        def most(size: int) -> int:
+            return sum(min(size, count * (1 + self._most)) for count in used)
+
+        sizes = [size for size in cost if most(size) / cost[size] > best]
+        offers = [self._offers(of_group, unread) for of_group in rows] if sizes else []
+        for size in sizes if any(offers) else ():
             pairs = zip(offers, used, strict=True)
             found = [offer for own, count in pairs for offer in own[: size - count]]
             tokens = sum(used) + sum(offer.chance for offer in found)
-            if found and tokens / self._sizes.cost(size, len(groups)) > best:
-                best, taken = tokens / self._sizes.cost(size, len(groups)), found
+            if tokens / cost[size] > best:
+                best, taken = tokens / cost[size], found
         return taken
 
     def _offers(self, rows: Sequence[Row], unread: bool) -> list[Offer]:
@@ -113,11 +117,13 @@ class Drafter:
 
     def _drafts(self, row: Row) -> tuple[int, ...]:
         """What is likely to follow, as far as the row has room for it."""
-        assert row.request is not None
+        lookup = _lookup_of(row)
+        if row.request is None or not lookup.found:
+            return ()
         position = self._after + row.fed
         room = [self._most, row.request.max_new_tokens - row.written - 1]
         room += [span - 1 - position % span for span in self._spans]
-        drafts = _lookup_of(row).drafts(max(0, min(room)))
+        drafts = lookup.drafts(max(0, min(room)))
         known = [token < self._vocab_size for token in drafts]  # others stand for pictures
         return drafts[: known.index(False) if False in known else len(known)]
 

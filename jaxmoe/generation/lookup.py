@@ -27,6 +27,11 @@ class Lookup:
         for token in tokens:
             self._add(token)
 
+    @property
+    def found(self) -> bool:
+        """Whether the last tokens came before."""
+        return self._match is not None
+
     def take(self, answer: Sequence[int]) -> None:
         """Adds the new tokens of an answer, which is given whole."""
         for token in answer[self.answered :]:
