@@ -16,6 +16,7 @@ shows, drafted or not, and from what a step costs by its size. They only fill li
 the batch's rows leave empty: with all rows in work there are none.
 """
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -59,21 +60,27 @@ class Drafter:
         """
         self._most, self._sizes, self._after, self._allowed = most, sizes.single, after, allowed
         self._vocab_size = config.vocab_size
+        self._given: collections.Counter[Row] = collections.Counter()
+        self._none = False
         self._spans = [kind.span for kind in cache_kinds(config) if isinstance(kind, RingCache)]
 
     def wants(self, groups: Sequence[Sequence[Row | None]]) -> bool:
-        """Whether there are likely to be drafts once the tokens of earlier steps are read."""
-        return bool(self._worth(groups, unread=True))
+        """Whether there are likely to be drafts once the tokens of earlier steps are read.
+
+        If not, the next `give` need not look again.
+        """
+        self._none = not self._worth(groups, unread=True)
+        return not self._none
 
     def give(self, groups: Sequence[Sequence[Row | None]]) -> None:
         """Sets `Row.drafts` for the next step."""
-        for rows in groups:
-            for row in filter(None, rows):
-                row.drafts = ()
-        counts: dict[Row, int] = {}
-        for offer in self._worth(groups, unread=False):
-            counts[offer.row] = counts.get(offer.row, 0) + 1
-        for row, count in counts.items():
+        for row in self._given:
+            row.drafts = ()
+        self._given, none, self._none = collections.Counter(), self._none, False
+        if none:
+            return
+        self._given.update(offer.row for offer in self._worth(groups, unread=False))
+        for row, count in self._given.items():
             drafts = self._drafts(row)[:count]
             row.drafts = drafts[: self._allowed(row, drafts)]
 
@@ -83,8 +90,8 @@ class Drafter:
         Args:
             unread: whether tokens may be on their way that drafts would follow.
         """
-        rows = [[row for row in of_group if row and row.pending] for of_group in groups]
-        if not any(rows) or any(row.pending > 1 for of_group in rows for row in of_group):
+        rows = _single(groups)
+        if not any(rows):
             return []
         used = [len(of_group) for of_group in rows]
         cost = {x: OVERHEAD + x * len(groups) for x in self._sizes if x >= max(used)}
@@ -126,6 +133,19 @@ class Drafter:
         drafts = lookup.drafts(max(0, min(room)))
         known = [token < self._vocab_size for token in drafts]  # others stand for pictures
         return drafts[: known.index(False) if False in known else len(known)]
+
+
+def _single(groups: Sequence[Sequence[Row | None]]) -> list[list[Row]]:
+    """The rows that have a token for the next step; none if any has several."""
+    found: list[list[Row]] = [[] for _ in groups]
+    for of_group, single in zip(groups, found, strict=True):
+        for row in of_group:
+            pending = row.pending if row else 0
+            if row and pending == 1:
+                single.append(row)
+            elif pending:
+                return []
+    return found
 
 
 def _lookup_of(row: Row) -> Lookup:
