@@ -7,11 +7,13 @@ import itertools
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmoe.errors import UserError
 from jaxmoe.generation import lookup
+from jaxmoe.generation.choices import _follows_right
 from jaxmoe.generation.document import new_document, read
 from jaxmoe.generation.engine import Engine, generate
 from jaxmoe.generation.grammar import Grammar
@@ -183,7 +185,6 @@ def test_answers_of_all_kinds_are_the_same(llm_model, rows):
             more = compare(llm_model.config, llm_model.params, rng, rows=rows)
             right, tried = right + more[0], tried + more[1]
     assert 0 < right < tried
-    print(right, tried)
 
 
 MESHES = [
@@ -314,6 +315,14 @@ def test_no_drafts_where_all_rows_work(llm_model):
         found, engine = answers_of(llm_model.config, llm_model.params, requests, drafts=3)
     assert sum(x.drafted for x in found.values()) == 0
     assert engine.steps <= 32
+
+
+def test_only_tokens_after_right_drafts_are_counted():
+    """Rows of three, one, two and four places; the draft of the second place of the last errs."""
+    drafts = [-1, 5, 6, -1, -1, 7, -1, 8, 9, 2]
+    tokens = [5, 6, 1, 4, 7, 3, 2, 9, 2, 2]
+    right = _follows_right(jnp.array(tokens), jnp.array(drafts))
+    assert right.tolist() == [True] * 7 + [False] * 3
 
 
 def test_drafts_below_0_are_refused(llm_model):
