@@ -77,6 +77,7 @@ def _time_ours(params: dict, prompt: np.ndarray, args: argparse.Namespace) -> di
             Sampling(temperature=0),
             step_tokens=prompt.shape[1],
             stop_ids=(),
+            drafts=0,  # transformers has none
         ):
             tokens.append(token.token)
             times.append(time.perf_counter())

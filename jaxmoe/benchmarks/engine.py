@@ -72,6 +72,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="both sides, in turn")
     parser.add_argument("--requests", type=int, metavar="N", help="default: the workload's own")
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, metavar="N")
+    parser.add_argument("--drafts", type=int, metavar="N", help="default: as `jaxmoe generate`")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
 
 
@@ -99,6 +100,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag, number in (numbers | {"--requests": args.requests}).items():
         if number is not None and number < 1:
             raise UserError(f"{flag} {number} is below 1.")
+    if args.drafts is not None and args.drafts < 0:
+        raise UserError(f"--drafts {args.drafts} is below 0.")
 
 
 def _load(folder: str | None) -> Model:
@@ -128,6 +131,7 @@ def _header(args: argparse.Namespace, model: Model) -> dict:
         "parameters": num_params(model.config),
         "rounds": args.rounds,
         "step_tokens": args.step_tokens,
+        "drafts": args.drafts,
         "workloads": [],
     }
 
@@ -167,7 +171,8 @@ def _alternate(
     """
 
     def run(rows: int) -> Run:
-        done = timed_run(model.config, model.params, requests, rows, args.step_tokens)
+        options = {"step_tokens": args.step_tokens, "drafts": args.drafts}
+        done = timed_run(model.config, model.params, requests, rows, **options)
         advance(1)
         return done
 
@@ -217,16 +222,21 @@ def rows_figures(rows: int, first: dict, runs: Sequence[Run]) -> dict:
     """The figures of the engine with so many rows, over its runs after the first.
 
     `tokens` and `slots_a_token` are of the steps: tokens that they computed, and places in them for
-    each. `host_seconds_a_step` is explained in `TimedEngine`.
+    each. `answer_tokens_a_step` counts tokens that answers got. `host_seconds_a_step` is explained
+    in `TimedEngine`.
     """
     last, seconds = runs[-1], [run.seconds for run in runs]
+    answered = sum(map(len, last.answers.values()))
     return {
         "rows": rows,
         "seconds": seconds,
-        "tokens_per_second": sum(map(len, last.answers.values())) / statistics.median(seconds),
+        "tokens_per_second": answered / statistics.median(seconds),
         "tokens": last.tokens,
         "slots_a_token": last.slots / last.tokens,
         "steps": last.steps,
+        "answer_tokens_a_step": answered / last.steps,
+        "drafted": last.drafted,
+        "accepted": last.accepted,
         "first_token_seconds": _spread([x for run in runs for x in run.first_token]),
         "after_admission_seconds": _spread([x for run in runs for x in run.after_admission]),
         "host_seconds_a_step": statistics.median(x for run in runs for x in run.host),

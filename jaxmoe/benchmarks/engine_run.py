@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.generation.completion import CompletionToken
@@ -55,6 +55,8 @@ class Run(NamedTuple):
         after_admission: the same from when the request was given a row.
         host: as of `TimedEngine`.
         slots: as of `Engine`, and so are `tokens` and `steps`.
+        drafted: drafts that its steps have tried.
+        accepted: of these, how many were right.
     """
 
     seconds: float
@@ -65,17 +67,27 @@ class Run(NamedTuple):
     slots: int
     tokens: int
     steps: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 def timed_run(
-    config: Llama4Config, params: dict, requests: Sequence[Request], rows: int, step_tokens: int
+    config: Llama4Config, params: dict, requests: Sequence[Request], rows: int, **options: Any
 ) -> Run:
-    """Runs requests that fit the context, to the last token that each asks for."""
+    """Runs requests that fit the context, to the last token that each asks for.
+
+    Args:
+        options: `step_tokens` and `drafts` of the engine.
+    """
     begin = time.perf_counter()
-    engine = TimedEngine(config, params, requests, rows=rows, step_tokens=step_tokens, stop_ids=())
+    engine = TimedEngine(config, params, requests, rows=rows, stop_ids=(), **options)
     answers: dict[object, list[int]] = {request.id: [] for request in requests}
     first: dict[object, float] = {}
+    drafted = accepted = 0
     for token in engine.run():
+        if token.finish_reason:
+            drafted += token.completion.drafted
+            accepted += token.completion.accepted
         first.setdefault(token.request.id, time.perf_counter())
         answers[token.request.id].append(token.token)
     return Run(
@@ -87,4 +99,6 @@ def timed_run(
         engine.slots,
         engine.tokens,
         engine.steps,
+        drafted,
+        accepted,
     )

@@ -221,8 +221,9 @@ def engine_grid(figures: dict) -> Grid:
         rows += [_engine_row(name, side) for side in workload["engine"]]
         if theirs:
             row = [f"{name}, transformers", f"{theirs['tokens_per_second']:,.1f}"]
-            rows.append(row + [""] * 5)
-    names = ("tokens/s", "times faster", "first token s", "slots a token", "host ms a step")
+            rows.append(row + [""] * 6)
+    names = ("tokens/s", "times faster", "first token s", "slots a token", "drafts right")
+    names += ("host ms a step",)
     return Grid(("case", *names, "programs"), rows)
 
 
@@ -234,6 +235,7 @@ def _engine_row(workload: str, side: dict) -> list[str]:
         f"{side['times_faster']:.1f}" if "times_faster" in side else "",
         f"{first['median']:.2f} ({first['p90']:.2f})",
         f"{side['slots_a_token']:.2f}",
+        f"{side['accepted'] / side['drafted']:.0%}" if side.get("drafted") else "",
         f"{1e3 * side['host_seconds_a_step']:.1f}",
         str(side["step_programs"]),
     ]

@@ -54,6 +54,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the most tokens of prompts and answers that one step takes; default: %(default)s",
     )
+    parser.add_argument(
+        "--drafts",
+        type=int,
+        metavar="N",
+        help="tokens that a row tries at once, at most, where its text repeats itself; answers are "
+        "the same. 0: none; default: 7 on CPUs, else none",
+    )
     devices.add_flags(parser, named_adapters=True)
 
 
@@ -63,6 +70,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--rows {args.rows} is below 1.")
     check_count("--n", args.n)
     check_count("--step-tokens", args.step_tokens)
+    if args.drafts is not None and args.drafts < 0:
+        raise UserError(f"--drafts {args.drafts} is below 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +97,7 @@ class Setting:
 
     def options(self, args: argparse.Namespace) -> dict[str, Any]:
         """The arguments of `generate` and `generate_from` that flags and checkpoint give."""
-        names = ("rows", "kv", "step_tokens", "cache_tokens")
+        names = ("rows", "kv", "step_tokens", "cache_tokens", "drafts")
         given = {name: getattr(args, name) for name in names}
         return given | {"stop_ids": self.stop_ids, "tokenizer": self.tokenizer}
 

@@ -13,6 +13,7 @@ from jaxmoe.cli.signals import asked_to_stop
 from jaxmoe.errors import Stopped, UserError
 from jaxmoe.generation import jobs
 from jaxmoe.generation.answers import Answers, job_digest
+from jaxmoe.generation.completion import Completion
 from jaxmoe.generation.engine import generate
 from jaxmoe.generation.request import Request, expand
 from jaxmoe.generation.request_keys import check_samples
@@ -169,7 +170,8 @@ def _stream_text(stream, requests, tokenizer, args):
             if "error" in record:
                 raise UserError(record["error"])
             _print_notes(record)
-            print(f"[{_summary(times)}, {token.finish_reason}]", file=sys.stderr)
+            drafts = _drafts(token.completion)
+            print(f"[{_summary(times)}{drafts}, {token.finish_reason}]", file=sys.stderr)
             yield record
 
 
@@ -208,6 +210,14 @@ def _summary(times: list[float]) -> str:
     if len(compiled) < 2:
         return f"{len(times)} tokens"
     return f"{len(times)} tokens, {(len(compiled) - 1) / (compiled[-1] - compiled[0]):.1f} tokens/s"
+
+
+def _drafts(completion: Completion) -> str:
+    """How many drafts were right, and how many tokens a step wrote; nothing without drafts."""
+    if not completion.drafted:
+        return ""
+    each = completion.count / (completion.count - completion.accepted)
+    return f", {each:.1f} a step, {completion.accepted} of {completion.drafted} drafts right"
 
 
 def _show_progress(stream, requests, tokenizer, args):

@@ -1,17 +1,19 @@
 """The arrays of a step: which tokens it takes of which rows, in one of a few sizes."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxmoe.generation.rows import Row
+from jaxmoe.generation.sampling import NO_TOKEN
 from jaxmoe.model.packing import Packing
-from jaxmoe.model.steps import PREVIOUS, Inputs
+from jaxmoe.model.steps import Inputs
 
 MOST_PIECES = 32  # rows of a group that read in one step
 SMALLEST, SIZES = 16, 3  # of steps in which prompts are read
+OVERHEAD = {"cpu": 16}  # what a step costs beside its tokens, in tokens, by platform
+READING_WEIGHTS = 256  # the same where a step takes as long as reading the weights
 
 Placed = tuple[int, Row]  # a row and its place among those of its group
 
@@ -26,7 +28,10 @@ class Batch(NamedTuple):
         slots: [G, Q], which tokens of each group an answer goes on after; 0 where there is none.
         targets: [G, Q], the rows that these belong to; the number of a group's rows, or more, where
             there is none.
-        writers: those rows, by group and slot, and how many tokens each has written before.
+        writers: those rows, by group and slot, and how many tokens each has written before. A row
+            with drafts comes several times, one after the other.
+        drafts: [G, Q], the draft at such a place: what is written there counts if this was written
+            at the place before. NO_TOKEN where it counts in any case.
         read: rows that read, the place of their first token among all of the step's, its index in
             their prompt, and how many there are.
         real: how many of the tokens are no padding.
@@ -39,28 +44,44 @@ class Batch(NamedTuple):
     slots: np.ndarray
     targets: np.ndarray
     writers: list[tuple[int, int, Row, int]]
+    drafts: np.ndarray
     read: list[tuple[Row, int, int, int]]
     real: int
     adapter: np.ndarray
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether only the tokens say how far rows have come."""
+        return bool((self.drafts != NO_TOKEN).any())
+
+
+def overhead_of(platform: str) -> int:
+    """What a step costs beside its tokens, in tokens."""
+    return OVERHEAD.get(platform, READING_WEIGHTS)
 
 
 class Sizes:
     """The sizes that steps come in: few, since each is compiled.
 
     Attributes:
-        single: tokens of a group where every row has one: 1, 4, 8, 16, ... up to all rows.
+        rows: of a group.
+        single: tokens of a group where every row has one: 1, 4, 8, 16, ... up to all rows; beyond,
+            where one row with all its drafts has more.
         packed: tokens of a group where some rows have more, at most the budget.
     """
 
-    def __init__(self, rows: int, budget: int, overhead: int):
+    def __init__(self, rows: int, budget: int, overhead: int, drafts: int = 0):
         """Sizes for so many rows of a group.
 
         Args:
             budget: tokens of a group; twice the rows, if that is more.
             overhead: what a step costs beside its tokens, in tokens.
+            drafts: of a row, at most.
         """
-        powers = (1 << i for i in itertools.count() if i != 1)
-        self.single = [*itertools.takewhile(lambda size: size < rows, powers), rows]
+        powers = [1 << i for i in range(64) if i != 1]
+        self.rows = rows
+        self.single = [size for size in powers if size < rows] + [rows]
+        self.single += [size for size in powers if rows < size < 2 * (1 + drafts)]
         budget = max(budget, 2 * rows)
         packed = [budget // 4**i for i in range(SIZES)]
         self.packed = [x for x in packed if x >= min(SMALLEST, budget)]
@@ -78,10 +99,13 @@ class Sizes:
             return next(size for size in self.single if size >= single)
 
         def cost(size: int) -> float:
-            real = sum(min(size, tokens) for tokens in wanted)
-            return (self.overhead + size * len(wanted)) / real
+            return self.cost(size, len(wanted)) / sum(min(size, tokens) for tokens in wanted)
 
         return min((size for size in self.packed if size > single), key=cost)
+
+    def cost(self, size: int, groups: int) -> int:
+        """What a step costs, in tokens."""
+        return self.overhead + size * groups
 
 
 def share_out(pending: Sequence[int], left: int) -> list[int]:
@@ -105,16 +129,17 @@ def make_batch(
         padding: the token that fills steps up.
     """
     placed = [[(i, row) for i, row in enumerate(g) if row and row.pending] for g in groups]
-    single = [[x for x in rows if x[1].pending == 1][: sizes.single[-1]] for rows in placed]
+    single = [[x for x in rows if x[1].pending == 1][: sizes.rows] for rows in placed]
     pieces = [sorted((x for x in rows if x[1].pending > 1), key=_urgency) for rows in placed]
     pieces = [rows[:MOST_PIECES] for rows in pieces]
     if not any(placed):
         return None
-    most = max(map(len, single))
+    most = max(sum(1 + len(row.drafts) for _, row in rows) for rows in single)
     wanted = [len(s) + sum(r.pending for _, r in p) for s, p in zip(single, pieces, strict=True)]
     width = sizes.choose(most, wanted, any(pieces))
     restart = np.array([row is None or row.fresh for rows in groups for row in rows])
-    build = _Builder(len(groups), len(groups[0]), width, min(width, sizes.single[-1]), padding)
+    writing = min(width, sizes.rows) if any(pieces) else width
+    build = _Builder(len(groups), len(groups[0]), width, writing, padding)
     for g, (ones, more) in enumerate(zip(single, pieces, strict=True)):
         for i, row in ones:
             build.put(g, i, row, 1, after, 0)
@@ -143,28 +168,33 @@ class _Builder:
         self.pieces = np.full((groups, min(MOST_PIECES, rows)), -1, np.int32)
         self.slots, self.targets = np.zeros((2, groups, most), np.int32)
         self.targets += rows
+        self.drafts = np.full(self.slots.shape, NO_TOKEN, np.int32)
         self.used, self.written = [0] * groups, [0] * groups
         self.writers: list[tuple[int, int, Row, int]] = []
         self.read: list[tuple[Row, int, int, int]] = []
 
     def put(self, group: int, i: int, row: Row, count: int, after: int, piece: int) -> None:
-        """Adds the next tokens of a row; `piece` is 0 for a single one."""
+        """Adds the next tokens of a row; `piece` is 0 for a single one, which drafts may follow."""
         start = self.used[group]
-        here = group, slice(start, start + count)
         prompt = row.tokens[row.fed : row.fed + count]
-        self.tokens[here] = prompt or PREVIOUS
-        self.positions[here] = after + row.fed + np.arange(count)
+        tokens = prompt or (row.newest, *row.drafts)
+        here = group, slice(start, start + len(tokens))
+        self.tokens[here] = tokens
+        self.positions[here] = after + row.fed + np.arange(len(tokens))
         self.segments[here], self.row[here], self.single[here] = piece or 1, i, not piece
         self.adapter[here] = row.adapter
         if piece:
             self.pieces[group, piece - 1] = i
-        self.used[group] += count
+        self.used[group] += len(tokens)
         if prompt:
             self.read.append((row, group * self.tokens.shape[1] + start, row.fed, count))
-        if row.feed(count):
+        if not row.feed(count):
+            return
+        for place, draft in enumerate((NO_TOKEN, *row.drafts)):
             slot = self.written[group]
-            self.slots[group, slot], self.targets[group, slot] = start + count - 1, i
-            self.writers.append((group, slot, row, row.written - 1))
+            self.slots[group, slot], self.targets[group, slot] = start + count - 1 + place, i
+            self.drafts[group, slot] = draft
+            self.writers.append((group, slot, row, row.written - 1 + place))
             self.written[group] += 1
 
     def batch(self, restart: np.ndarray, packed: bool) -> Batch:
@@ -173,6 +203,6 @@ class _Builder:
         where: Any = (self.row, self.single, self.pieces)
         if not packed:
             arrays, where = [x.reshape(-1, 1) for x in arrays], [self.row.reshape(-1, 1)]
-        rest = self.slots, self.targets, self.writers, self.read, sum(self.used)
+        rest = self.slots, self.targets, self.writers, self.drafts, self.read, sum(self.used)
         rest += (self.adapter if packed else self.adapter.reshape(-1, 1),)
         return Batch(Inputs(*arrays), Packing(*where), restart, *rest)

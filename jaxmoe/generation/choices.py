@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
@@ -33,7 +34,7 @@ class State(NamedTuple):
     """What the device keeps of the answers, by the rows that requests have.
 
     Attributes:
-        previous: the last token of each row.
+        previous: the last token of each row; any token of those that had drafts.
         counts: what penalties are about, by rows of all groups; None if no request has any.
     """
 
@@ -42,10 +43,11 @@ class State(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """An answer that gets its next token, after so many."""
+    """An answer that gets its next token, after so many, of which the last may be drafts."""
 
     completion: Completion
     written: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def sampling(self) -> Sampling:
@@ -61,13 +63,15 @@ class Choices:
         prompt_top: how many log-probabilities of prompts' tokens are asked for, at most.
     """
 
-    def __init__(self, vocab_size: int, end_ids: Sequence[int]):
+    def __init__(self, vocab_size: int, end_ids: Sequence[int], drafts: int = 0):
         """No request asks for anything yet.
 
         Args:
             end_ids: the model's own stop tokens.
+            drafts: that a row has in a step, at most.
         """
         self._end_ids, self._words = tuple(end_ids), -(-vocab_size // 32)
+        self._drafts = drafts
         self._filters: set[str] = set()
         self.penalized = self._drawn = self._masked = False
         self._biases = self.prompt_top = 0
@@ -124,7 +128,16 @@ class Choices:
             _column(writers, lambda w, name=name: getattr(w.sampling, name), none, np.float32)
             for name, none in zip(PENALTIES, nones, strict=True)
         )
-        return Penalties(*columns)
+        before = self._before(writers) if self._drafts else None
+        return Penalties(*columns)._replace(drafts=before)
+
+    def _before(self, writers: Sequence[Writer | None]) -> Any:
+        """The drafts that each token comes after."""
+        before = np.full((len(writers), self._drafts), NO_TOKEN, np.int32)
+        for i, writer in enumerate(writers):
+            drafts = writer.drafts if writer else ()
+            before[i, : len(drafts)] = drafts
+        return before
 
     def _bias(self, sampling: Sampling, written: int) -> list[tuple[int, float]]:
         """Tokens and what is added to their logits; stop tokens are forbidden before their time."""
@@ -148,7 +161,7 @@ class Choices:
             if writer is None:
                 continue
             if writer.completion.matcher is not None:
-                allowed[i] = writer.completion.matcher.mask().view(np.uint32)
+                allowed[i] = writer.completion.matcher.mask(writer.drafts).view(np.uint32)
             elif writer.sampling.allowed_ids is not None:
                 allowed[i] = _mask(writer.sampling.allowed_ids, self._words)
         return allowed
@@ -208,6 +221,7 @@ def choose_tokens(
     params: dict,
     hidden: Float[Array, "B D"],
     targets: Int[Array, "G Q"],
+    drafts: Int[Array, "G Q"],
     choice: Choice,
     state: State,
     top: int | None,
@@ -217,6 +231,8 @@ def choose_tokens(
     Args:
         hidden: the decoder's output at these places.
         targets: the row of each; beyond the rows of requests for none.
+        drafts: what was written at the place before, if the token at this one counts; `NO_TOKEN`
+            where it counts in any case.
         top: as for `choose`.
     """
     groups, rows = state.previous.shape
@@ -225,6 +241,17 @@ def choose_tokens(
     logits = unembed(config, params, hidden)
     chosen = choose(logits, choice, state.counts, row, top=top)
     token = jnp.where(targets.reshape(-1) < rows, chosen.token, NO_TOKEN)
-    counts = None if state.counts is None else count(state.counts, row, token)
+    counts = state.counts
+    if counts is not None:
+        right = _follows_right(token, drafts.reshape(-1))
+        counts = count(counts, row, jnp.where(right, token, NO_TOKEN))
     previous = state.previous.at[group, targets].set(token.reshape(targets.shape), mode="drop")
     return jax.tree.map(on_all_devices, chosen), State(on_all_devices(previous), counts)
+
+
+def _follows_right(token: Int[Array, "B"], drafts: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Whether all drafts that a token comes after are the tokens written at their places."""
+    is_draft = drafts != NO_TOKEN
+    wrong = jnp.cumsum(is_draft & (drafts != jnp.roll(token, 1)))
+    first = lax.cummax(jnp.where(is_draft, 0, jnp.arange(len(drafts))))
+    return wrong == wrong[first]

@@ -31,6 +31,8 @@ class Completion:
         stop_reason: the stop string or the token of `stop_ids` that ended the answer, or
             `REPETITION_DETECTED`; None if the model's own stop token or the length did.
         count: how many tokens were generated, those that are cut off included.
+        drafted: how many drafts the steps have tried.
+        accepted: of these, how many were right.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Completion:
         self.finish_reason: str | None = None
         self.failure: str | None = None
         self.stop_reason: str | int | None = None
-        self.count = 0
+        self.count = self.drafted = self.accepted = 0
         self._end_ids = frozenset(() if sampling.ignore_eos else end_ids)
         self._text = _Text(tokenizer, sampling)
         self._tokenizer = tokenizer

@@ -7,9 +7,12 @@ compiled program that is given the old ones to keep (`donate_argnames`) changes 
 Shape letters: R rows, V vocabulary, B rows that have new tokens.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Int16
 
@@ -36,6 +39,14 @@ def new_counts(rows: int, vocab: int) -> Counts:
     shape = rows, padded_size(vocab)
     arrays = jnp.zeros(shape, jnp.int16), jnp.zeros(shape, bool)
     return Counts(*(meshes.constrain(x, None, "vocab") for x in arrays))
+
+
+def counts_of_prompt(counts: Counts, row: int, prompt: Sequence[int] | np.ndarray) -> Counts:
+    """The counts, which are used up, in which a row has a new prompt and no answer."""
+    width = 1 << (len(prompt) - 1).bit_length()  # few widths to compile
+    prompt_ids = np.full(max(width, 64), -1, np.int32)
+    prompt_ids[: len(prompt)] = prompt
+    return _start_counts(counts, np.int32(row), prompt_ids)
 
 
 def start_counts(counts: Counts, row: Int[Array, ""], prompt_ids: Int[Array, "S"]) -> Counts:
@@ -68,6 +79,9 @@ def count(counts: Counts, rows: Int[Array, "B"], tokens: Int[Array, "B"]) -> Cou
         return counts._replace(generated=counts.generated.at[at].add(one, mode="drop"))
 
     return _per_part(body, counts, rows, tokens)
+
+
+_start_counts = jax.jit(start_counts, donate_argnums=0)
 
 
 def _index(counts: Counts, tokens):

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generation.batches import Batch, Sizes
+from jaxmoe.generation.batches import Batch, Sizes, overhead_of
 from jaxmoe.generation.choices import (
     Choices,
     State,
@@ -22,13 +22,14 @@ from jaxmoe.generation.choices import (
     hidden_at,
 )
 from jaxmoe.generation.completion import Completion, CompletionToken
-from jaxmoe.generation.counts import new_counts, start_counts
+from jaxmoe.generation.counts import counts_of_prompt, new_counts
 from jaxmoe.generation.document import Document, check_adapters
+from jaxmoe.generation.drafts import Drafter, drafts_for
 from jaxmoe.generation.features import FeatureTable, References, without_references
 from jaxmoe.generation.grammar import GrammarCompiler
 from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, layout_of, new_cache, widen
 from jaxmoe.generation.prefixes import find_prefixes
-from jaxmoe.generation.request import ERROR, Request, Token, check_room, fit_context
+from jaxmoe.generation.request import ERROR, Request, Token, check_room, fit_context, given_sampling
 from jaxmoe.generation.rows import Row
 from jaxmoe.generation.sampler import Chosen
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
@@ -43,8 +44,6 @@ from jaxmoe.text import Tokenizer
 
 __all__ = ["ERROR", "STEP_TOKENS", "Request", "Token", "fit_context", "generate"]
 STEP_TOKENS = 512  # that a step takes, at most
-OVERHEAD = {"cpu": 16}  # what a step costs beside its tokens, in tokens, by platform
-READING_WEIGHTS = 256  # the same where a step takes as long as reading the weights
 
 
 def generate(
@@ -61,6 +60,7 @@ def generate(
     document: Document | None = None,
     tokenizer: Tokenizer | None = None,
     features: FeatureTable | None = None,
+    drafts: int | None = None,
     forward: Callable = transformer.forward,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[CompletionToken]:
@@ -82,6 +82,9 @@ def generate(
             `cache_tokens` are the document's, as is the adapter of every request.
         tokenizer: makes text of the answers; needed for stop strings and grammars.
         features: of images that were computed before; default: an empty table.
+        drafts: tokens that a row tries beside its last one in a step, at most, if they followed the
+            same text before (`jaxmoe.generation.drafts`); the answers are the same. 0 for none;
+            default: 7 on CPUs, else none.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
         stop: asked once before each step whether to end early, with requests unanswered; on several
             processes it says the same on all.
@@ -97,6 +100,8 @@ def generate(
     fitting = [fit_context(config, request, after) for request in own]
     if rows < 1:
         raise UserError(f"rows {rows} is below 1.")
+    if drafts is not None and drafts < 0:
+        raise UserError(f"drafts {drafts} is below 0.")
     if not fitting:
         return iter(())
     return Engine(
@@ -111,6 +116,7 @@ def generate(
         document=document,
         tokenizer=tokenizer,
         features=features,
+        drafts=drafts,
         forward=forward,
     ).run(stop)
 
@@ -139,6 +145,7 @@ class Engine:
         document: Document | None = None,
         tokenizer: Tokenizer | None = None,
         features: FeatureTable | None = None,
+        drafts: int | None = None,
         forward: Callable = transformer.forward,
         grows: bool = False,
     ):
@@ -154,7 +161,8 @@ class Engine:
         self._tokenizer, self._forward = tokenizer, forward
         self._features = features
         self._references: References | None = None
-        self._choices = Choices(config.vocab_size, self._stop_ids)
+        drafts = drafts_for(config, jax.default_backend(), drafts)
+        self._choices = Choices(config.vocab_size, self._stop_ids, drafts)
         self._completions: dict[Row, Completion] = {}
         self._every, self._adapters, self._document = params, adapter_names(params), document
         self._chooses = False
@@ -170,15 +178,16 @@ class Engine:
             layout = lay_out(rows, HOLDERS) if grows else layout_of(config, rows, requests)
             dtype = kv or params["embed"].dtype
             self.cache = new_cache(config, dtype, layout, requests, prefixes, cache_tokens)
-        overhead = OVERHEAD.get(jax.default_backend(), READING_WEIGHTS)
+        sizes = Sizes(layout.rows, step_tokens, overhead_of(jax.default_backend()), drafts)
         self._scheduler = Scheduler(
             free_pages(config, self.cache, layout, after),
             layout.rows,
             layout.holders,
-            Sizes(layout.rows, step_tokens, overhead),
+            sizes,
             padding=config.pad_token_id % config.vocab_size,
             after=after,
             adapters=self._adapters,
+            drafter=Drafter(config, drafts, sizes, after, self._allowed) if drafts else None,
         )
         self._scheduler.add(requests, prefixes)
         self._state = State(jnp.zeros((layout.groups, layout.rows), jnp.int32), None)
@@ -193,7 +202,7 @@ class Engine:
         if self._references is not None:
             requests = [self._with_references(request) for request in requests]
         own = {id(request.sampling): request for request in requests}.values()  # hashes are slow
-        self._choices.add({_sampling(request) for request in own})
+        self._choices.add({given_sampling(request) for request in own})
         for request in own:
             self._completion(request)
         check_adapters(requests, self._adapters, self._document)
@@ -238,7 +247,8 @@ class Engine:
         """Yields tokens until no request is left, or `stop` says to end.
 
         A step is enqueued before the tokens of the one before it are read, so that the devices do
-        not wait for the host. A row that turns out to have stopped costs one token.
+        not wait for the host. A row that turns out to have stopped costs one token. With drafts the
+        tokens are read first.
 
         Args:
             stop: asked once before each step.
@@ -250,6 +260,8 @@ class Engine:
                 self.add(new)
             if not self._scheduler.busy and not unread:
                 return
+            if unread and (unread[-1].batch.has_drafts or self._scheduler.wants_tokens()):
+                yield from self._read(unread.popleft())
             step = self._enqueue()
             if step is not None:
                 unread.append(step)
@@ -294,30 +306,36 @@ class Engine:
         groups, most = batch.slots.shape
         writers: list[Writer | None] = [None] * (groups * most)
         for group, slot, row, written in batch.writers:
-            writer = Writer(self._completion_of(row), written)
+            before = row.drafts[: written - row.written + 1]
+            writer = Writer(self._completion_of(row), written, before)
             writers[group * most + slot] = writer
             if written == 0 and has_penalties(writer.sampling):
                 self._start_counts(group, int(batch.targets[group, slot]), row)
         choice, top = self._choices.of(writers)
         chosen, self._state = choose_tokens(
-            self._config, self._params, hidden, batch.targets, choice, self._state, top
+            self._config,
+            self._params,
+            hidden,
+            batch.targets,
+            batch.drafts,
+            choice,
+            self._state,
+            top,
         )
         return chosen
 
     def _start_counts(self, group: int, i: int, row: Row) -> None:
         assert self._state.counts is not None
-        width = 1 << (len(row.tokens) - 1).bit_length()  # few widths to compile
-        prompt = np.full(max(width, 64), NO_TOKEN, np.int32)
-        prompt[: len(row.tokens)] = without_references(self._config, row.tokens)
-        number = np.int32(group * self._state.previous.shape[1] + i)
-        counts = _start_counts(self._state.counts, number, prompt)
+        prompt = without_references(self._config, row.tokens)
+        number = group * self._state.previous.shape[1] + i
+        counts = counts_of_prompt(self._state.counts, number, prompt)
         self._state = self._state._replace(counts=counts)
 
     def _score(self, batch: Batch, hidden: jax.Array) -> tuple[list[Scored], Logprobs | None]:
         """Starts to compute the log-probabilities of prompts' tokens that are asked for."""
         targets, scored = np.full(batch.inputs.tokens.size, NO_TOKEN, np.int32), []
         for row, start, first, count in batch.read:
-            if row.request is None or _sampling(row.request).prompt_logprobs is None:
+            if row.request is None or given_sampling(row.request).prompt_logprobs is None:
                 continue
             following = row.tokens[first + 1 : first + 1 + count]
             following = without_references(self._config, following)
@@ -340,7 +358,12 @@ class Engine:
             completion = self._completions.get(row)
             if completion is None:
                 continue  # it has ended, and this token was in vain
-            row.known, i = written + 1, group * most + slot
+            draft, i = unread.batch.drafts[group, slot], group * most + slot
+            completion.drafted += int(draft != NO_TOKEN)
+            if written != row.known or draft not in (NO_TOKEN, chosen.token[i - 1]):
+                continue  # it comes after a draft that is refused
+            completion.accepted += int(draft != NO_TOKEN)
+            row.seen(int(chosen.token[i]), written)
             if self._references is not None:
                 completion.failure = self._references.lost(completion.request.pictures)
             text = completion.push(int(chosen.token[i]), *logprobs_of(chosen, i))
@@ -351,6 +374,11 @@ class Engine:
                     self._references.release(completion.request.pictures)
             yield CompletionToken(completion, int(chosen.token[i]), text)
 
+    def _allowed(self, row: Row, drafts: Sequence[int]) -> int:
+        """How many drafts of a row its grammar takes."""
+        matcher = self._completion_of(row).matcher
+        return len(drafts) if matcher is None else matcher.allowed(drafts)
+
     def _completion_of(self, row: Row) -> Completion:
         assert row.request is not None
         if row not in self._completions:
@@ -358,7 +386,7 @@ class Engine:
         return self._completions[row]
 
     def _completion(self, request: Request) -> Completion:
-        sampling = _sampling(request)
+        sampling = given_sampling(request)
         if self._references is not None:
             tokens = without_references(self._config, request.tokens).tolist()
             request = dataclasses.replace(request, tokens=tuple(tokens))
@@ -370,11 +398,3 @@ class Engine:
         if self._tokenizer is None:
             raise UserError("a request has a grammar, but there is no tokenizer; leave it out.")
         return GrammarCompiler(self._tokenizer, self._config.vocab_size, self._stop_ids)
-
-
-def _sampling(request: Request) -> Sampling:
-    assert request.sampling is not None  # `generate` gives each its own
-    return request.sampling
-
-
-_start_counts = jax.jit(start_counts, donate_argnums=0)

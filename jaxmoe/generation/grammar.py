@@ -7,7 +7,7 @@ may come next.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -154,17 +154,30 @@ class Matcher:
         """Whether nothing but the answer's end may follow."""
         return self._backend.is_stopped()
 
-    def mask(self) -> Int32[np.ndarray, "W"]:
+    def mask(self, drafts: Sequence[int] = ()) -> Int32[np.ndarray, "W"]:
         """The tokens that may come next, as bits: token t is bit t % 32 of word t // 32.
 
         After an error it is all zeros.
+
+        Args:
+            drafts: tokens that the grammar allows, after which the next one comes.
         """
+        self._backend.consume_tokens(list(drafts))
+        mask = self._mask()
+        self._backend.rollback(len(drafts))
+        return mask
+
+    def _mask(self) -> Int32[np.ndarray, "W"]:
         from llguidance.numpy import fill_next_token_bitmask
 
         mask = np.zeros((1, self._words), np.int32)
         if not self._failed():
             fill_next_token_bitmask(self._backend, mask)
         return mask[0] * (not self._failed())
+
+    def allowed(self, tokens: Sequence[int]) -> int:
+        """How many tokens, from the first on, the grammar allows to come next."""
+        return 0 if self._failed() else self._backend.validate_tokens(list(tokens))
 
     def accept(self, token: int) -> bool:
         """Adds a token to the answer; whether the grammar allows it, else `error` says why not."""

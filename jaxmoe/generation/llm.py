@@ -89,6 +89,7 @@ class LLM:
         kv: str | None = None,
         cache_tokens: int | None = None,
         step_tokens: int = STEP_TOKENS,
+        drafts: int | None = None,
         text_only: bool = False,
         adapter: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
@@ -102,7 +103,7 @@ class LLM:
             mesh: axes and sizes, as "expert=4,tensor=2", or a mesh. Default: all devices, and every
                 parameter on one of them only, as far as the model's sizes allow (`default_mesh`).
             dtype: to compute in; default: as stored.
-            rows, kv, cache_tokens, step_tokens, forward: as for `jaxmoe.generate`.
+            rows, kv, cache_tokens, step_tokens, drafts, forward: as for `jaxmoe.generate`.
             text_only: leaves a vision tower out.
             adapter, adapters: as for `jaxmoe.load`.
             progress: called after every array with the bytes done and the bytes in all.
@@ -118,8 +119,9 @@ class LLM:
         placed = default_mesh(checkpoint, dtype, text_only) if mesh is None else make_mesh(mesh)
         kept = {"text_only": text_only, "adapter": adapter, "adapters": adapters}
         config, params = store.load(checkpoint, placed, dtype, progress, **kept)
-        engine = {"kv": kv, "cache_tokens": cache_tokens, "step_tokens": step_tokens}
-        self._set(config, params, tokenizer, sampling, rows=rows, forward=forward, **engine)
+        engine = {"kv": kv, "cache_tokens": cache_tokens, "rows": rows, "forward": forward}
+        engine |= {"step_tokens": step_tokens, "drafts": drafts}
+        self._set(config, params, tokenizer, sampling, **engine)
         self._adapters |= {
             name: adapter_digest(folder) for name, folder in (adapters or {}).items()
         }
@@ -138,18 +140,20 @@ class LLM:
         kv: str | None = None,
         cache_tokens: int | None = None,
         step_tokens: int = STEP_TOKENS,
+        drafts: int | None = None,
         forward: Callable = transformer.forward,
     ) -> "LLM":
         """An LLM of what is loaded already, on the mesh that the parameters are laid out over.
 
         Args:
             sampling: where a call gives none; default: `Sampling()`.
-            rows, kv, cache_tokens, step_tokens, forward: as for `jaxmoe.generate`.
+            rows, kv, cache_tokens, step_tokens, drafts, forward: as for `jaxmoe.generate`.
         """
         self = cls.__new__(cls)
-        engine = {"kv": kv, "cache_tokens": cache_tokens, "step_tokens": step_tokens}
+        engine = {"kv": kv, "cache_tokens": cache_tokens, "rows": rows, "forward": forward}
+        engine |= {"step_tokens": step_tokens, "drafts": drafts}
         sampling = sampling or Sampling()
-        self._set(config, params, tokenizer, sampling, rows=rows, forward=forward, **engine)
+        self._set(config, params, tokenizer, sampling, **engine)
         return self
 
     def _set(self, config, params, tokenizer, sampling, **engine: Any) -> None:

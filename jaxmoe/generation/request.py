@@ -69,6 +69,12 @@ def without_begin(request: Request, begin: int) -> Request:
     return dataclasses.replace(request, tokens=request.tokens[1:])
 
 
+def given_sampling(request: Request) -> Sampling:
+    """The settings of a request that has been given some: in an engine each has its own."""
+    assert request.sampling is not None
+    return request.sampling
+
+
 def stop_ids_of(config: Llama4Config, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """The tokens that end an answer, by the model's config or by its tokenizer."""
     return tuple(sorted({*config.eos_token_ids, *(tokenizer.stop_ids if tokenizer else ())}))

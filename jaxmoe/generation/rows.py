@@ -2,8 +2,10 @@
 
 import dataclasses
 
+from jaxmoe.generation.lookup import Lookup
 from jaxmoe.generation.request import Request
 from jaxmoe.model.kv_cache import CacheKind
+from jaxmoe.model.steps import PREVIOUS
 
 
 @dataclasses.dataclass(eq=False)
@@ -17,6 +19,9 @@ class Row:
         fed: tokens of the prompt and the answer that the model has been given.
         written: tokens of the answer that the model has been asked for.
         known: of these, how many the host has seen.
+        answer: the tokens that it has seen.
+        drafts: tokens that are likely to follow, for the next step.
+        lookup: what drafts are made of; None if the row has had no turn for any.
         turn: how many rows were begun before.
         waits: whether each token of the answer has to be seen before the next is asked for.
         fresh: whether the cache still has to be emptied for it.
@@ -37,6 +42,14 @@ class Row:
     users: int = 0
     pages: tuple[int, ...] = ()
     adapter: int = 0
+    answer: list[int] = dataclasses.field(default_factory=list)
+    drafts: tuple[int, ...] = ()
+    lookup: Lookup | None = None
+
+    @property
+    def newest(self) -> int:
+        """The answer's last token; `PREVIOUS` while only the device knows it."""
+        return self.answer[-1] if self.answer and self.known == self.written else PREVIOUS
 
     @property
     def pending(self) -> int:
@@ -53,11 +66,21 @@ class Row:
         return self.request is not None and self.written == self.request.max_new_tokens
 
     def feed(self, count: int) -> bool:
-        """Counts tokens as fed; returns whether the model writes one after them."""
+        """Counts tokens as fed; returns whether the model writes one after them.
+
+        Drafts count when the tokens that they stand for are `seen`.
+        """
         self.fed, self.fresh = self.fed + count, False
         writes = self.request is not None and self.fed >= len(self.tokens)
         self.written += writes
         return writes
+
+    def seen(self, token: int, index: int) -> None:
+        """Takes the answer's token of an index that the model has written, maybe after a draft."""
+        after_draft = int(index == self.written)
+        self.fed, self.written = self.fed + after_draft, self.written + after_draft
+        self.known = index + 1
+        self.answer.append(token)
 
 
 class FreePages:

@@ -66,11 +66,13 @@ class Penalties(NamedTuple):
         repetition: divides positive logits of prompt and answer, multiplies the others; 1 for none.
         presence: subtracted from the logits of the answer's tokens.
         frequency: subtracted once for each time that the answer has the token.
+        drafts: tokens that the answer has beside those that are counted; -1 for none.
     """
 
     repetition: Float[Array, "B"]
     presence: Float[Array, "B"]
     frequency: Float[Array, "B"]
+    drafts: Int[Array, "B K"] | None = None
 
 
 class Bias(NamedTuple):
@@ -178,7 +180,7 @@ def _adjusted(
     if choice.penalties is not None:
         if counts is None:
             raise ValueError("penalties need counts")
-        logits = _penalized(logits, choice.penalties, counts)
+        logits = _penalized(part, logits, choice.penalties, counts)
     return logits
 
 
@@ -199,10 +201,15 @@ def _biased(part: Part, logits: Float[Array, "B L"], bias: Bias) -> Float[Array,
 
 
 def _penalized(
-    logits: Float[Array, "B L"], penalties: Penalties, counts: Counts
+    part: Part, logits: Float[Array, "B L"], penalties: Penalties, counts: Counts
 ) -> Float[Array, "B L"]:
-    repetition, presence, frequency = (x[:, None] for x in penalties)
-    times, had = counts.generated.astype(logits.dtype), counts.generated > 0
+    *factors, drafts = penalties
+    repetition, presence, frequency = (x[:, None] for x in factors)
+    generated = counts.generated
+    if drafts is not None:
+        at = jnp.arange(len(logits))[:, None], part.local_index(drafts)
+        generated = generated.at[at].add(1, mode="drop")
+    times, had = generated.astype(logits.dtype), generated > 0
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(had | counts.prompt, repeated, logits)
     return logits - frequency * times - presence * had

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError
 from jaxmoe.generation.batches import Batch, Sizes, make_batch
+from jaxmoe.generation.drafts import Drafter
 from jaxmoe.generation.prefixes import Prefix
 from jaxmoe.generation.request import Request
 from jaxmoe.generation.rows import FreePages, Row
@@ -76,6 +77,7 @@ class Scheduler:
         padding: int,
         after: int = 0,
         adapters: Sequence[str] = (),
+        drafter: Drafter | None = None,
     ):
         """Begins with all rows free.
 
@@ -87,6 +89,7 @@ class Scheduler:
             after: tokens of a document that every request comes after; the last row of each group
                 has them.
             adapters: the names of those that requests choose.
+            drafter: gives rows drafts.
         """
         self.waiting: collections.deque[tuple[Request, Prefix | None]] = collections.deque()
         self._groups = [
@@ -96,7 +99,7 @@ class Scheduler:
         self._requests, self._after = rows, after
         self._pages = free[0].free
         self._sizes, self._padding = sizes, padding
-        self._adapters = adapters
+        self._adapters, self._drafter = adapters, drafter
         self._forks: list[Fork] = []
         self._entered = 0
         for group in self._groups if after else ():
@@ -133,6 +136,8 @@ class Scheduler:
         self._admit()
         forks, self._forks = self._forks, []
         rows = [group.rows for group in self._groups]
+        if self._drafter is not None:
+            self._drafter.give(rows)
         batch = make_batch(rows, self._sizes, self._after, self._padding)
         for group in self._groups:
             for row in group.rows[: self._requests]:
@@ -140,6 +145,11 @@ class Scheduler:
                     self.release(row)
             self._drop_unused(group, only_done=True)
         return forks, batch
+
+    def wants_tokens(self) -> bool:
+        """Whether drafts are worth waiting for the tokens that have not been read."""
+        drafter, rows = self._drafter, [group.rows for group in self._groups]
+        return drafter is not None and drafter.wants(rows)
 
     def release(self, row: Row) -> None:
         """Frees the row of an answer that needs no more tokens, if it is not free already."""

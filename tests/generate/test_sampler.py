@@ -73,6 +73,8 @@ class Mix:
         self.penalties = Penalties(
             *(jnp.asarray(rng.choice(x, rows), jnp.float32) for x in ([1, 2], [0, 0.75], [0, 0.25]))
         )
+        self.drafts = np.random.default_rng(seed + 1).integers(-1, size, (rows, 3), np.int32)
+        self.penalties = self.penalties._replace(drafts=jnp.asarray(self.drafts))
         ids, values = rng.integers(-1, size, (rows, 4)), rng.choice([-np.inf, -3, 2.5], (rows, 4))
         self.bias = Bias(jnp.asarray(ids, jnp.int32), jnp.asarray(values, jnp.float32))
         self.allowed = rng.random((rows, size)) < 0.8
@@ -121,11 +123,14 @@ class Mix:
         for token, value in zip(*(np.asarray(x)[i] for x in self.bias), strict=True):
             if token >= 0:
                 logits[token] += value
-        repetition, presence, frequency = (np.asarray(x)[i].astype(float) for x in self.penalties)
-        for token in np.flatnonzero((self.generated[i] > 0) | self.prompt[i]):
+        factors = self.penalties[:3]
+        repetition, presence, frequency = (np.asarray(x)[i].astype(float) for x in factors)
+        generated = self.generated[i].copy()
+        np.add.at(generated, self.drafts[i][self.drafts[i] >= 0], 1)
+        for token in np.flatnonzero((generated > 0) | self.prompt[i]):
             better = logits[token] > 0
             logits[token] *= 1 / repetition if better else repetition
-        return logits - frequency * self.generated[i] - presence * (self.generated[i] > 0)
+        return logits - frequency * generated - presence * (generated > 0)
 
 
 def words(allowed):

@@ -64,7 +64,8 @@ def test_figures(figures):
     assert (figures["model"], figures["date"], figures["rounds"]) == ("checkpoint", today(), 2)
     assert workload["transformers"] is None and "times_faster" not in side
     assert workload["real_tokens"] == workload["prompt_tokens"] + workload["answer_tokens"] - 4
-    assert side["tokens"] == workload["real_tokens"]  # no row went on in vain
+    in_vain = side["drafted"] - side["accepted"]
+    assert side["tokens"] == workload["real_tokens"] + in_vain  # no row went on in vain
     assert len(side["seconds"]) == 2 and side["rows"] == 2
     assert side["slots_a_token"] >= 1 and side["steps"] >= workload["answer_tokens"] / 2
     assert side["step_programs"] >= 2  # steps that read prompts and steps that only write
@@ -80,7 +81,7 @@ def test_times_are_of_what_they_say(figures):
 
 
 def run(seconds, answers):
-    return Run(seconds, answers, [0.5, 1.5], [0.5, 0.25], [0.001, 0.003], 60, 40, 20)
+    return Run(seconds, answers, [0.5, 1.5], [0.5, 0.25], [0.001, 0.003], 60, 40, 20, 4, 3)
 
 
 @pytest.fixture
@@ -100,15 +101,16 @@ def test_beside_transformers(compared):
     assert side["times_faster"] == 2 and side["identical"] == 0.5
     assert side["first_token_seconds"] == {"median": 1.0, "p90": 1.5}
     assert side["host_seconds_a_step"] == 0.002
+    assert side["answer_tokens_a_step"] == 0.5 and (side["drafted"], side["accepted"]) == (4, 3)
     assert compared["transformers"]["tokens_per_second"] == 2.5
 
 
 def test_tables_hold_the_figures(figures, compared):
     workload = {"workload": "long", "requests": 2, "prompt_tokens": 1234, "answer_tokens": 10}
     figures = {**figures, "workloads": [{**workload, **compared}]}
-    ours = ["long, 8 rows", "5.0", "2.0", "1.00 (1.50)", "1.50", "2.0", "3"]
+    ours = ["long, 8 rows", "5.0", "2.0", "1.00 (1.50)", "1.50", "75%", "2.0", "3"]
     grid = tables.engine_grid(figures)
-    assert grid.rows == [ours, ["long, transformers", "2.5", *[""] * 5]]
+    assert grid.rows == [ours, ["long, transformers", "2.5", *[""] * 6]]
     markdown = write_tables.engine_markdown(figures)
     assert f"| {' | '.join(ours)} |" in markdown
     text = " ".join(markdown.split())

@@ -1,0 +1,175 @@
+"""Drafts by prompt lookup: tokens that are likely to come, because they followed the same before.
+
+A row's text often repeats its prompt or itself. What followed the last few tokens when they came
+before is a draft of what follows now. A step takes a row's last token and its drafts side by side,
+each as a single token of the row, and chooses a token after each of them with the random numbers of
+that place in the answer. While the chosen token is the draft that comes next, the choice after that
+one counts too. So the answer is the one without drafts, token for token.
+
+A refused draft leaves its keys in the cache. They are never seen: every later query either comes
+before their position, or in a step that has written the position anew. In the ring of a chunked
+layer a draft overwrites a token of an earlier chunk, which no token of its own chunk sees: drafts
+end with the chunk.
+
+How many are worth while follows from how often a row's lookups were right, which each of its tokens
+shows, drafted or not, and from what a step costs by its size. They only fill lines of a step that
+the batch's rows leave empty: with all rows in work there are none.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from jaxmoe.config import Llama4Config
+from jaxmoe.generation.batches import Sizes
+from jaxmoe.generation.lookup import Lookup
+from jaxmoe.generation.rows import Row
+from jaxmoe.model.kv_cache import cache_kinds
+from jaxmoe.model.kv_cache.ring import RingCache
+
+DRAFTS = {"cpu": 7}  # of a row in a step at most, by platform; elsewhere there is no measurement
+OVERHEAD = 3  # what a step costs beside its single tokens, each of which reads experts of its own
+WORTH = 1.1  # times more tokens for the cost of a step, for which its tokens are waited for
+
+
+class Offer(NamedTuple):
+    """One more draft of a row, and how likely it counts."""
+
+    chance: float
+    row: Row
+
+
+class Drafter:
+    """Gives rows the drafts that are worth while in the next step."""
+
+    def __init__(
+        self,
+        config: Llama4Config,
+        most: int,
+        sizes: Sizes,
+        after: int,
+        allowed: Callable[[Row, Sequence[int]], int],
+    ):
+        """Drafts for the rows of an engine.
+
+        Args:
+            most: drafts of a row in a step, at most.
+            sizes: of steps.
+            after: the position of each row's first token.
+            allowed: how many of a row's drafts its grammar takes, from the first on.
+        """
+        self._most, self._sizes, self._after, self._allowed = most, sizes.single, after, allowed
+        self._vocab_size = config.vocab_size
+        self._given: collections.Counter[Row] = collections.Counter()
+        self._none = False
+        self._spans = [kind.span for kind in cache_kinds(config) if isinstance(kind, RingCache)]
+
+    def wants(self, groups: Sequence[Sequence[Row | None]]) -> bool:
+        """Whether there are likely to be drafts once the tokens of earlier steps are read.
+
+        If not, the next `give` need not look again.
+        """
+        self._none = not self._worth(groups, unread=True)
+        return not self._none
+
+    def give(self, groups: Sequence[Sequence[Row | None]]) -> None:
+        """Sets `Row.drafts` for the next step."""
+        for row in self._given:
+            row.drafts = ()
+        self._given, none, self._none = collections.Counter(), self._none, False
+        if none:
+            return
+        self._given.update(offer.row for offer in self._worth(groups, unread=False))
+        for row, count in self._given.items():
+            drafts = self._drafts(row)[:count]
+            row.drafts = drafts[: self._allowed(row, drafts)]
+
+    def _worth(self, groups: Sequence[Sequence[Row | None]], unread: bool) -> list[Offer]:
+        """The offers that a step takes, of those that make it the cheapest for its tokens.
+
+        Args:
+            unread: whether tokens may be on their way that drafts would follow.
+        """
+        rows = _single(groups)
+        if not any(rows):
+            return []
+        used = [len(of_group) for of_group in rows]
+        cost = {x: OVERHEAD + x * len(groups) for x in self._sizes if x >= max(used)}
+        best, taken = WORTH * sum(used) / next(iter(cost.values()), 1), []
+
+        def most(size: int) -> int:
+            return sum(min(size, count * (1 + self._most)) for count in used)
+
+        sizes = [size for size in cost if most(size) / cost[size] > best]
+        offers = [self._offers(of_group, unread) for of_group in rows] if sizes else []
+        for size in sizes if any(offers) else ():
+            pairs = zip(offers, used, strict=True)
+            found = [offer for own, count in pairs for offer in own[: size - count]]
+            tokens = sum(used) + sum(offer.chance for offer in found)
+            if tokens / cost[size] > best:
+                best, taken = tokens / cost[size], found
+        return taken
+
+    def _offers(self, rows: Sequence[Row], unread: bool) -> list[Offer]:
+        """The drafts that rows of a group may have, the likeliest first."""
+
+        def own(row: Row) -> Iterator[Offer]:
+            right = _lookup_of(row).right
+            for number in range(len(self._drafts(row))):
+                yield Offer(right ** (number + 1), row)
+
+        able = (row for row in rows if _may_draft(row, unread))
+        found = [offer for row in able for offer in own(row)]
+        return sorted(found, key=lambda offer: -offer.chance)
+
+    def _drafts(self, row: Row) -> tuple[int, ...]:
+        """What is likely to follow, as far as the row has room for it."""
+        lookup = _lookup_of(row)
+        if row.request is None or not lookup.found:
+            return ()
+        position = self._after + row.fed
+        room = [self._most, row.request.max_new_tokens - row.written - 1]
+        room += [span - 1 - position % span for span in self._spans]
+        drafts = lookup.drafts(max(0, min(room)))
+        known = [token < self._vocab_size for token in drafts]  # others stand for pictures
+        return drafts[: known.index(False) if False in known else len(known)]
+
+
+def _single(groups: Sequence[Sequence[Row | None]]) -> list[list[Row]]:
+    """The rows that have a token for the next step; none if any has several."""
+    found: list[list[Row]] = [[] for _ in groups]
+    for of_group, single in zip(groups, found, strict=True):
+        for row in of_group:
+            pending = row.pending if row else 0
+            if row and pending == 1:
+                single.append(row)
+            elif pending:
+                return []
+    return found
+
+
+def _lookup_of(row: Row) -> Lookup:
+    """The row's own, with all tokens that are known."""
+    if row.lookup is None:
+        row.lookup = Lookup(row.tokens)
+    row.lookup.take(row.answer)
+    return row.lookup
+
+
+def _may_draft(row: Row, unread: bool) -> bool:
+    """Whether a row writes, and its tokens are known."""
+    if row.request is None or row.fed < len(row.tokens) or not row.answer:
+        return False
+    return unread or row.known == row.written
+
+
+def drafts_for(config: Llama4Config, platform: str, wanted: int | None) -> int:
+    """How many drafts a row has at most.
+
+    None on TPUs, whose kernels write one token to a page in a step, and with sliding windows, of
+    which a draft would overwrite a token that is still seen.
+    """
+    rings = (kind.mask for kind in cache_kinds(config) if isinstance(kind, RingCache))
+    if platform == "tpu" or not all(mask.block_diagonal for mask in rings):
+        return 0
+    return DRAFTS.get(platform, 0) if wanted is None else wanted
