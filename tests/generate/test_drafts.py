@@ -3,6 +3,7 @@
 `JAXMOE_WORKLOADS=10` runs ten times as many random workloads.
 """
 
+import dataclasses
 import itertools
 import os
 
@@ -99,7 +100,8 @@ def draw_requests(rng, count, settings=draw_sampling):
     while len(requests) < count:
         stem = stems[rng.integers(2)]
         prompt = tuple((stem + draw_text(rng, int(rng.integers(1, 50))))[:200])
-        sampling, new = settings(rng), int(rng.integers(1, 50))
+        sampling = settings(rng)
+        new = max(sampling.min_tokens, int(rng.integers(1, 50)))
         for answer in range(2 if rng.random() < 0.2 else 1):
             requests.append(Request(f"{len(requests)}#{answer}", prompt, new, sampling))
     return requests
@@ -160,16 +162,18 @@ def compare(
     )
 
 
-def greedy(rng):
-    return GREEDY
+def few_letters(rng):
+    """Answers of three letters, which repeat themselves, with their log-probabilities."""
+    letters = tuple(int(token) for token in rng.choice(LETTERS, 3, replace=False))
+    return Sampling(temperature=0.0, allowed_ids=letters, logprobs=1)
 
 
-def test_greedy_answers_are_the_same(llm_model):
+def test_answers_are_the_same(llm_model):
     rng, right = np.random.default_rng(0), 0
     with jax.set_mesh(one_device()):
         for _ in range(2):
             right += compare(
-                llm_model.config, llm_model.params, rng, count=6, drafts=3, settings=greedy
+                llm_model.config, llm_model.params, rng, count=6, drafts=3, settings=few_letters
             )[0]
     assert right
 
@@ -228,6 +232,7 @@ def test_answers_from_quantized_caches_are_the_same(llm_model, spec, kv):
 def test_after_a_document(llm_model, spec):
     """Whose tokens are not looked up, and whose length moves the chunks' edges."""
     rng, right = np.random.default_rng(1), 0
+    config = dataclasses.replace(llm_model.config, max_position_embeddings=2048)
     with jax.set_mesh(mesh_of(spec)):
         params = llm_model.on(jax.sharding.get_mesh())
         for length in 100, 77:
@@ -235,12 +240,10 @@ def test_after_a_document(llm_model, spec):
             requests = draw_requests(rng, 6)
             found = []
             for drafts in 0, 5:
-                empty = new_document(llm_model.config, params, length + 6 * 128)
-                *_, document = read(llm_model.config, params, empty, text)
+                empty = new_document(config, params, length + 6 * 128)
+                *_, document = read(config, params, empty, text)
                 options = {"document": document, "tokenizer": TOKENIZER, "rows": 4}
-                stream = generate(
-                    llm_model.config, params, requests, GREEDY, drafts=drafts, **options
-                )
+                stream = generate(config, params, requests, GREEDY, drafts=drafts, **options)
                 found.append({x.request.id: x.completion for x in stream if x.finish_reason})
             check_same(found[1], found[0])
             right += sum(x.accepted for x in found[1].values())
@@ -297,11 +300,13 @@ def without_logprobs(record):
 
 
 def test_fewer_steps(llm_model):
-    """An answer that repeats a few tokens takes a fraction of the steps."""
-    sampling = Sampling(temperature=0.0, allowed_ids=tuple(LETTERS[:1]))
+    """An answer that repeats a token takes a fraction of them; no draft goes beyond a chunk."""
+    sampling = Sampling(temperature=0.0, allowed_ids=tuple(LETTERS[:1]), logprobs=1)
     request = Request("a", tuple(draw_text(np.random.default_rng(0), 20)), 60, sampling)
     with jax.set_mesh(one_device()):
+        expected, _ = answers_of(llm_model.config, llm_model.params, [request], drafts=0)
         found, engine = answers_of(llm_model.config, llm_model.params, [request], drafts=3)
+    check_same(found, expected)
     assert found["a"].count == 60
     assert engine.steps < 60 / 2
     assert found["a"].accepted > 30
