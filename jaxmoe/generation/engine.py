@@ -158,8 +158,7 @@ class Engine:
         """
         self._config = config
         self._stop_ids = tuple(config.eos_token_ids if stop_ids is None else stop_ids)
-        self._tokenizer, self._forward = tokenizer, forward
-        self._features = features
+        self._tokenizer, self._forward, self._features = tokenizer, forward, features
         self._references: References | None = None
         drafts = drafts_for(config, jax.default_backend(), drafts)
         self._choices = Choices(config.vocab_size, self._stop_ids, drafts)

@@ -130,7 +130,7 @@ def test_a_prefix_is_computed_once(small):
     prefix = draw(rng, 2000)
     requests = [Request(i, (*prefix, i, *draw(rng, i % 7)), 3, GREEDY) for i in range(100)]
     with jax.set_mesh(one_device()):
-        engine = Engine(small.config, small.params, requests, rows=8, stop_ids=())
+        engine = Engine(small.config, small.params, requests, rows=8, stop_ids=(), drafts=0)
         most = []
         answers = answers_of(
             engine, lambda e: most.append((np.asarray(e.cache.full.owner) >= 0).sum())
@@ -161,7 +161,7 @@ def test_a_row_that_writes_gets_a_token_in_every_step(tmp_path, length, step_tok
     with jax.set_mesh(one_device()):
         engine = Engine(
             model.config, model.params, [writer, reader], rows=2, step_tokens=step_tokens,
-            stop_ids=(),
+            stop_ids=(), drafts=0,
         )  # fmt: skip
         order = [request.id for request, *_ in engine.run()]
     assert steps - 2 <= order.index("reads") <= steps + 2  # one token of "writes" for each step

@@ -191,7 +191,7 @@ def test_prompts_with_the_same_image_share_a_prefix_and_others_do_not(checkpoint
         for one in requests:
             alone |= written_by(generate(config, params, [one], GREEDY, stop_ids=()))
         own = [dataclasses.replace(x, sampling=GREEDY) for x in requests]
-        engine = Engine(config, params, own, rows=4, stop_ids=())
+        engine = Engine(config, params, own, rows=4, stop_ids=(), drafts=0)
         assert written_by(engine.run()) == alone
     shared = len(requests[0].tokens) - 3
     assert engine.tokens < sum(len(x.tokens) + 3 for x in requests) - shared + 10

@@ -1,4 +1,4 @@
-"""SIGKILL while a job is answered: it goes on, loses no answer, and ends as if undisturbed.
+"""SIGKILL while a job is answered: it goes on, loses no answer, ends as without kills or drafts.
 
 `JAXMOE_KILLS=100` kills more often, `JAXMOE_KILL_SEED` repeats a run.
 """
@@ -30,10 +30,13 @@ def answers(path):
 def test_killed_at_random_times(small, tmp_path):
     moments = random.Random(SEED)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    repeats = {"allowed_token_ids": [7, 8], "temperature": 0}  # answers with right drafts
     requests = [{"id": n, "tokens": [n % 100 + 1, 7]} for n in range(4 * KILLS + 8)]
+    requests[::2] = [request | repeats for request in requests[::2]]
     source.write_text("".join(json.dumps(request) + "\n" for request in requests))
     options = [small.checkpoint, "--prompts", str(source), "--max-new-tokens", "40", "--rows", "2"]
-    succeeds("generate.py", *options, "--output", tmp_path / "undisturbed.jsonl")
+    undisturbed = tmp_path / "undisturbed.jsonl"
+    succeeds("generate.py", *options, "--output", undisturbed, "--drafts", "0")
     command = [sys.executable, str(FOLDER / "generate.py"), *options, "--output", str(output)]
     partial, killed = tmp_path / "out.jsonl.partial", 0
     while killed < KILLS and not output.exists():
@@ -51,4 +54,4 @@ def test_killed_at_random_times(small, tmp_path):
     if not output.exists():
         _, stderr = succeeds("generate.py", *options, "--output", output)
         assert "were answered before" in stderr
-    assert output.read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+    assert output.read_bytes() == undisturbed.read_bytes()
