@@ -1,4 +1,4 @@
-"""Signals at any moment of batch jobs: each row is answered once, as if nothing had happened.
+"""Signals at any moment of batch jobs: each row is answered once, as without signals or drafts.
 
 `JAXMOE_KILLS=1000` disturbs more often, `JAXMOE_KILL_SEED` repeats a run.
 """
@@ -35,6 +35,7 @@ def command(small, tmp_path_factory):
     rows = [
         {"id": f"row {n}", "tokens": [n % 100 + 1, 7], "max_tokens": 5 + n % 40}
         | ({"temperature": 0.0} if n % 2 else {"temperature": 1.0, "seed": n})
+        | ({"allowed_token_ids": [7, 8]} if n % 3 == 0 else {})  # answers with right drafts
         for n in range(ROWS)
     ]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,7 +46,7 @@ def command(small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(command, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    succeeds(*command, output, "--mesh", "data=2", "--cpu-devices", 2)
+    succeeds(*command, output, "--mesh", "data=2", "--cpu-devices", 2, "--drafts", 0)
     return answers(output)
 
 
