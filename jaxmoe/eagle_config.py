@@ -129,6 +129,15 @@ def check_layer_ids(layer_ids: Sequence[int], layers: int, source: str) -> None:
         )
 
 
+def check_stated(layer_ids: Sequence[int], layers: int) -> None:
+    """Raises a UserError if a `config.json` cannot say which layers of `layers` a head reads."""
+    if layer_ids != default_layer_ids(layers) and layer_ids[0] != 2:
+        raise UserError(
+            f"a head that reads the inputs of layers {_listed(layer_ids)} has no config.json that "
+            "all readers understand alike; let the first be 2."
+        )
+
+
 def check_target(config: EagleConfig, target: Llama4Config, source: str) -> None:
     """Raises a UserError if a head's sizes are not those of a target."""
     for name in ("hidden_size", "vocab_size"):
@@ -270,12 +279,8 @@ def eagle_to_hf(config: EagleConfig, layers: int, dtype: str) -> dict[str, Any]:
         dtype: of its tensors.
     """
     scaling = config.rope_scaling
+    check_stated(config.layer_ids, layers)
     ids = {} if config.layer_ids == default_layer_ids(layers) else {LAYER_IDS: config.layer_ids}
-    if ids and config.layer_ids[0] != 2:
-        raise UserError(
-            f"a head that reads the inputs of layers {_listed(config.layer_ids)} has no "
-            "config.json that all readers understand alike; let the first be 2."
-        )
     return {
         "architectures": [ARCHITECTURES[0]],
         "model_type": "llama",

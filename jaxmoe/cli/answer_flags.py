@@ -58,8 +58,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--drafts",
         type=int,
         metavar="N",
-        help="tokens that a row tries at once, at most, where its text repeats itself; answers are "
-        "the same. 0: none; default: 7 on CPUs, else none",
+        help="tokens that a row tries at once, at most, where its text repeats itself; in bfloat16 "
+        "it may change answers by rounding. 0: none; default: 7 on CPUs, else none",
     )
     devices.add_flags(parser, named_adapters=True)
 

@@ -83,8 +83,8 @@ def generate(
         tokenizer: makes text of the answers; needed for stop strings and grammars.
         features: of images that were computed before; default: an empty table.
         drafts: tokens that a row tries beside its last one in a step, at most, if they followed the
-            same text before (`jaxmoe.generation.drafts`); the answers are the same. 0 for none;
-            default: 7 on CPUs, else none.
+            same text before (`jaxmoe.generation.drafts`); the answers are the same, as with other
+            `rows`: in bfloat16 but for rounding. 0 for none; default: 7 on CPUs, else none.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
         stop: asked once before each step whether to end early, with requests unanswered; on several
             processes it says the same on all.

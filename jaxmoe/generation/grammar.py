@@ -162,18 +162,20 @@ class Matcher:
         Args:
             drafts: tokens that the grammar allows, after which the next one comes.
         """
-        self._backend.consume_tokens(list(drafts))
-        mask = self._mask()
-        self._backend.rollback(len(drafts))
-        return mask
-
-    def _mask(self) -> Int32[np.ndarray, "W"]:
         from llguidance.numpy import fill_next_token_bitmask
 
+        if drafts:
+            return self._after(drafts).mask()
         mask = np.zeros((1, self._words), np.int32)
         if not self._failed():
             fill_next_token_bitmask(self._backend, mask)
         return mask[0] * (not self._failed())
+
+    def _after(self, tokens: Sequence[int]) -> "Matcher":
+        """One that is so many tokens further; some grammars cannot take tokens back."""
+        backend = self._backend.deep_copy()
+        backend.consume_tokens(list(tokens))
+        return Matcher(backend, 32 * self._words)
 
     def allowed(self, tokens: Sequence[int]) -> int:
         """How many tokens, from the first on, the grammar allows to come next."""

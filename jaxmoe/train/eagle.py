@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from jaxmoe import mesh as meshes
 from jaxmoe.checkpoint.heads import load_head, read_head_config
 from jaxmoe.config import Llama4Config
-from jaxmoe.eagle_config import EagleConfig, check_target, default_layer_ids
+from jaxmoe.eagle_config import EagleConfig, check_stated, check_target, default_layer_ids
 from jaxmoe.errors import UserError
 from jaxmoe.model.eagle import abstract_eagle, draft_logits, init_eagle
 from jaxmoe.model.eagle_unroll import ahead, unroll
@@ -131,12 +131,13 @@ def head_plan(
     """The head of a run; None if the run trains none.
 
     Raises:
-        UserError: as `eagle_config`.
+        UserError: as `eagle_config`; or for layers that the result could not name.
     """
     if config.head is None:
         return None
-    count = config.steps * config.accumulate
-    return HeadPlan(eagle_config(config.head, target), config.head, target, batches, count)
+    count, head = config.steps * config.accumulate, eagle_config(config.head, target)
+    check_stated(head.layer_ids, target.num_hidden_layers)  # else the run fails when it is over
+    return HeadPlan(head, config.head, target, batches, count)
 
 
 def most_common_tokens(

@@ -17,7 +17,7 @@ from jaxmoe.generation import lookup
 from jaxmoe.generation.choices import _follows_right
 from jaxmoe.generation.document import new_document, read
 from jaxmoe.generation.engine import Engine, generate
-from jaxmoe.generation.grammar import Grammar
+from jaxmoe.generation.grammar import Grammar, GrammarCompiler
 from jaxmoe.generation.lookup import Lookup
 from jaxmoe.generation.request import Request
 from jaxmoe.generation.sampling import RepetitionDetection, Sampling
@@ -328,6 +328,20 @@ def test_only_tokens_after_right_drafts_are_counted():
     tokens = [5, 6, 1, 4, 7, 3, 2, 9, 2, 2]
     right = _follows_right(jnp.array(tokens), jnp.array(drafts))
     assert right.tolist() == [True] * 7 + [False] * 3
+
+
+@pytest.mark.parametrize("limit", ["max_tokens=9", 'stop="x"'])
+def test_a_grammar_goes_on_from_before_its_drafts(limit):
+    """llguidance cannot take tokens back from grammars with such limits."""
+    grammar = Grammar("lark", f"start: name\nname[{limit}]: /[ab]+/")
+    compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, (END,))
+    matcher, other = compiler.matcher(grammar), compiler.matcher(grammar)
+    drafts = TOKENIZER.encode("abab")
+    assert matcher.allowed(drafts) == 4
+    masks = [matcher.mask(drafts[:count]) for count in range(4)]
+    for draft, mask in zip(drafts, masks, strict=True):
+        assert mask.tolist() == other.mask().tolist() == matcher.mask().tolist()
+        assert other.accept(draft) and matcher.accept(draft)
 
 
 def test_drafts_below_0_are_refused(llm_model):

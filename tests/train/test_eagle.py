@@ -305,6 +305,7 @@ def test_a_run_on_a_mesh_takes_the_same_steps(small, tmp_path):
         ({"frozen": ["norm"]}, "leave 'frozen' out"),
         ({"head": {"passes": 0}}, "'passes' the value 0"),
         ({"head": {"layer_ids": [1, 2, 3]}}, "has 3 ids from 0 to 2"),
+        ({"head": {"layer_ids": [1, 1, 2]}}, "let the first be 2"),
         (
             {"head": {"init": "nowhere"}},
             "make one with jaxmoe convert HEAD",
