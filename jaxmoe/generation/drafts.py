@@ -4,8 +4,8 @@ A row's text often repeats its prompt or itself. What followed the last few toke
 before is a draft of what follows now. A step takes a row's last token and its drafts side by side,
 each as a single token of the row, and chooses a token after each of them with the random numbers of
 that place in the answer. While the chosen token is the draft that comes next, the choice after that
-one counts too. So the answer is the one without drafts, token for token; in bfloat16 but for the rounding
-of steps of another size.
+one counts too. So the answer is the one without drafts, token for token; in bfloat16 but for the
+rounding of steps of another size.
 
 A refused draft leaves its keys in the cache. They are never seen: every later query either comes
 before their position, or in a step that has written the position anew. In the ring of a chunked
