@@ -11,6 +11,7 @@ import inspect
 import typing
 
 import jaxtyping
+from beartype.roar import BeartypeCallHintViolation
 
 _jaxtyped = jaxtyping.jaxtyped
 
@@ -27,7 +28,10 @@ def quick_jaxtyped(fn=None, *, typechecker):
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
-        return (fn if jaxtyping.config.jaxtyping_disable else checked)(*args, **kwargs)
+        try:
+            return (fn if jaxtyping.config.jaxtyping_disable else checked)(*args, **kwargs)
+        except BeartypeCallHintViolation as error:  # as jaxtyping does: a TypeError
+            raise jaxtyping.TypeCheckError(str(error)) from None
 
     return call
 
