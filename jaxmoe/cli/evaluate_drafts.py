@@ -16,7 +16,6 @@ from jaxmoe.eval import needle_report
 from jaxmoe.eval.drafts import Acceptance, figures, measure, warning_of
 from jaxmoe.files.outputs import check_writable, write_json
 from jaxmoe.generation.request_keys import check_count
-from jaxmoe.processes import is_first
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -60,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     with jax.set_mesh(mesh):
         found = measure(config, params, head, tokens, temperatures, args.count)
         warning = warning_of(config, params, head, tokens, found)
-    if args.json and is_first():
+    if args.json:
         write_json(args.json, {"drafts": figures(found)})
     needle_report.show(table(found))
     if warning is not None:

@@ -15,6 +15,7 @@ from jaxmoe.cli import devices
 from jaxmoe.cli import evaluate as command
 from jaxmoe.eval.drafts import LOW, measure
 from tests.conftest import one_device
+from tests.scripts import together
 
 ROOT = Path(__file__).parents[2]
 EAGLE = ROOT / "demo" / "eagle"
@@ -68,3 +69,15 @@ def test_the_command_tells_of_other_layers(folders, tmp_path, monkeypatch, capsy
     assert wrong[0]["accepted"][0] < right[0]["accepted"][0]
     warned = capsys.readouterr().err
     assert "inputs of layers 0,0,0, and" in warned and "--layer-ids 2,4,5." in warned
+
+
+@pytest.mark.slow
+def test_several_processes_measure_together(folders, tmp_path):
+    """Catches a file for which the first process waits for the others, which have ended."""
+    (tmp_path / "text").write_text("And God saw that it was good, and it was so. " * 20)
+    flags = ["--text", tmp_path / "text", "--rows", 2, "--length", 48, "--count", 2]
+    flags += ["--mesh", "data=2", "--cpu-devices", 1, "--json", tmp_path / "out.json"]
+    command = ["evaluate.py", "drafts", folders / "model", folders / "head", *flags]
+    codes, _, said = together.ends(together.start_together(2, *command, JAXMOE_WATCHDOG="60"))
+    assert codes == [0, 0], said
+    assert len(json.loads((tmp_path / "out.json").read_text())["drafts"]) == 2
