@@ -59,7 +59,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="tokens that a row tries at once, at most, where its text repeats itself; in bfloat16 "
-        "it may change answers by rounding. 0: none; default: 7 on CPUs, else none",
+        "it may change answers by rounding. 0: none; default: on CPUs 7, as far as --rows leaves "
+        "room, else none. Given, it also makes larger steps, which are compiled on the way",
     )
     devices.add_flags(parser, named_adapters=True)
 

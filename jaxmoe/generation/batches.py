@@ -76,7 +76,7 @@ class Sizes:
         Args:
             budget: tokens of a group; twice the rows, if that is more.
             overhead: what a step costs beside its tokens, in tokens.
-            drafts: of a row, at most.
+            drafts: of a row, for which steps may be larger than the rows make them.
         """
         powers = [1 << i for i in range(64) if i != 1]
         self.rows = rows

@@ -84,7 +84,8 @@ def generate(
         features: of images that were computed before; default: an empty table.
         drafts: tokens that a row tries beside its last one in a step, at most, if they followed the
             same text before (`jaxmoe.generation.drafts`); the answers are the same, as with other
-            `rows`: in bfloat16 but for rounding. 0 for none; default: 7 on CPUs, else none.
+            `rows`: in bfloat16 but for rounding. 0 for none; default: 7 on CPUs, as far as steps
+            stay as large as `rows` makes them, else none.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
         stop: asked once before each step whether to end early, with requests unanswered; on several
             processes it says the same on all.
@@ -160,7 +161,7 @@ class Engine:
         self._stop_ids = tuple(config.eos_token_ids if stop_ids is None else stop_ids)
         self._tokenizer, self._forward, self._features = tokenizer, forward, features
         self._references: References | None = None
-        drafts = drafts_for(config, jax.default_backend(), drafts)
+        asked, drafts = drafts or 0, drafts_for(config, jax.default_backend(), drafts)
         self._choices = Choices(config.vocab_size, self._stop_ids, drafts)
         self._completions: dict[Row, Completion] = {}
         self._every, self._adapters, self._document = params, adapter_names(params), document
@@ -177,7 +178,7 @@ class Engine:
             layout = lay_out(rows, HOLDERS) if grows else layout_of(config, rows, requests)
             dtype = kv or params["embed"].dtype
             self.cache = new_cache(config, dtype, layout, requests, prefixes, cache_tokens)
-        sizes = Sizes(layout.rows, step_tokens, overhead_of(jax.default_backend()), drafts)
+        sizes = Sizes(layout.rows, step_tokens, overhead_of(jax.default_backend()), asked)
         self._scheduler = Scheduler(
             free_pages(config, self.cache, layout, after),
             layout.rows,

@@ -67,7 +67,8 @@ def test_figures(figures):
     in_vain = side["drafted"] - side["accepted"]
     assert side["tokens"] == workload["real_tokens"] + in_vain  # no row went on in vain
     assert len(side["seconds"]) == 2 and side["rows"] == 2
-    assert side["slots_a_token"] >= 1 and side["steps"] >= workload["answer_tokens"] / 2
+    assert side["slots_a_token"] >= 1
+    assert side["steps"] >= (workload["answer_tokens"] - side["accepted"]) / 2
     assert side["step_programs"] >= 2  # steps that read prompts and steps that only write
     assert side["first_run_seconds"] > max(side["seconds"])  # it compiled
 
