@@ -120,6 +120,16 @@ class VisionConfig:
         return (self.patches_a_side // self.patches_merged) ** 2
 
 
+def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
+    """Raises a UserError unless key/value heads divide the heads, and rotary pairs a head."""
+    if heads % kv_heads:
+        raise UserError(
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
+        )
+    if head_dim % 2:
+        raise UserError(f"head_dim={head_dim} is odd; rotary positions need pairs.")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama4Config:
     """A Llama 4 model. Sizes are counts of elements; positions and lengths are in tokens.
@@ -166,13 +176,7 @@ class Llama4Config:
     vision: VisionConfig | None = None
 
     def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}."
-            )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd; rotary positions need pairs.")
+        check_heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
         if not 1 <= self.num_experts_per_tok <= max(1, self.num_local_experts):
             raise UserError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and "

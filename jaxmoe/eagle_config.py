@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.config import Llama4Config, RopeScaling
+from jaxmoe.config import Llama4Config, RopeScaling, check_heads
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_object, rope_fields
 from jaxmoe.hf_keys import IGNORED, Keys
@@ -87,13 +87,7 @@ class EagleConfig:
     norm_before_residual: bool = False
 
     def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}."
-            )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd; rotary positions need pairs.")
+        check_heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
         if self.draft_vocab_size > self.vocab_size:
             raise UserError(
                 f"draft_vocab_size={self.draft_vocab_size} is more than "

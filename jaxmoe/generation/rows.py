@@ -18,8 +18,7 @@ class Row:
         parent: the row that this one goes on from; None if it begins with an empty cache.
         fed: tokens of the prompt and the answer that the model has been given.
         written: tokens of the answer that the model has been asked for.
-        known: of these, how many the host has seen.
-        answer: the tokens that it has seen.
+        answer: those of them that the host has seen.
         drafts: tokens that are likely to follow, for the next step.
         lookup: what drafts are made of; None if the row has had no turn for any.
         turn: how many rows were begun before.
@@ -35,7 +34,6 @@ class Row:
     parent: "Row | None"
     fed: int
     written: int = 0
-    known: int = 0
     turn: int = 0
     waits: bool = False
     fresh: bool = True
@@ -45,6 +43,11 @@ class Row:
     answer: list[int] = dataclasses.field(default_factory=list)
     drafts: tuple[int, ...] = ()
     lookup: Lookup | None = None
+
+    @property
+    def known(self) -> int:
+        """How many tokens of the answer the host has seen."""
+        return len(self.answer)
 
     @property
     def newest(self) -> int:
@@ -79,7 +82,6 @@ class Row:
         """Takes the answer's token of an index that the model has written, maybe after a draft."""
         after_draft = int(index == self.written)
         self.fed, self.written = self.fed + after_draft, self.written + after_draft
-        self.known = index + 1
         self.answer.append(token)
 
 

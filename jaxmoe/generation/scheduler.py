@@ -61,7 +61,7 @@ class Scheduler:
     """Gives rows to requests and each step its tokens.
 
     A batch can be made before the tokens that the one before wrote are known. Who has read them
-    counts them in `Row.known`, and releases the row of an answer that has ended.
+    gives them to `Row.seen`, and releases the row of an answer that has ended.
 
     Attributes:
         waiting: the requests that have no row yet, in their order, each with its prefix.

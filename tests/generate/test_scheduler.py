@@ -30,7 +30,7 @@ def served(scheduler, after_step=lambda groups: None):
         if batch is None or len(unread) > 1:
             old = unread.pop(0)
             for _, _, row, written in old.writers if old else ():
-                row.known = written + 1
+                row.seen(0, written)
                 if row.known == row.request.max_new_tokens:
                     ended.append(row.request.id)
         idle = idle + 1 if batch is None else 0
@@ -101,7 +101,7 @@ def test_a_step_takes_a_token_of_each_row_that_writes():
         _, batch = scheduler.next_batch()
         written.append([row.request.id for _, _, row, _ in batch.writers])
         for _, _, row, count in batch.writers:
-            row.known = count + 1
+            row.seen(0, count)
     assert all("writes" in step for step in written[:50])
 
 

@@ -45,8 +45,8 @@ def test_states_through_a_cache_are_the_same(small):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole.states, atol=1e-5)
 
 
-def test_states_that_nobody_asks_for_cost_nothing(small):
-    """Nor do those that are asked for and then not used."""
+def test_unused_states_cost_nothing(small):
+    """Neither states that are not asked for, nor those whose values are not used."""
     tokens, positions, segments = inputs()
 
     def run(p):

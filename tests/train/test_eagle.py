@@ -265,7 +265,7 @@ def test_a_run_that_ended_early_goes_on_alike(small, tmp_path):
 
 @pytest.mark.slow
 def test_batches_that_make_one_step_are_as_one(small, tmp_path):
-    """Of equal and of unequal numbers of targets."""
+    """Whether the batches have as many targets or not."""
     mesh, found = one_device(), []
     rows = batch()
     for name, parts in (("one", 1), ("two", 2)):
