@@ -43,7 +43,7 @@ def compile_choice(mesh, choice, counts, top):
     targets = array(mesh, (1, ROWS), jnp.int32)
     state = State(array(mesh, (1, ROWS), jnp.int32), counts)
     with jax.set_mesh(mesh):
-        arguments = CONFIG, params, hidden, targets, choice, state, top
+        arguments = CONFIG, params, hidden, targets, targets, choice, state, top
         return choose_tokens.lower(*arguments).compile(compiler_options())
 
 
