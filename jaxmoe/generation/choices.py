@@ -30,6 +30,13 @@ PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 NONE = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what keeps every token
 
 
+class ReadOut(NamedTuple):
+    """Hidden states at the places after which tokens are chosen, and at all tokens of a step."""
+
+    chosen: Float[Array, "B D"]
+    all: Float[Array, "L S D"]
+
+
 class State(NamedTuple):
     """What the device keeps of the answers, by the rows that requests have.
 
@@ -195,8 +202,12 @@ def _column(writers: Sequence[Writer | None], value: Callable, none, dtype) -> A
 
 
 def hidden_at(
-    config: Llama4Config, params: dict, hidden: Float[Array, "L S D"], slots: Int[Array, "G Q"]
-) -> tuple[Float[Array, "B D"], Float[Array, "L S D"]]:
+    config: Llama4Config,
+    params: dict,
+    hidden: Float[Array, "L S D"],
+    slots: Int[Array, "G Q"],
+    states: Float[Array, "L S states"] | None = None,
+) -> tuple[ReadOut, ReadOut | None]:
     """The readout of a step that keeps the hidden states at some places, and all of them.
 
     Taken out in the step's own program, they have one shape for steps of many sizes, for which
@@ -204,10 +215,15 @@ def hidden_at(
 
     Args:
         slots: the places, among the tokens of each group.
+        states: what a draft head reads, of which the same is kept; None without one.
     """
-    of_groups = hidden.reshape(len(slots), -1, hidden.shape[-1])
-    chosen = jnp.take_along_axis(of_groups, slots[:, :, None], axis=1)
-    return chosen.reshape(slots.size, -1), hidden
+
+    def read_out(x) -> ReadOut:
+        of_groups = x.reshape(len(slots), -1, x.shape[-1])
+        chosen = jnp.take_along_axis(of_groups, slots[:, :, None], axis=1)
+        return ReadOut(chosen.reshape(slots.size, -1), x)
+
+    return read_out(hidden), None if states is None else read_out(states)
 
 
 @functools.partial(

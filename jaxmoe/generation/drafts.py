@@ -1,7 +1,8 @@
-"""Drafts by prompt lookup: tokens that are likely to come, because they followed the same before.
+"""Drafts: tokens that are likely to come, of which a step checks several at once.
 
-A row's text often repeats its prompt or itself. What followed the last few tokens when they came
-before is a draft of what follows now. A step takes a row's last token and its drafts side by side,
+A row's text often repeats its prompt or itself: what followed the last few tokens when they came
+before is a draft of what follows now (`jaxmoe.generation.lookup`). Or a head guesses
+(`jaxmoe.generation.head_drafts`). A step takes a row's last token and its drafts side by side,
 each as a single token of the row, and chooses a token after each of them with the random numbers of
 that place in the answer. While the chosen token is the draft that comes next, the choice after that
 one counts too. So the answer is the one without drafts, token for token; in bfloat16 but for the
@@ -12,16 +13,17 @@ before their position, or in a step that has written the position anew. In the r
 layer a draft overwrites a token of an earlier chunk, which no token of its own chunk sees: drafts
 end with the chunk.
 
-How many are worth while follows from how often a row's lookups were right, which each of its tokens
-shows, drafted or not, and from what a step costs by its size. They only fill lines of a step that
-the batch's rows leave empty: with all rows in work there are none.
+How many are worth while follows from how often earlier ones were right, which each token of an
+answer shows, drafted or not, and from what a step costs by its size. They only fill lines of a step
+that the batch's rows leave empty: with all rows in work there are none.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 from jaxmoe.config import Llama4Config
+from jaxmoe.errors import UserError
 from jaxmoe.generation.batches import Sizes
 from jaxmoe.generation.lookup import Lookup
 from jaxmoe.generation.rows import Row
@@ -29,6 +31,7 @@ from jaxmoe.model.kv_cache import cache_kinds
 from jaxmoe.model.kv_cache.ring import RingCache
 
 DRAFTS = {"cpu": 7}  # of a row in a step at most, by platform; elsewhere there is no measurement
+GUESSES = 3  # of a row's head, anywhere
 OVERHEAD = 3  # what a step costs beside its single tokens, each of which reads experts of its own
 WORTH = 1.1  # times more tokens for the cost of a step, for which its tokens are waited for
 
@@ -38,6 +41,58 @@ class Offer(NamedTuple):
 
     chance: float
     row: Row
+
+
+class Source(Protocol):
+    """What drafts are made of.
+
+    Attributes:
+        cost: what it costs on the devices, as a share of a step of single tokens.
+    """
+
+    cost: float
+
+    def drafts(self, row: Row, count: int) -> tuple[int, ...]:
+        """Up to `count` tokens that are likely to follow the row's last known one."""
+        ...
+
+    def expected(self, row: Row, count: int) -> int:
+        """How many of up to `count` there are likely to be once all tokens are known."""
+        ...
+
+    def chances(self, row: Row) -> Sequence[float]:
+        """How likely it is, for each number of drafts from 1 on, that all are right."""
+        ...
+
+    def rest(self) -> None:
+        """Counts a step for which the source was not asked."""
+        ...
+
+
+class PromptLookup:
+    """Drafts that followed the same tokens before."""
+
+    cost = 0.0
+
+    def __init__(self, most: int):
+        """Drafts for rows, `most` of a row at most."""
+        self._most = most
+
+    def drafts(self, row: Row, count: int) -> tuple[int, ...]:
+        """What followed the row's last tokens when they came before."""
+        lookup = _lookup_of(row)
+        return lookup.drafts(count) if lookup.found else ()
+
+    def expected(self, row: Row, count: int) -> int:
+        """As many as there are now."""
+        return len(self.drafts(row, count))
+
+    def chances(self, row: Row) -> Sequence[float]:
+        """How likely it is, for each number of drafts from 1 on, that all are right."""
+        return [_lookup_of(row).right ** (n + 1) for n in range(self._most)]
+
+    def rest(self) -> None:
+        """Changes nothing."""
 
 
 class Drafter:
@@ -50,6 +105,7 @@ class Drafter:
         sizes: Sizes,
         after: int,
         allowed: Callable[[Row, Sequence[int]], int],
+        source: Source,
     ):
         """Drafts for the rows of an engine.
 
@@ -58,7 +114,9 @@ class Drafter:
             sizes: of steps.
             after: the position of each row's first token.
             allowed: how many of a row's drafts its grammar takes, from the first on.
+            source: of the drafts.
         """
+        self._source = source
         self._most, self._sizes, self._after, self._allowed = most, sizes.single, after, allowed
         self._vocab_size = config.vocab_size
         self._given: collections.Counter[Row] = collections.Counter()
@@ -94,44 +152,77 @@ class Drafter:
         rows = _single(groups)
         if not any(rows):
             return []
-        used = [len(of_group) for of_group in rows]
-        cost = {x: OVERHEAD + x * len(groups) for x in self._sizes if x >= max(used)}
-        best, taken = WORTH * sum(used) / next(iter(cost.values()), 1), []
+        return self._taken(
+            [len(of_group) for of_group in rows],
+            lambda: [self._offers(of_group, unread) for of_group in rows],
+        )
+
+    def _taken(
+        self, used: Sequence[int], offers_of: Callable[[], list[list[Offer]]]
+    ) -> list[Offer]:
+        """The offers of groups that a step takes, beside so many tokens of each.
+
+        Args:
+            offers_of: what each group has, the likeliest first; asked only if a step has room.
+        """
+        costs = {x: OVERHEAD + x * len(used) for x in self._sizes if x >= max(used)}
+        least = next(iter(costs.values()), 1)
+        best, taken = WORTH * sum(used) / least, []
 
         def most(size: int) -> int:
             return sum(min(size, count * (1 + self._most)) for count in used)
 
-        sizes = [size for size in cost if most(size) / cost[size] > best]
-        offers = [self._offers(of_group, unread) for of_group in rows] if sizes else []
+        costs = {size: cost + self._source.cost * least for size, cost in costs.items()}
+        sizes = [size for size, cost in costs.items() if most(size) / cost > best]
+        offers = offers_of() if sizes else []
         for size in sizes if any(offers) else ():
             pairs = zip(offers, used, strict=True)
             found = [offer for own, count in pairs for offer in own[: size - count]]
             tokens = sum(used) + sum(offer.chance for offer in found)
-            if tokens / cost[size] > best:
-                best, taken = tokens / cost[size], found
+            if tokens / costs[size] > best:
+                best, taken = tokens / costs[size], found
         return taken
+
+    def wants_source(self, groups: Sequence[Sequence[Row | None]]) -> bool:
+        """Whether drafts are likely to be worth while once all rows in work write."""
+        rows = [[row for row in of_group if row and row.request] for of_group in groups]
+        wanted = bool(any(rows)) and bool(
+            self._taken(
+                [len(of_group) for of_group in rows],
+                lambda: [self._chances(of_group, lambda row: self._most) for of_group in rows],
+            )
+        )
+        if not wanted:
+            self._source.rest()
+        return wanted
 
     def _offers(self, rows: Sequence[Row], unread: bool) -> list[Offer]:
         """The drafts that rows of a group may have, the likeliest first."""
 
-        def own(row: Row) -> Iterator[Offer]:
-            right = _lookup_of(row).right
-            for number in range(len(self._drafts(row))):
-                yield Offer(right ** (number + 1), row)
+        def count(row: Row) -> int:
+            if unread:
+                return self._source.expected(row, self._room(row))
+            return len(self._drafts(row))
 
-        able = (row for row in rows if _may_draft(row, unread))
-        found = [offer for row in able for offer in own(row)]
+        return self._chances([row for row in rows if _may_draft(row, unread)], count)
+
+    def _chances(self, rows: Sequence[Row], count: Callable[[Row], int]) -> list[Offer]:
+        """Offers of so many drafts of each row, the likeliest first."""
+        found = [Offer(x, row) for row in rows for x in self._source.chances(row)[: count(row)]]
         return sorted(found, key=lambda offer: -offer.chance)
 
-    def _drafts(self, row: Row) -> tuple[int, ...]:
-        """What is likely to follow, as far as the row has room for it."""
-        lookup = _lookup_of(row)
-        if row.request is None or not lookup.found:
-            return ()
+    def _room(self, row: Row) -> int:
+        """How many drafts the row has room for."""
+        if row.request is None:
+            return 0
         position = self._after + row.fed
         room = [self._most, row.request.max_new_tokens - row.written - 1]
         room += [span - 1 - position % span for span in self._spans]
-        drafts = lookup.drafts(max(0, min(room)))
+        return max(0, min(room))
+
+    def _drafts(self, row: Row) -> tuple[int, ...]:
+        """What is likely to follow, as far as the row has room for it."""
+        drafts = self._source.drafts(row, self._room(row))
         known = [token < self._vocab_size for token in drafts]  # others stand for pictures
         return drafts[: known.index(False) if False in known else len(known)]
 
@@ -164,13 +255,22 @@ def _may_draft(row: Row, unread: bool) -> bool:
     return unread or row.known == row.written
 
 
-def drafts_for(config: Llama4Config, platform: str, wanted: int | None) -> int:
+def drafts_for(
+    config: Llama4Config, platform: str, wanted: int | None, has_head: bool = False
+) -> int:
     """How many drafts a row has at most.
 
     None on TPUs, whose kernels write one token to a page in a step, and with sliding windows, of
     which a draft would overwrite a token that is still seen.
+
+    Raises:
+        UserError: if there is a head, which cannot draft there.
     """
     rings = (kind.mask for kind in cache_kinds(config) if isinstance(kind, RingCache))
     if platform == "tpu" or not all(mask.block_diagonal for mask in rings):
+        if has_head:
+            raise UserError(f"this model has no drafts on {platform}; leave the head out.")
         return 0
-    return DRAFTS.get(platform, 0) if wanted is None else wanted
+    if wanted is None:
+        return GUESSES if has_head else DRAFTS.get(platform, 0)
+    return wanted

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.checkpoint.heads import Head
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.batches import Batch, Sizes, overhead_of
@@ -24,9 +25,10 @@ from jaxmoe.generation.choices import (
 from jaxmoe.generation.completion import Completion, CompletionToken
 from jaxmoe.generation.counts import counts_of_prompt, new_counts
 from jaxmoe.generation.document import Document, check_adapters
-from jaxmoe.generation.drafts import Drafter, drafts_for
+from jaxmoe.generation.drafts import Drafter, PromptLookup, drafts_for
 from jaxmoe.generation.features import FeatureTable, References, without_references
 from jaxmoe.generation.grammar import GrammarCompiler
+from jaxmoe.generation.head_drafts import HeadDrafts
 from jaxmoe.generation.pool import HOLDERS, free_pages, lay_out, layout_of, new_cache, widen
 from jaxmoe.generation.prefixes import find_prefixes
 from jaxmoe.generation.request import ERROR, Request, Token, check_room, fit_context, given_sampling
@@ -34,8 +36,7 @@ from jaxmoe.generation.rows import Row
 from jaxmoe.generation.sampler import Chosen
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling
 from jaxmoe.generation.scheduler import Scheduler
-from jaxmoe.generation.step_results import Scored, Unread, logprobs_of, pairs, prompt_logprobs
-from jaxmoe.generation.vocab_logprobs import Logprobs
+from jaxmoe.generation.step_results import Unread, logprobs_of, push_scores, score
 from jaxmoe.model import transformer
 from jaxmoe.model.adapters import adapter_names, one_adapter
 from jaxmoe.model.kv_cache import capacity_of, fork_row
@@ -61,6 +62,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     features: FeatureTable | None = None,
     drafts: int | None = None,
+    head: Head | None = None,
     forward: Callable = transformer.forward,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[CompletionToken]:
@@ -83,9 +85,10 @@ def generate(
         tokenizer: makes text of the answers; needed for stop strings and grammars.
         features: of images that were computed before; default: an empty table.
         drafts: tokens that a row tries beside its last one in a step, at most, if they followed the
-            same text before (`jaxmoe.generation.drafts`); the answers are the same, as with other
-            `rows`: in bfloat16 but for rounding. 0 for none; default: 7 on CPUs, as far as steps
-            stay as large as `rows` makes them, else none.
+            same text before or a head guesses them (`jaxmoe.generation.drafts`); the answers are
+            the same, as with other `rows`: in bfloat16 but for rounding. 0 for none; default: 3
+            with a head; without, 7 on CPUs as far as steps stay as large as `rows` makes them.
+        head: an EAGLE-3 head of this model on the same mesh (`jaxmoe.checkpoint.heads`).
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
         stop: asked once before each step whether to end early, with requests unanswered; on several
             processes it says the same on all.
@@ -93,8 +96,8 @@ def generate(
     Raises:
         UserError: for an empty prompt, one that leaves no room in the context, a token that is not
             in the vocabulary, no rows, an unknown `kv`, a request that the cache cannot hold, an
-            adapter that the model or the document has not, or stop strings or a grammar without a
-            tokenizer.
+            adapter that the model or the document has not, stop strings or a grammar without a
+            tokenizer, or a head where there are no drafts.
     """
     after = 0 if document is None else document.length
     own = (dataclasses.replace(r, sampling=r.sampling or sampling) for r in requests)
@@ -118,6 +121,7 @@ def generate(
         tokenizer=tokenizer,
         features=features,
         drafts=drafts,
+        head=head,
         forward=forward,
     ).run(stop)
 
@@ -130,6 +134,7 @@ class Engine:
         slots: tokens that the steps so far have computed, padding included.
         tokens: of these, how many were no padding.
         steps: how many there were.
+        head: its head beside it; None without one.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         features: FeatureTable | None = None,
         drafts: int | None = None,
+        head: Head | None = None,
         forward: Callable = transformer.forward,
         grows: bool = False,
     ):
@@ -161,7 +167,8 @@ class Engine:
         self._stop_ids = tuple(config.eos_token_ids if stop_ids is None else stop_ids)
         self._tokenizer, self._forward, self._features = tokenizer, forward, features
         self._references: References | None = None
-        asked, drafts = drafts or 0, drafts_for(config, jax.default_backend(), drafts)
+        platform, asked = jax.default_backend(), drafts or 0
+        drafts = drafts_for(config, platform, drafts, head is not None)
         self._choices = Choices(config.vocab_size, self._stop_ids, drafts)
         self._completions: dict[Row, Completion] = {}
         self._every, self._adapters, self._document = params, adapter_names(params), document
@@ -178,7 +185,15 @@ class Engine:
             layout = lay_out(rows, HOLDERS) if grows else layout_of(config, rows, requests)
             dtype = kv or params["embed"].dtype
             self.cache = new_cache(config, dtype, layout, requests, prefixes, cache_tokens)
-        sizes = Sizes(layout.rows, step_tokens, overhead_of(jax.default_backend()), asked)
+        sizes = Sizes(layout.rows, step_tokens, overhead_of(platform), drafts if head else asked)
+        self.head = None
+        if head is not None and drafts:
+            room = capacity_of(self.cache) - after, max(sizes.packed, default=1)
+            self.head = HeadDrafts(config, params, head, layout, *room, drafts)
+        self._sizes, drafter = sizes, None
+        if drafts:
+            source = self.head or PromptLookup(drafts)
+            drafter = Drafter(config, drafts, sizes, after, self._allowed, source)
         self._scheduler = Scheduler(
             free_pages(config, self.cache, layout, after),
             layout.rows,
@@ -187,7 +202,7 @@ class Engine:
             padding=config.pad_token_id % config.vocab_size,
             after=after,
             adapters=self._adapters,
-            drafter=Drafter(config, drafts, sizes, after, self._allowed) if drafts else None,
+            drafter=drafter,
         )
         self._scheduler.add(requests, prefixes)
         self._state = State(jnp.zeros((layout.groups, layout.rows), jnp.int32), None)
@@ -273,14 +288,19 @@ class Engine:
         forks, batch = self._scheduler.next_batch()
         for fork in forks:
             self.cache = fork_row(self._config, self.cache, *fork)
+            if self.head is not None:
+                self.head.fork(fork.source, fork.target)
         if batch is None:
             return None
+        head, layer_ids = self.head, ()
+        if head is not None and self._scheduler.wants_guesses():
+            layer_ids = head.layer_ids
         inputs, features = batch.inputs, None
         if self._references is not None:
             in_numpy: Any = inputs.tokens
             placed: tuple[Any, Any] = self._references.place(in_numpy)
             inputs, features = inputs._replace(tokens=placed[0]), placed[1]
-        (chosen_from, hidden), cache = step(
+        (hidden, states), cache = step(
             self._config,
             self._params,
             inputs,
@@ -293,13 +313,16 @@ class Engine:
             features=features,
             adapter=batch.adapter if self._chooses else None,
             forward=self._forward,
+            states=layer_ids,
         )
         assert cache is not None
         self.cache = cache
-        chosen = self._choose(batch, chosen_from) if batch.writers else None
+        chosen = self._choose(batch, hidden.chosen) if batch.writers else None
+        guesses = head.follow(batch, states, chosen, self._sizes.single) if head else None
         self.steps, self.slots = self.steps + 1, self.slots + batch.inputs.tokens.size
         self.tokens += batch.real
-        return Unread(batch, chosen, *self._score(batch, hidden))
+        about = self._config, self._params, self._choices.prompt_top, self._completion_of
+        return Unread(batch, chosen, guesses, *score(*about, batch, hidden.all))
 
     def _choose(self, batch: Batch, hidden: jax.Array) -> Chosen:
         """Starts to choose the next tokens of a step."""
@@ -331,28 +354,10 @@ class Engine:
         counts = counts_of_prompt(self._state.counts, number, prompt)
         self._state = self._state._replace(counts=counts)
 
-    def _score(self, batch: Batch, hidden: jax.Array) -> tuple[list[Scored], Logprobs | None]:
-        """Starts to compute the log-probabilities of prompts' tokens that are asked for."""
-        targets, scored = np.full(batch.inputs.tokens.size, NO_TOKEN, np.int32), []
-        for row, start, first, count in batch.read:
-            if row.request is None or given_sampling(row.request).prompt_logprobs is None:
-                continue
-            following = row.tokens[first + 1 : first + 1 + count]
-            following = without_references(self._config, following)
-            targets[start : start + len(following)] = following
-            scored.append(Scored(self._completion_of(row), start, len(following)))
-        if not scored:
-            return [], None
-        top = self._choices.prompt_top
-        return scored, prompt_logprobs(self._config, self._params, hidden, targets, top)
-
     def _read(self, unread: Unread) -> Iterator[CompletionToken]:
         """The tokens of a step that its requests still wanted."""
-        chosen, logprobs = jax.tree.map(np.asarray, (unread.chosen, unread.logprobs))
-        for completion, start, count in unread.scored:
-            part = slice(start, start + count)
-            tops = map(pairs, logprobs.top_ids[part], logprobs.top_logprobs[part])
-            completion.push_prompt(logprobs.logprob[part].tolist(), list(tops))
+        chosen = jax.tree.map(np.asarray, unread.chosen)
+        push_scores(unread)
         most = unread.batch.slots.shape[1]
         for group, slot, row, written in unread.batch.writers:
             completion = self._completions.get(row)
@@ -364,6 +369,8 @@ class Engine:
                 continue  # it comes after a draft that is refused
             completion.accepted += int(draft != NO_TOKEN)
             row.seen(int(chosen.token[i]), written)
+            if self.head is not None:
+                self.head.seen(row, int(chosen.token[i]), unread.guesses, draft != NO_TOKEN)
             if self._references is not None:
                 completion.failure = self._references.lost(completion.request.pictures)
             text = completion.push(int(chosen.token[i]), *logprobs_of(chosen, i))
@@ -373,6 +380,8 @@ class Engine:
                 if self._references is not None:
                     self._references.release(completion.request.pictures)
             yield CompletionToken(completion, int(chosen.token[i]), text)
+        if self.head is not None and unread.guesses is not None:
+            self.head.take(unread.guesses)
 
     def _allowed(self, row: Row, drafts: Sequence[int]) -> int:
         """How many drafts of a row its grammar takes."""

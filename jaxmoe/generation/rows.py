@@ -21,6 +21,9 @@ class Row:
         answer: those of them that the host has seen.
         drafts: tokens that are likely to follow, for the next step.
         lookup: what drafts are made of; None if the row has had no turn for any.
+        guesses: a head's, of the tokens after those that the host has seen.
+        head_places: tokens that the head's sequence of the row has.
+        head_linked: whether the head has the target's hidden states of the last token fed.
         turn: how many rows were begun before.
         waits: whether each token of the answer has to be seen before the next is asked for.
         fresh: whether the cache still has to be emptied for it.
@@ -43,6 +46,14 @@ class Row:
     answer: list[int] = dataclasses.field(default_factory=list)
     drafts: tuple[int, ...] = ()
     lookup: Lookup | None = None
+    guesses: tuple[int, ...] = ()
+    head_places: int = 0
+    head_linked: bool = False
+
+    def __post_init__(self):
+        if self.parent is not None:
+            self.head_places = self.parent.head_places
+            self.head_linked = self.parent.head_linked
 
     @property
     def known(self) -> int:

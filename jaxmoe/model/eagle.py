@@ -28,9 +28,14 @@ from jaxmoe.model.params import map_arrays, swiglu_specs
 from jaxmoe.model.sequence import NewTokens, gather
 from pallas_kernels.attention import Coords, flash_attention
 
+_CACHE = (None, "kv_heads", None, None)  # the logical axes of keys and values
+
 
 class DraftCache(NamedTuple):
-    """Keys and values of a head, one sequence a row; the token at position p has the place p."""
+    """Keys and values of a head, one sequence a row; the token at position p has the place p.
+
+    Devices that divide the batch have all rows, so that any rows can be gone on with.
+    """
 
     k: Float[Array, "B K T d"]
     v: Float[Array, "B K T d"]
@@ -99,8 +104,7 @@ def abstract_eagle(config: EagleConfig, mesh: jax.sharding.Mesh, dtype: Any) -> 
 def init_draft_cache(config: EagleConfig, rows: int, places: int, dtype: Any) -> DraftCache:
     """A cache of zeros for sequences of up to `places` tokens."""
     shape = rows, config.num_key_value_heads, places, config.head_dim
-    axes = ("batch", "kv_heads", None, None)
-    return DraftCache(*(meshes.constrain(jnp.zeros(shape, dtype), *axes) for _ in range(2)))
+    return DraftCache(*(meshes.constrain(jnp.zeros(shape, dtype), *_CACHE) for _ in range(2)))
 
 
 def at_use(config: EagleConfig, params: dict) -> dict:
@@ -125,6 +129,7 @@ def eagle_pass(
     positions: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
     cache: DraftCache | None = None,
+    rows: Int[Array, "B"] | None = None,
 ) -> PassOutput:
     """One pass of the head at new places, after those that `cache` holds.
 
@@ -136,7 +141,9 @@ def eagle_pass(
         segment_ids: which sequence a place belongs to; 0 is padding. With a cache, all that are
             not 0 belong to the sequence of the row.
         cache: of one sequence a row. New keys replace those of the same positions; earlier
-            positions are there, and later ones are not seen.
+            positions are there, and later ones are not seen; a position beyond the cache's places
+            leaves nothing in it.
+        rows: the cache's row of each sequence; default: the first is the first's, and so on.
     """
     params = at_use(config, params)
     x, residual = pass_input(config, params, embedded, hidden)
@@ -145,11 +152,12 @@ def eagle_pass(
     if cache is None:
         out, _ = attend(config, q, k, v, coords, coords)
     else:
-        cache = _written(cache, k, v, coords)
-        rows, places = len(q), cache.k.shape[2]
-        place = jnp.broadcast_to(jnp.arange(places, dtype=positions.dtype), (rows, places))
+        cache = _written(cache, k, v, coords, jnp.arange(len(q)) if rows is None else rows)
+        count, places = len(q), cache.k.shape[2]
+        place = jnp.broadcast_to(jnp.arange(places, dtype=positions.dtype), (count, places))
         whole = Coords(positions, jnp.minimum(segment_ids, 1))
-        out, _ = attend(config, q, *cache, whole, Coords(place, jnp.ones_like(place)))
+        own = cache if rows is None else DraftCache(cache.k[rows], cache.v[rows])
+        out, _ = attend(config, q, *own, whole, Coords(place, jnp.ones_like(place)))
     return PassOutput(pass_output(config, params, residual, out), cache)
 
 
@@ -185,16 +193,16 @@ def rotate_halves(
     return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1).astype(x.dtype)
 
 
-def _written(cache: DraftCache, k, v, coords: Coords) -> DraftCache:
+def _written(cache: DraftCache, k, v, coords: Coords, rows: Int[Array, "B"]) -> DraftCache:
     """The cache with new keys and values [B, K, S, d] at their positions; padding has none."""
     places = cache.k.shape[2]
     place = jnp.where(coords.segment != 0, coords.position, places)
-    row = jnp.arange(len(place))[:, None]
+    row = rows[:, None]
 
     def put(old, new):
         new = jnp.swapaxes(new, 1, 2).astype(old.dtype)  # [B, S, K, d], as the indices lie
         old = old.at[row, :, place].set(new, mode="drop")
-        return meshes.constrain(old, "batch", "kv_heads", None, None)
+        return meshes.constrain(old, *_CACHE)
 
     return DraftCache(put(cache.k, k), put(cache.v, v))
 

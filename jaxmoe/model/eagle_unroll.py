@@ -7,6 +7,7 @@ section 3.2).
 Shape letters: as in `jaxmoe.model.eagle`; N drafted tokens.
 """
 
+import functools
 from typing import NamedTuple, cast
 
 import jax.numpy as jnp
@@ -56,6 +57,7 @@ def draft_chain(
     real: Int[Array, "B S"],
     cache: DraftCache,
     count: int,
+    rows: Int[Array, "B"] | None = None,
 ) -> Chain:
     """Reads what the target has read since the last chain, then guesses `count` tokens.
 
@@ -66,12 +68,15 @@ def draft_chain(
         tokens: the token after each place.
         states: the target's hidden states at each place.
         positions: of the places.
-        real: 1, or 0 for padding, which ends a row; each row has a place.
+        real: 1, or 0 for padding, which ends a row. A row without any has positions beyond the
+            cache's places, and its chain means nothing.
         cache: what earlier chains left; it has room up to the last position plus `count`.
         count: 1 or more; static.
+        rows: as for `eagle_pass`.
     """
+    run = functools.partial(eagle_pass, config, params, rows=rows)
     hidden = fuse_states(config, params, states)
-    out = eagle_pass(config, params, embed(table, tokens), hidden, positions, real, cache)
+    out = run(embed(table, tokens), hidden, positions, real, cache)
     last = jnp.sum(real, axis=1, keepdims=True) - 1
     last_hidden = jnp.take_along_axis(out.hidden, last[..., None], axis=1)
     position = jnp.take_along_axis(positions, last, axis=1)
@@ -83,7 +88,7 @@ def draft_chain(
     def step(carry, _):
         token, hidden, position, cache = carry
         embedded = embed(table, token[:, None])
-        out = eagle_pass(config, params, embedded, hidden, position, jnp.ones_like(position), cache)
+        out = run(embedded, hidden, position, jnp.ones_like(position), cache)
         token, logits = guess(out.hidden)
         return (token, out.hidden, position + 1, out.cache), (token, logits)
 

@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "readout", "forward"),
+    static_argnames=("config", "readout", "forward", "states"),
     donate_argnames="cache",
     compiler_options=KEEP_ROUNDINGS,
 )
@@ -62,6 +62,7 @@ def step(
     features: Float[Array, "N D"] | None = None,
     adapter: Int[Array, "B S"] | None = None,
     forward: Callable = transformer.forward,
+    states: tuple[int, ...] = (),
 ) -> tuple[Any, Cache | None]:
     """Runs the decoder on new tokens, in one compiled program with what is read out of it.
 
@@ -82,6 +83,7 @@ def step(
         adapter: each token's, of the model's adapters (`jaxmoe.model.lora.LoraSet`) from 1 on; 0
             for none.
         forward: `jaxmoe.forward`, or a fork's function of the same arguments.
+        states: as for `forward`; `readout` is given them as its last argument.
 
     Returns:
         What `readout` returns, and the cache with the new tokens.
@@ -98,9 +100,12 @@ def step(
         options["packing"] = packing
         if previous is not None:
             tokens = _with_previous(tokens, packing.row, previous)
+    if states:
+        options["states"] = states
     own = params if adapter is None else with_index(params, adapter)
     out = forward(config, own, tokens, positions, segment_ids, cache, **options)
-    return readout(config, params, out.hidden, *arguments), out.cache
+    read = *arguments, *([out.states] if states else [])
+    return readout(config, params, out.hidden, *read), out.cache
 
 
 def _with_previous(tokens: Int[Array, "L S"], row: Int[Array, "L S"], previous) -> jax.Array:
