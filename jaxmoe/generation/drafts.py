@@ -20,7 +20,7 @@ that the batch's rows leave empty: with all rows in work there are none.
 
 import collections
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
@@ -43,6 +43,7 @@ class Offer(NamedTuple):
     row: Row
 
 
+@runtime_checkable
 class Source(Protocol):
     """What drafts are made of.
 
@@ -183,9 +184,13 @@ class Drafter:
                 best, taken = tokens / costs[size], found
         return taken
 
-    def wants_source(self, groups: Sequence[Sequence[Row | None]]) -> bool:
-        """Whether drafts are likely to be worth while once all rows in work write."""
-        rows = [[row for row in of_group if row and row.request] for of_group in groups]
+    def wants_source(self, groups: Sequence[Sequence[Row | None]], reading: set[Row]) -> bool:
+        """Whether drafts are likely to be worth while once all rows in work write.
+
+        Args:
+            reading: rows that the step feeds prompts or prefixes.
+        """
+        rows = [[x for x in of_group if x and (x.request or x in reading)] for of_group in groups]
         wanted = bool(any(rows)) and bool(
             self._taken(
                 [len(of_group) for of_group in rows],

@@ -293,7 +293,7 @@ class Engine:
         if batch is None:
             return None
         head, layer_ids = self.head, ()
-        if head is not None and self._scheduler.wants_guesses():
+        if head is not None and self._scheduler.wants_guesses(batch):
             layer_ids = head.layer_ids
         inputs, features = batch.inputs, None
         if self._references is not None:
@@ -363,7 +363,7 @@ class Engine:
             completion = self._completions.get(row)
             if completion is None:
                 continue  # it has ended, and this token was in vain
-            draft, i = unread.batch.drafts[group, slot], group * most + slot
+            draft, i = int(unread.batch.drafts[group, slot]), group * most + slot
             completion.drafted += int(draft != NO_TOKEN)
             if written != row.known or draft not in (NO_TOKEN, chosen.token[i - 1]):
                 continue  # it comes after a draft that is refused

@@ -38,6 +38,7 @@ from jaxmoe.model.eagle_unroll import draft_chain
 from jaxmoe.model.embedding import embed
 
 PLACES = 8192  # tokens of a row that the head remembers, at most; heads are trained with fewer
+GUESS = 1.0  # what one costs, in layers of the target
 UNKNOWN, RATE = 0.5, 0.02  # share of guesses that are right: at first, and how fast it follows
 DRIFT = 0.002  # the same while nothing is guessed, back to what it was at first
 LOW, ENOUGH = 0.1, 200  # share of first guesses, of so many, below which something is wrong
@@ -103,7 +104,7 @@ class HeadDrafts:
         self._memory = Memory(cache, last)
         self.judged, self.right = [0] * count, [0] * count
         self._rates = [UNKNOWN] * count
-        self.cost = count / target.num_hidden_layers
+        self.cost = GUESS * count / target.num_hidden_layers
         self._warned = False
 
     @property
@@ -133,6 +134,7 @@ class HeadDrafts:
         """Takes what was guessed after a step's tokens, all of which are `seen`."""
         for row, found in zip(guesses.rows, np.asarray(guesses.tokens), strict=False):
             row.guesses = tuple(found.tolist())
+        self._warn_if_bad()
 
     def seen(self, row: Row, token: int, guesses: Guesses | None, after_draft: bool) -> None:
         """Judges the guess at a token of an answer that is known now.
@@ -151,7 +153,7 @@ class HeadDrafts:
         self.right[place] += right
         row.guesses = tuple(others) if right else ()
 
-    def warn_if_bad(self) -> None:
+    def _warn_if_bad(self) -> None:
         """Warns once if hardly a first guess is right."""
         judged, right = self.judged[0], self.right[0]
         if self._warned or judged < ENOUGH or right >= LOW * judged:
@@ -219,14 +221,17 @@ class HeadDrafts:
 
     def _guess(
         self, batch: Batch, chosen: Chosen, states: Float[Array, "B states"], sizes: Sequence[int]
-    ) -> Guesses:
+    ) -> Guesses | None:
         """Starts to guess what follows a step's tokens."""
         most = batch.slots.shape[1]
         places: dict[Row, list[int]] = {}
         number: dict[Row, int] = {}
         for group, slot, row, _ in batch.writers:
-            places.setdefault(row, []).append(group * most + slot)
-            number[row] = group * self._each + int(batch.targets[group, slot])
+            if not row.complete:
+                places.setdefault(row, []).append(group * most + slot)
+                number[row] = group * self._each + int(batch.targets[group, slot])
+        if not places:
+            return None
         width = 1 + self.count if any(len(x) > 1 for x in places.values()) else 1
         size = next((x for x in sizes if x >= len(places)), len(places))
         slots, columns = np.zeros((size, width), np.int32), np.zeros((3, size), np.int32)

@@ -151,10 +151,11 @@ class Scheduler:
         drafter, rows = self._drafter, [group.rows for group in self._groups]
         return drafter is not None and drafter.wants(rows)
 
-    def wants_guesses(self) -> bool:
-        """Whether guesses after the next step are likely to be worth what they cost."""
+    def wants_guesses(self, batch: Batch) -> bool:
+        """Whether guesses after a step, which is made, are likely to be worth what they cost."""
         drafter, rows = self._drafter, [group.rows for group in self._groups]
-        return drafter is not None and drafter.wants_source(rows)
+        reading = {row for row, *_ in batch.read}
+        return drafter is not None and drafter.wants_source(rows, reading)
 
     def release(self, row: Row) -> None:
         """Frees the row of an answer that needs no more tokens, if it is not free already."""
