@@ -27,6 +27,7 @@ from jaxmoe.benchmarks.timing import git_commit, today, versions, write_json
 from jaxmoe.benchmarks.workloads import WORKLOADS, requests_of
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.export import export
+from jaxmoe.checkpoint.heads import load_head
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.engine import STEP_TOKENS, Request, fit_context
@@ -73,6 +74,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--requests", type=int, metavar="N", help="default: the workload's own")
     parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, metavar="N")
     parser.add_argument("--drafts", type=int, metavar="N", help="default: as `jaxmoe generate`")
+    parser.add_argument("--head", metavar="FOLDER", help="an EAGLE-3 head of MODEL that drafts")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the figures")
 
 
@@ -102,6 +104,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} {number} is below 1.")
     if args.drafts is not None and args.drafts < 0:
         raise UserError(f"--drafts {args.drafts} is below 0.")
+    if args.head is not None and args.model is None:
+        raise UserError(f"--head {args.head} is of a model; name its checkpoint too.")
 
 
 def _load(folder: str | None) -> Model:
@@ -132,6 +136,7 @@ def _header(args: argparse.Namespace, model: Model) -> dict:
         "rounds": args.rounds,
         "step_tokens": args.step_tokens,
         "drafts": args.drafts,
+        "head": args.head is not None,
         "workloads": [],
     }
 
@@ -169,9 +174,12 @@ def _alternate(
         For each number of rows the figures of its first run, and its other runs; and what each run
         of transformers printed.
     """
+    head = None
+    if args.head is not None:
+        head = load_head(args.head, one_device(), model.config, jnp.float32)
 
     def run(rows: int) -> Run:
-        options = {"step_tokens": args.step_tokens, "drafts": args.drafts}
+        options = {"step_tokens": args.step_tokens, "drafts": args.drafts, "head": head}
         done = timed_run(model.config, model.params, requests, rows, **options)
         advance(1)
         return done

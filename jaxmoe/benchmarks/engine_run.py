@@ -1,11 +1,12 @@
 """One timed run of requests in the engine."""
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxmoe.config import Llama4Config
-from jaxmoe.generation.completion import CompletionToken
+from jaxmoe.generation.completion import Completion, CompletionToken
 from jaxmoe.generation.engine import Engine, Request, Unread
 
 
@@ -55,7 +56,7 @@ class Run(NamedTuple):
         after_admission: the same from when the request was given a row.
         host: as of `TimedEngine`.
         slots: as of `Engine`, and so are `tokens` and `steps`.
-        drafted: drafts that its steps have tried.
+        drafted: drafts that its steps have tried, first, second, ... after a row's last token.
         accepted: of these, how many were right.
     """
 
@@ -67,8 +68,8 @@ class Run(NamedTuple):
     slots: int
     tokens: int
     steps: int
-    drafted: int = 0
-    accepted: int = 0
+    drafted: list[int]
+    accepted: list[int]
 
 
 def timed_run(
@@ -77,17 +78,16 @@ def timed_run(
     """Runs requests that fit the context, to the last token that each asks for.
 
     Args:
-        options: `step_tokens` and `drafts` of the engine.
+        options: `step_tokens`, `drafts` and `head` of the engine.
     """
     begin = time.perf_counter()
     engine = TimedEngine(config, params, requests, rows=rows, stop_ids=(), **options)
     answers: dict[object, list[int]] = {request.id: [] for request in requests}
     first: dict[object, float] = {}
-    drafted = accepted = 0
+    done: list[Completion] = []
     for token in engine.run():
         if token.finish_reason:
-            drafted += token.completion.drafted
-            accepted += token.completion.accepted
+            done.append(token.completion)
         first.setdefault(token.request.id, time.perf_counter())
         answers[token.request.id].append(token.token)
     return Run(
@@ -99,6 +99,10 @@ def timed_run(
         engine.slots,
         engine.tokens,
         engine.steps,
-        drafted,
-        accepted,
+        _sums(completion.drafted for completion in done),
+        _sums(completion.accepted for completion in done),
     )
+
+
+def _sums(rows: Iterable[list[int]]) -> list[int]:
+    return [sum(column) for column in itertools.zip_longest(*rows, fillvalue=0)]

@@ -222,20 +222,21 @@ def engine_grid(figures: dict) -> Grid:
         if theirs:
             row = [f"{name}, transformers", f"{theirs['tokens_per_second']:,.1f}"]
             rows.append(row + [""] * 6)
-    names = ("tokens/s", "times faster", "first token s", "slots a token", "drafts right")
+    names = ("tokens/s", "times faster", "first token s", "slots a token", "drafts right by place")
     names += ("host ms a step",)
     return Grid(("case", *names, "programs"), rows)
 
 
 def _engine_row(workload: str, side: dict) -> list[str]:
     first = side["first_token_seconds"]
+    drafts = side.get("accepted", []), side.get("drafted", [])
     return [
         f"{workload}, {side['rows']} rows",
         f"{side['tokens_per_second']:,.1f}",
         f"{side['times_faster']:.1f}" if "times_faster" in side else "",
         f"{first['median']:.2f} ({first['p90']:.2f})",
         f"{side['slots_a_token']:.2f}",
-        f"{side['accepted'] / side['drafted']:.0%}" if side.get("drafted") else "",
+        ", ".join(f"{x / y:.0%}" for x, y in zip(*drafts, strict=True)),
         f"{1e3 * side['host_seconds_a_step']:.1f}",
         str(side["step_programs"]),
     ]

@@ -5,11 +5,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.heads import load_head, read_head_config
 from jaxmoe.checkpoint.peft import adapter_digest, read_adapter, read_adapters
 from jaxmoe.checkpoint.zarr.manifest import digest_of
 from jaxmoe.cli import devices, image_flags, sampling_flags
 from jaxmoe.config import Llama4Config
+from jaxmoe.eagle_config import check_target
 from jaxmoe.errors import UserError
 from jaxmoe.generation.checking import Checker
 from jaxmoe.generation.engine import STEP_TOKENS
@@ -62,6 +66,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "it may change answers by rounding. 0: none; default: on CPUs 7, as far as --rows leaves "
         "room, else none. Given, it also makes larger steps, which are compiled on the way",
     )
+    parser.add_argument(
+        "--head",
+        metavar="FOLDER",
+        help="an EAGLE-3 head that jaxmoe convert wrote with --target: it guesses 3 tokens, or "
+        "--drafts, in place of the row's own text",
+    )
     devices.add_flags(parser, named_adapters=True)
 
 
@@ -96,11 +106,18 @@ class Setting:
         given = self.model, self.tokenizer, self.sampling
         return Checker(*given, cache_tokens=cache_tokens, adapters=self.adapters, **document)
 
-    def options(self, args: argparse.Namespace) -> dict[str, Any]:
-        """The arguments of `generate` and `generate_from` that flags and checkpoint give."""
+    def options(self, args: argparse.Namespace, params: dict) -> dict[str, Any]:
+        """The arguments of `generate` and `generate_from` that flags and checkpoint give.
+
+        Args:
+            params: the model's, on the current mesh.
+        """
+        head, mesh = None, jax.sharding.get_mesh()
+        if args.head is not None:
+            head = load_head(args.head, mesh, self.model, params["embed"].dtype)
         names = ("rows", "kv", "step_tokens", "cache_tokens", "drafts")
         given = {name: getattr(args, name) for name in names}
-        return given | {"stop_ids": self.stop_ids, "tokenizer": self.tokenizer}
+        return given | {"stop_ids": self.stop_ids, "tokenizer": self.tokenizer, "head": head}
 
     def described(self, args: argparse.Namespace, document: str | None = None) -> list[Any]:
         """What `job_digest` hashes of it: models by their digests, and settings."""
@@ -117,10 +134,12 @@ def read_setting(args: argparse.Namespace, sampling: Sampling) -> Setting:
     """The setting that the flags and the checkpoint say.
 
     Raises:
-        UserError: if the checkpoint or an adapter cannot be used.
+        UserError: if the checkpoint, an adapter or a head cannot be used.
     """
     tokenizer = devices.tokenizer(args.checkpoint)
     model = store.read_config(args.checkpoint)
+    if args.head is not None:
+        check_target(read_head_config(args.head), model, args.head)
     adapters, images = _adapters(args, model), image_flags.settings_by(args, model)
     stop_ids = stop_ids_of(model, tokenizer)
     return Setting(model, tokenizer, sampling, stop_ids, adapters, images)

@@ -165,7 +165,7 @@ def _answer(args, mesh, setting: Setting, job: Job, stop) -> None:
             ended=advance,
             ends_with_errors=args.on_error == "stop",
         )
-        options = setting.options(args)
+        options = setting.options(args, params)
         stream = generate_from(config, params, feed.more, stop=feed.stops, **options)
         for record in _records(stream, setting):
             feed.take_in(record)

@@ -17,7 +17,7 @@ from jaxmoe.generation.completion import Completion
 from jaxmoe.generation.engine import generate
 from jaxmoe.generation.request import Request, expand
 from jaxmoe.generation.request_keys import check_samples
-from jaxmoe.generation.saved_document import document_adapter, document_length, load_document
+from jaxmoe.generation.saved_document import document_adapter, document_length, load_document_for
 from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.progress import byte_progress, task_progress
 
@@ -79,7 +79,7 @@ def main() -> None:
         text_only = not any(request.pictures for request in left)
         config, params = devices.load(args, mesh, text_only)
         with jax.set_mesh(mesh):
-            options = setting.options(args)
+            options = setting.options(args, params)
             options["document"] = _document(args, config, params, left) if after else None
             stream = generate(config, params, left, setting.sampling, stop=stop, **options)
             show = _show_progress if args.prompt is None else _stream_text
@@ -148,10 +148,9 @@ def _left(lines, answers: Answers | None) -> list[Request]:
 
 
 def _document(args, config, params, requests):
-    room, rows = max(request.length for request in requests), min(args.rows, len(requests))
     with byte_progress("Loading the document") as progress:
-        places = {"rows": rows, "adapter": requests[0].adapter}  # the checker has compared them
-        return load_document(args.document, config, params, room, progress, **places)
+        given = config, params, requests, args.rows, progress
+        return load_document_for(args.document, *given)
 
 
 def _stream_text(stream, requests, tokenizer, args):
@@ -216,8 +215,11 @@ def _drafts(completion: Completion) -> str:
     """How many drafts were right, and how many tokens a step wrote; nothing without drafts."""
     if not completion.drafted:
         return ""
-    each = completion.count / (completion.count - completion.accepted)
-    return f", {each:.1f} a step, {completion.accepted} of {completion.drafted} drafts right"
+    tried, right = sum(completion.drafted), sum(completion.accepted)
+    each = completion.count / (completion.count - right)
+    shares = zip(completion.accepted, completion.drafted, strict=True)
+    by_place = ", ".join(f"{one / all_:.0%}" for one, all_ in shares)
+    return f", {each:.1f} a step, {right} of {tried} drafts right (by place: {by_place})"
 
 
 def _show_progress(stream, requests, tokenizer, args):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.compilation import KEEP_ROUNDINGS
 from jaxmoe.config import Llama4Config
 from jaxmoe.generation.completion import Completion
-from jaxmoe.generation.counts import Counts, count
+from jaxmoe.generation.counts import Counts, count, counts_of_prompt
 from jaxmoe.generation.sampler import Bias, Choice, Chosen, Draws, Penalties, choose
 from jaxmoe.generation.sampling import NO_TOKEN, Sampling, request_hash
 from jaxmoe.mesh import on_all_devices
@@ -47,6 +47,12 @@ class State(NamedTuple):
 
     previous: Int[Array, "G R"]
     counts: Counts | None
+
+
+def start_counts(state: State, number: int, prompt: np.ndarray) -> State:
+    """The state with the tokens of a prompt in place of what a row, by its number, had."""
+    assert state.counts is not None
+    return state._replace(counts=counts_of_prompt(state.counts, number, prompt))
 
 
 class Writer(NamedTuple):

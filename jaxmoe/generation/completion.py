@@ -31,7 +31,7 @@ class Completion:
         stop_reason: the stop string or the token of `stop_ids` that ended the answer, or
             `REPETITION_DETECTED`; None if the model's own stop token or the length did.
         count: how many tokens were generated, those that are cut off included.
-        drafted: how many drafts the steps have tried.
+        drafted: how many drafts the steps have tried, first, second, ... after the last token.
         accepted: of these, how many were right.
     """
 
@@ -60,7 +60,9 @@ class Completion:
         self.finish_reason: str | None = None
         self.failure: str | None = None
         self.stop_reason: str | int | None = None
-        self.count = self.drafted = self.accepted = 0
+        self.count = 0
+        self.drafted: list[int] = []
+        self.accepted: list[int] = []
         self._end_ids = frozenset(() if sampling.ignore_eos else end_ids)
         self._text = _Text(tokenizer, sampling)
         self._tokenizer = tokenizer
@@ -69,6 +71,15 @@ class Completion:
         self._prompt_logprobs: list[Logprob] = []
         detection = sampling.repetition_detection
         self._repetition = RepetitionWatch(detection) if detection else None
+
+    def count_draft(self, place: int, right: bool) -> None:
+        """Counts a draft that a step has tried, by its place from 0 on; -1 for none."""
+        if place == len(self.drafted):
+            self.drafted.append(0)
+            self.accepted.append(0)
+        if place >= 0:
+            self.drafted[place] += 1
+            self.accepted[place] += right
 
     @property
     def text(self) -> str:

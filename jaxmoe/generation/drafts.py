@@ -269,8 +269,10 @@ def drafts_for(
     which a draft would overwrite a token that is still seen.
 
     Raises:
-        UserError: if there is a head, which cannot draft there.
+        UserError: for fewer than none, or if there is a head, which cannot draft there.
     """
+    if wanted is not None and wanted < 0:
+        raise UserError(f"drafts {wanted} is below 0.")
     rings = (kind.mask for kind in cache_kinds(config) if isinstance(kind, RingCache))
     if platform == "tpu" or not all(mask.block_diagonal for mask in rings):
         if has_head:

@@ -21,9 +21,10 @@ from jaxmoe.generation.choices import (
     choose_tokens,
     has_penalties,
     hidden_at,
+    start_counts,
 )
 from jaxmoe.generation.completion import Completion, CompletionToken
-from jaxmoe.generation.counts import counts_of_prompt, new_counts
+from jaxmoe.generation.counts import new_counts
 from jaxmoe.generation.document import Document, check_adapters
 from jaxmoe.generation.drafts import Drafter, PromptLookup, drafts_for
 from jaxmoe.generation.features import FeatureTable, References, without_references
@@ -94,18 +95,16 @@ def generate(
             processes it says the same on all.
 
     Raises:
-        UserError: for an empty prompt, one that leaves no room in the context, a token that is not
-            in the vocabulary, no rows, an unknown `kv`, a request that the cache cannot hold, an
-            adapter that the model or the document has not, stop strings or a grammar without a
-            tokenizer, or a head where there are no drafts.
+        UserError: for an empty prompt, one that leaves no room in the context, a token beyond the
+            vocabulary, no rows, an unknown `kv`, a request that the cache cannot hold, an adapter
+            that the model or the document has not, stop strings or a grammar without a tokenizer,
+            or a head where there are no drafts.
     """
     after = 0 if document is None else document.length
     own = (dataclasses.replace(r, sampling=r.sampling or sampling) for r in requests)
     fitting = [fit_context(config, request, after) for request in own]
     if rows < 1:
         raise UserError(f"rows {rows} is below 1.")
-    if drafts is not None and drafts < 0:
-        raise UserError(f"drafts {drafts} is below 0.")
     if not fitting:
         return iter(())
     return Engine(
@@ -158,9 +157,7 @@ class Engine:
     ):
         """Takes one or more requests that fit the context and have their sampling.
 
-        Other arguments are as for `generate`.
-
-        Args:
+        Args (others are as for `generate`):
             grows: whether more requests are to come, by `add`.
         """
         self._config = config
@@ -190,10 +187,8 @@ class Engine:
         if head is not None and drafts:
             room = capacity_of(self.cache) - after, max(sizes.packed, default=1)
             self.head = HeadDrafts(config, params, head, layout, *room, drafts)
-        self._sizes, drafter = sizes, None
-        if drafts:
-            source = self.head or PromptLookup(drafts)
-            drafter = Drafter(config, drafts, sizes, after, self._allowed, source)
+        self._sizes, source = sizes.single, self.head or PromptLookup(drafts)
+        drafter = Drafter(config, drafts, sizes, after, self._allowed, source) if drafts else None
         self._scheduler = Scheduler(
             free_pages(config, self.cache, layout, after),
             layout.rows,
@@ -292,9 +287,8 @@ class Engine:
                 self.head.fork(fork.source, fork.target)
         if batch is None:
             return None
-        head, layer_ids = self.head, ()
-        if head is not None and self._scheduler.wants_guesses(batch):
-            layer_ids = head.layer_ids
+        head = self.head
+        guesses = head is not None and self._scheduler.wants_guesses(batch)
         inputs, features = batch.inputs, None
         if self._references is not None:
             in_numpy: Any = inputs.tokens
@@ -313,12 +307,12 @@ class Engine:
             features=features,
             adapter=batch.adapter if self._chooses else None,
             forward=self._forward,
-            states=layer_ids,
+            states=head.layer_ids if head and guesses else (),
         )
         assert cache is not None
         self.cache = cache
         chosen = self._choose(batch, hidden.chosen) if batch.writers else None
-        guesses = head.follow(batch, states, chosen, self._sizes.single) if head else None
+        guesses = head.follow(batch, states, chosen, self._sizes) if head else None
         self.steps, self.slots = self.steps + 1, self.slots + batch.inputs.tokens.size
         self.tokens += batch.real
         about = self._config, self._params, self._choices.prompt_top, self._completion_of
@@ -333,7 +327,9 @@ class Engine:
             writer = Writer(self._completion_of(row), written, before)
             writers[group * most + slot] = writer
             if written == 0 and has_penalties(writer.sampling):
-                self._start_counts(group, int(batch.targets[group, slot]), row)
+                number = group * self._state.previous.shape[1] + int(batch.targets[group, slot])
+                prompt = without_references(self._config, row.tokens)
+                self._state = start_counts(self._state, number, prompt)
         choice, top = self._choices.of(writers)
         chosen, self._state = choose_tokens(
             self._config,
@@ -347,27 +343,21 @@ class Engine:
         )
         return chosen
 
-    def _start_counts(self, group: int, i: int, row: Row) -> None:
-        assert self._state.counts is not None
-        prompt = without_references(self._config, row.tokens)
-        number = group * self._state.previous.shape[1] + i
-        counts = counts_of_prompt(self._state.counts, number, prompt)
-        self._state = self._state._replace(counts=counts)
-
     def _read(self, unread: Unread) -> Iterator[CompletionToken]:
         """The tokens of a step that its requests still wanted."""
         chosen = jax.tree.map(np.asarray, unread.chosen)
         push_scores(unread)
-        most = unread.batch.slots.shape[1]
+        most, place = unread.batch.slots.shape[1], -1
         for group, slot, row, written in unread.batch.writers:
             completion = self._completions.get(row)
             if completion is None:
                 continue  # it has ended, and this token was in vain
             draft, i = int(unread.batch.drafts[group, slot]), group * most + slot
-            completion.drafted += int(draft != NO_TOKEN)
-            if written != row.known or draft not in (NO_TOKEN, chosen.token[i - 1]):
+            place = place + 1 if draft != NO_TOKEN else -1
+            right = written == row.known and draft in (NO_TOKEN, chosen.token[i - 1])
+            completion.count_draft(place, right)
+            if not right:
                 continue  # it comes after a draft that is refused
-            completion.accepted += int(draft != NO_TOKEN)
             row.seen(int(chosen.token[i]), written)
             if self.head is not None:
                 self.head.seen(row, int(chosen.token[i]), unread.guesses, draft != NO_TOKEN)

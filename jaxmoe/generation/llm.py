@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from jaxmoe.checkpoint import store
+from jaxmoe.checkpoint.heads import Head, load_head
 from jaxmoe.checkpoint.peft import adapter_digest
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
 from jaxmoe.generation.background import Background
 from jaxmoe.generation.checking import Checker
 from jaxmoe.generation.completion import CompletionToken
-from jaxmoe.generation.document import Document
 from jaxmoe.generation.engine import STEP_TOKENS, generate
 from jaxmoe.generation.features import FeatureTable
 from jaxmoe.generation.jobs import Refusal
@@ -40,7 +40,7 @@ from jaxmoe.generation.results import (
     score_of,
 )
 from jaxmoe.generation.sampling import Sampling, sampling_of
-from jaxmoe.generation.saved_document import document_adapter, document_length, load_document
+from jaxmoe.generation.saved_document import document_adapter, document_length, load_document_for
 from jaxmoe.generation.turns import Turns
 from jaxmoe.generation_config import FILE, read_generation_config
 from jaxmoe.images import ImageSettings, PictureReader, read_image_settings
@@ -90,6 +90,7 @@ class LLM:
         cache_tokens: int | None = None,
         step_tokens: int = STEP_TOKENS,
         drafts: int | None = None,
+        head: str | Path | None = None,
         text_only: bool = False,
         adapter: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
@@ -104,6 +105,7 @@ class LLM:
                 parameter on one of them only, as far as the model's sizes allow (`default_mesh`).
             dtype: to compute in; default: as stored.
             rows, kv, cache_tokens, step_tokens, drafts, forward: as for `jaxmoe.generate`.
+            head: the folder of an EAGLE-3 head of this model that `jaxmoe convert` wrote.
             text_only: leaves a vision tower out.
             adapter, adapters: as for `jaxmoe.load`.
             progress: called after every array with the bytes done and the bytes in all.
@@ -120,7 +122,8 @@ class LLM:
         kept = {"text_only": text_only, "adapter": adapter, "adapters": adapters}
         config, params = store.load(checkpoint, placed, dtype, progress, **kept)
         engine = {"kv": kv, "cache_tokens": cache_tokens, "rows": rows, "forward": forward}
-        engine |= {"step_tokens": step_tokens, "drafts": drafts}
+        loaded = load_head(head, placed, config, dtype) if head is not None else None
+        engine |= {"step_tokens": step_tokens, "drafts": drafts, "head": loaded}
         self._set(config, params, tokenizer, sampling, **engine)
         self._adapters |= {
             name: adapter_digest(folder) for name, folder in (adapters or {}).items()
@@ -141,17 +144,18 @@ class LLM:
         cache_tokens: int | None = None,
         step_tokens: int = STEP_TOKENS,
         drafts: int | None = None,
+        head: Head | None = None,
         forward: Callable = transformer.forward,
     ) -> "LLM":
         """An LLM of what is loaded already, on the mesh that the parameters are laid out over.
 
         Args:
             sampling: where a call gives none; default: `Sampling()`.
-            rows, kv, cache_tokens, step_tokens, drafts, forward: as for `jaxmoe.generate`.
+            rows, kv, cache_tokens, step_tokens, drafts, head, forward: as for `jaxmoe.generate`.
         """
         self = cls.__new__(cls)
         engine = {"kv": kv, "cache_tokens": cache_tokens, "rows": rows, "forward": forward}
-        engine |= {"step_tokens": step_tokens, "drafts": drafts}
+        engine |= {"step_tokens": step_tokens, "drafts": drafts, "head": head}
         sampling = sampling or Sampling()
         self._set(config, params, tokenizer, sampling, **engine)
         return self
@@ -371,7 +375,9 @@ class LLM:
             return function()
 
     def _run(self, requests: list[Request], document) -> Iterator[CompletionToken]:
-        read = self._load_document(requests, document) if document and requests else None
+        read, rows = None, self._engine["rows"]
+        if document and requests:
+            read = load_document_for(document, self.config, self.params, requests, rows)
         return generate(
             self.config,
             self.params,
@@ -390,9 +396,3 @@ class LLM:
         if self._table is None or self._table.params is not self.params["vision"]:
             self._table = FeatureTable(self.config, self.params)
         return self._table
-
-    def _load_document(self, requests: list[Request], folder: str | Path) -> Document:
-        room = max(request.length for request in requests)
-        rows = min(self._engine["rows"], len(requests))
-        adapter = requests[0].adapter  # which all have, or the engine refuses them
-        return load_document(folder, self.config, self.params, room, rows=rows, adapter=adapter)

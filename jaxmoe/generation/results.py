@@ -29,7 +29,8 @@ class Result:
         prompt_logprobs: one for each of `prompt_tokens`, of which the first is None, if the
             sampling asks for them.
         usage: `prompt_tokens` and `completion_tokens`; those that were cut off count.
-        drafted, accepted: how many drafts its steps have tried, and how many were right.
+        drafted, accepted: how many drafts its steps have tried, first, second, ... after the last
+            token, and how many of these were right. Its tokens took as many steps fewer.
         error: why the prompt was refused, or the answer ended with an error; None if all is well.
         warning: that the answer ended before its grammar allowed it; None if all is well.
         record: all this as a line of output of `jaxmoe generate`, which JSON can hold.
@@ -47,8 +48,8 @@ class Result:
     error: str | None
     warning: str | None
     record: dict[str, Any] = dataclasses.field(repr=False, compare=False)
-    drafted: int = dataclasses.field(default=0, compare=False)
-    accepted: int = dataclasses.field(default=0, compare=False)
+    drafted: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    accepted: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
 
 def finished_result(completion: Completion) -> Result:
@@ -68,8 +69,8 @@ def finished_result(completion: Completion) -> Result:
         error=record.get("error"),
         warning=record.get("warning"),
         record=record,
-        drafted=completion.drafted,
-        accepted=completion.accepted,
+        drafted=tuple(completion.drafted),
+        accepted=tuple(completion.accepted),
     )
 
 

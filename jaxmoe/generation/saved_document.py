@@ -38,6 +38,7 @@ from jaxmoe.generation.document import (
 from jaxmoe.generation.document_files import Array, DocumentFiles
 from jaxmoe.generation.document_identity import check_same, model_identity, text_identity
 from jaxmoe.generation.features import with_pictures
+from jaxmoe.generation.request import Request
 from jaxmoe.images.picture import Picture
 from jaxmoe.mesh import current_mesh
 from jaxmoe.model.adapters import one_adapter
@@ -199,6 +200,23 @@ def load_document(
     room = rows * room + (rows - 1) * PAGE * slot_shards()  # each may begin within a page
     read = _restore(config, kv, found.open_array, length, room, rings=True, progress=progress)
     return read._replace(adapter=adapter)
+
+
+def load_document_for(
+    path: str | Path,
+    config: Llama4Config,
+    params: dict,
+    requests: Sequence[Request],
+    rows: int,
+    progress: store.Progress = store.no_progress,
+) -> Document:
+    """`load_document` with room for requests, of which up to `rows` are in work at once.
+
+    Their adapter is the first one's, which all have, or the engine refuses them.
+    """
+    room, rows = max(request.length for request in requests), min(rows, len(requests))
+    places = {"rows": rows, "adapter": requests[0].adapter}
+    return load_document(path, config, params, room, progress, **places)
 
 
 def _length(found: Finished) -> int:

@@ -155,10 +155,10 @@ def compare(
     expected, _ = answers_of(config, params, requests, **options | {"drafts": 0})
     found, _ = answers_of(config, params, requests, **{"drafts": 5} | options)
     check_same(found, expected, within)
-    assert all(x.drafted == x.accepted == 0 for x in expected.values())
+    assert not any(x.drafted or x.accepted for x in expected.values())
     return (
-        sum(x.accepted for x in found.values()),
-        sum(x.drafted for x in found.values()),
+        sum(sum(x.accepted) for x in found.values()),
+        sum(sum(x.drafted) for x in found.values()),
     )
 
 
@@ -246,7 +246,7 @@ def test_after_a_document(llm_model, spec):
                 stream = generate(config, params, requests, GREEDY, drafts=drafts, **options)
                 found.append({x.request.id: x.completion for x in stream if x.finish_reason})
             check_same(found[1], found[0])
-            right += sum(x.accepted for x in found[1].values())
+            right += sum(sum(x.accepted) for x in found[1].values())
     assert right
 
 
@@ -267,7 +267,7 @@ def test_about_pictures():
             for drafts in (0, 5)
         ]
     check_same(found[1], found[0])
-    assert sum(x.accepted for x in found[1].values())
+    assert sum(sum(x.accepted) for x in found[1].values())
 
 
 @pytest.mark.slow
@@ -309,8 +309,8 @@ def test_fewer_steps(llm_model):
     check_same(found, expected)
     assert found["a"].count == 60
     assert engine.steps < 60 / 2
-    assert found["a"].accepted > 30
-    assert found["a"].accepted + engine.steps >= 60
+    assert sum(found["a"].accepted) > 30
+    assert sum(found["a"].accepted) + engine.steps >= 60
 
 
 def test_no_drafts_where_all_rows_work(llm_model):
@@ -318,7 +318,7 @@ def test_no_drafts_where_all_rows_work(llm_model):
     requests = [Request(i, tuple(LETTERS), 30, sampling) for i in range(4)]
     with jax.set_mesh(one_device()):
         found, engine = answers_of(llm_model.config, llm_model.params, requests, drafts=3)
-    assert sum(x.drafted for x in found.values()) == 0
+    assert sum(sum(x.drafted) for x in found.values()) == 0
     assert engine.steps <= 32
 
 
