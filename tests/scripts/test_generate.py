@@ -161,6 +161,7 @@ def test_several_answers_are_printed_whole_and_in_order(checkpoint, tokenizer, t
     [
         (["--logprobs", 1], ["--logprobs", "--output"]),
         (["--n", 0], ["--n 0"]),
+        (["--head", "nowhere"], ["nowhere"]),
         (["--n", 2, "--temperature", 0], ["equal answers"]),
         (["--min-p", 2], ["min_p 2.0"]),
         (["--stop", ""], ["stop holds ''"]),

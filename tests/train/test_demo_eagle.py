@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from demo.eagle.make_head import COUNT, TEMPERATURES, snippet, with_numbers
+from jaxmoe import LLM
 from jaxmoe.checkpoint import store
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.checkpoint.heads import convert_head, load_head
-from jaxmoe.cli import devices
+from jaxmoe.cli import devices, generate
 from jaxmoe.cli import evaluate as command
+from jaxmoe.errors import UserError
 from jaxmoe.eval.drafts import LOW, measure
+from jaxmoe.generation.sampling import Sampling
 from tests.conftest import one_device
-from tests.scripts import together
+from tests.scripts import succeeds, together
 
 ROOT = Path(__file__).parents[2]
 EAGLE = ROOT / "demo" / "eagle"
@@ -41,6 +44,33 @@ def test_the_snippet_is_drafted_as_the_metrics_say(folders, monkeypatch):
         found = measure(config, params, head, snippet(), TEMPERATURES, COUNT)
     for one, known in zip(found, METRICS["snippet"], strict=True):
         np.testing.assert_allclose(one.accepted, known["accepted"], atol=2e-3)
+
+
+@pytest.mark.slow
+def test_it_drafts_what_the_demo_model_says(folders, monkeypatch):
+    """The same text in fewer steps, by the function and by the command."""
+    monkeypatch.setattr("jaxmoe.generation.drafts.OVERHEAD", 100)  # drafts are always worth while
+    prompt, sampling = "And it came to pass", Sampling(temperature=0.0, ignore_eos=True)
+    wanted = {"max_new_tokens": 80, "sampling": sampling}
+    options = {"dtype": "float32", "rows": 1}
+    (plain,) = LLM(folders / "model", drafts=0, **options).generate(prompt, **wanted)
+    (found,) = LLM(folders / "model", head=folders / "head", **options).generate(prompt, **wanted)
+    assert found.tokens == plain.tokens and plain.drafted == ()
+    assert len(found.drafted) == 3 and sum(found.accepted) > 30
+    flags = ["--prompt", prompt, "--max-new-tokens", 80, "--temperature", 0, "--ignore-eos"]
+    flags += ["--dtype", "float32", "--rows", 1, "--cpu-devices", 1]
+    flags += ["--head", folders / "head", "--drafts", 2]
+    text, _ = succeeds("generate.py", folders / "model", *flags)
+    assert text.rstrip("\n") == plain.text
+
+
+def test_heads_of_other_models_are_refused(folders, small, monkeypatch):
+    """Before the model is loaded."""
+    monkeypatch.setattr(devices, "start", lambda args: None)
+    command = ["generate", small.checkpoint, "--prompt", "a", "--head", folders / "head"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in command])
+    with pytest.raises(UserError, match="hidden_size 192, but its target has 64"):
+        generate.main()
 
 
 def test_the_head_is_small_and_its_numbers_are_in_the_readme():
