@@ -36,7 +36,8 @@ from tests.generate.test_drafts import (
     mesh_of,
 )
 
-MAPPING = eagle.head_config(vocab_size=260, draft_vocab_size=len(LETTERS))
+SIZES = {"vocab_size": 260, "num_key_value_heads": 4}
+MAPPING = eagle.head_config(**SIZES, draft_vocab_size=len(LETTERS))
 TENSORS = eagle.head_tensors(MAPPING, 7)
 # It guesses the letters that tests allow answers to have, so that some guesses are right.
 IDS = np.sort(LETTERS)
