@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxmoe.config import Llama4Config
-from jaxmoe.generation.batches import Sizes
+from jaxmoe.generation.batches import Sizes, line_of
 from jaxmoe.generation.lookup import Lookup
 from jaxmoe.generation.rows import Row
 from jaxmoe.model.kv_cache import cache_kinds
@@ -59,7 +59,7 @@ class Drafter:
             after: the position of each row's first token.
             allowed: how many of a row's drafts its grammar takes, from the first on.
         """
-        self._most, self._sizes, self._after, self._allowed = most, sizes.single, after, allowed
+        self._most, self._sizes, self._after, self._allowed = most, sizes.drafted, after, allowed
         self._vocab_size = config.vocab_size
         self._given: collections.Counter[Row] = collections.Counter()
         self._none = False
@@ -168,9 +168,10 @@ def drafts_for(config: Llama4Config, platform: str, wanted: int | None) -> int:
     """How many drafts a row has at most.
 
     None on TPUs, whose kernels write one token to a page in a step, and with sliding windows, of
-    which a draft would overwrite a token that is still seen.
+    which a draft would overwrite a token that is still seen. On GPUs no more than fill a line.
     """
     rings = (kind.mask for kind in cache_kinds(config) if isinstance(kind, RingCache))
     if platform == "tpu" or not all(mask.block_diagonal for mask in rings):
         return 0
-    return DRAFTS.get(platform, 0) if wanted is None else wanted
+    most, line = DRAFTS.get(platform, 0) if wanted is None else wanted, line_of(config, platform)
+    return most if line == 1 else min(most, line - 1)

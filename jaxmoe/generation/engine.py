@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generation.batches import Batch, Sizes, overhead_of
+from jaxmoe.generation.batches import Batch, sizes_for
 from jaxmoe.generation.choices import (
     Choices,
     State,
@@ -178,7 +178,7 @@ class Engine:
             layout = lay_out(rows, HOLDERS) if grows else layout_of(config, rows, requests)
             dtype = kv or params["embed"].dtype
             self.cache = new_cache(config, dtype, layout, requests, prefixes, cache_tokens)
-        sizes = Sizes(layout.rows, step_tokens, overhead_of(jax.default_backend()), asked)
+        sizes = sizes_for(config, jax.default_backend(), layout.rows, step_tokens, asked)
         self._scheduler = Scheduler(
             free_pages(config, self.cache, layout, after),
             layout.rows,
