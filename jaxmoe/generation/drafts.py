@@ -2,10 +2,10 @@
 
 A row's text often repeats its prompt or itself. What followed the last few tokens when they came
 before is a draft of what follows now. A step takes a row's last token and its drafts side by side,
-each as a single token of the row, and chooses a token after each of them with the random numbers of
-that place in the answer. While the chosen token is the draft that comes next, the choice after that
-one counts too. So the answer is the one without drafts, token for token; in bfloat16 but for the
-rounding of steps of another size.
+each as a single token of the row or all in one line (`line_of`), and chooses a token after each of
+them with the random numbers of that place in the answer. While the chosen token is the draft that
+comes next, the choice after that one counts too. So the answer is the one without drafts, token for
+token; in bfloat16 but for the rounding of steps of another size.
 
 A refused draft leaves its keys in the cache. They are never seen: every later query either comes
 before their position, or in a step that has written the position anew. In the ring of a chunked
@@ -13,8 +13,8 @@ layer a draft overwrites a token of an earlier chunk, which no token of its own 
 end with the chunk.
 
 How many are worth while follows from how often a row's lookups were right, which each of its tokens
-shows, drafted or not, and from what a step costs by its size. They only fill lines of a step that
-the batch's rows leave empty: with all rows in work there are none.
+shows, drafted or not, and from what a step costs by its size. They only fill what the batch's rows
+leave empty: of single tokens there are none with all rows in work, of lines what is left of each.
 """
 
 import collections
