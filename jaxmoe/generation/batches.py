@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmoe.config import Llama4Config
 from jaxmoe.generation.rows import Row
 from jaxmoe.generation.sampling import NO_TOKEN
+from jaxmoe.model.kv_cache.full import FEW_QUERIES
 from jaxmoe.model.packing import Packing
 from jaxmoe.model.steps import Inputs
+from pallas_kernels.attention.decode_config import MAX_COLUMNS
 
 MOST_PIECES = 32  # rows of a group that read in one step
 SMALLEST, SIZES = 16, 3  # of steps in which prompts are read
@@ -35,7 +38,7 @@ class Batch(NamedTuple):
         read: rows that read, the place of their first token among all of the step's, its index in
             their prompt, and how many there are.
         real: how many of the tokens are no padding.
-        adapter: [G, T], or [D, 1] of single tokens: the number of each token's adapter.
+        adapter: [G, T], or [D, S] of lines: the number of each token's adapter.
     """
 
     inputs: Inputs
@@ -60,38 +63,55 @@ def overhead_of(platform: str) -> int:
     return OVERHEAD.get(platform, READING_WEIGHTS)
 
 
+def line_of(config: Llama4Config, platform: str) -> int:
+    """How many tokens of a row share a line of a step with drafts.
+
+    A GPU reads the row's keys once for all of them, and what they leave empty costs nothing beside
+    reading weights. A CPU computes it.
+    """
+    group = config.num_attention_heads // config.num_key_value_heads
+    return FEW_QUERIES if platform == "gpu" and FEW_QUERIES * group <= MAX_COLUMNS else 1
+
+
 class Sizes:
     """The sizes that steps come in: few, since each is compiled.
 
     Attributes:
         rows: of a group.
-        single: tokens of a group where every row has one: 1, 4, 8, 16, ... up to all rows; beyond,
+        single: lines of a group where every row has one: 1, 4, 8, 16, ... up to all rows; beyond,
             where one row with all its drafts has more.
+        drafted: tokens of a group, drafts and those before them, among which steps are chosen.
         packed: tokens of a group where some rows have more, at most the budget.
+        line: tokens of a row, at most, that share a line of a step with drafts.
     """
 
-    def __init__(self, rows: int, budget: int, overhead: int, drafts: int = 0):
+    def __init__(self, rows: int, budget: int, overhead: int, drafts: int = 0, line: int = 1):
         """Sizes for so many rows of a group.
 
         Args:
             budget: tokens of a group; twice the rows, if that is more.
             overhead: what a step costs beside its tokens, in tokens.
-            drafts: of a row, for which steps may be larger than the rows make them.
+            drafts: of a row, for which steps may have more lines than the rows need.
+            line: as of `line_of`. If it is more than 1, no row has more drafts than fill a line.
         """
         powers = [1 << i for i in range(64) if i != 1]
         self.rows = rows
         self.single = [size for size in powers if size < rows] + [rows]
-        self.single += [size for size in powers if rows < size < 2 * (1 + drafts)]
+        few = (x for i in range(64) for x in (1 << i, 3 << i >> 1))  # 1, 2, 3, 4, 6, 8, 12, ...
+        self.drafted = [x for x in few if x <= rows * line]
+        if line == 1:
+            self.single += [size for size in powers if rows < size < 2 * (1 + drafts)]
+            self.drafted = self.single
         budget = max(budget, 2 * rows)
         packed = [budget // 4**i for i in range(SIZES)]
         self.packed = [x for x in packed if x >= min(SMALLEST, budget)]
-        self.overhead = overhead
+        self.overhead, self.line = overhead, line
 
     def choose(self, single: int, wanted: Sequence[int], packed: bool) -> int:
         """The size of a step with the least cost for each of its tokens.
 
         Args:
-            single: tokens of each group that have to be in the step, at most.
+            single: lines of each group that have to be in the step, at most.
             wanted: tokens of each group that may be.
             packed: whether a row has several of them.
         """
@@ -106,6 +126,11 @@ class Sizes:
     def cost(self, size: int, groups: int) -> int:
         """What a step costs, in tokens."""
         return self.overhead + size * groups
+
+
+def sizes_for(config: Llama4Config, platform: str, rows: int, budget: int, drafts: int) -> Sizes:
+    """The sizes of steps on a platform; other arguments as for `Sizes`."""
+    return Sizes(rows, budget, overhead_of(platform), drafts, line_of(config, platform))
 
 
 def share_out(pending: Sequence[int], left: int) -> list[int]:
@@ -134,12 +159,13 @@ def make_batch(
     pieces = [rows[:MOST_PIECES] for rows in pieces]
     if not any(placed):
         return None
-    most = max(sum(1 + len(row.drafts) for _, row in rows) for rows in single)
+    line = sizes.line if any(row.drafts for rows in single for _, row in rows) else 1
+    most = max(sum(-(-(1 + len(row.drafts)) // line) for _, row in rows) for rows in single)
     wanted = [len(s) + sum(r.pending for _, r in p) for s, p in zip(single, pieces, strict=True)]
-    width = sizes.choose(most, wanted, any(pieces))
+    width = line * sizes.choose(most, wanted, any(pieces))
     restart = np.array([row is None or row.fresh for rows in groups for row in rows])
     writing = min(width, sizes.rows) if any(pieces) else width
-    build = _Builder(len(groups), len(groups[0]), width, writing, padding)
+    build = _Builder(len(groups), len(groups[0]), width, writing, padding, line)
     for g, (ones, more) in enumerate(zip(single, pieces, strict=True)):
         for i, row in ones:
             build.put(g, i, row, 1, after, 0)
@@ -157,9 +183,10 @@ def _urgency(placed: Placed) -> tuple[bool, int]:
 
 
 class _Builder:
-    """Fills the arrays of a batch, token by token."""
+    """Fills the arrays of a batch, row by row."""
 
-    def __init__(self, groups: int, rows: int, width: int, most: int, padding: int):
+    def __init__(self, groups: int, rows: int, width: int, most: int, padding: int, line: int):
+        self.line, self.real = line, 0
         self.tokens = np.full((groups, width), padding, np.int32)
         self.positions, self.segments, self.row, self.adapter = np.zeros(
             (4, groups, width), np.int32
@@ -185,7 +212,8 @@ class _Builder:
         self.adapter[here] = row.adapter
         if piece:
             self.pieces[group, piece - 1] = i
-        self.used[group] += len(tokens)
+        self.used[group] += -(-len(tokens) // self.line) * self.line
+        self.real += len(tokens)
         if prompt:
             self.read.append((row, group * self.tokens.shape[1] + start, row.fed, count))
         if not row.feed(count):
@@ -202,7 +230,8 @@ class _Builder:
         arrays: Any = (self.tokens, self.positions, self.segments)
         where: Any = (self.row, self.single, self.pieces)
         if not packed:
-            arrays, where = [x.reshape(-1, 1) for x in arrays], [self.row.reshape(-1, 1)]
-        rest = self.slots, self.targets, self.writers, self.drafts, self.read, sum(self.used)
-        rest += (self.adapter if packed else self.adapter.reshape(-1, 1),)
+            lines = [x.reshape(-1, self.line) for x in (*arrays, self.row, self.adapter)]
+            arrays, where, self.adapter = lines[:3], lines[3:4], lines[4]
+        rest = self.slots, self.targets, self.writers, self.drafts, self.read, self.real
+        rest += (self.adapter,)
         return Batch(Inputs(*arrays), Packing(*where), restart, *rest)

@@ -3,10 +3,10 @@
 A row's text often repeats its prompt or itself: what followed the last few tokens when they came
 before is a draft of what follows now (`jaxmoe.generation.lookup`). Or a head guesses
 (`jaxmoe.generation.head_drafts`). A step takes a row's last token and its drafts side by side,
-each as a single token of the row, and chooses a token after each of them with the random numbers of
-that place in the answer. While the chosen token is the draft that comes next, the choice after that
-one counts too. So the answer is the one without drafts, token for token; in bfloat16 but for the
-rounding of steps of another size.
+each as a single token of the row or all in one line (`line_of`), and chooses a token after each of
+them with the random numbers of that place in the answer. While the chosen token is the draft that
+comes next, the choice after that one counts too. So the answer is the one without drafts, token for
+token; in bfloat16 but for the rounding of steps of another size.
 
 A refused draft leaves its keys in the cache. They are never seen: every later query either comes
 before their position, or in a step that has written the position anew. In the ring of a chunked
@@ -14,8 +14,9 @@ layer a draft overwrites a token of an earlier chunk, which no token of its own 
 end with the chunk.
 
 How many are worth while follows from how often earlier ones were right, which each token of an
-answer shows, drafted or not, and from what a step costs by its size. They only fill lines of a step
-that the batch's rows leave empty: with all rows in work there are none.
+answer shows, drafted or not, and from what a step costs by its size. They only fill what the
+batch's rows leave empty: of single tokens there are none with all rows in work, of lines what is
+left of each.
 """
 
 import collections
@@ -24,7 +25,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generation.batches import Sizes
+from jaxmoe.generation.batches import Sizes, line_of
 from jaxmoe.generation.lookup import Lookup
 from jaxmoe.generation.rows import Row
 from jaxmoe.model.kv_cache import cache_kinds
@@ -118,7 +119,7 @@ class Drafter:
             source: of the drafts.
         """
         self._source = source
-        self._most, self._sizes, self._after, self._allowed = most, sizes.single, after, allowed
+        self._most, self._sizes, self._after, self._allowed = most, sizes.drafted, after, allowed
         self._vocab_size = config.vocab_size
         self._given: collections.Counter[Row] = collections.Counter()
         self._none = False
@@ -266,7 +267,7 @@ def drafts_for(
     """How many drafts a row has at most.
 
     None on TPUs, whose kernels write one token to a page in a step, and with sliding windows, of
-    which a draft would overwrite a token that is still seen.
+    which a draft would overwrite a token that is still seen. On GPUs no more than fill a line.
 
     Raises:
         UserError: for fewer than none, or if there is a head, which cannot draft there.
@@ -278,6 +279,6 @@ def drafts_for(
         if has_head:
             raise UserError(f"this model has no drafts on {platform}; leave the head out.")
         return 0
-    if wanted is None:
-        return GUESSES if has_head else DRAFTS.get(platform, 0)
-    return wanted
+    default = GUESSES if has_head else DRAFTS.get(platform, 0)
+    most, line = default if wanted is None else wanted, line_of(config, platform)
+    return most if line == 1 else min(most, line - 1)

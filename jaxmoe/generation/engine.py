@@ -13,7 +13,7 @@ import numpy as np
 from jaxmoe.checkpoint.heads import Head
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generation.batches import Batch, Sizes, overhead_of
+from jaxmoe.generation.batches import Batch, sizes_for
 from jaxmoe.generation.choices import (
     Choices,
     State,
@@ -182,7 +182,7 @@ class Engine:
             layout = lay_out(rows, HOLDERS) if grows else layout_of(config, rows, requests)
             dtype = kv or params["embed"].dtype
             self.cache = new_cache(config, dtype, layout, requests, prefixes, cache_tokens)
-        sizes = Sizes(layout.rows, step_tokens, overhead_of(platform), drafts if head else asked)
+        sizes = sizes_for(config, platform, layout.rows, step_tokens, drafts if head else asked)
         self.head = None
         if head is not None and drafts:
             room = capacity_of(self.cache) - after, max(sizes.packed, default=1)

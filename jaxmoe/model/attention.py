@@ -194,4 +194,4 @@ def _cache_specs(kind: CacheKind, rows: int, cache: LayerCache, step: CacheStep)
     if mesh is None:
         return None, None
     keys = jax.tree.map(functools.partial(keys_spec, mesh, rows, kind.sharded), cache)
-    return keys, step_spec(mesh, rows, kind.sharded, step.pieces is not None)
+    return keys, step_spec(mesh, rows, kind.sharded, step)

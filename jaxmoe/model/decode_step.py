@@ -1,12 +1,12 @@
-"""A decoder layer for one new token a row on H100, H200 and TPUs: few launches, two all-reduces.
+"""A decoder layer for few new tokens on H100, H200 and TPUs: few launches, two all-reduces.
 
 It computes what `transformer.decoder_layer` computes. There, each line is an operation or several,
 and launching them takes longer than reading the weights; here each line is a kernel. A fork that
 changes `decoder_layer` changes this too, or turns it off: `forward(..., fused=False)`.
 
 A residual sum is taken together with the norm that follows it, so a layer hands over what is still
-to be added. Shape letters: B rows of a device, C of these rounded up to 8, D embed, H query heads,
-K key/value heads, d head size, E experts.
+to be added. Shape letters: B rows, or lines of packing, of a device, S tokens of each, T = B * S, C
+this rounded up to 8, D embed, H query heads, K key/value heads, d head size, E experts.
 """
 
 import functools
@@ -64,19 +64,19 @@ MOST_COLUMNS = 24  # query heads that share a key head
 class Residual(NamedTuple):
     """The residual stream between layers, as a sum of two terms that is not yet taken."""
 
-    x: Float[Array, "B 1 D"]
-    more: Float[Array, "C D"] | None  # float32; of each device's rows
+    x: Float[Array, "B S D"]
+    more: Float[Array, "C D"] | None  # float32; of each device's tokens
 
 
 def final_norm(
     config: Llama4Config, interpret: Any, weight: Float[Array, "D"], residual: Residual, rows: int
-) -> Float[Array, "B 1 D"]:
+) -> Float[Array, "B S D"]:
     """The last residual sum and the final norm; `rows` are the cache's."""
 
     def body(weight, residual):
-        x = residual.x[:, 0]
+        x = residual.x.reshape(-1, residual.x.shape[-1])
         normed = add_rms_norm(x, residual.more, weight, config.rms_norm_eps, interpret=interpret)[1]
-        return normed[:, None]
+        return normed.reshape(residual.x.shape)
 
     mesh = meshes.current_mesh()
     if mesh is None:
@@ -96,15 +96,17 @@ def why_not_fused(
     """Why the kernels of this module do not serve a step, or None; known while tracing.
 
     Args:
-        x: the embedded tokens [B, S, D], or a ShapeDtypeStruct.
+        x: the embedded tokens [B, S, D] of all devices, or a ShapeDtypeStruct.
         packing: as for `transformer.forward`.
         interpret: `plgpu.InterpretGPUParams()` or `pltpu.InterpretParams()`, where kernels are to
             run without their hardware.
     """
-    (rows, tokens, _), dtype = x.shape, x.dtype
-    pieces = packing is not None and packing.pieces is not None
-    if cache is None or tokens != 1 or pieces:
-        return "it is a step of one new token a row with a cache"
+    (lines, tokens, _), dtype = x.shape, x.dtype
+    in_lines = tokens == 1 if packing is None else packing.pieces is None
+    if cache is None or not in_lines:
+        return "it is a step of one new token a row, or of lines, with a cache"
+    if tokens != 1 and why_not_tpu(interpret) is None:
+        return "it takes lines of one token on TPUs, which write one token to a page in a step"
     mesh = meshes.current_mesh()
     if mesh is not None and expert_exchange(mesh, x.shape) != "replicated":
         return "it takes meshes on which tokens need not travel to their experts"
@@ -121,8 +123,8 @@ def why_not_fused(
     for kind in kinds:
         if reason := why_not_quantized(*kind, width, config.num_local_experts, interpret):
             return reason
-    rows //= row_groups(len(cache.length))
-    if reason := why_not_sizes(config, tensor, rows, jnp.dtype(dtype).name):
+    tokens *= lines // row_groups(len(cache.length))
+    if reason := why_not_sizes(config, tensor, tokens, jnp.dtype(dtype).name):
         return reason
     if why_not_tpu(interpret) is None:
         return why_not_widths(feed_forward_widths(config, tensor))
@@ -130,13 +132,13 @@ def why_not_fused(
 
 
 def why_not_sizes(
-    config: Llama4Config, tensor: int, rows: int, dtype: str = "bfloat16"
+    config: Llama4Config, tensor: int, tokens: int, dtype: str = "bfloat16"
 ) -> str | None:
     """Why the kernels of this module do not take a model's sizes, or None.
 
     Args:
         tensor: devices that heads and feed-forward widths are sharded over.
-        rows: the batch's rows on one device.
+        tokens: the new tokens on one device.
         dtype: the name of the activations' dtype.
     """
     group = config.num_attention_heads // config.num_key_value_heads
@@ -154,8 +156,8 @@ def why_not_sizes(
     experts = config.num_local_experts
     if experts % 8 or (experts > 32 and experts % 64):  # what TMA cuts the router into
         return f"it takes 8, 16, 24, 32 or a multiple of 64 experts, not {experts}"
-    widths = feed_forward_widths(config, tensor)
-    return why_not_few(rows, dtype, config.hidden_size, widths) or why_not_norm(config.hidden_size)
+    widths, embed = feed_forward_widths(config, tensor), config.hidden_size
+    return why_not_few(tokens, dtype, embed, widths) or why_not_norm(embed)
 
 
 def feed_forward_widths(config: Llama4Config, tensor: int) -> list[int]:
@@ -183,7 +185,7 @@ def decode_layer(
             (p, residual)
         )  # or all layers' weights are gathered at once
     held: Any = step.cache  # `why_not_fused` asks for a cache
-    real = step.tokens.own.segment != 0
+    real = step.tokens.own.segment.reshape(-1, 1) != 0
     body = functools.partial(_layer, config, kind, interpret)
     of_tokens = (step.tokens.own, step.rope, step.temperature)
     arguments = (p, residual, *of_tokens, held.pool.coords, held.table, held.index, cache)
@@ -217,28 +219,29 @@ def _layer(
 ):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), with its sum left to the next."""
     eps, run = config.rms_norm_eps, {"interpret": interpret}
-    rows = residual.x.shape[0]
-    x = residual.x.reshape(rows, -1)
+    x = residual.x.reshape(-1, residual.x.shape[-1])
     x, normed = add_rms_norm(x, residual.more, p["attention_norm"], eps, **run)
     plan = _head_plan(rope, temperature, index)
     pages = where, table[0]
     out, cache = _attention(config, kind, run, p["attention"], normed, own, plan, pages, cache)
     x, normed = add_rms_norm(x, out, p["feed_forward_norm"], eps, **run)
     if kind.feed_forward == "moe":
-        out, routing = _moe(config, run, p["feed_forward"], normed, own.segment != 0)
+        real = own.segment.reshape(-1, 1) != 0
+        out, routing = _moe(config, run, p["feed_forward"], normed, real)
     else:
         out, routing = _dense(run, p["feed_forward"], normed), None
-    return Residual(x[:, None], out), cache, routing
+    return Residual(x.reshape(residual.x.shape), out), cache, routing
 
 
 def _head_plan(rope, temperature, index) -> HeadPlan:
     """The tokens' rotation or temperature, and where they go in the cache."""
     cos = sin = None
     if rope is not None:
-        cos, sin = (pad_axis(jnp.repeat(x[:, 0], 2, axis=-1), 0, MAX_TOKENS) for x in rope)
+        flat = (x.reshape(-1, x.shape[-1]) for x in rope)
+        cos, sin = (pad_axis(jnp.repeat(x, 2, axis=-1), 0, MAX_TOKENS) for x in flat)
     if temperature is not None:
-        temperature = pad_axis(temperature[:, 0], 0, MAX_TOKENS)
-    return HeadPlan(cos, sin, temperature, index[0, :, 0])
+        temperature = pad_axis(temperature.reshape(-1), 0, MAX_TOKENS)
+    return HeadPlan(cos, sin, temperature, index.reshape(-1))
 
 
 def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pages, cache):
@@ -251,8 +254,9 @@ def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pages, cach
     norm_eps = config.rms_norm_eps if spec.qk_norm else None
     q, *cache = write_heads(qkv, plan, *cache, heads=heads, norm_eps=norm_eps, **run)
     cache = LayerCache(*cache)
+    lines = own.segment.shape
     out, lse = decode_attention(
-        q[:, :, None],
+        jnp.swapaxes(q.reshape(*lines, heads, d), 1, 2),
         *cache,
         own,
         pages[0],
@@ -264,7 +268,8 @@ def _attention(config, kind, run, p, x, own: Coords, plan: HeadPlan, pages, cach
     )
     if cache_kind(spec).sharded:
         out = merge_over_devices(out, lse)
-    out = matmul_few(out[:, :, 0], (o,), **run)[0]
+    out = jnp.swapaxes(out, 1, 2).reshape(q.shape)
+    out = matmul_few(out, (o,), **run)[0]
     return _sum_over(out, "heads"), cache
 
 

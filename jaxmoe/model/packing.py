@@ -4,7 +4,9 @@ A batch has rows that read their prompts, rows that write one token a step, and 
 Padding them all to one width would compute many tokens in vain. Here a step has as many tokens as
 there are, in one of two layouts:
 
-- Single tokens [D, 1]: each is the only new token of its row.
+- Lines [D, S] of up to S tokens of one row, filled up with padding; a row may have several lines,
+  one after the other. With S = 1 they are single tokens. Attention reads the row's keys once for
+  all tokens of a line. The new tokens of a row lie in one chunk of chunked layers.
 - Packed tokens [G, T], one line a group of the cache's rows (see `kv_cache.row_groups`): first
   single tokens of some rows, then pieces of prompts, one after the other, each of another row.
 
@@ -27,9 +29,9 @@ class Packing(NamedTuple):
 
     Attributes:
         row: of its group; of padding any.
-        single: whether a token is a single one; None if all are, one a line.
+        single: whether a token is a single one; None in lines.
         pieces: the rows that have a piece, each of whose tokens has the piece's place in this list,
-            counted from 1, as its segment; -1 for none. None if all tokens are single.
+            counted from 1, as its segment; -1 for none. None in lines.
     """
 
     row: Int[Array, "B S"]

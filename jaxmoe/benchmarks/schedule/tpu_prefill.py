@@ -152,8 +152,8 @@ class Chunk:
         for spec in self.config.attention_specs:
             step = self._steps[cache_kind(spec)]
             if len(step.pool.coords.segment) == pages:
-                keys = step.pool.coords if spec.mask.span is None else step.before
-                return spec.mask, keys, step.table[0]
+                before = None if spec.mask.span is None else step.before
+                return spec.mask, before or step.pool.coords, step.table[0]
         raise ValueError(f"no kind of cache has {pages} pages.")
 
     @functools.cached_property

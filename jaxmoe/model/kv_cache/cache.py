@@ -232,6 +232,7 @@ def plan_writes(
     """
     kinds, shards = cache_kinds(config), slot_shards()
     packed = packing is not None and packing.pieces is not None
+    in_lines = new.position.shape[1] == 1 or (packing is not None and not packed)
 
     def body(pools, length, dealt, new, packing):
         where = _arrivals(new, packing, length)
@@ -239,11 +240,12 @@ def plan_writes(
         written = []
         for kind, pool in zip(kinds, pools, strict=True):
             slots = kind.slots(new, where.last, where.order, dealt, shards)
-            written.append(_write_tokens(pool, slots, new, where.row, packing))
+            step = _write_tokens(pool, slots, new, where.row, packing)
+            written.append(step._replace(before=None) if in_lines else step)
         return tuple(written), where.length
 
     def out_specs(pools, rows):
-        return tuple(_step_spec(pool, packed) for pool in pools), rows
+        return tuple(_step_spec(pool, packed, in_lines) for pool in pools), rows
 
     written, length = _per_store(cache, body, out_specs, cache.length, cache.dealt, new, packing)
     steps = dict(zip(kinds, written, strict=True))
@@ -298,18 +300,16 @@ def _piece_table(table: Int[Array, "1 R n"], pieces: Int[Array, "1 N"]) -> Piece
     return PieceTable(*(x[None, None] for x in parts))
 
 
-def step_spec(mesh, rows: int, sharded: bool, packed: bool) -> CacheStep:
-    """Where a `CacheStep` lies: one of PartitionSpecs; arguments as for `pool_spec`.
-
-    Args:
-        packed: whether it is that of a step of packed tokens.
-    """
-    return _step_spec(pool_spec(mesh, rows, sharded), packed)
+def step_spec(mesh, rows: int, sharded: bool, step: CacheStep) -> CacheStep:
+    """Where a `CacheStep` lies: one of PartitionSpecs; arguments as for `pool_spec`."""
+    pool = pool_spec(mesh, rows, sharded)
+    return _step_spec(pool, step.pieces is not None, step.before is None)
 
 
-def _step_spec(pool: Pool, packed: bool) -> CacheStep:
+def _step_spec(pool: Pool, packed: bool, in_lines: bool) -> CacheStep:
     table: Any = pool.table
-    return CacheStep(table, pool, pool.coords, table, PieceTable(table, table) if packed else None)
+    pieces = PieceTable(table, table) if packed else None
+    return CacheStep(table, pool, None if in_lines else pool.coords, table, pieces)
 
 
 def _per_store(cache: Cache, body, out_specs, *of_rows):

@@ -56,14 +56,15 @@ class CacheStep(NamedTuple):
     Attributes:
         index: the slot in a device's pages that each new token goes to; beyond them for none.
         pool: the pool after the call.
-        before: coordinates of the pool's slots before the call.
+        before: coordinates of the pool's slots before the call; None where the new tokens of a row
+            are of one chunk, so that none of them sees what they overwrite.
         table: the pages of each line of new tokens; of packed tokens those of all rows.
         pieces: of packed tokens, the pages of the rows that have a piece; else None.
     """
 
     index: Int[Array, "shards B S"]
     pool: Pool
-    before: Coords
+    before: Coords | None
     table: Int[Array, "shards L n"]
     pieces: PieceTable | None = None
 

@@ -93,7 +93,7 @@ class RingCache(CacheKind):
         cache: LayerCache,
         step: CacheStep,
     ) -> tuple[Any, LayerCache]:
-        """Writes one new token first; attends of several to the ring before them and to themselves.
+        """Writes tokens of one chunk first; attends of others to the ring before and to themselves.
 
         Writing would overwrite what the first of several tokens still see, so the two parts are
         computed apart and merged. Where no token needs another device's keys, devices hold
@@ -104,7 +104,7 @@ class RingCache(CacheKind):
             return _attend_packed(options, axes, q, k, v, tokens, tokens.own_rows, cache, step)
         new_cache = cache.write(k, v, step.index[0])
         table, shared = step.table[0], options._asdict()
-        if k.shape[2] == 1:
+        if step.before is None:
             where = (tokens.own, step.pool.coords)
             return decode_attention(q, *new_cache, *where, table=table, **shared), new_cache
         past = paged_attention(q, *cache, tokens.own, step.before, table, **shared)
@@ -133,7 +133,7 @@ def _attend_packed(
     Args:
         rows: of this device's tokens.
     """
-    assert tokens.all_rows is not None
+    assert tokens.all_rows is not None and step.before is not None
     own = rows.pieces(tokens.own)
     past = attend_pieces(options, q, cache, own, step.before, step.pieces)
     # Written after the past is read, the ring is changed in place.
