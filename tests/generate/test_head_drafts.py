@@ -37,10 +37,10 @@ from tests.generate.test_drafts import (
 )
 
 SIZES = {"vocab_size": 260, "num_key_value_heads": 4}
-MAPPING = eagle.head_config(**SIZES, draft_vocab_size=len(LETTERS))
+MAPPING = eagle.head_config(**SIZES, draft_vocab_size=3)
 TENSORS = eagle.head_tensors(MAPPING, 7)
-# It guesses the letters that tests allow answers to have, so that some guesses are right.
-IDS = np.sort(LETTERS)
+# It guesses three letters, and answers have two of them: so about a third of its guesses are right.
+IDS = np.sort(LETTERS)[:3]
 TENSORS |= {"d2t": IDS - np.arange(len(IDS)), "t2d": np.isin(np.arange(260), IDS)}
 
 
@@ -54,9 +54,8 @@ def head_of(target, mesh=None):
 
 
 def two_letters(rng):
-    """Answers of two letters, so that about half of the guesses among them are right."""
-    letters = tuple(int(token) for token in rng.choice(LETTERS[:4], 2, replace=False))
-    return Sampling(temperature=float(rng.choice([0.0, 1.0])), allowed_ids=letters, logprobs=1)
+    letters = tuple(int(token) for token in rng.choice(IDS, 2, replace=False))
+    return Sampling(temperature=float(rng.choice([0.0, 9.0])), allowed_ids=letters, logprobs=1)
 
 
 def states_of(model, tokens):
@@ -98,7 +97,7 @@ def test_guesses_are_those_of_numpy(llm_model, monkeypatch):
     lengths = [45, 3, 1, 9, 2, 30]
     prompts = [rng.choice(LETTERS, n).tolist() for n in lengths]
     prompts[3:] = [stem + prompt for prompt in prompts[3:]]
-    drawn = Sampling(temperature=9.0, allowed_ids=tuple(IDS[1:4].tolist()))
+    drawn = Sampling(temperature=9.0, allowed_ids=tuple(IDS.tolist()))
     requests = [Request(i, tuple(p), 14, drawn) for i, p in enumerate(prompts)]
     with jax.set_mesh(one_device()):
         done, _ = answers_of(
@@ -126,6 +125,7 @@ def test_guesses_are_those_of_numpy(llm_model, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always")
 def test_answers_are_the_same(llm_model):
     rng = np.random.default_rng(0)
@@ -156,8 +156,7 @@ def test_answers_of_all_kinds_are_the_same(llm_model, rows):
 @pytest.mark.slow
 @pytest.mark.runs_long
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("kv", [None, "int8"])
-@pytest.mark.parametrize("spec", MESHES)
+@pytest.mark.parametrize(("spec", "kv"), [*((spec, None) for spec in MESHES), (MESHES[0], "int8")])
 def test_answers_on_meshes_are_the_same(llm_model, spec, kv):
     """A prompt that is read in other pieces has other answers in int8: so all are read at first."""
     rng, right = np.random.default_rng(7), 0
@@ -173,6 +172,7 @@ def test_answers_on_meshes_are_the_same(llm_model, spec, kv):
     assert right
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always")
 def test_a_sequence_at_the_end_of_its_cache_begins_anew(llm_model, monkeypatch):
     monkeypatch.setattr(head_drafts, "PLACES", 24)
@@ -239,6 +239,7 @@ def test_about_pictures():
     assert sum(sum(x.drafted) for x in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always")
 def test_a_head_that_guesses_badly_is_told_of(llm_model, monkeypatch):
     monkeypatch.setattr(head_drafts, "ENOUGH", 10)
