@@ -11,6 +11,7 @@ from jaxmoe.config import PRESETS, VisionConfig
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan import planner
+from jaxmoe.plan.drafts import drafted_steps, to_json
 from jaxmoe.plan.models import read_dtype, read_model
 from jaxmoe.plan.targets import Target, parse_target
 from jaxmoe.plan.text import print_plan
@@ -60,6 +61,20 @@ def make_parser() -> argparse.ArgumentParser:
         "preset has its vision tower if this is given",
     )
     parser.add_argument(
+        "--drafts",
+        type=int,
+        metavar="N",
+        help="also how long steps of decoding take that try 1 to N drafts of each row",
+    )
+    parser.add_argument(
+        "--accepted",
+        type=shares,
+        default=(),
+        metavar="P,P,...",
+        help="how likely the first, second, ... draft is right after right ones, 0 to 1; then "
+        "--drafts says how many times as fast tokens come",
+    )
+    parser.add_argument(
         "--mesh",
         metavar="SPEC|auto",
         help="as in expert=4,tensor=2, or a YAML file; default: that of --run, else auto",
@@ -83,6 +98,9 @@ def main() -> None:
     args.task = args.task or "decode"
     mesh = None if args.mesh in (None, "auto") else MeshConfig.parse(args.mesh)
     plan = planner.make_plan(args.model, _work(args, target, mesh, run), target, mesh)
+    if args.accepted and args.drafts is None:
+        raise UserError("--accepted says how good --drafts are; give both.")
+    drafted = drafted_steps(plan, args.drafts, args.accepted) if args.drafts is not None else []
     if not plan.work.trains and read_dtype(args.model) == "float32":
         print(
             f"note: {args.model} is in float32, as it is loaded without --dtype bfloat16, which is "
@@ -92,12 +110,17 @@ def main() -> None:
     if args.compile and plan.fits:
         plan = planner.with_compiler(plan)
     if args.json:  # printed even if the plan does not fit, since programs can use its figures
-        print(json.dumps(planner.to_json(plan), indent=2))
+        print(json.dumps(planner.to_json(plan) | {"drafts": to_json(drafted)}, indent=2))
     planner.check_fits(plan)
     if not args.json:
-        print_plan(plan)
+        print_plan(plan, drafted)
     if args.png:
         _draw(plan, args.png)
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """The numbers of `0.7,0.6`; a ValueError for others."""
+    return tuple(map(float, text.split(",")))
 
 
 def _draw(plan: planner.Plan, path: str) -> None:

@@ -1,17 +1,20 @@
 """Prints a plan as tables."""
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxmoe.plan.drafts import DraftedStep
 from jaxmoe.plan.planner import GIB, Plan, notes
 
 MAY_BE_NONE = ("optimizer", "cache", "features", "gradients", "activations")
 WITH_THEM = "(in temporaries)"  # what the compiler does not tell apart
 
 
-def print_plan(plan: Plan) -> None:
-    """Prints a plan's mesh, memory, speed and notes to the terminal."""
+def print_plan(plan: Plan, drafted: Sequence[DraftedStep] = ()) -> None:
+    """Prints a plan's mesh, memory, speed and notes to the terminal, and steps with drafts."""
     console, work = Console(width=100, highlight=False), plan.work
     console.print(
         f"[bold]{plan.model}[/bold] on {plan.target.name}: {work.task}, {work.rows} x "
@@ -21,6 +24,8 @@ def print_plan(plan: Plan) -> None:
     )
     console.print(memory_table(plan))
     console.print(speed_table(plan))
+    if drafted:
+        console.print(drafts_table(drafted))
     verdict = "fits" if plan.fits else "[bold]does not fit[/bold]"
     console.print(
         f"It {verdict}; the largest context on this mesh is {plan.largest_context:,} tokens a row."
@@ -87,6 +92,19 @@ def speed_table(plan: Plan) -> Table:
         table.add_row("estimate", "", f"{1e3 * plan.estimate:.3g}")
     rate = plan.tokens / bounds.seconds
     table.add_row("tokens/s at most", "", f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}")
+    return table
+
+
+def drafts_table(drafted: Sequence[DraftedStep]) -> Table:
+    """A table of steps that try drafts; what making these takes is not in it."""
+    table = _table("drafts of a row", "ms", "times a step without", "right drafts needed")
+    for column in ("tokens a step", "times as fast") if drafted[0].tokens is not None else ():
+        table.add_column(column, justify="right")
+    for step in drafted:
+        needed = "never pays" if step.needed is None else f"{step.needed:.0%}"
+        cells = [f"{1e3 * step.seconds:.3g}", f"{step.times:.2f}", needed]
+        cells += [f"{x:.2f}" for x in (step.tokens, step.faster) if x is not None]
+        table.add_row(str(step.drafts), *cells)
     return table
 
 

@@ -1,4 +1,4 @@
-"""A step that tries three drafts of each row, compiled for eight absent H100s: what it reads."""
+"""Steps that try drafts: what they bring by the plan, and read when compiled for absent H100s."""
 
 import dataclasses
 import re
@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxmoe.config import SCOUT
+from jaxmoe.errors import UserError
 from jaxmoe.generation.batches import line_of
 from jaxmoe.generation.choices import hidden_at
 from jaxmoe.mesh import MeshConfig, sharding
@@ -16,7 +17,9 @@ from jaxmoe.model.kv_cache import abstract_cache
 from jaxmoe.model.packing import Packing
 from jaxmoe.model.params import abstract_params
 from jaxmoe.model.steps import Inputs, step
+from jaxmoe.plan.drafts import drafted_steps
 from jaxmoe.plan.operations import entry_operations
+from jaxmoe.plan.planner import make_plan
 from jaxmoe.plan.share import device_share
 from jaxmoe.plan.speed import busy_experts, demand
 from jaxmoe.plan.targets import absent_devices, parse_target
@@ -124,3 +127,34 @@ def test_four_tokens_of_a_row_take_the_bytes_of_one(spec, rows):
     for found, tokens in ((one, 1), (four, TRIED)):
         nbytes, busy = planned(spec, rows, tokens)
         assert found.nbytes(busy) == pytest.approx(nbytes, rel=0.05)
+
+
+def test_what_drafts_bring_by_the_bounds():
+    """A share that is needed brings as many tokens as the step takes longer."""
+    mesh = MeshConfig(tensor=8)
+    work = Work(config=SCOUT, context=CONTEXT)
+    plan = make_plan("scout", work, parse_target("h100x8"), mesh)
+    for step_ in drafted_steps(plan, 4, [0.7, 0.6]):
+        one = dataclasses.replace(work, task="prefill", prefill_chunk=1 + step_.drafts)
+        more = demand(one, mesh).weights - plan.chosen.demand.weights
+        assert step_.seconds - plan.estimate == pytest.approx(
+            more / plan.target.bandwidth, rel=0.01
+        )
+        (again,) = drafted_steps(plan, step_.drafts, [step_.needed])[-1:]
+        assert again.faster == pytest.approx(1)
+    assert drafted_steps(plan, 3, [0.7, 0.6])[-1].tokens == pytest.approx(1 + 0.7 + 0.42 + 0.252)
+
+
+@pytest.mark.parametrize(
+    ("task", "most", "accepted", "words"),
+    [
+        ("prefill", 3, [], "goes with --task decode"),
+        ("decode", 0, [], "--drafts 0 is below 1"),
+        ("decode", 2, [1.5], "--accepted 1.5 has shares"),
+    ],
+)
+def test_drafts_that_cannot_be(task, most, accepted, words):
+    work = Work(config=SCOUT, context=CONTEXT, task=task)
+    plan = make_plan("scout", work, parse_target("h100x8"), MeshConfig(tensor=8))
+    with pytest.raises(UserError, match=words):
+        drafted_steps(plan, most, accepted)
