@@ -20,6 +20,7 @@ from jaxmoe.generation.engine import Engine
 from jaxmoe.generation.head_drafts import HeadDrafts
 from jaxmoe.generation.request import Request
 from jaxmoe.generation.sampling import Sampling
+from jaxmoe.images import open_picture
 from jaxmoe.model.eagle import abstract_eagle
 from tests import eagle
 from tests.conftest import one_device
@@ -217,7 +218,7 @@ def test_nothing_is_guessed_where_all_rows_work(llm_model, monkeypatch):
 def test_about_pictures():
     """The head is given the image token in place of a picture's features."""
     model, rng = pictures.MODEL, np.random.default_rng(3)
-    picture = pictures.open_picture(pictures.WIDE, pictures.SETTINGS, "x")
+    picture = open_picture(pictures.WIDE, pictures.SETTINGS, "x")
     seen = pictures.IDS.layout(picture.grid, pictures.SETTINGS.tokens_per_tile)
     requests = [
         Request(i, (*rng.choice(60, 9).tolist(), *seen), 20, GREEDY, pictures=(picture,))
