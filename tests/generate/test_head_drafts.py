@@ -222,7 +222,7 @@ def test_about_pictures():
     seen = pictures.IDS.layout(picture.grid, pictures.SETTINGS.tokens_per_tile)
     requests = [
         Request(i, (*rng.choice(60, 9).tolist(), *seen), 20, GREEDY, pictures=(picture,))
-        for i in range(4)
+        for i in range(2)
     ]
     mapping = eagle.head_config(vocab_size=model.vocab_size, draft_vocab_size=40)
     mapping["hidden_size"] = model.hidden_size
