@@ -24,8 +24,6 @@ from tests.conftest import one_device
 from tests.tiers import slow_after_first
 from tests.train.conftest import EVERY_AXIS, EVERY_AXIS_RTOL
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 MODEL = tiny.scout_like(
     num_hidden_layers=2,
     no_rope_layer_interval=2,  # one local layer, one global
