@@ -1,11 +1,13 @@
-"""Scripts in processes that are forked from one which has imported all commands.
+"""Scripts in processes that are forked from one which has imported what all of them do.
 
-Importing them takes two seconds of a core, which each of some hundred processes would otherwise
-begin with. Nothing else is shared: JAX's devices and threads are made after the fork.
+That takes two seconds of a core, which each of some hundred processes would otherwise begin with.
+Nothing else is shared: a command's own modules are imported after the fork, and JAX's devices and
+threads are made there.
 """
 
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -72,7 +74,7 @@ def _server(early: tuple[tuple[str, str], ...]) -> subprocess.Popen:
 
 def serve() -> None:
     """Forks for each line of the input, and in the fork runs the script that it names."""
-    _import_commands()
+    importlib.import_module("jaxmoe.cli.main")
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that `_watch`
     for line in sys.stdin:
@@ -83,13 +85,6 @@ def serve() -> None:
             _become(asked)
             runpy.run_path(asked["argv"][0], run_name="__main__")
             return
-
-
-def _import_commands() -> None:
-    from jaxmoe.cli.main import COMMANDS, command_module
-
-    for name in COMMANDS:
-        command_module(name)
 
 
 def _watch(folder: str) -> None:
