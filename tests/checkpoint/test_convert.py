@@ -14,7 +14,7 @@ from jaxmoe.checkpoint.convert import convert, verify
 from jaxmoe.checkpoint.export import export
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config
-from tests import tiny
+from tests import scripts, tiny
 from tests.checkpoint.sources import (
     CONFIG,
     FLOATS,
@@ -225,30 +225,25 @@ def test_empty_output_folder_is_filled(tmp_path):
     assert store.read_config(tmp_path / "out") == read_config(tmp_path / "hf")
 
 
-def run_script(script, *arguments, limits=""):
-    """Runs a script in a shell with limits."""
-    command = [sys.executable, ROOT / "scripts" / script, *arguments]
-    shell = ["bash", "-c", f'{limits}\nexec "$@"', "bash", *command]
-    return subprocess.run(shell, capture_output=True, text=True, check=False)
-
-
 def test_full_disk_is_one_sentence(tmp_path):
     """A limit on the size of files makes writes fail as a full disk does."""
     limits = "ulimit -f 8"  # KiB: less than the experts
     source = checkpoint(tmp_path / "hf")
-    result = run_script("convert.py", source, tmp_path / "out", limits=limits)
+    command = [sys.executable, ROOT / "scripts" / "convert.py", source, tmp_path / "out"]
+    shell = ["bash", "-c", f'{limits}\nexec "$@"', "bash", *command]
+    result = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert f"{tmp_path}/out" in result.stderr and "cannot be written" in result.stderr
     assert not (tmp_path / "out").exists()
-    result = run_script("convert.py", source, tmp_path / "out")
+    result = scripts.run("convert.py", source, tmp_path / "out")
     assert result.returncode == 0, result.stderr
 
 
 def test_scripts_there_and_back(tmp_path):
     source = checkpoint(tmp_path / "hf", shards=3)
-    converted = run_script("convert.py", source, tmp_path / "orbax")
-    exported = run_script("export.py", tmp_path / "orbax", tmp_path / "back")
+    converted = scripts.run("convert.py", source, tmp_path / "orbax")
+    exported = scripts.run("export.py", tmp_path / "orbax", tmp_path / "back")
     for result in (converted, exported):
         assert (result.returncode, result.stderr) == (0, "")
         assert result.stdout.count("\n") == 1
@@ -258,7 +253,7 @@ def test_scripts_there_and_back(tmp_path):
 
 @pytest.mark.parametrize("script", ["convert.py", "export.py"])
 def test_script_errors_are_one_line_and_exit_1(tmp_path, script):
-    result = run_script(script, tmp_path / "absent", tmp_path / "out")
+    result = scripts.run(script, tmp_path / "absent", tmp_path / "out")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert str(tmp_path / "absent") in result.stderr

@@ -1,6 +1,5 @@
 """Quantized checkpoints have the right numbers and keep their bytes, or are refused."""
 
-import itertools
 import json
 
 import jax
@@ -17,7 +16,6 @@ from jaxmoe.model.params import named_params, quantize_params
 from pallas_kernels.quantized import QuantizedMatrix
 from tests import formats, tiny
 from tests.checkpoint.test_formats import (
-    LIKE,
     assert_same_bytes,
     converted,
     logits,
@@ -42,7 +40,8 @@ def test_groups_that_cannot_be_paired(tmp_path):
         [
             ("maverick", formats.in_fp8_blocks),
             ("scout", formats.in_fp8_tensors),
-            *itertools.product(LIKE, [formats.in_fp8, formats.in_w4a16]),
+            ("maverick", formats.in_fp8),
+            ("scout", formats.in_w4a16),
         ]
     ),
 )

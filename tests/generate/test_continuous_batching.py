@@ -98,11 +98,10 @@ def _poison(layers, free):
     ("mesh", "rows", "count"),
     slow_after_first(
         [
-            (None, 3, 20),
-            (None, 1, 10),
-            ("expert=4,sequence=2", 8, 10),
-            ("data=2,fsdp=2,tensor=2", 4, 10),
-            ("data=2,expert=2,sequence=2", 2, 10),
+            (None, 3, 10),
+            (None, 1, 6),
+            ("expert=4,sequence=2", 8, 6),
+            ("data=2,fsdp=2,tensor=2", 4, 6),
         ]
     ),
 )

@@ -15,7 +15,7 @@ from tests.tiers import slow_after_first
 GREEDY = Sampling(temperature=0.0)
 
 
-@pytest.fixture(scope="module", params=slow_after_first([16, 8192]))
+@pytest.fixture(scope="module")
 def model(request, tmp_path_factory):
     """A local and a global layer; the text is shorter than a chunk, or longer."""
     config = tiny.scout_like(
@@ -32,8 +32,9 @@ def answers(stream):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "rows"),
-    slow_after_first([(None, 8), (None, 1), ("data=2,sequence=2,tensor=2", 4)]),
+    ("model", "mesh", "rows"),
+    slow_after_first([(16, None, 8), (8192, None, 1), (8192, "data=2,sequence=2,tensor=2", 4)]),
+    indirect=["model"],
 )
 def test_questions_side_by_side(model, mesh, rows):
     rng = np.random.default_rng(0)

@@ -182,12 +182,12 @@ def test_answers_are_the_same(llm_model):
 
 @pytest.mark.slow
 @pytest.mark.runs_long
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_answers_of_all_kinds_are_the_same(llm_model, rows):
     """Drawn, penalized, with grammars, stop strings, bias, log-probabilities; two at once."""
     rng, right, tried = np.random.default_rng(rows), 0, 0
     with jax.set_mesh(one_device()):
-        for _ in range(TIMES * 20):
+        for _ in range(TIMES * 12):
             more = compare(llm_model.config, llm_model.params, rng, rows=rows)
             right, tried = right + more[0], tried + more[1]
     assert 0 < right < tried
@@ -268,7 +268,7 @@ MESHES = [
 
 @pytest.mark.slow
 @pytest.mark.runs_long
-@pytest.mark.parametrize("spec", MESHES)
+@pytest.mark.parametrize("spec", MESHES[1::2])
 def test_answers_on_meshes_are_the_same(llm_model, spec):
     """Groups of rows have as many lines as the one that needs most, of drafts or of rows."""
     rng, right = np.random.default_rng(7), 0
@@ -281,8 +281,10 @@ def test_answers_on_meshes_are_the_same(llm_model, spec):
 
 @pytest.mark.slow
 @pytest.mark.runs_long
-@pytest.mark.parametrize("kv", ["int8", "fp8", "int4"])
-@pytest.mark.parametrize("spec", [None, *MESHES])
+@pytest.mark.parametrize(
+    ("spec", "kv"),
+    [(None, "int8"), ("sequence=2,tensor=4", "int4"), ("data=2,expert=2,sequence=2", "fp8")],
+)
 def test_answers_from_quantized_caches_are_the_same(llm_model, spec, kv):
     """A prompt that is read in other pieces has other answers there: so all are read at first."""
     rng, right = np.random.default_rng(7), 0

@@ -94,7 +94,6 @@ def test_prefill_chunks_around_the_edges(params, tokens, plain, chunk):
     slow_after_first(
         [
             (None, None, None, None),
-            ("sequence=8", None, "sequence=2,fsdp=4", None),
             ("data=2,sequence=2,tensor=2", "sequence=4,fsdp=2", None, None),
             (None, "sequence=8", "data=2,sequence=2,tensor=2", "int8"),
         ]

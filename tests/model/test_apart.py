@@ -72,7 +72,7 @@ def test_a_whole_pass(params, poison, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", MESHES[:1])
 def test_prefill_in_whole_chunks(params, poison, mesh):
     path = {"prefill_chunk": LENGTH, "decode_from": LENGTH}
     more = tuple(np.concatenate([x, x[:, -3:]], axis=1) for x in rows())
@@ -122,7 +122,7 @@ def gradient(params, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", MESHES[2:])
 def test_gradients(params, poison, mesh):
     expected = gradient(params, rows())
     mesh = MeshConfig.parse(mesh).make()

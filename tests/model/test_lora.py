@@ -31,7 +31,7 @@ from tests import tiny
 from tests.conftest import load_tiny, one_device
 
 LENGTH = 24
-MESHES = [  # each axis alone: tests/train/test_adapters.py, over twenty steps
+MESHES = [  # over twenty steps: tests/train/test_adapters.py
     "fsdp=2,expert=2,tensor=2",
     "data=2,expert=2,sequence=2",
 ]

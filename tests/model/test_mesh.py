@@ -17,11 +17,6 @@ from tests.conftest import load_tiny, one_device
 from tests.tiers import slow_after_first
 
 MESHES = [
-    "data=8",
-    "fsdp=4",
-    "expert=8",
-    "sequence=4",
-    "tensor=4",
     "expert=4,sequence=2",
     "data=2,fsdp=2,tensor=2",
 ]

@@ -29,12 +29,13 @@ def _tier(split):
 # Rows and tokens a row. Every split divides eight rows; of one row, other axes than sequence and
 # tensor hold copies.
 FEW, MANY, ONE_ROW = (8, 8), (8, 72), (1, 16)
-# The number of tokens changes how they travel only where experts lie on several devices.
+# The number of tokens changes how they travel only where experts lie on several devices; without,
+# each axis alone, and three at once.
 CASES = [
     pytest.param(split, shape, id=f"{split} {name}", marks=_tier(split))
     for name, shape in [("few", FEW), ("many", MANY), ("one row", ONE_ROW)]
     for split in SPLITS
-    if split.expert > 1 or shape == MANY
+    if split.expert > 1 or (shape == MANY and 4 not in dataclasses.astuple(split))
 ]
 TOLERANCE = 1e-5  # of the largest entry: float32 sums in another order
 

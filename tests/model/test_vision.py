@@ -133,8 +133,7 @@ def assert_greedy(golden, written):
 MESHES = [
     None,
     "expert=4,sequence=2",
-    "data=2,tensor=2,sequence=2",
-    "fsdp=4,tensor=2",
+    "data=2,fsdp=2,tensor=2",
 ]
 
 

@@ -23,7 +23,7 @@ from jaxmoe.plan.work import Work
 from pallas_kernels.compile.absent import compiler_options
 
 ROWS, HOLDERS, TOKENS, CONTEXT = 64, 4, 2048, 131072
-CONFIG = dataclasses.replace(SCOUT, layers=SCOUT.layers[:4])
+CONFIG = dataclasses.replace(SCOUT, layers=SCOUT.layers[2:4])  # a local one and a global one
 MESH = MeshConfig(tensor=8)
 WORK = Work(config=CONFIG, context=CONTEXT, rows=ROWS)
 

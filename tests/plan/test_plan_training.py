@@ -32,8 +32,7 @@ def two_layers(task, **fields):
 @pytest.mark.parametrize(
     ("task", "mesh", "fields"),
     [
-        ("lora", "expert=8", {}),
-        ("lora", "fsdp=8", {"context": 32768}),
+        ("lora", "expert=8", {"context": 32768}),
         ("train", "fsdp=8", {}),
     ],
 )

@@ -1,16 +1,19 @@
 """Scripts as a user runs them, each in a process of its own."""
 
+import os
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.scripts.forks import Forked
 
 FOLDER = Path(__file__).parents[2] / "scripts"
 
 
 def run(script, *args):
-    command = [sys.executable, FOLDER / script, *args]
-    words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True)
+    words = [str(word) for word in (FOLDER / script, *args)]
+    process = Forked(words, dict(os.environ))
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def succeeds(script, *args):

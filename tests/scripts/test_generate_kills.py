@@ -7,13 +7,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.scripts import FOLDER, succeeds
+from tests.scripts import succeeds, together
 
 KILLS = int(os.environ.get("JAXMOE_KILLS", "2"))
 SEED = int(os.environ.get("JAXMOE_KILL_SEED", time.time_ns() % 10**6))
@@ -37,11 +35,10 @@ def test_killed_at_random_times(small, tmp_path):
     options = [small.checkpoint, "--prompts", str(source), "--max-new-tokens", "40", "--rows", "2"]
     undisturbed = tmp_path / "undisturbed.jsonl"
     succeeds("generate.py", *options, "--output", undisturbed, "--drafts", "0")
-    command = [sys.executable, str(FOLDER / "generate.py"), *options, "--output", str(output)]
     partial, killed = tmp_path / "out.jsonl.partial", 0
     while killed < KILLS and not output.exists():
         before = answers(partial)
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = together.start("generate.py", *options, "--output", output)
         while process.poll() is None and answers(partial) == before:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.05))

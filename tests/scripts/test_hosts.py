@@ -36,9 +36,9 @@ def wait_for_an_answer(path, processes):
 @pytest.mark.slow
 def test_a_job_is_killed_stopped_and_ended_elsewhere(small, tmp_path):
     source, output, other = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "other.jsonl"))
-    requests = [{"id": n, "tokens": [n + 1, 7]} for n in range(40)]
+    requests = [{"id": n, "tokens": [n + 1, 7]} for n in range(24)]
     source.write_text("".join(json.dumps(request) + "\n" for request in requests))
-    job = ("generate.py", small.checkpoint, "--prompts", source, "--max-new-tokens", 60)
+    job = ("generate.py", small.checkpoint, "--prompts", source, "--max-new-tokens", 40)
     job += ("--rows", 2, "--output")
 
     processes = together.start_together(2, *job, output, *TWO)
@@ -110,7 +110,7 @@ def wait_for_a_save(workspace, processes):
 @pytest.mark.slow
 def test_a_document_is_read_on_some_and_asked_on_others(needle, tmp_path):
     text, questions = tmp_path / "text.txt", tmp_path / "questions.jsonl"
-    text.write_text("The quick brown fox. " * 800)
+    text.write_text("The quick brown fox. " * 400)
     line = {"id": 0, "prompt": " What", "max_new_tokens": 8}
     questions.write_text(json.dumps(line) + "\n")
     read = ("read.py", needle, text, "--prefill-chunk", 256, "--save-every", 256, "--output")

@@ -1,8 +1,6 @@
 """read.py: a long text is read, killed, continued, and asked about, as a user would."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pytest
 
 from jaxmoe.checkpoint.convert import convert
 from jaxmoe.eval.needle import HAYSTACK, NEEDLE, QUESTION
-from tests.scripts import FOLDER, refuses, succeeds
+from tests.scripts import refuses, succeeds, together
 
 MODEL = Path(__file__).parents[2] / "demo/needle/model"
 SEES = Path(__file__).parents[2] / "demo/vision"
@@ -34,7 +32,7 @@ def text(tmp_path):
 
 def kill_after_a_save(workspace, *command):
     """Starts a command, and kills it once its workspace has something to go on from."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.DEVNULL)
+    process = together.start(*command)
     deadline = time.monotonic() + 300
     while '"saved": 8192' not in _read(workspace / "progress.json"):
         assert process.poll() is None, "it ended before it could be killed"
@@ -68,7 +66,7 @@ def test_pictures_for_a_model_that_does_not_see(checkpoint, tmp_path):
 @pytest.mark.slow
 def test_killed_continued_and_asked(checkpoint, text, tmp_path):
     command = ("read.py", checkpoint, text, "--output", tmp_path / "saved", "--save-every", 8192)
-    kill_after_a_save(tmp_path / "saved.partial", FOLDER / command[0], *command[1:])
+    kill_after_a_save(tmp_path / "saved.partial", *command)
     assert not (tmp_path / "saved").exists()
     mesh = ("--mesh", "sequence=2", "--cpu-devices", 2)
     told = succeeds(*command, *mesh)[1]

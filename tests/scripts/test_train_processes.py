@@ -13,7 +13,8 @@ def alone(tmp_path):
     """What one process with all four devices logs."""
     config = training.write_config(tmp_path, "alone", **RUN)
     process = training.start(config)
-    assert process.wait() == 0, process.stderr.read()
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
     return training.records(config)
 
 

@@ -3,24 +3,22 @@
 import os
 import socket
 import subprocess
-import sys
 
 from tests.scripts import FOLDER
+from tests.scripts.forks import Forked
 
 
-def start(script, *args, **environment: str) -> subprocess.Popen:
+def start(script, *args, **environment: str) -> Forked:
     """Begins a script in a process of its own."""
-    command = [sys.executable, FOLDER / script, *args]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(list(map(str, command)), env={**os.environ, **environment}, **pipes)
+    return Forked([str(word) for word in (FOLDER / script, *args)], {**os.environ, **environment})
 
 
-def start_together(count: int, script, *args, **environment: str) -> list[subprocess.Popen]:
+def start_together(count: int, script, *args, **environment: str) -> list[Forked]:
     """Begins a script as so many processes of one program."""
     return start_each([(script, *args)] * count, **environment)
 
 
-def start_each(commands: list[tuple], **environment: str) -> list[subprocess.Popen]:
+def start_each(commands: list[tuple], **environment: str) -> list[Forked]:
     """Begins one program, a process for each command."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -30,7 +28,7 @@ def start_each(commands: list[tuple], **environment: str) -> list[subprocess.Pop
     return [start(*each, **shared, JAXMOE_PROCESS_ID=str(i)) for i, each in enumerate(commands)]
 
 
-def ends(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list[str]]:
+def ends(processes: list[Forked]) -> tuple[list[int], list[str], list[str]]:
     """What the processes return, and wrote to stdout and to stderr."""
     try:
         said = [process.communicate(timeout=300) for process in processes]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import yaml
 
 from tests import tiny
 from tests.scripts import together
+from tests.scripts.forks import Forked
 
 MODEL = tiny.scout_like(num_hidden_layers=1, hidden_size=16, intermediate_size=16, bos_token_id=0)
 
@@ -40,17 +40,17 @@ def write_config(folder: Path, name: str, **changes) -> Path:
     return path
 
 
-def start(config: Path) -> subprocess.Popen:
+def start(config: Path) -> Forked:
     """Begins a run."""
     return together.start("train.py", config)
 
 
-def start_together(config: Path, count: int) -> list[subprocess.Popen]:
+def start_together(config: Path, count: int) -> list[Forked]:
     """Begins a run of several processes."""
     return together.start_together(count, "train.py", config)
 
 
-def wait_for_steps(config: Path, process: subprocess.Popen) -> None:
+def wait_for_steps(config: Path, process: Forked) -> None:
     """Returns once a run has logged a step, or has ended."""
     metrics = config.with_suffix("") / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):

@@ -1,6 +1,3 @@
-import jax
-import pytest
-
 EVERY_AXIS = [  # of the mesh alone on all eight devices, and two meshes of three axes
     "data=8",
     "fsdp=8",
@@ -14,18 +11,3 @@ EVERY_AXIS = [  # of the mesh alone on all eight devices, and two meshes of thre
 # in the first steps, and by 2e-6 once twenty updates have added up and losses are a hundredth of
 # the first. A router's choice that rounding flips would show as a jump.
 EVERY_AXIS_RTOL = 1e-5
-
-
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """Equal programs of this module are compiled once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 1.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)

@@ -31,8 +31,6 @@ from tests.conftest import load_tiny, one_device
 from tests.tiers import slow_after_first
 from tests.train.conftest import EVERY_AXIS, EVERY_AXIS_RTOL
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 ADAPTER = AdapterConfig(
     rank=4,
     alpha=8.0,
@@ -141,7 +139,7 @@ def test_a_run_writes_an_adapter_and_resumes_to_the_same(finished, model):
         np.testing.assert_array_equal(base, np.asarray(w, np.float32))
 
 
-@pytest.mark.parametrize("mesh", slow_after_first(EVERY_AXIS[::-1]))
+@pytest.mark.parametrize("mesh", slow_after_first(EVERY_AXIS[:-3:-1]))
 def test_the_same_losses_on_any_mesh(finished, mesh):
     config, alone = finished
     config = dataclasses.replace(config, output=f"{config.output}-{mesh}", save_every=0)

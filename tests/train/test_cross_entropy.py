@@ -191,8 +191,16 @@ def loss_memory(spec, devices, *, trained, tied=False, **compiling):
 
 
 @pytest.mark.absent_gpu
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("spec", ["data=1", "fsdp=8", "fsdp=4,tensor=2", "expert=4,sequence=2"])
+@pytest.mark.parametrize(
+    ("spec", "trained"),
+    [
+        ("data=1", False),
+        ("data=1", True),
+        ("fsdp=8", False),
+        ("fsdp=4,tensor=2", True),
+        ("expert=4,sequence=2", True),
+    ],
+)
 def test_temporaries_on_h100s(spec, trained):
     """Half a gigabyte, beside the gradients: a frozen head has none, a trained one is kept once."""
     memory = loss_memory(spec, absent_h100s, trained=trained, **compiler_options())

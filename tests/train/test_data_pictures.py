@@ -20,8 +20,6 @@ from tests import vision
 from tests.conftest import one_device
 from tests.train.test_pictures import CONFIG, TOKENIZER, run_config
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 SIZES = [(1, 1), (1, 2), None, (1, 1), (2, 1), None]  # tiles of the pictures of each row
 
 

@@ -26,8 +26,6 @@ from tests import tiny
 from tests.conftest import one_device
 from tests.small_tokenizers import CHAT, byte_tokenizer
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 TOKENIZER = byte_tokenizer(CHAT)
 MODEL = tiny.scout_like(
     num_hidden_layers=2,

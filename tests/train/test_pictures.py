@@ -26,8 +26,6 @@ from tests import tiny, vision
 from tests.conftest import one_device
 from tests.small_tokenizers import CHAT, byte_tokenizer
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 NAMES = ["image_start", "image_end", "image", "patch", "tile_x_separator", "tile_y_separator"]
 TOKENIZER = byte_tokenizer([*CHAT, *(f"<|{name}|>" for name in NAMES)])
 TEXT = tiny.scout_like(

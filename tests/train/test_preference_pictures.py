@@ -23,8 +23,6 @@ from tests.train.test_data_pictures import row
 from tests.train.test_pictures import CONFIG, TOKENIZER, run_config
 from tests.train.test_preference_runs import LN_2
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 EACH = CONFIG.vision.tokens_per_tile
 ANSWERS = [("yes", "no no"), ("a", "bc"), ("abc", "d"), ("it is", "is it")]
 

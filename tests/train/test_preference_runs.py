@@ -29,8 +29,6 @@ from tests import tiny
 from tests.conftest import load_tiny, one_device
 from tests.train.test_data_runs import MODEL, TOKENIZER, write
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 LN_2 = float(np.float32(np.log(2)))
 LENGTH = 64
 

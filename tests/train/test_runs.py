@@ -20,8 +20,6 @@ from jaxmoe.train.optimizer import learning_rate
 from tests import tiny
 from tests.conftest import one_device
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 MODEL = tiny.scout_like(num_hidden_layers=1, hidden_size=16, intermediate_size=16, bos_token_id=0)
 BAD_ROWS = np.full((2, 8), 99)
 BAD = 99  # a token at which the loss is made NaN

@@ -1,8 +1,6 @@
 import io
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +9,8 @@ import yaml
 from jaxmoe.checkpoint import store
 from jaxmoe.cli import train as script
 from jaxmoe.progress import task_progress
-from tests import tiny
+from tests import scripts, tiny
 from tests.conftest import one_device
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 
 
 def train_script(folder, **changes):
@@ -36,8 +32,7 @@ def train_script(folder, **changes):
         **changes,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, str(SCRIPT), str(folder / "run.yaml")]
-    return subprocess.run(command, capture_output=True, text=True)
+    return scripts.run("train.py", folder / "run.yaml")
 
 
 def test_a_run_ends_in_a_checkpoint_that_loads(tmp_path):

@@ -28,8 +28,6 @@ from jaxmoe.train.trainer import set_up, train
 from tests import tiny
 from tests.conftest import one_device
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 MODEL = tiny.scout_like(
     num_hidden_layers=2,
     moe_layers=[1],

@@ -20,8 +20,6 @@ from jaxmoe.train.step import MOST_SKIPPED, make_step, rounded_at_random
 from tests import tiny
 from tests.conftest import one_device
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
 MODEL = from_hf(
     tiny.scout_like(num_hidden_layers=1, hidden_size=16, intermediate_size=16, bos_token_id=0), "x"
 )
