@@ -38,8 +38,8 @@ from jaxmoe.model.eagle_unroll import draft_chain
 from jaxmoe.model.embedding import embed
 
 PLACES = 8192  # tokens of a row that the head remembers, at most; heads are trained with fewer
-GUESS = 1.0  # what one costs, in layers of the target
-UNKNOWN, RATE = 0.5, 0.02  # share of guesses that are right: at first, and how fast it follows
+GUESS = 3.0  # what one costs, in layers of the target: each waits for the one before it
+UNKNOWN, RATE = 0.75, 0.02  # share of guesses that are right: at first, and how fast it follows
 DRIFT = 0.002  # the same while nothing is guessed, back to what it was at first
 LOW, ENOUGH = 0.1, 200  # share of first guesses, of so many, below which something is wrong
 
