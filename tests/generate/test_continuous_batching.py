@@ -100,7 +100,7 @@ def _poison(layers, free):
         [
             (None, 3, 10),
             (None, 1, 6),
-            ("expert=4,sequence=2", 8, 6),
+            ("expert=4,sequence=2", 8, 10),
             ("data=2,fsdp=2,tensor=2", 4, 6),
         ]
     ),
