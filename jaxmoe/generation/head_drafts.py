@@ -99,9 +99,7 @@ class HeadDrafts:
         needed = step_tokens + 2 * count + 2
         self._places = max(needed, min(tokens + count, PLACES))
         dtype = head.params["fc"].dtype
-        cache = init_draft_cache(head.config, layout.total, self._places, dtype)
-        last = jnp.zeros((layout.total, STATES * target.hidden_size), dtype)
-        self._memory = Memory(cache, last)
+        self._memory = _no_memory(head.config, layout.total, self._places, dtype)
         self.judged, self.right = [0] * count, [0] * count
         self._rates = [UNKNOWN] * count
         self.cost = GUESS * count / target.num_hidden_layers
@@ -255,6 +253,12 @@ class HeadDrafts:
             self.count,
         )
         return Guesses(tokens, list(places))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _no_memory(config: EagleConfig, rows: int, places: int, dtype: Any) -> Memory:
+    last = jnp.zeros((rows, STATES * config.hidden_size), dtype)
+    return Memory(init_draft_cache(config, rows, places, dtype), on_all_devices(last))
 
 
 @functools.partial(jax.jit, donate_argnames="memory")

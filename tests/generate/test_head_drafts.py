@@ -15,8 +15,9 @@ from jaxmoe.checkpoint.heads import Head
 from jaxmoe.eagle_config import eagle_from_hf
 from jaxmoe.errors import UserError
 from jaxmoe.generation import head_drafts
+from jaxmoe.generation.document import new_document, read
 from jaxmoe.generation.drafts import drafts_for
-from jaxmoe.generation.engine import Engine
+from jaxmoe.generation.engine import Engine, generate
 from jaxmoe.generation.head_drafts import HeadDrafts
 from jaxmoe.generation.request import Request
 from jaxmoe.generation.sampling import Sampling
@@ -25,6 +26,7 @@ from jaxmoe.model.eagle import abstract_eagle
 from tests import eagle
 from tests.conftest import one_device
 from tests.generate import pictures
+from tests.generate.conftest import TOKENIZER
 from tests.generate.test_drafts import (
     GREEDY,
     LETTERS,
@@ -211,6 +213,24 @@ def test_nothing_is_guessed_where_all_rows_work(llm_model, monkeypatch):
             head=head_of(llm_model.config),
         )  # fmt: skip
     assert not calls
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("always")
+def test_after_a_document(llm_model):
+    """Which the head is not given: its sequences begin with the questions."""
+    rng, found = np.random.default_rng(1), []
+    requests = draw_requests(rng, 3, two_letters)
+    config, params = llm_model.config, llm_model.params
+    text = rng.choice(LETTERS, 77).tolist()
+    with jax.set_mesh(one_device()):
+        for head in None, head_of(config):
+            *_, document = read(config, params, new_document(config, params, 77 + 600), text)
+            options = {"document": document, "tokenizer": TOKENIZER, "rows": 4, "head": head}
+            stream = generate(config, params, requests, GREEDY, **options)
+            found.append({x.request.id: x.completion for x in stream if x.finish_reason})
+    check_same(found[1], found[0])
+    assert sum(sum(x.accepted) for x in found[1].values())
 
 
 @pytest.mark.slow

@@ -3,13 +3,18 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxmoe.checkpoint.heads import convert_head
+from tests import tiny
+from tests.eagle import head_config, head_tensors, target_ids
 from tests.scripts import succeeds, together
 from tests.scripts.test_read import MODEL
 
@@ -67,6 +72,26 @@ def test_a_job_is_killed_stopped_and_ended_elsewhere(small, tmp_path):
     assert codes == [75] and "were answered; their answers are kept" in said[0]
     succeed_as_four(*job, output, *FOUR)
     succeeds(*job, other, *ONE)
+    assert output.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_head_drafts_on_two_processes(small, tmp_path):
+    """The guesses are whole on both, and answers are those of one without a head."""
+    published = tiny.write_checkpoint(
+        tmp_path / "hf", head_config(), head_tensors(head_config(), 5)
+    )
+    convert_head(published, tmp_path / "head", small.checkpoint)
+    allowed = target_ids(head_tensors(head_config(), 5))[:2].tolist()
+    given = {"max_tokens": 20, "temperature": 1, "allowed_token_ids": allowed}
+    source, output, other = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "other.jsonl"))
+    requests = [{"id": n, "tokens": [n + 1, 7, 9], "seed": n} | given for n in range(6)]
+    source.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    job = (small.checkpoint, "--prompts", source, "--rows", 8, "--output")
+    drafting = Path(__file__).parent / "always_drafts.py", *job, output
+    said = succeed(*drafting, *TWO, "--head", tmp_path / "head")[1]
+    assert all(int(re.search(r"(\d+) drafts", text)[1]) > 20 for text in said)
+    succeeds("generate.py", *job, other, *ONE, "--drafts", 0)
     assert output.read_bytes() == other.read_bytes()
 
 
