@@ -221,7 +221,8 @@ def test_after_a_document(llm_model):
     """Which the head is not given: its sequences begin with the questions."""
     rng, found = np.random.default_rng(1), []
     requests = draw_requests(rng, 3, two_letters)
-    config, params = llm_model.config, llm_model.params
+    config = dataclasses.replace(llm_model.config, max_position_embeddings=2048)
+    params = llm_model.params
     text = rng.choice(LETTERS, 77).tolist()
     with jax.set_mesh(one_device()):
         for head in None, head_of(config):

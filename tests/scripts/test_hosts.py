@@ -78,18 +78,19 @@ def test_a_job_is_killed_stopped_and_ended_elsewhere(small, tmp_path):
 @pytest.mark.slow
 def test_a_head_drafts_on_two_processes(small, tmp_path):
     """The guesses are whole on both, and answers are those of one without a head."""
-    published = tiny.write_checkpoint(
-        tmp_path / "hf", head_config(), head_tensors(head_config(), 5)
-    )
+    tensors = head_tensors(head_config(), 5)
+    published = tiny.write_checkpoint(tmp_path / "hf", head_config(), tensors)
     convert_head(published, tmp_path / "head", small.checkpoint)
-    allowed = target_ids(head_tensors(head_config(), 5))[:2].tolist()
+    allowed = target_ids(tensors)[:2].tolist()
     given = {"max_tokens": 20, "temperature": 1, "allowed_token_ids": allowed}
     source, output, other = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "other.jsonl"))
     requests = [{"id": n, "tokens": [n + 1, 7, 9], "seed": n} | given for n in range(6)]
     source.write_text("".join(json.dumps(request) + "\n" for request in requests))
     job = (small.checkpoint, "--prompts", source, "--rows", 8, "--output")
     drafting = Path(__file__).parent / "always_drafts.py", *job, output
-    said = succeed(*drafting, *TWO, "--head", tmp_path / "head")[1]
+    flags = (*TWO, "--head", tmp_path / "head")
+    codes, _, said = together.ends(together.start_together(2, *drafting, *flags))
+    assert codes == [0, 0], said
     assert all(int(re.search(r"(\d+) drafts", text)[1]) > 20 for text in said)
     succeeds("generate.py", *job, other, *ONE, "--drafts", 0)
     assert output.read_bytes() == other.read_bytes()
