@@ -143,13 +143,13 @@ def test_answers_are_the_same(llm_model):
 @pytest.mark.slow
 @pytest.mark.runs_long
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_answers_of_all_kinds_are_the_same(llm_model, rows):
     """With a head of random weights: drawn, penalized, with grammars, stop strings, bias."""
     rng, tried = np.random.default_rng(rows), 0
     with jax.set_mesh(one_device()):
         head = head_of(llm_model.config)
-        for _ in range(TIMES * 10):
+        for _ in range(TIMES * 5):
             tried += compare(
                 llm_model.config, llm_model.params, rng, rows=rows, drafts=3, head=head
             )[1]
@@ -159,7 +159,7 @@ def test_answers_of_all_kinds_are_the_same(llm_model, rows):
 @pytest.mark.slow
 @pytest.mark.runs_long
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize(("spec", "kv"), [*((spec, None) for spec in MESHES), (MESHES[0], "int8")])
+@pytest.mark.parametrize(("spec", "kv"), zip(MESHES[:3], ["int8", None, None], strict=True))
 def test_answers_on_meshes_are_the_same(llm_model, spec, kv):
     """A prompt that is read in other pieces has other answers in int8: so all are read at first."""
     rng, right = np.random.default_rng(7), 0
