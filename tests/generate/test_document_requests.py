@@ -10,7 +10,7 @@ from jaxmoe.generation.sampling import Sampling
 from jaxmoe.mesh import MeshConfig
 from tests import tiny
 from tests.conftest import load_tiny, one_device
-from tests.tiers import slow_after_first
+from tests.tiers import slow
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -33,7 +33,7 @@ def answers(stream):
 
 @pytest.mark.parametrize(
     ("model", "mesh", "rows"),
-    slow_after_first([(16, None, 8), (8192, None, 1), (8192, "data=2,sequence=2,tensor=2", 4)]),
+    slow((16, None, 8), (8192, None, 1), (8192, "data=2,sequence=2,tensor=2", 4)),
     indirect=["model"],
 )
 def test_questions_side_by_side(model, mesh, rows):

@@ -92,6 +92,7 @@ def always(monkeypatch):
     monkeypatch.setattr(head_drafts, "GUESS", 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always")
 def test_guesses_are_those_of_numpy(llm_model, monkeypatch):
     """In rows that join late, read prompts in pieces and go on from a prefix, and after drafts."""

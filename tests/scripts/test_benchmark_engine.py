@@ -73,6 +73,7 @@ def test_figures(figures):
     assert side["first_run_seconds"] > max(side["seconds"])  # it compiled
 
 
+@pytest.mark.slow
 def test_times_are_of_what_they_say(figures):
     side = figures["workloads"][0]["engine"][0]
     first, admitted = side["first_token_seconds"], side["after_admission_seconds"]
@@ -109,6 +110,7 @@ def test_beside_transformers(compared):
     assert compared["transformers"]["tokens_per_second"] == 2.5
 
 
+@pytest.mark.slow
 def test_tables_hold_the_figures(figures, compared):
     workload = {"workload": "long", "requests": 2, "prompt_tokens": 1234, "answer_tokens": 10}
     figures = {**figures, "workloads": [{**workload, **compared}]}

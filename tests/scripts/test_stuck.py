@@ -36,6 +36,7 @@ def start(small, tmp_path):
         os.close(number)
 
 
+@pytest.mark.slow
 def test_a_program_that_hangs_says_where(start):
     codes, _, said = together.ends(start(JAXMOE_WATCHDOG="2"))
     assert codes == [70, 70]
@@ -53,6 +54,7 @@ def test_a_stopped_process_is_named(start):
     assert codes == [70] and "process 1 does not answer" in said[0]
 
 
+@pytest.mark.slow
 def test_a_stopped_first_process_is_named(start):
     first, second = start()
     first.send_signal(signal.SIGSTOP)
