@@ -8,12 +8,11 @@ from typing import Any
 import jax
 
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.heads import load_head, read_head_config
+from jaxmoe.checkpoint.heads import check_head, load_head
 from jaxmoe.checkpoint.peft import adapter_digest, read_adapter, read_adapters
 from jaxmoe.checkpoint.zarr.manifest import digest_of
 from jaxmoe.cli import devices, image_flags, sampling_flags
 from jaxmoe.config import Llama4Config
-from jaxmoe.eagle_config import check_target
 from jaxmoe.errors import UserError
 from jaxmoe.generation.checking import Checker
 from jaxmoe.generation.engine import STEP_TOKENS
@@ -139,7 +138,7 @@ def read_setting(args: argparse.Namespace, sampling: Sampling) -> Setting:
     tokenizer = devices.tokenizer(args.checkpoint)
     model = store.read_config(args.checkpoint)
     if args.head is not None:
-        check_target(read_head_config(args.head), model, args.head)
+        check_head(args.head, model)
     adapters, images = _adapters(args, model), image_flags.settings_by(args, model)
     stop_ids = stop_ids_of(model, tokenizer)
     return Setting(model, tokenizer, sampling, stop_ids, adapters, images)

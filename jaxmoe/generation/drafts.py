@@ -91,7 +91,8 @@ class PromptLookup:
 
     def chances(self, row: Row) -> Sequence[float]:
         """How likely it is, for each number of drafts from 1 on, that all are right."""
-        return [_lookup_of(row).right ** (n + 1) for n in range(self._most)]
+        right = _lookup_of(row).right
+        return [right ** (n + 1) for n in range(self._most)]
 
     def rest(self) -> None:
         """Changes nothing."""

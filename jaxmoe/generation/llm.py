@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxmoe.checkpoint import store
-from jaxmoe.checkpoint.heads import Head, load_head
+from jaxmoe.checkpoint.heads import Head, check_head, load_head
 from jaxmoe.checkpoint.peft import adapter_digest
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
@@ -113,6 +113,8 @@ class LLM:
         Raises:
             UserError: if the checkpoint cannot be used, or the mesh does not fit it.
         """
+        if head is not None:
+            check_head(head, store.read_config(checkpoint))
         dtype = dtype or store.main_dtypes(checkpoint, text_only)[0]
         tokenizer = Tokenizer.load_if_any(checkpoint)  # before what takes minutes
         sampling = sampling_of(checkpoint)

@@ -160,7 +160,7 @@ def test_answers_of_all_kinds_are_the_same(llm_model, rows):
 @pytest.mark.slow
 @pytest.mark.runs_long
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize(("spec", "kv"), zip(MESHES[:3], ["int8", None, None], strict=True))
+@pytest.mark.parametrize(("spec", "kv"), list(zip(MESHES[:3], ["int8", None, None], strict=True)))
 def test_answers_on_meshes_are_the_same(llm_model, spec, kv):
     """A prompt that is read in other pieces has other answers in int8: so all are read at first."""
     rng, right = np.random.default_rng(7), 0

@@ -76,7 +76,7 @@ def serve() -> None:
     """Forks for each line of the input, and in the fork runs the script that it names."""
     importlib.import_module("jaxmoe.cli.main")
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that `_watch`
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps those that `_watch`
     for line in sys.stdin:
         asked = json.loads(line)
         if os.fork() == 0:

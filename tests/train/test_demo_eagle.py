@@ -71,6 +71,9 @@ def test_heads_of_other_models_are_refused(folders, small, monkeypatch):
     monkeypatch.setattr("sys.argv", [str(word) for word in command])
     with pytest.raises(UserError, match="hidden_size 192, but its target has 64"):
         generate.main()
+    monkeypatch.setattr("jaxmoe.checkpoint.store.load", None)
+    with pytest.raises(UserError, match="hidden_size 192, but its target has 64"):
+        LLM(small.checkpoint, head=folders / "head")
 
 
 def test_the_head_is_small_and_its_numbers_are_in_the_readme():

@@ -5,7 +5,15 @@ published layout, which SGLang and vLLM read.
 """
 
 from jaxmoe.checkpoint.heads.convert import convert_head, is_head
-from jaxmoe.checkpoint.heads.store import Head, load_head, read_head_config
+from jaxmoe.checkpoint.heads.store import Head, check_head, load_head, read_head_config
 from jaxmoe.checkpoint.heads.writer import write_head
 
-__all__ = ["Head", "convert_head", "is_head", "load_head", "read_head_config", "write_head"]
+__all__ = [
+    "Head",
+    "check_head",
+    "convert_head",
+    "is_head",
+    "load_head",
+    "read_head_config",
+    "write_head",
+]

@@ -54,6 +54,11 @@ def read_head_config(path: str | Path) -> EagleConfig:
     return _open(Path(path))[1]
 
 
+def check_head(path: str | Path, target: Llama4Config) -> None:
+    """Raises a UserError if a head's checkpoint cannot be used for a target; reads no array."""
+    check_target(read_head_config(path), target, str(path))
+
+
 def _open(path: Path) -> tuple[Finished, EagleConfig]:
     finished = open_finished(path, KEY, REMEDY)
     return finished, read_fields(EagleConfig, finished.field("head", dict), str(path))

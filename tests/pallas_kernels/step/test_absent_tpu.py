@@ -75,7 +75,7 @@ def test_experts(topology, tokens, experts, devices, format):
     [*((1, format) for format in (None, "int8", "fp8", "int4")), (8, None), (8, "int4")],
 )
 def test_heads(topology, tokens, kv_heads, format):
-    """Of one of eight devices, and all of them in the widest format and in that of pairs."""
+    """Key heads of one of eight devices, and all in the widest format and in that of pairs."""
     heads = 5 * kv_heads
     pool = shaped(1024, kv_heads, 128, d)
     if format is not None:
