@@ -233,7 +233,7 @@ class HeadDrafts:
         width = 1 + self.count if any(len(x) > 1 for x in places.values()) else 1
         size = next((x for x in sizes if x >= len(places)), len(places))
         slots, columns = np.zeros((size, width), np.int32), np.zeros((3, size), np.int32)
-        columns[2] = self._places
+        columns[2] = self._memory.cache.places
         for i, (row, own) in enumerate(places.items()):
             self._make_room(row, width)
             slots[i, : len(own)] = own

@@ -9,7 +9,7 @@ the hidden state at t, and guesses the token t + 2. Where the target has read t,
 made of three of the target's; after that it is what the head itself put out at t - 1.
 
 Shape letters: B rows, S tokens a row, D embed, H query heads, K key/value heads, d head size,
-T places of a cache, G tokens that can be guessed (the draft vocabulary).
+n pages of a row, t places of a page, G tokens that can be guessed (the draft vocabulary).
 """
 
 import functools
@@ -17,28 +17,37 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxmoe import mesh as meshes
 from jaxmoe.eagle_config import STATES, EagleConfig
 from jaxmoe.model.attention import token_axes
+from jaxmoe.model.kv_cache.full import FEW_QUERIES
+from jaxmoe.model.kv_cache.layer import write
+from jaxmoe.model.kv_cache.layout import PAGE
 from jaxmoe.model.layers import linear, product, rms_norm, rope_frequencies, swiglu
 from jaxmoe.model.param_spec import ParamSpec, SpecTree, is_spec
 from jaxmoe.model.params import map_arrays, swiglu_specs
 from jaxmoe.model.sequence import NewTokens, gather
-from pallas_kernels.attention import Coords, flash_attention
+from pallas_kernels.attention import Coords, decode_attention, flash_attention, paged_attention
 
-_CACHE = (None, "kv_heads", None, None)  # the logical axes of keys and values
+_CACHE = (None, None, "kv_heads", None, None)  # the logical axes of keys and values
 
 
 class DraftCache(NamedTuple):
-    """Keys and values of a head, one sequence a row; the token at position p has the place p.
+    """Keys and values of a head in pages, one sequence a row; position p has the place p.
 
     Devices that divide the batch have all rows, so that any rows can be gone on with.
     """
 
-    k: Float[Array, "B K T d"]
-    v: Float[Array, "B K T d"]
+    k: Float[Array, "B n K t d"]
+    v: Float[Array, "B n K t d"]
+
+    @property
+    def places(self) -> int:
+        """Tokens of a row, at most."""
+        return self.k.shape[1] * self.k.shape[3]
 
 
 class PassOutput(NamedTuple):
@@ -102,8 +111,8 @@ def abstract_eagle(config: EagleConfig, mesh: jax.sharding.Mesh, dtype: Any) -> 
 
 
 def init_draft_cache(config: EagleConfig, rows: int, places: int, dtype: Any) -> DraftCache:
-    """A cache of zeros for sequences of up to `places` tokens."""
-    shape = rows, config.num_key_value_heads, places, config.head_dim
+    """A cache of zeros for sequences of `places` tokens, or a few more, which fill a page."""
+    shape = rows, -(-places // PAGE), config.num_key_value_heads, PAGE, config.head_dim
     return DraftCache(*(meshes.constrain(jnp.zeros(shape, dtype), *_CACHE) for _ in range(2)))
 
 
@@ -150,14 +159,12 @@ def eagle_pass(
     q, k, v = heads(config, params, x, positions)
     coords = Coords(positions, segment_ids)
     if cache is None:
-        out, _ = attend(config, q, k, v, coords, coords)
+        out, _ = attend(config, q, k, v, coords)
     else:
-        cache = _written(cache, k, v, coords, jnp.arange(len(q)) if rows is None else rows)
-        count, places = len(q), cache.k.shape[2]
-        place = jnp.broadcast_to(jnp.arange(places, dtype=positions.dtype), (count, places))
+        rows = jnp.arange(len(q)) if rows is None else rows
+        cache = _written(cache, k, v, coords, rows)
         whole = Coords(positions, jnp.minimum(segment_ids, 1))
-        own = cache if rows is None else DraftCache(cache.k[rows], cache.v[rows])
-        out, _ = attend(config, q, *own, whole, Coords(place, jnp.ones_like(place)))
+        out = _attend_to_cache(config, q, cache, whole, rows)
     return PassOutput(pass_output(config, params, residual, out), cache)
 
 
@@ -195,34 +202,60 @@ def rotate_halves(
 
 def _written(cache: DraftCache, k, v, coords: Coords, rows: Int[Array, "B"]) -> DraftCache:
     """The cache with new keys and values [B, K, S, d] at their positions; padding has none."""
-    places = cache.k.shape[2]
-    place = jnp.where(coords.segment != 0, coords.position, places)
-    row = rows[:, None]
+    real = (coords.segment != 0) & (coords.position < cache.places)
+    slot = rows[:, None] * cache.places + coords.position
+    slot = jnp.where(real, slot, len(cache.k) * cache.places)
 
     def put(old, new):
-        new = jnp.swapaxes(new, 1, 2).astype(old.dtype)  # [B, S, K, d], as the indices lie
-        old = old.at[row, :, place].set(new, mode="drop")
-        return meshes.constrain(old, *_CACHE)
+        new = write(old.reshape(-1, *old.shape[2:]), new, slot).reshape(old.shape)
+        return meshes.constrain(new, *_CACHE)
 
     return DraftCache(put(cache.k, k), put(cache.v, v))
+
+
+def _attend_to_cache(
+    config: EagleConfig,
+    q: Float[Array, "B H S d"],
+    cache: DraftCache,
+    coords: Coords,
+    rows: Int[Array, "B"],
+) -> Float[Array, "B H S d"]:
+    """Causal attention in float32 to the rows' keys up to each query, and to no page beyond."""
+    pages = cache.k.shape[1]
+    table = rows[:, None] * pages + jnp.arange(pages)
+    k, v = (x.reshape(-1, *x.shape[2:]) for x in cache)
+    place = jnp.arange(cache.places, dtype=coords.position.dtype).reshape(pages, PAGE)
+    place = jnp.tile(place, (len(cache.k), 1))
+    attend = _attend_few if q.shape[2] <= FEW_QUERIES else paged_attention
+    run = functools.partial(attend, scale=config.head_dim**-0.5)
+    arguments = q, k, v, coords, Coords(place, jnp.ones_like(place)), table
+    specs, output = None, None
+    if (mesh := meshes.current_mesh()) is not None:
+        spec = functools.partial(meshes.activation_spec, mesh)
+        none: Any = PartitionSpec()
+        output = spec(("batch", "heads", None, None), q.shape)
+        pool = spec((None, "kv_heads", None, None), k.shape)
+        own: Any = spec(("batch", None), table.shape)
+        specs = output, pool, pool, Coords(own, own), Coords(none, none), own
+        output = output, spec(("batch", "heads", None), q.shape[:3])
+    out, _ = meshes.per_device(run, specs, output)(*arguments)
+    return out
+
+
+def _attend_few(q, k, v, q_coords: Coords, k_coords: Coords, table, *, scale: float):
+    options = {"scale": scale, "table": table, "return_lse": True}
+    return decode_attention(q, k, v, q_coords, k_coords, **options)
 
 
 def attend(
     config: EagleConfig,
     q: Float[Array, "B H S d"],
-    k: Float[Array, "B K T d"],
-    v: Float[Array, "B K T d"],
-    of_queries: Coords,
-    of_keys: Coords,
+    k: Float[Array, "B K S d"],
+    v: Float[Array, "B K S d"],
+    coords: Coords,
 ) -> tuple[Float[Array, "B H S d"], Float[Array, "B H S"]]:
-    """Causal attention in float32, and the log-sum-exp of its scores, on any mesh.
-
-    Args:
-        of_queries, of_keys: of which follows what a query sees. Keys that are as many as queries
-            may lie over `sequence` as these do.
-    """
-    same = k.shape[2] == q.shape[2]
-    axes = token_axes(q) if same else ()
+    """Causal attention of tokens in float32, and the log-sum-exp of its scores, on any mesh."""
+    axes = token_axes(q)
 
     def body(q, k, v, tokens: NewTokens):
         k, v = gather((k, v), axes)
@@ -230,27 +263,18 @@ def attend(
             q, k, v, tokens.own, tokens.all, scale=config.head_dim**-0.5, return_lse=True
         )
 
-    tokens = NewTokens(of_queries, of_keys, None)
     specs, outputs = None, None
-    if meshes.current_mesh() is not None:
-        specs, outputs = _attend_specs(q, k, v, tokens, same)
+    if (mesh := meshes.current_mesh()) is not None:
+        spec = functools.partial(meshes.activation_spec, mesh)
+        of_q = spec(("batch", "heads", "length", None), q.shape)
+        of_keys = spec(("batch", "kv_heads", "length", None), k.shape)
+        own: Any = spec(("batch", "length"), coords.position.shape)
+        whole: Any = spec(("batch", None), coords.position.shape)
+        of_tokens = NewTokens(Coords(own, own), Coords(whole, whole), None)
+        specs = of_q, of_keys, of_keys, of_tokens
+        outputs = of_q, spec(("batch", "heads", "length"), q.shape[:3])
+    tokens = NewTokens(coords, coords, None)
     return meshes.per_device(body, specs, outputs)(q, k, v, tokens)
-
-
-def _attend_specs(q, k, v, tokens: NewTokens, same: bool) -> tuple[Any, Any]:
-    """Where queries, keys, values and coordinates lie, and where outputs and log-sum-exps lie."""
-    mesh: Any = meshes.current_mesh()
-    spec = functools.partial(meshes.activation_spec, mesh)
-    length = "length" if same else None
-    of_q = spec(("batch", "heads", length, None), q.shape)
-    of_keys = spec(("batch", "kv_heads", length, None), k.shape)
-    own: Any = spec(("batch", length), tokens.own.position.shape)
-    whole: Any = spec(("batch", None), tokens.all.position.shape)
-    of_tokens = NewTokens(Coords(own, own), Coords(whole, whole), None)
-    return (of_q, of_keys, of_keys, of_tokens), (
-        of_q,
-        spec(("batch", "heads", length), q.shape[:3]),
-    )
 
 
 def pass_output(

@@ -153,7 +153,7 @@ def _attend_unrolled(
 ) -> Float[Array, "B H S d"]:
     """Attention of a pass to the first pass's keys, and to the later ones' at each place."""
     first, *later = keys
-    parts = [attend(config, q, first.k, first.v, coords, coords)]
+    parts = [attend(config, q, first.k, first.v, coords)]
     repeats = q.shape[1] // first.k.shape[1]
     for _, k, v in later:
         k, v = (jnp.repeat(z.astype(jnp.float32), repeats, axis=1) for z in (k, v))

@@ -1,5 +1,7 @@
 """Grouped matmul in plain JAX: a loop over blocks that skips those without rows.
 
+Where matrices are small all blocks are multiplied at once: a loop takes longer than the products.
+
 Shape letters: R rows, b rows of a block, N blocks, E groups, D inputs, F outputs.
 """
 
@@ -17,7 +19,13 @@ HIGHEST = lax.Precision.HIGHEST
 
 @dataclasses.dataclass(frozen=True)
 class GroupedXlaConfig:
-    """The config of the XLA implementation, which has no sizes to choose."""
+    """Results do not depend on it beyond rounding.
+
+    Attributes:
+        at_once: bytes of the matrices of all blocks up to which there is no loop.
+    """
+
+    at_once: int = 2**22  # which caches of CPUs hold
 
 
 def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
@@ -39,22 +47,31 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
     width = weights[0].shape[1 if transposed else 2]
     empty = jnp.zeros((blocks.shape[1], width), x.dtype)
 
-    def visit(i, out):
-        group = group_of_block[i]
-
+    def one(block, group, scale):
         def multiply():
-            products = [_dot(blocks[i], w, group, transposed) for w in weights]
-            if scales is not None:
-                products = [scales[i] * y for y in products]
+            products = [_dot(block, w, group, transposed) for w in weights]
+            if scale is not None:
+                products = [scale * y for y in products]
             y = products[0] if len(products) == 1 else jax.nn.silu(products[0]) * products[1]
             return y.astype(x.dtype)
 
-        return out.at[i].set(lax.cond(group < groups, multiply, lambda: empty))
+        return lax.cond(group < groups, multiply, lambda: empty)
+
+    given = blocks, group_of_block, scales
+    if num_blocks * _bytes_of_group(weights) <= case.config.at_once:
+        return jax.vmap(one)(*given).reshape(-1, width)
+
+    def visit(i, out):
+        return out.at[i].set(one(*jax.tree.map(lambda x: x[i], given)))
 
     # The loop writes every block, so its initial value is arbitrary. A constant such as zeros is
     # avoided because XLA would allocate it for all layers of a model at the start of the program.
     start = jnp.broadcast_to(x[0, 0], (num_blocks, *empty.shape))
     return lax.fori_loop(0, num_blocks, visit, start).reshape(-1, width)
+
+
+def _bytes_of_group(weights) -> int:
+    return sum(leaf.nbytes // len(leaf) for leaf in jax.tree.leaves(weights))
 
 
 def _dot(block, w, group, transposed: bool) -> jax.Array:
@@ -81,12 +98,15 @@ def weight_gradient(x, dy, group_of_block, groups: int, case):
     """
     num_blocks = group_of_block.shape[0]
     blocks = (x.reshape(num_blocks, -1, x.shape[1]), dy.reshape(num_blocks, -1, dy.shape[1]))
+    start = jnp.zeros((groups, x.shape[1], dy.shape[1]), jnp.float32)
+    if num_blocks * start[0].nbytes <= case.config.at_once:
+        products = _einsum("nbD,nbF->nDF", *blocks)
+        return start.at[group_of_block].add(products, mode="drop").astype(x.dtype)
 
     def visit(dw, block):
         (x_i, dy_i), group = block
         add = functools.partial(dw.at[group].add, _einsum("bD,bF->DF", x_i, dy_i))
         return lax.cond(group < groups, add, lambda: dw), None
 
-    start = jnp.zeros((groups, x.shape[1], dy.shape[1]), jnp.float32)
     dw, _ = lax.scan(visit, start, (blocks, group_of_block))
     return dw.astype(x.dtype)

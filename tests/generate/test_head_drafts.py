@@ -197,7 +197,7 @@ def test_a_sequence_at_the_end_of_its_cache_begins_anew(llm_model, monkeypatch):
             llm_model.config, llm_model.params, requests, drafts=3, head=head, **options
         )
     check_same(found, expected)
-    room = engine.head._memory.cache.k.shape[2]
+    room = engine.head._places
     assert room < 40 < max(len(request.tokens) for request in requests)
     assert 0 < max(places) < room
     assert sum(sum(x.drafted) for x in found.values())

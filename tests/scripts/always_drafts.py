@@ -1,4 +1,4 @@
-"""`jaxmoe generate` with drafts in every step that has room for some.
+"""A subcommand of `jaxmoe`, with drafts in every step that has room for some.
 
 Each process writes how many it tried to a file of the folder COUNTED.
 """
@@ -21,4 +21,4 @@ if __name__ == "__main__":
         count.write_text(str(len(tried)))
 
     drafts.Drafter.give = counted
-    run_command("generate", sys.argv[1:], prog="generate.py")
+    run_command(sys.argv[1], sys.argv[2:], prog="jaxmoe")

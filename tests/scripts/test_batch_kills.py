@@ -1,5 +1,7 @@
 """Signals at any moment of batch jobs: each row is answered once, as without signals or drafts.
 
+Half of the programs draft with a random head, in every step.
+
 `JAXMOE_KILLS=1000` disturbs more often, `JAXMOE_KILL_SEED` repeats a run.
 """
 
@@ -12,7 +14,8 @@ import time
 
 import pytest
 
-from tests.scripts import succeeds, together
+from tests.scripts import FOLDER, succeeds, together
+from tests.scripts.heads import ALWAYS_DRAFTS, convert_random_head, drafts_tried
 
 KILLS = int(os.environ.get("JAXMOE_KILLS", "20"))
 SEED = int(os.environ.get("JAXMOE_KILL_SEED", time.time_ns() % 10**6))
@@ -30,31 +33,50 @@ AGAIN, LOST = (75, -signal.SIGTERM), (69, -signal.SIGABRT)  # told to stop; with
 
 
 @pytest.fixture(scope="module")
-def command(small, tmp_path_factory):
-    source = tmp_path_factory.mktemp("rows") / "in.jsonl"
-    rows = [
-        {"id": f"row {n}", "tokens": [n % 100 + 1, 7], "max_tokens": 5 + n % 40}
-        | ({"temperature": 0.0} if n % 2 else {"temperature": 1.0, "seed": n})
-        | ({"allowed_token_ids": [7, 8]} if n % 3 == 0 else {})  # answers with right drafts
-        for n in range(ROWS)
-    ]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--input", source, "--block-rows", BLOCK, "--rows", 3, "--dtype", "float32"]
-    return ["batch.py", small.checkpoint, *flags, "--output"]
+def folder(tmp_path_factory):
+    """Where the rows, a head and counts of drafts are."""
+    found = tmp_path_factory.mktemp("job")
+    (found / "counted").mkdir()
+    return found
 
 
 @pytest.fixture(scope="module")
-def undisturbed(command, tmp_path_factory):
+def flags(small, folder):
+    guessed = convert_random_head(folder, small.checkpoint)
+    rows = [
+        {"id": f"row {n}", "tokens": [n % 100 + 1, 7], "max_tokens": 5 + n % 40}
+        | ({"temperature": 0.0} if n % 2 else {"temperature": 1.0, "seed": n})
+        | ({"allowed_token_ids": guessed[:2]} if n % 3 == 0 else {})  # answers with right drafts
+        for n in range(ROWS)
+    ]
+    source = folder / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--input", source, "--block-rows", BLOCK, "--rows", 3, "--dtype", "float32"]
+    return [small.checkpoint, *flags, "--output"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(flags, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    succeeds(*command, output, "--mesh", "data=2", "--cpu-devices", 2, "--drafts", 0)
+    succeeds("batch.py", *flags, output, "--mesh", "data=2", "--cpu-devices", 2, "--drafts", 0)
     return answers(output)
+
+
+@pytest.fixture(scope="module")
+def commands(flags, folder):
+    """The job as programs run it, each with one of these."""
+    return [
+        [FOLDER / "batch.py", *flags],
+        [ALWAYS_DRAFTS, "batch", "--head", folder / "head", *flags],
+    ]
 
 
 def answers(output):
     return {path.name: path.read_bytes() for path in sorted((output / "answers").iterdir())}
 
 
-def begin(command, output, processes, moments):
+def begin(commands, output, processes, moments):
+    command = moments.choice(commands)
     count = max(2, processes)
     devices = ["--mesh", moments.choice(MESHES[count]), "--cpu-devices", count // processes]
     if processes == 1:
@@ -94,10 +116,10 @@ def wait_for_work(output, crews, moments):
     time.sleep(moments.uniform(0, 0.1))
 
 
-def disturb(command, output, crew, moments, wanted):
+def disturb(commands, output, crew, moments, wanted):
     """Sends signals until there were so many or the job has ended; returns how many there were."""
     programs, processes = CREWS[crew]
-    crews = [begin(command, output, processes, moments) for _ in range(programs)]
+    crews = [begin(commands, output, processes, moments) for _ in range(programs)]
     sent = 0
     while crews:
         wait_for_work(output, crews, moments)
@@ -112,23 +134,36 @@ def disturb(command, output, crew, moments, wanted):
         for c in over:
             crews.remove(c)
             if set(ended(c)) != {0} and sent <= wanted:
-                crews.append(begin(command, output, processes, moments))
+                crews.append(begin(commands, output, processes, moments))
     return sent
+
+
+@pytest.fixture(autouse=True)
+def counted(folder, monkeypatch):
+    monkeypatch.setenv("COUNTED", str(folder / "counted"))
+
+
+@pytest.mark.slow
+def test_a_head_drafts(commands, undisturbed, folder, tmp_path):
+    succeeds(*commands[1], tmp_path / "out", "--mesh", "data=2", "--cpu-devices", 2)
+    assert answers(tmp_path / "out") == undisturbed
+    assert sum(drafts_tried(folder / "counted")) > ROWS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("crew", CREWS)
-def test_signals_at_random_times(command, undisturbed, tmp_path, crew):
+def test_signals_at_random_times(commands, undisturbed, folder, tmp_path, crew):
     moments = random.Random(f"{SEED} {crew}")
     wanted, sent, jobs = max(1, KILLS * SHARE.get(crew, 1) // 20), 0, 0
     while sent < wanted:
         jobs += 1
         output = tmp_path / f"out{jobs}"
-        sent += disturb(command, output, crew, moments, wanted - sent)
+        sent += disturb(commands, output, crew, moments, wanted - sent)
         what = f"after {sent} signals of JAXMOE_KILL_SEED={SEED}"
         assert answers(output) == undisturbed, what
         for folder in ("journal", "workers"):
             assert not list((output / folder).iterdir()), what
         assert not (output / "errors").exists(), what
         assert json.loads((output / "report.json").read_text())["answered"] == ROWS, what
-    print(f"{crew}: {sent} signals in {jobs} jobs, JAXMOE_KILL_SEED={SEED}")
+    drafts = sum(drafts_tried(folder / "counted"))
+    print(f"{crew}: {sent} signals in {jobs} jobs, {drafts} drafts, JAXMOE_KILL_SEED={SEED}")

@@ -6,15 +6,12 @@ import os
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxmoe.checkpoint.heads import convert_head
-from tests import tiny
-from tests.eagle import head_config, head_tensors, target_ids
 from tests.scripts import succeeds, together
+from tests.scripts.heads import ALWAYS_DRAFTS, convert_random_head, drafts_tried
 from tests.scripts.test_read import MODEL
 
 FLAGS = ("--dtype", "float32", "--mesh", "data=2,expert=2", "--cpu-devices")
@@ -77,23 +74,20 @@ def test_a_job_is_killed_stopped_and_ended_elsewhere(small, tmp_path):
 @pytest.mark.slow
 def test_a_head_drafts_on_two_processes(small, tmp_path):
     """The guesses are whole on both, and answers are those of one without a head."""
-    tensors = head_tensors(head_config(), 5)
-    published = tiny.write_checkpoint(tmp_path / "hf", head_config(), tensors)
-    convert_head(published, tmp_path / "head", small.checkpoint)
-    allowed = target_ids(tensors)[:2].tolist()
+    allowed = convert_random_head(tmp_path, small.checkpoint)[:2]
     given = {"max_tokens": 20, "temperature": 1, "allowed_token_ids": allowed}
     source, output, other = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "other.jsonl"))
     requests = [{"id": n, "tokens": [n + 1, 7, 9], "seed": n} | given for n in range(6)]
     source.write_text("".join(json.dumps(request) + "\n" for request in requests))
     job = (small.checkpoint, "--prompts", source, "--rows", 8, "--output")
-    drafting = Path(__file__).parent / "always_drafts.py", *job, output
+    drafting = ALWAYS_DRAFTS, "generate", *job, output
     flags = (*TWO, "--head", tmp_path / "head")
     counted = tmp_path / "counted"
     counted.mkdir()
     crew = together.start_together(2, *drafting, *flags, COUNTED=str(counted))
     codes, _, said = together.ends(crew)
     assert codes == [0, 0], said
-    one, other_ = (int(path.read_text()) for path in counted.iterdir())
+    one, other_ = drafts_tried(counted)
     assert one == other_ > 20
     succeeds("generate.py", *job, other, *ONE, "--drafts", 0)
     assert output.read_bytes() == other.read_bytes()

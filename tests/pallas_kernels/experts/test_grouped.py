@@ -25,6 +25,7 @@ from tests.pallas_kernels.experts.ways import (
     MOSAIC_GPU,
     MOSAIC_TPU,
     XLA,
+    XLA_LOOP,
     gated,
     gated_results,
     over,
@@ -40,6 +41,7 @@ TPU_FEW = on_tpus([STREAMED, TILED])
 DIFFERENTIATED = over(
     runs(XLA, "float32", ALL_CASES),
     runs(XLA, "bfloat16", FEW),
+    runs(XLA_LOOP, "float32", FEW),
     runs(MOSAIC_GPU, "bfloat16", KERNEL_CASES),
     runs(MOSAIC_TPU, "float32", TPU_FEW[:1]),
     runs(MOSAIC_TPU, "bfloat16", on_tpus(KERNEL_CASES)),
@@ -49,6 +51,7 @@ DIFFERENTIATED = over(
 GATED_DIFFERENTIATED = over(
     runs(XLA, "float32", [*CASES, STREAMED, TILED]),
     runs(XLA, "bfloat16", FEW),
+    runs(XLA_LOOP, "float32", FEW),
     runs(MOSAIC_GPU, "bfloat16", [STREAMED, TILED]),
     runs(MOSAIC_TPU, "bfloat16", TPU_FEW),
     runs(MEGABLOX, "float32", [STREAMED, TILED]),
@@ -73,6 +76,7 @@ def test_gated_products_and_gradients(way, dtype, case):
 
 @over(
     runs(XLA, "float32", FEW),
+    runs(XLA_LOOP, "float32", FEW),
     runs(MOSAIC_GPU, "bfloat16", KERNEL_CASES + FORWARD_CASES),
     runs(MOSAIC_TPU, "bfloat16", on_tpus(KERNEL_CASES + FORWARD_CASES)),
     runs(MOSAIC_TPU, "float32", TPU_FEW[:1]),
@@ -87,6 +91,7 @@ def test_gated_products_that_are_not_differentiated(way, dtype, case):
 
 @over(
     runs(XLA, "float32", FEW),
+    runs(XLA_LOOP, "float32", FEW),
     runs(MOSAIC_GPU, "bfloat16", [STREAMED, TILED]),
     runs(MOSAIC_TPU, "bfloat16", TPU_FEW[:1]),
 )

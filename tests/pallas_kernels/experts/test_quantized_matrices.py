@@ -26,6 +26,7 @@ from tests.pallas_kernels.experts.ways import (
     MOSAIC_GPU,
     MOSAIC_TPU,
     XLA,
+    XLA_LOOP,
     gated,
     multiplied,
     over,
@@ -43,6 +44,7 @@ TPU_FEW = [*on_tpus([*FEW[1:], FORWARD_CASES[1]]), dataclasses.replace(FEW[0], D
 every_case = over(
     runs(XLA, "float32", SMALL),
     runs(XLA, "bfloat16", FEW),
+    runs(XLA_LOOP, "float32", FEW),
     runs(MOSAIC_GPU, "bfloat16", KERNEL_CASES[:6:2] + KERNEL_CASES[6:] + FORWARD_CASES),
     runs(MOSAIC_TPU, "bfloat16", TPU_FEW),
 )

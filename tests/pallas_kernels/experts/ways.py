@@ -17,6 +17,7 @@ from pallas_kernels.experts.grouped import IMPLEMENTATIONS, GroupedCase
 from pallas_kernels.experts.grouped_megablox import GroupedMegabloxConfig
 from pallas_kernels.experts.grouped_mosaic import GroupedMosaicConfig
 from pallas_kernels.experts.grouped_tpu import GroupedTpuConfig
+from pallas_kernels.experts.grouped_xla import GroupedXlaConfig
 from pallas_kernels.experts.mosaic_kernels import StreamConfig, TileConfig
 from pallas_kernels.experts.mosaic_quantized import QuantizedConfig
 from tests.pallas_kernels.experts.cases import GatedResults, Results, draw, planned
@@ -33,6 +34,7 @@ class Way:
     config: Any = None
     interpret: Any = None
     checked: Callable = contextlib.nullcontext
+    variant: str = ""
 
     def why_not(self, case, dtype) -> str | None:
         """Says why the implementation does not serve a case; None if it does."""
@@ -52,6 +54,7 @@ class Way:
 
 NAMED = {each.name: each for each in IMPLEMENTATIONS}
 XLA = Way(NAMED["xla"])
+XLA_LOOP = Way(NAMED["xla"], GroupedXlaConfig(at_once=0), variant="-loop")
 MOSAIC_GPU = Way(
     NAMED["mosaic_gpu"],
     GroupedMosaicConfig(
@@ -76,7 +79,9 @@ MEGABLOX = Way(
 def runs(way, dtype, cases):
     """The cases that an implementation serves, as parameters for `over`."""
     return [
-        pytest.param(way, dtype, case, id=f"{way.implementation.name}-{dtype}-{case.name}")
+        pytest.param(
+            way, dtype, case, id=f"{way.implementation.name}{way.variant}-{dtype}-{case.name}"
+        )
         for case in cases
         if way.why_not(case, dtype) is None
     ]
