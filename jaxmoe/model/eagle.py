@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -224,8 +225,9 @@ def _attend_to_cache(
     pages = cache.k.shape[1]
     table = rows[:, None] * pages + jnp.arange(pages)
     k, v = (x.reshape(-1, *x.shape[2:]) for x in cache)
-    place = jnp.arange(cache.places, dtype=coords.position.dtype).reshape(pages, PAGE)
-    place = jnp.tile(place, (len(cache.k), 1))
+    size = len(k), PAGE
+    page, within = (lax.broadcasted_iota(coords.position.dtype, size, axis) for axis in (0, 1))
+    place = page % pages * PAGE + within
     attend = _attend_few if q.shape[2] <= FEW_QUERIES else paged_attention
     run = functools.partial(attend, scale=config.head_dim**-0.5)
     arguments = q, k, v, coords, Coords(place, jnp.ones_like(place)), table

@@ -161,8 +161,8 @@ def test_signals_at_random_times(commands, undisturbed, folder, tmp_path, crew):
         sent += disturb(commands, output, crew, moments, wanted - sent)
         what = f"after {sent} signals of JAXMOE_KILL_SEED={SEED}"
         assert answers(output) == undisturbed, what
-        for folder in ("journal", "workers"):
-            assert not list((output / folder).iterdir()), what
+        for name in ("journal", "workers"):
+            assert not list((output / name).iterdir()), what
         assert not (output / "errors").exists(), what
         assert json.loads((output / "report.json").read_text())["answered"] == ROWS, what
     drafts = sum(drafts_tried(folder / "counted"))
