@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.errors import UserError
+from jaxmoe.generation.drafts import drafts_for
 from jaxmoe.plan import search
 from jaxmoe.plan.planner import Plan
 
@@ -48,12 +49,17 @@ def drafted_steps(plan: Plan, most: int, accepted: Sequence[float] = ()) -> list
             `Result.drafted` and `Result.accepted` count; fewer than `most` go on with the last.
 
     Raises:
-        UserError: for another task, fewer drafts than 1, or shares that are none.
+        UserError: for another task, fewer drafts than 1 or more than a row has on the target, or
+            shares that are none.
     """
     if plan.work.task != "decode":
         raise UserError(f"--drafts goes with --task decode, not {plan.work.task}.")
     if most < 1:
         raise UserError(f"--drafts {most} is below 1.")
+    target = plan.target
+    allowed = drafts_for(plan.work.config, "tpu" if target.is_tpu else "gpu", most)
+    if most > allowed:
+        raise UserError(f"--drafts {most}: a row has at most {allowed} on {target.name}.")
     if not all(0 <= share <= 1 for share in accepted):
         raise UserError(f"--accepted {','.join(map(str, accepted))} has shares beyond 0 to 1.")
     return [_step(plan, count, accepted) for count in range(1, most + 1)]

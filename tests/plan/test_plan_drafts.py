@@ -134,7 +134,7 @@ def test_what_drafts_bring_by_the_bounds():
     mesh = MeshConfig(tensor=8)
     work = Work(config=SCOUT, context=CONTEXT)
     plan = make_plan("scout", work, parse_target("h100x8"), mesh)
-    for step_ in drafted_steps(plan, 4, [0.7, 0.6]):
+    for step_ in drafted_steps(plan, 3, [0.7, 0.6]):
         one = dataclasses.replace(work, task="prefill", prefill_chunk=1 + step_.drafts)
         more = demand(one, mesh).weights - plan.chosen.demand.weights
         assert step_.seconds - plan.estimate == pytest.approx(
@@ -146,15 +146,17 @@ def test_what_drafts_bring_by_the_bounds():
 
 
 @pytest.mark.parametrize(
-    ("task", "most", "accepted", "words"),
+    ("target", "task", "most", "accepted", "words"),
     [
-        ("prefill", 3, [], "goes with --task decode"),
-        ("decode", 0, [], "--drafts 0 is below 1"),
-        ("decode", 2, [1.5], "--accepted 1.5 has shares"),
+        ("h100x8", "prefill", 3, [], "goes with --task decode"),
+        ("h100x8", "decode", 0, [], "--drafts 0 is below 1"),
+        ("h100x8", "decode", 4, [], "--drafts 4: a row has at most 3 on h100x8"),
+        ("v5p-16", "decode", 1, [], "--drafts 1: a row has at most 0 on v5p-16"),
+        ("h100x8", "decode", 2, [1.5], "--accepted 1.5 has shares"),
     ],
 )
-def test_drafts_that_cannot_be(task, most, accepted, words):
+def test_drafts_that_cannot_be(target, task, most, accepted, words):
     work = Work(config=SCOUT, context=CONTEXT, task=task)
-    plan = make_plan("scout", work, parse_target("h100x8"), MeshConfig(tensor=8))
+    plan = make_plan("scout", work, parse_target(target), MeshConfig(tensor=8))
     with pytest.raises(UserError, match=words):
         drafted_steps(plan, most, accepted)
