@@ -58,7 +58,7 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
         return lax.cond(group < groups, multiply, lambda: empty)
 
     given = blocks, group_of_block, scales
-    if num_blocks * _bytes_of_group(weights) <= case.config.at_once:
+    if num_blocks * _bytes_of_group(weights) <= _config(case).at_once:
         return jax.vmap(one)(*given).reshape(-1, width)
 
     def visit(i, out):
@@ -68,6 +68,12 @@ def product(x, weights, group_of_block, row_scale, case, *, transposed: bool):
     # avoided because XLA would allocate it for all layers of a model at the start of the program.
     start = jnp.broadcast_to(x[0, 0], (num_blocks, *empty.shape))
     return lax.fori_loop(0, num_blocks, visit, start).reshape(-1, width)
+
+
+def _config(case) -> GroupedXlaConfig:
+    """The case's; the default where another implementation leaves its product to this one."""
+    config = case.config
+    return config if isinstance(config, GroupedXlaConfig) else GroupedXlaConfig()
 
 
 def _bytes_of_group(weights) -> int:
@@ -99,7 +105,7 @@ def weight_gradient(x, dy, group_of_block, groups: int, case):
     num_blocks = group_of_block.shape[0]
     blocks = (x.reshape(num_blocks, -1, x.shape[1]), dy.reshape(num_blocks, -1, dy.shape[1]))
     start = jnp.zeros((groups, x.shape[1], dy.shape[1]), jnp.float32)
-    if num_blocks * start[0].nbytes <= case.config.at_once:
+    if num_blocks * start[0].nbytes <= _config(case).at_once:
         products = _einsum("nbD,nbF->nDF", *blocks)
         return start.at[group_of_block].add(products, mode="drop").astype(x.dtype)
 
