@@ -8,7 +8,7 @@ import numpy as np
 from jaxmoe.config import Llama4Config
 from jaxmoe.generation.rows import Row
 from jaxmoe.generation.sampling import NO_TOKEN
-from jaxmoe.model.kv_cache.full import FEW_QUERIES
+from jaxmoe.model.kv_cache.layer import FEW_QUERIES
 from jaxmoe.model.packing import Packing
 from jaxmoe.model.steps import Inputs
 from pallas_kernels.attention.decode_config import MAX_COLUMNS

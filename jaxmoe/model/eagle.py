@@ -24,14 +24,14 @@ from jaxtyping import Array, Float, Int
 from jaxmoe import mesh as meshes
 from jaxmoe.eagle_config import STATES, EagleConfig
 from jaxmoe.model.attention import token_axes
-from jaxmoe.model.kv_cache.full import FEW_QUERIES
-from jaxmoe.model.kv_cache.layer import write
+from jaxmoe.model.kernels import AttentionOptions
+from jaxmoe.model.kv_cache.layer import LayerCache, attend_rows
 from jaxmoe.model.kv_cache.layout import PAGE
 from jaxmoe.model.layers import linear, product, rms_norm, rope_frequencies, swiglu
 from jaxmoe.model.param_spec import ParamSpec, SpecTree, is_spec
 from jaxmoe.model.params import map_arrays, swiglu_specs
 from jaxmoe.model.sequence import NewTokens, gather
-from pallas_kernels.attention import Coords, decode_attention, flash_attention, paged_attention
+from pallas_kernels.attention import CAUSAL, Coords, flash_attention
 
 _CACHE = (None, None, "kv_heads", None, None)  # the logical axes of keys and values
 
@@ -44,6 +44,11 @@ class DraftCache(NamedTuple):
 
     k: Float[Array, "B n K t d"]
     v: Float[Array, "B n K t d"]
+
+    @property
+    def pool(self) -> LayerCache:
+        """The pages of all rows, one row's after the other's."""
+        return LayerCache(*(x.reshape(-1, *x.shape[2:]) for x in self))
 
     @property
     def places(self) -> int:
@@ -205,13 +210,12 @@ def _written(cache: DraftCache, k, v, coords: Coords, rows: Int[Array, "B"]) -> 
     """The cache with new keys and values [B, K, S, d] at their positions; padding has none."""
     real = (coords.segment != 0) & (coords.position < cache.places)
     slot = rows[:, None] * cache.places + coords.position
-    slot = jnp.where(real, slot, len(cache.k) * cache.places)
+    pool = cache.pool.write(k, v, jnp.where(real, slot, len(cache.k) * cache.places))
 
-    def put(old, new):
-        new = write(old.reshape(-1, *old.shape[2:]), new, slot).reshape(old.shape)
-        return meshes.constrain(new, *_CACHE)
+    def in_rows(pages):
+        return meshes.constrain(pages.reshape(cache.k.shape), *_CACHE)
 
-    return DraftCache(put(cache.k, k), put(cache.v, v))
+    return DraftCache(*map(in_rows, pool))
 
 
 def _attend_to_cache(
@@ -222,31 +226,24 @@ def _attend_to_cache(
     rows: Int[Array, "B"],
 ) -> Float[Array, "B H S d"]:
     """Causal attention in float32 to the rows' keys up to each query, and to no page beyond."""
-    pages = cache.k.shape[1]
+    pool, pages = cache.pool, cache.k.shape[1]
     table = rows[:, None] * pages + jnp.arange(pages)
-    k, v = (x.reshape(-1, *x.shape[2:]) for x in cache)
-    size = len(k), PAGE
+    size = len(cache.k) * pages, PAGE
     page, within = (lax.broadcasted_iota(coords.position.dtype, size, axis) for axis in (0, 1))
     place = page % pages * PAGE + within
-    attend = _attend_few if q.shape[2] <= FEW_QUERIES else paged_attention
-    run = functools.partial(attend, scale=config.head_dim**-0.5)
-    arguments = q, k, v, coords, Coords(place, jnp.ones_like(place)), table
-    specs, output = None, None
+    run = functools.partial(attend_rows, AttentionOptions(config.head_dim**-0.5, CAUSAL))
+    arguments = q, pool, coords, Coords(place, jnp.ones_like(place)), table
+    specs, outputs = None, None
     if (mesh := meshes.current_mesh()) is not None:
         spec = functools.partial(meshes.activation_spec, mesh)
-        none: Any = PartitionSpec()
-        output = spec(("batch", "heads", None, None), q.shape)
-        pool = spec((None, "kv_heads", None, None), k.shape)
+        whole: Any = PartitionSpec()
+        of_q = spec(("batch", "heads", None, None), q.shape)
+        of_keys: Any = spec((None, "kv_heads", None, None), pool.k.shape)
         own: Any = spec(("batch", None), table.shape)
-        specs = output, pool, pool, Coords(own, own), Coords(none, none), own
-        output = output, spec(("batch", "heads", None), q.shape[:3])
-    out, _ = meshes.per_device(run, specs, output)(*arguments)
+        specs = of_q, LayerCache(of_keys, of_keys), Coords(own, own), Coords(whole, whole), own
+        outputs = of_q, spec(("batch", "heads", None), q.shape[:3])
+    out, _ = meshes.per_device(run, specs, outputs)(*arguments)
     return out
-
-
-def _attend_few(q, k, v, q_coords: Coords, k_coords: Coords, table, *, scale: float):
-    options = {"scale": scale, "table": table, "return_lse": True}
-    return decode_attention(q, k, v, q_coords, k_coords, **options)
 
 
 def attend(

@@ -56,10 +56,12 @@ def drafted_steps(plan: Plan, most: int, accepted: Sequence[float] = ()) -> list
         raise UserError(f"--drafts goes with --task decode, not {plan.work.task}.")
     if most < 1:
         raise UserError(f"--drafts {most} is below 1.")
-    target = plan.target
-    allowed = drafts_for(plan.work.config, "tpu" if target.is_tpu else "gpu", most)
+    allowed = drafts_for(plan.work.config, "tpu" if plan.target.is_tpu else "gpu", most)
     if most > allowed:
-        raise UserError(f"--drafts {most}: a row has at most {allowed} on {target.name}.")
+        raise UserError(
+            f"--drafts {most}: a row has at most {allowed} on {plan.target.name}; give fewer, or "
+            "leave it out."
+        )
     if not all(0 <= share <= 1 for share in accepted):
         raise UserError(f"--accepted {','.join(map(str, accepted))} has shares beyond 0 to 1.")
     return [_step(plan, count, accepted) for count in range(1, most + 1)]

@@ -15,13 +15,11 @@ from jaxtyping import Array, Float
 from jaxmoe import mesh as meshes
 from jaxmoe.model.kernels import AttentionOptions
 from jaxmoe.model.kv_cache.kind import CacheKind, CacheStep, PoolSize, Room
-from jaxmoe.model.kv_cache.layer import LayerCache, attend_pieces, attend_single
+from jaxmoe.model.kv_cache.layer import LayerCache, attend_pieces, attend_rows, attend_single
 from jaxmoe.model.kv_cache.layout import PAGE, pool_pages
 from jaxmoe.model.packing import PackedRows, merge_single
 from jaxmoe.model.sequence import NewTokens, gather, merge_over_devices
-from pallas_kernels.attention import Coords, decode_attention, paged_attention
-
-FEW_QUERIES = 4  # up to so many a row, the cache is read at memory speed rather than in tiles
+from pallas_kernels.attention import Coords
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +82,8 @@ class FullCache(CacheKind):
         table = step.table[0]
         if tokens.all_rows is not None:
             out, lse = _attend_packed(options, q, cache, *where, tokens.all_rows, step)
-        elif q.shape[2] <= FEW_QUERIES:
-            out, lse = decode_attention(
-                q, *cache, *where, table=table, return_lse=True, **options._asdict()
-            )
         else:
-            out, lse = paged_attention(q, *cache, *where, table, **options._asdict())
+            out, lse = attend_rows(options, q, cache, *where, table)
         return merge_over_devices(out, lse, axes).astype(q.dtype), cache
 
 

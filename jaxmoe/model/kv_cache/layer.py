@@ -19,6 +19,7 @@ from pallas_kernels.quantized import LARGEST, Quantized, in_pairs, quantize
 
 KV_FORMATS = ("bf16", *LARGEST)  # of keys and values, by name
 FLOATS = ("bf16", "bfloat16", "float32", "float16")
+FEW_QUERIES = 4  # up to so many a row, pages are read at memory speed rather than in tiles
 
 
 class PieceTable(NamedTuple):
@@ -102,6 +103,22 @@ def _put(index: Int[Array, "B S 1"], leaf, x):
         old = leaf.at[at].get(mode="fill", fill_value=0)
         leaf = leaf.at[at].set(jnp.where(place_of_number == each, x, old), mode="drop")
     return leaf
+
+
+def attend_rows(
+    options: AttentionOptions,
+    q: Float[Array, "B H S d"],
+    cache: LayerCache,
+    coords: Coords,
+    page_coords: Coords,
+    table: Int[Array, "B n"],
+) -> tuple[Float[Array, "B H S d"], Float[Array, "B H S"]]:
+    """Attention of each row's tokens to its pages; output and log-sum-exp, both float32."""
+    where, shared = (coords, page_coords), options._asdict()
+    if q.shape[2] > FEW_QUERIES:
+        return paged_attention(q, *cache, *where, table, **shared)
+    out, lse = decode_attention(q, *cache, *where, table=table, return_lse=True, **shared)
+    return out, lse
 
 
 def attend_single(
