@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxmoe.benchmarks.schedule.tpu_steps import Program
 from jaxmoe.config import SCOUT, layer_kinds
-from jaxmoe.model.kv_cache import PAGE, full, init_cache, layer, ring
+from jaxmoe.model.kv_cache import PAGE, init_cache, layer, ring
 from jaxmoe.model.packing import Packing
 from jaxmoe.model.params import init_params
 from jaxmoe.model.transformer import forward
@@ -85,7 +85,7 @@ def through_the_kernel(calls, *arguments, **options):
 def test_steps_of_many_tokens(lay, monkeypatch):
     params, calls = init_params(CONFIG, jax.random.key(1)), []
     plain = hidden_states(params, lay)
-    for module in (full, layer, ring):
+    for module in (layer, ring):
         attend = functools.partial(through_the_kernel, calls)
         monkeypatch.setattr(module, "paged_attention", attend)
     jax.clear_caches()  # of layers that were traced
