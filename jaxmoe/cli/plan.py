@@ -12,7 +12,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan import planner
 from jaxmoe.plan.drafts import drafted_steps, to_json
-from jaxmoe.plan.models import read_dtype, read_model
+from jaxmoe.plan.models import read_dtype, read_head, read_model
 from jaxmoe.plan.targets import Target, parse_target
 from jaxmoe.plan.text import print_plan
 from jaxmoe.plan.work import PREFILL_CHUNK, STORAGE_FORMATS, TASKS, Work
@@ -65,6 +65,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="also how long steps of decoding take that try 1 to N drafts of each row",
+    )
+    parser.add_argument(
+        "--head",
+        metavar="FOLDER",
+        help="a head that drafts, converted or as it is published: its memory, and with --drafts "
+        "what its guesses take",
     )
     parser.add_argument(
         "--accepted",
@@ -158,6 +164,7 @@ def _work(
         kv=args.kv,
         prefill_chunk=args.prefill_chunk,
         tiles=args.tiles or 0,
+        head=None if args.head is None else read_head(args.head, config),
         run=run,
     )
     return planner.with_longest_context(work, target, mesh) if context == "max" else work

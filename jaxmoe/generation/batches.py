@@ -13,6 +13,7 @@ from jaxmoe.model.packing import Packing
 from jaxmoe.model.steps import Inputs
 from pallas_kernels.attention.decode_config import MAX_COLUMNS
 
+STEP_TOKENS = 512  # that a step takes, at most
 MOST_PIECES = 32  # rows of a group that read in one step
 SMALLEST, SIZES = 16, 3  # of steps in which prompts are read
 OVERHEAD = {"cpu": 16}  # what a step costs beside its tokens, in tokens, by platform

@@ -33,6 +33,7 @@ from jaxmoe.model.kv_cache.ring import RingCache
 
 DRAFTS = {"cpu": 7}  # of a row in a step at most, by platform; elsewhere there is no measurement
 GUESSES = 3  # of a row's head, anywhere
+PLACES = 8192  # tokens of a row that a head remembers, at most; heads are trained with fewer
 OVERHEAD = 3  # what a step costs beside its single tokens, each of which reads experts of its own
 WORTH = 1.1  # times more tokens for the cost of a step, for which its tokens are waited for
 
@@ -260,6 +261,17 @@ def _may_draft(row: Row, unread: bool) -> bool:
     if row.request is None or row.fed < len(row.tokens) or not row.answer:
         return False
     return unread or row.known == row.written
+
+
+def places_of_row(tokens: int, step_tokens: int, count: int) -> int:
+    """How many tokens of a row a head's cache has room for.
+
+    Args:
+        tokens: of a row, at most.
+        step_tokens: of a row in one step, at most.
+        count: tokens to guess.
+    """
+    return max(step_tokens + 2 * count + 2, min(tokens + count, PLACES))
 
 
 def drafts_for(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxmoe.checkpoint.heads import Head
 from jaxmoe.config import Llama4Config
 from jaxmoe.errors import UserError
-from jaxmoe.generation.batches import Batch, sizes_for
+from jaxmoe.generation.batches import STEP_TOKENS, Batch, sizes_for
 from jaxmoe.generation.choices import (
     Choices,
     State,
@@ -45,7 +45,6 @@ from jaxmoe.model.steps import step
 from jaxmoe.text import Tokenizer
 
 __all__ = ["ERROR", "STEP_TOKENS", "Request", "Token", "fit_context", "generate"]
-STEP_TOKENS = 512  # that a step takes, at most
 
 
 def generate(

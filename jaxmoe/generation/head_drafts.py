@@ -28,6 +28,7 @@ from jaxmoe.checkpoint.heads import Head
 from jaxmoe.config import Llama4Config
 from jaxmoe.eagle_config import STATES, EagleConfig
 from jaxmoe.generation.batches import Batch
+from jaxmoe.generation.drafts import places_of_row
 from jaxmoe.generation.features import without_references
 from jaxmoe.generation.pool import Layout
 from jaxmoe.generation.rows import Row
@@ -37,7 +38,6 @@ from jaxmoe.model.eagle import DraftCache, eagle_pass, fuse_states, init_draft_c
 from jaxmoe.model.eagle_unroll import draft_chain
 from jaxmoe.model.embedding import embed
 
-PLACES = 8192  # tokens of a row that the head remembers, at most; heads are trained with fewer
 GUESS = 3.0  # what one costs, in layers of the target: each waits for the one before it
 UNKNOWN, RATE = 0.75, 0.02  # share of guesses that are right: at first, and how fast it follows
 DRIFT = 0.002  # the same while nothing is guessed, back to what it was at first
@@ -96,8 +96,7 @@ class HeadDrafts:
         """
         self._target, self._table, self._head = target, params["embed"], head
         self._each, self.count = layout.each, count
-        needed = step_tokens + 2 * count + 2
-        self._places = max(needed, min(tokens + count, PLACES))
+        self._places = places_of_row(tokens, step_tokens, count)
         dtype = head.params["fc"].dtype
         self._memory = _no_memory(head.config, layout.total, self._places, dtype)
         self.judged, self.right = [0] * count, [0] * count

@@ -11,6 +11,7 @@ this rounded up to 8, D embed, H query heads, K key/value heads, d head size, E 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -68,21 +69,39 @@ class Residual(NamedTuple):
     more: Float[Array, "C D"] | None  # float32; of each device's tokens
 
 
+def residual_stream(residual: Residual, rows: int) -> Float[Array, "B S D"]:
+    """The sum, rounded as `final_norm` and the next layer round it; `rows` are the cache's."""
+
+    def body(residual):
+        if residual.more is None:
+            return residual.x
+        x = residual.x.reshape(-1, residual.x.shape[-1])
+        return (x + residual.more[: len(x)].astype(x.dtype)).reshape(residual.x.shape)
+
+    return _of_each_row(body, rows, residual)
+
+
 def final_norm(
     config: Llama4Config, interpret: Any, weight: Float[Array, "D"], residual: Residual, rows: int
 ) -> Float[Array, "B S D"]:
     """The last residual sum and the final norm; `rows` are the cache's."""
 
-    def body(weight, residual):
+    def body(residual, weight):
         x = residual.x.reshape(-1, residual.x.shape[-1])
         normed = add_rms_norm(x, residual.more, weight, config.rms_norm_eps, interpret=interpret)[1]
         return normed.reshape(residual.x.shape)
 
+    return _of_each_row(body, rows, residual, weight)
+
+
+def _of_each_row(body: Callable, rows: int, residual: Residual, *replicated: jax.Array):
+    """Runs `body` on each device's rows of the residual, and on arrays that all devices have."""
     mesh = meshes.current_mesh()
     if mesh is None:
-        return body(weight, residual)
+        return body(residual, *replicated)
     row_spec = meshes.sharded_spec(mesh, row_axes(mesh, rows))
-    return meshes.per_device(body, (PartitionSpec(), row_spec), row_spec)(weight, residual)
+    specs = row_spec, *(PartitionSpec() for _ in replicated)
+    return meshes.per_device(body, specs, row_spec)(residual, *replicated)
 
 
 def why_not_fused(

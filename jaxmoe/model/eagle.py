@@ -100,8 +100,8 @@ def init_eagle(config: EagleConfig, key: jax.Array, dtype: Any = jnp.float32) ->
     return structure.unflatten([spec.init(k, dtype) for spec, k in zip(leaves, keys, strict=True)])
 
 
-def abstract_eagle(config: EagleConfig, mesh: jax.sharding.Mesh, dtype: Any) -> dict:
-    """Shapes, dtypes and shardings of a head's parameters on a mesh.
+def abstract_eagle(config: EagleConfig, mesh: Any, dtype: Any) -> dict:
+    """Shapes, dtypes and shardings of a head's parameters on a mesh, or an abstract mesh.
 
     Raises:
         UserError: if the mesh does not divide one.
@@ -118,8 +118,22 @@ def abstract_eagle(config: EagleConfig, mesh: jax.sharding.Mesh, dtype: Any) -> 
 
 def init_draft_cache(config: EagleConfig, rows: int, places: int, dtype: Any) -> DraftCache:
     """A cache of zeros for sequences of `places` tokens, or a few more, which fill a page."""
-    shape = rows, -(-places // PAGE), config.num_key_value_heads, PAGE, config.head_dim
+    shape = _cache_shape(config, rows, places)
     return DraftCache(*(meshes.constrain(jnp.zeros(shape, dtype), *_CACHE) for _ in range(2)))
+
+
+def abstract_draft_cache(
+    config: EagleConfig, rows: int, places: int, dtype: Any, mesh: Any
+) -> DraftCache:
+    """Shapes, dtypes and shardings of `init_draft_cache` on a mesh, or an abstract mesh."""
+    shape = _cache_shape(config, rows, places)
+    layout = meshes.sharding(mesh, meshes.activation_spec(mesh, _CACHE, shape))
+    like: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+    return DraftCache(like, like)
+
+
+def _cache_shape(config: EagleConfig, rows: int, places: int) -> tuple[int, ...]:
+    return rows, -(-places // PAGE), config.num_key_value_heads, PAGE, config.head_dim
 
 
 def at_use(config: EagleConfig, params: dict) -> dict:

@@ -19,7 +19,13 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.config import LayerKind, Llama4Config
 from jaxmoe.mesh import constrain, constrain_param
 from jaxmoe.model.attention import Step, attention, start_step
-from jaxmoe.model.decode_step import Residual, decode_layer, final_norm, why_not_fused
+from jaxmoe.model.decode_step import (
+    Residual,
+    decode_layer,
+    final_norm,
+    residual_stream,
+    why_not_fused,
+)
 from jaxmoe.model.embedding import embed, unembed, with_features
 from jaxmoe.model.kernels import FASTEST, Kernels
 from jaxmoe.model.kv_cache import Cache, LayerCache
@@ -75,7 +81,7 @@ def forward(
         features: of images, as `vision.tile_features` makes them; `features[i]` stands in place of
             the embedding of the token `vocab_size + i`.
         states: layers before which the residual stream is returned too, as a draft head reads it;
-            the number of layers stands for what is after the last. Turns `fused` off.
+            the number of layers stands for what is after the last.
     """
     steps, cache = start_step(config, Coords(positions, segment_ids), cache, packing)
     entries = cache.layers if cache is not None else [None] * len(config.layers)
@@ -88,8 +94,9 @@ def forward(
     layer = functools.partial(decoder_layer, **parts)
     run_layer: Callable = with_remat(layer, remat, (0, 1)) or functools.partial(_jit_layer, **parts)
     interpret = kernels.interpret
-    fused = fused and moe is None and kernels.fastest and not states
+    fused = fused and moe is None and kernels.fastest
     fused = fused and why_not_fused(config, params, x, cache, interpret, packing) is None
+    rows = 0 if cache is None else len(cache.length)
     carried: Any = x
     if fused:
         carried, run_layer = Residual(x, None), functools.partial(_jit_decode_layer, interpret)
@@ -99,12 +106,12 @@ def forward(
         with jax.named_scope(f"layer_{i}"):  # in the compiled program; jaxmoe.plan.operations reads
             carried, entry, stats = run_layer(config, kind, p, carried, steps[spec], entries[i])
         new_entries.append(entry)
-        streams |= {i + 1: carried} if i + 1 in states else {}
+        if i + 1 in states:
+            streams[i + 1] = residual_stream(carried, rows) if fused else carried
         router_stats += [stats] if stats is not None else []
     if cache is not None:
         cache = cache._replace(layers=tuple(new_entries))
-    if fused and cache is not None:
-        rows = len(cache.length)
+    if fused:
         hidden = final_norm(config, interpret, params["norm"], carried, rows)
     else:
         hidden = rms_norm(carried, params["norm"], config.rms_norm_eps)

@@ -12,17 +12,19 @@ import numpy as np
 from jaxmoe.errors import UserError
 from jaxmoe.generation.drafts import drafts_for
 from jaxmoe.plan import search
+from jaxmoe.plan.head import guess_seconds
 from jaxmoe.plan.planner import Plan
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftedStep:
-    """A step of decoding that tries drafts, without what it takes to make them.
+    """A step of decoding that tries drafts.
 
     Attributes:
         drafts: of each row.
-        seconds: as `Plan.estimate`.
-        times: the same over the seconds of a step without drafts.
+        seconds: as `Plan.estimate`, with `guessing`.
+        guessing: what a head takes to make them; 0 without one.
+        times: the seconds over those of a step without drafts.
         needed: how likely a draft after right ones has to be right, all alike, so that a token
             takes no longer than without; None if it does in any case.
         tokens: of a row in a step, if drafts are right as often as said; None if nothing was said.
@@ -30,6 +32,7 @@ class DraftedStep:
 
     drafts: int
     seconds: float
+    guessing: float
     times: float
     needed: float | None
     tokens: float | None
@@ -70,13 +73,14 @@ def drafted_steps(plan: Plan, most: int, accepted: Sequence[float] = ()) -> list
 def _step(plan: Plan, count: int, accepted: Sequence[float]) -> DraftedStep:
     work = dataclasses.replace(plan.work, task="prefill", prefill_chunk=count + 1)
     bounds = search.candidate(work, plan.chosen.mesh, plan.target).bounds
-    seconds = bounds.seconds + (plan.estimate - plan.chosen.bounds.seconds)
+    guessing = guess_seconds(plan.work, plan.chosen.mesh, plan.target, count)
+    seconds = bounds.seconds + (plan.estimate - plan.chosen.bounds.seconds) + guessing
     times = seconds / plan.estimate
     tokens = None
     if accepted:
         shares = [*accepted, *[accepted[-1]] * count][:count]
         tokens = 1 + float(np.cumprod(shares).sum())
-    return DraftedStep(count, seconds, times, _needed(count, times), tokens)
+    return DraftedStep(count, seconds, guessing, times, _needed(count, times), tokens)
 
 
 def _needed(count: int, times: float) -> float | None:

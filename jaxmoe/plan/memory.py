@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan.backward import training_temporaries
+from jaxmoe.plan.head import head_bytes
 from jaxmoe.plan.targets import Target
 from jaxmoe.plan.temporaries import temporaries
 from jaxmoe.plan.training import nbytes, state_of
@@ -23,6 +24,7 @@ class Memory:
         cache: keys, values, scales, page tables and coordinates of the KV cache.
         optimizer: the optimizer's statistics, in training only.
         features: the table of images' features.
+        head: parameters, keys and values of a head that drafts.
         gradients: of what is trained, and its copies in the dtype of computation.
         activations: what the forward pass of training keeps for the backward pass.
         temporaries: the new tokens, and everything else that is allocated only during a step.
@@ -32,6 +34,7 @@ class Memory:
     cache: int = 0
     optimizer: int = 0
     features: int = 0
+    head: int = 0
     gradients: int = 0
     activations: int = 0
     temporaries: int
@@ -65,6 +68,7 @@ def memory(work: Work, mesh: MeshConfig, target: Target | None = None) -> Memory
         weights=weight_bytes(work, mesh),
         cache=cache_bytes(work, mesh),
         features=features_bytes(work),
+        head=head_bytes(work, mesh),
         temporaries=new + max(temporaries(work, mesh), tower_temporaries(work, mesh)),
     )
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.config import PRESETS, Llama4Config
+from jaxmoe.eagle_config import EagleConfig, read_eagle_config
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config, read_object, stated_dtype
 
@@ -27,6 +28,20 @@ def read_model(text: str) -> Llama4Config:
     from jaxmoe.checkpoint import store  # imports Orbax, which takes longer than a plan
 
     return store.read_config(folder)
+
+
+def read_head(text: str, target: Llama4Config) -> EagleConfig:
+    """The numbers of a head's folder, converted or as it is published.
+
+    Raises:
+        UserError: if there is no head, or it is of another model than the target.
+    """
+    from jaxmoe.checkpoint import heads  # imports Orbax, which takes longer than a plan
+
+    if heads.is_head(text):
+        return read_eagle_config(text, target)[0]
+    heads.check_head(text, target)
+    return heads.read_head_config(text)
 
 
 def read_dtype(text: str) -> Any:

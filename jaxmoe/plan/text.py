@@ -9,7 +9,7 @@ from rich.table import Table
 from jaxmoe.plan.drafts import DraftedStep
 from jaxmoe.plan.planner import GIB, Plan, notes
 
-MAY_BE_NONE = ("optimizer", "cache", "features", "gradients", "activations")
+MAY_BE_NONE = ("optimizer", "cache", "features", "head", "gradients", "activations")
 WITH_THEM = "(in temporaries)"  # what the compiler does not tell apart
 
 
@@ -43,6 +43,7 @@ def memory_table(plan: Plan) -> Table:
         "cache": (memory.cache, compiled and compiled.cache),
         "optimizer": (memory.optimizer, compiled and compiled.optimizer),
         "features": (memory.features, compiled and memory.features),
+        "head": (memory.head, compiled and memory.head),
         "gradients": (memory.gradients, None),
         "activations": (memory.activations, None),
         "temporaries": (memory.temporaries, compiled and _rest(compiled)),
@@ -96,13 +97,16 @@ def speed_table(plan: Plan) -> Table:
 
 
 def drafts_table(drafted: Sequence[DraftedStep]) -> Table:
-    """A table of steps that try drafts; what making these takes is not in it."""
-    table = _table("drafts of a row", "ms", "times a step without", "right drafts needed")
+    """A table of steps that try drafts, and of what a head takes to make them."""
+    guessed = any(step.guessing for step in drafted)
+    columns = "ms", *(["of it guessing"] * guessed), "times a step without", "right drafts needed"
+    table = _table("drafts of a row", *columns)
     for column in ("tokens a step", "times as fast") if drafted[0].tokens is not None else ():
         table.add_column(column, justify="right")
     for step in drafted:
         needed = "never pays" if step.needed is None else f"{step.needed:.0%}"
-        cells = [f"{1e3 * step.seconds:.3g}", f"{step.times:.2f}", needed]
+        seconds = (step.seconds, step.guessing) if guessed else (step.seconds,)
+        cells = [*(f"{1e3 * x:.3g}" for x in seconds), f"{step.times:.2f}", needed]
         cells += [f"{x:.2f}" for x in (step.tokens, step.faster) if x is not None]
         table.add_row(str(step.drafts), *cells)
     return table

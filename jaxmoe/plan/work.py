@@ -11,8 +11,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxmoe.config import Llama4Config
+from jaxmoe.eagle_config import EagleConfig
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import AXES, MeshConfig, activation_axes, axis_size, check_divides, padded_shape
+from jaxmoe.model.eagle import abstract_eagle
 from jaxmoe.model.kv_cache import abstract_cache, round_capacity
 from jaxmoe.model.params import abstract_params, named_params, stored_axes
 from jaxmoe.plan.layout import device_bytes
@@ -38,6 +40,7 @@ class Work:
         kv: the format of the cache, one of STORAGE_FORMATS.
         prefill_chunk: tokens of each row that one step of prefill processes.
         tiles: of images, in all rows, that the step sees; none in decoding.
+        head: that drafts in decoding; None for none.
         run: of training, whose data and mesh do not count; None for the run of `default_run`.
     """
 
@@ -49,6 +52,7 @@ class Work:
     kv: str = "bf16"
     prefill_chunk: int = PREFILL_CHUNK
     tiles: int = 0
+    head: EagleConfig | None = None
     run: TrainConfig | None = dataclasses.field(default=None, hash=False)  # it has dicts
 
     def __post_init__(self):
@@ -60,6 +64,8 @@ class Work:
                 raise UserError(f"{name} {value} is below 1.")
         if self.tiles < 0 or (self.tiles and self.config.vision is None):
             raise UserError(f"{self.tiles} tiles need a model with a vision tower, and 0 or more.")
+        if self.trains and self.head is not None:
+            raise UserError("a head drafts in decoding and not in training: leave out --head.")
         if self.trains and self.kv != "bf16":
             raise UserError("training keeps no cache: leave out --kv.")
         if self.task == "train" and self.weights != "bf16":
@@ -213,13 +219,18 @@ def stored_params(config: Llama4Config, format: str | None, dtype: str = "bfloat
 
 
 def check_mesh(work: Work, mesh: MeshConfig) -> None:
-    """Raises a UserError if the mesh does not divide a parameter, as `abstract_params` does."""
+    """Raises a UserError if the mesh does not divide a parameter, as `abstract_params` does.
+
+    Those of the head count too.
+    """
     abstract = abstract_mesh(mesh)
     for stored in stored_params(work.config, work.format):
         shape = stored.shape
         if not work.trains:
             shape = padded_shape(shape, stored.axes, abstract)
         check_divides(stored.name, shape, stored.axes, abstract)
+    if work.head is not None:
+        abstract_eagle(work.head, abstract, jnp.bfloat16)
 
 
 def weight_bytes(work: Work, mesh: MeshConfig) -> int:
@@ -232,11 +243,15 @@ def capacity(work: Work, mesh: MeshConfig) -> int:
     return round_capacity(work.context, abstract_mesh(mesh))
 
 
+def parts_of_rows(work: Work, mesh: MeshConfig) -> int:
+    """How many parts the rows are in, each on devices of its own."""
+    abstract = abstract_mesh(mesh)
+    return math.prod(abstract.shape[axis] for axis in activation_axes(abstract, "batch", work.rows))
+
+
 def cache_bytes(work: Work, mesh: MeshConfig) -> int:
     """Bytes of the cache on one device, with coordinates and page tables."""
-    abstract = abstract_mesh(mesh)
-    axes = activation_axes(abstract, "batch", work.rows)
-    parts = math.prod(abstract.shape[axis] for axis in axes)
+    parts = parts_of_rows(work, mesh)
     # The axes that shard rows are one, so that meshes with equal results share a cache entry.
     equivalent = MeshConfig(data=parts, sequence=mesh.sequence, tensor=mesh.tensor)
     return _cache_bytes(work.config, work.rows, work.context, work.kv_dtype, equivalent)

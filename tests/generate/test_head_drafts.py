@@ -22,6 +22,7 @@ from jaxmoe.generation.head_drafts import HeadDrafts
 from jaxmoe.generation.request import Request
 from jaxmoe.generation.sampling import Sampling
 from jaxmoe.images import open_picture
+from jaxmoe.model.adapters import Adapters, abstract_adapters, with_adapters
 from jaxmoe.model.eagle import abstract_eagle
 from tests import eagle
 from tests.conftest import one_device
@@ -260,6 +261,28 @@ def test_about_pictures():
         found, _ = answers_of(model, weights, requests, drafts=3, step_tokens=64, head=head)
     check_same(found, expected)
     assert sum(sum(x.drafted) for x in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("always")
+def test_beside_adapters(llm_model):
+    """The head reads what the model with a row's adapter makes of its text."""
+    config, rng = llm_model.config, np.random.default_rng(4)
+    abstract = abstract_adapters(
+        config, one_device(), {"layers.0.attention.q": 4, "layers.1.attention.o": 4}
+    )
+    pairs = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract)
+    both = ("first", "second"), (2, 2), (0.5, 1.5)
+    adapters = {name: Adapters(*pair, *both) for name, pair in pairs.items()}
+    params = with_adapters(config, llm_model.params, adapters)
+    names = *both[0], None, "first"
+    drawn = draw_requests(rng, len(names), two_letters)
+    requests = [dataclasses.replace(x, adapter=y) for x, y in zip(drawn, names, strict=True)]
+    with jax.set_mesh(one_device()):
+        expected, _ = answers_of(config, params, requests, drafts=0)
+        found, _ = answers_of(config, params, requests, drafts=3, head=head_of(config))
+    check_same(found, expected)
+    assert sum(sum(x.accepted) for x in found.values())
 
 
 @pytest.mark.slow

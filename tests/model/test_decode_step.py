@@ -61,7 +61,8 @@ def step(config, cache, new, format=None, params=None, **options):
     params = parameters(config, format) if params is None else params
 
     def run(params, cache, *new):
-        out = forward(config, params, *new, cache, **options)
+        states = tuple(range(len(config.layers) + 1))
+        out = forward(config, params, *new, cache, states=states, **options)
         return unembed(config, params, out.hidden[:, -1]), out
 
     return jax.block_until_ready(jax.jit(run)(params, cache, *new))
@@ -115,6 +116,7 @@ def test_logits_and_cache_are_those_of_the_layers(hardware, rows, kv, changes, f
     want, plain = step(config, cache, new, format, fused=False)
     got, kernels = fused(config, cache, new, hardware, format)
     assert_close(as_float(got), as_float(want), 0.02)
+    assert_close(as_float(kernels.states), as_float(plain.states), 0.02)
     for mine, theirs, before in zip(
         *(x.layers for x in (kernels.cache, plain.cache, cache)), strict=True
     ):
@@ -202,11 +204,12 @@ def test_tpu_kernels_on_a_mesh(mesh, rows, layers):
     """Heads, keys, experts and rows on devices of their own: the layers' numbers without a mesh."""
     config = dataclasses.replace(TPU_SMALL, layers=layers)
     cache, new = filled(config, rows, "int8")
-    want, _ = step(config, cache, new, fused=False)
+    want, plain = step(config, cache, new, fused=False)
     mesh = MeshConfig.parse(mesh).make(jax.devices()[: 4 if "," in mesh else 2])
     with jax.set_mesh(mesh):
         places = jax.tree.map(lambda x: x.sharding, abstract_params(config, mesh, jnp.bfloat16))
         params = jax.device_put(parameters(config), places)
         cache, new = filled(config, rows, "int8", params)
-        got, _ = fused(config, cache, new, tpu, params=params)
+        got, kernels = fused(config, cache, new, tpu, params=params)
     assert_close(as_float(got), as_float(want), 0.02)
+    assert_close(as_float(kernels.states), as_float(plain.states), 0.02)
