@@ -9,6 +9,7 @@ import jax
 
 from jaxmoe.config import PRESETS, VisionConfig
 from jaxmoe.errors import UserError
+from jaxmoe.generation.drafts import drafts_for
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan import planner
 from jaxmoe.plan.drafts import drafted_steps, to_json
@@ -155,6 +156,10 @@ def _work(
     context = args.context or (str(PREFILL_CHUNK) if args.task in ("train", "lora") else "max")
     if context != "max" and not context.isdecimal():
         raise UserError(f"--context {context} is neither a number of tokens nor 'max'.")
+    head = None
+    if args.head is not None:
+        drafts_for(config, "tpu" if target.is_tpu else "gpu", args.drafts, has_head=True)
+        head = read_head(args.head, config)
     work = Work(
         config=config,
         task=args.task,
@@ -164,7 +169,7 @@ def _work(
         kv=args.kv,
         prefill_chunk=args.prefill_chunk,
         tiles=args.tiles or 0,
-        head=None if args.head is None else read_head(args.head, config),
+        head=head,
         run=run,
     )
     return planner.with_longest_context(work, target, mesh) if context == "max" else work

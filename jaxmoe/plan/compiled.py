@@ -9,6 +9,7 @@ import jax
 
 from jaxmoe.errors import UserError
 from jaxmoe.mesh import MeshConfig
+from jaxmoe.plan.head import head_bytes
 from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.steps import abstract_arguments, lower_step
 from jaxmoe.plan.targets import Target, absent_devices
@@ -27,8 +28,8 @@ class Compiled:
         weights: bytes of the parameters, computed from their shapes.
         cache: bytes of the cache, computed from its shapes.
         optimizer: bytes of the optimizer's statistics on the device, of training.
-        arguments: bytes of all arguments, as the compiler counts them, and of the vision tower
-            and its features.
+        arguments: bytes of all arguments, as the compiler counts them, and of the vision tower,
+            its features and the head.
         temporaries: bytes that are allocated during the step, or by formula in the tower before it.
         outputs: bytes of results that reuse no argument's memory.
         code: bytes of the program.
@@ -73,10 +74,11 @@ def compile_step(work: Work, mesh: MeshConfig, target: Target) -> Compiled:
     lowered = lower_step(work.config, devices, arguments)
     analysis: Any = compile_lowered(lowered, target).memory_analysis()
     tower = device_bytes(arguments[0].get("vision", {}))  # no argument of a step, but it stays
+    beside = tower + features_bytes(work) + head_bytes(work, mesh)
     return Compiled(
         weights=device_bytes(arguments[0]),
         cache=device_bytes(arguments[-1]),
-        arguments=analysis.argument_size_in_bytes + tower + features_bytes(work),
+        arguments=analysis.argument_size_in_bytes + beside,
         temporaries=max(analysis.temp_size_in_bytes, tower_temporaries(work, mesh)),
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.config import PRESETS, Llama4Config
-from jaxmoe.eagle_config import EagleConfig, read_eagle_config
+from jaxmoe.eagle_config import EagleConfig, default_layer_ids, read_eagle_config
 from jaxmoe.errors import UserError
 from jaxmoe.hf_config import read_config, read_object, stated_dtype
 
@@ -38,8 +38,8 @@ def read_head(text: str, target: Llama4Config) -> EagleConfig:
     """
     from jaxmoe.checkpoint import heads  # imports Orbax, which takes longer than a plan
 
-    if heads.is_head(text):
-        return read_eagle_config(text, target)[0]
+    if heads.is_head(text):  # which layers it reads changes no plan
+        return read_eagle_config(text, target, default_layer_ids(target.num_hidden_layers))[0]
     heads.check_head(text, target)
     return heads.read_head_config(text)
 

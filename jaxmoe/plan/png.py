@@ -15,13 +15,14 @@ LEFT, TOP, RIGHT, BOTTOM = 80, 70, 940, 470
 COLORS = {
     "weights": "#3b6ea5",
     "cache": "#e08a3c",
+    "features": "#4fb3a5",
+    "head": "#d98cb3",
     "optimizer": "#8a6bbe",
     "gradients": "#5b8f4e",
     "activations": "#c9a227",
     "temporaries": "#c0504d",
     "free": "#dfe6dc",
 }
-TRAINING = ("optimizer", "gradients", "activations")
 INK, OVER = "#222222", "#b00020"
 
 
@@ -80,7 +81,7 @@ def _title(pen: ImageDraw.ImageDraw, plan: Plan) -> None:
     pen.text((LEFT, 14), title, font=_font(15), fill=INK)
     x = LEFT
     for name, color in COLORS.items():
-        if name in TRAINING and not work.trains:
+        if not getattr(plan.chosen.memory, name, True):
             continue
         pen.rectangle((x, 42, x + 14, 56), fill=color)
         pen.text((x + 20, 41), name, font=_font(14), fill=INK)

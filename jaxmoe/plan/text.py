@@ -46,7 +46,10 @@ def memory_table(plan: Plan) -> Table:
         "head": (memory.head, compiled and memory.head),
         "gradients": (memory.gradients, None),
         "activations": (memory.activations, None),
-        "temporaries": (memory.temporaries, compiled and _rest(compiled)),
+        "temporaries": (
+            memory.temporaries,
+            compiled and _rest(compiled, memory.features + memory.head),
+        ),
         "peak": (memory.peak, compiled and compiled.peak),
         "limit": (target.limit, compiled and target.limit),
         "free": (target.limit - memory.peak, compiled and target.limit - compiled.peak),
@@ -65,8 +68,8 @@ def memory_table(plan: Plan) -> Table:
     return table
 
 
-def _rest(compiled) -> int:
-    return compiled.peak - compiled.weights - compiled.cache - compiled.optimizer
+def _rest(compiled, beside: int) -> int:
+    return compiled.peak - compiled.weights - compiled.cache - compiled.optimizer - beside
 
 
 def speed_table(plan: Plan) -> Table:
@@ -99,9 +102,9 @@ def speed_table(plan: Plan) -> Table:
 def drafts_table(drafted: Sequence[DraftedStep]) -> Table:
     """A table of steps that try drafts, and of what a head takes to make them."""
     guessed = any(step.guessing for step in drafted)
-    columns = "ms", *(["of it guessing"] * guessed), "times a step without", "right drafts needed"
+    columns = "ms", *(["guessing"] * guessed), "times a step without", "right drafts needed"
     table = _table("drafts of a row", *columns)
-    for column in ("tokens a step", "times as fast") if drafted[0].tokens is not None else ():
+    for column in ("tokens a step", "as fast") if drafted[0].tokens is not None else ():
         table.add_column(column, justify="right")
     for step in drafted:
         needed = "never pays" if step.needed is None else f"{step.needed:.0%}"

@@ -266,7 +266,7 @@ def test_about_pictures():
 @pytest.mark.slow
 @pytest.mark.usefixtures("always")
 def test_beside_adapters(llm_model):
-    """The head reads what the model with a row's adapter makes of its text."""
+    """Answers of rows with adapters of their own are those without a head."""
     config, rng = llm_model.config, np.random.default_rng(4)
     abstract = abstract_adapters(
         config, one_device(), {"layers.0.attention.q": 4, "layers.1.attention.o": 4}
