@@ -1,8 +1,19 @@
-"""Tests that take several seconds have the mark `slow`: `make test-slow` runs them."""
+"""Tests that take several seconds have the mark `slow`: `make test-slow` runs them.
 
+`JAXMOE_WORKLOADS=10` runs ten times as many random workloads, on more meshes.
+"""
+
+import os
 from collections.abc import Iterable
 
 import pytest
+
+TIMES = int(os.environ.get("JAXMOE_WORKLOADS", "1"))
+
+
+def with_more_workloads(*cases) -> list:
+    """Cases of a parametrized test that run if more random workloads than `.ci/run`'s do."""
+    return list(cases) if TIMES > 1 else []
 
 
 def slow(*cases) -> list:

@@ -3,8 +3,6 @@
 `JAXMOE_WORKLOADS=10` runs ten times as many.
 """
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +16,10 @@ from jaxmoe.model.kv_cache import cache_kind, cache_kinds, restart_rows
 from jaxmoe.model.kv_cache.pages import FREE, NULL
 from tests import tiny
 from tests.conftest import load_tiny, one_device
-from tests.tiers import slow_after_first
+from tests.tiers import TIMES, slow_after_first
 
 VOCABULARY, LONGEST, MOST = 120, 200, 24  # tokens of a text, and requests of a workload
 GREEDY = Sampling(temperature=0.0)
-TIMES = int(os.environ.get("JAXMOE_WORKLOADS", "1"))
 
 
 def draw(rng, count):

@@ -9,7 +9,8 @@ from jaxmoe.generation.batches import Sizes, make_batch
 from jaxmoe.generation.request import Request
 from jaxmoe.generation.rows import Row
 from tests.conftest import one_device
-from tests.generate.test_drafts import TIMES, compare, few_letters, mesh_of
+from tests.generate.test_drafts import compare, few_letters, mesh_of
+from tests.tiers import TIMES, with_more_workloads
 
 
 @pytest.fixture
@@ -34,10 +35,9 @@ def test_answers_in_lines_are_the_same(llm_model, in_lines):
 @pytest.mark.parametrize(
     ("spec", "kv", "rows"),
     [
-        (None, None, 3),
         (None, "int8", 16),
         ("data=2,expert=2,sequence=2", None, 8),
-        ("sequence=2,tensor=4", None, 8),
+        *with_more_workloads((None, None, 3), ("sequence=2,tensor=4", None, 8)),
     ],
 )
 def test_answers_of_all_kinds_in_lines_are_the_same(llm_model, in_lines, spec, kv, rows):

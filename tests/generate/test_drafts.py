@@ -5,7 +5,6 @@
 
 import dataclasses
 import itertools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,8 @@ from jaxmoe.mesh import MeshConfig
 from tests.conftest import one_device
 from tests.generate import pictures
 from tests.generate.conftest import TOKENIZER
+from tests.tiers import TIMES, with_more_workloads
 
-TIMES = int(os.environ.get("JAXMOE_WORKLOADS", "1"))
 END = TOKENIZER.specials["<|eot|>"]
 LETTERS = TOKENIZER.encode("abcdef \n")
 STEMS = ["ab ", "abcabd ", "the ", "a", "fade a bed\n"]
@@ -201,7 +200,7 @@ MESHES = [
 
 @pytest.mark.slow
 @pytest.mark.runs_long
-@pytest.mark.parametrize("spec", MESHES[1::2])
+@pytest.mark.parametrize("spec", [MESHES[1], *with_more_workloads(MESHES[3])])
 def test_answers_on_meshes_are_the_same(llm_model, spec):
     """Groups of rows have as many lines as the one that needs most, of drafts or of rows."""
     rng, right = np.random.default_rng(7), 0
@@ -216,7 +215,10 @@ def test_answers_on_meshes_are_the_same(llm_model, spec):
 @pytest.mark.runs_long
 @pytest.mark.parametrize(
     ("spec", "kv"),
-    [(None, "int8"), ("sequence=2,tensor=4", "int4"), ("data=2,expert=2,sequence=2", "fp8")],
+    [
+        ("sequence=2,tensor=4", "int4"),
+        *with_more_workloads((None, "int8"), ("data=2,expert=2,sequence=2", "fp8")),
+    ],
 )
 def test_answers_from_quantized_caches_are_the_same(llm_model, spec, kv):
     """A prompt that is read in other pieces has other answers there: so all are read at first."""

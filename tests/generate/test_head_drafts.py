@@ -32,13 +32,13 @@ from tests.generate.test_drafts import (
     GREEDY,
     LETTERS,
     MESHES,
-    TIMES,
     answers_of,
     check_same,
     compare,
     draw_requests,
     mesh_of,
 )
+from tests.tiers import TIMES, with_more_workloads
 
 SIZES = {"vocab_size": 260, "num_key_value_heads": 4}
 MAPPING = eagle.head_config(**SIZES, draft_vocab_size=4)
@@ -161,7 +161,10 @@ def test_answers_of_all_kinds_are_the_same(llm_model, rows):
 @pytest.mark.slow
 @pytest.mark.runs_long
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize(("spec", "kv"), list(zip(MESHES[:3], ["int8", None, None], strict=True)))
+@pytest.mark.parametrize(
+    ("spec", "kv"),
+    [(MESHES[0], "int8"), (MESHES[2], None), *with_more_workloads((MESHES[1], None))],
+)
 def test_answers_on_meshes_are_the_same(llm_model, spec, kv):
     """A prompt that is read in other pieces has other answers in int8: so all are read at first."""
     rng, right = np.random.default_rng(7), 0

@@ -1,6 +1,7 @@
 """Equal to transformers on configurations drawn at random: `make oracle`.
 
 `JAXMOE_ORACLE_SEED`, which `make oracle` prints, repeats a run; each test's name ends in its seed.
+`JAXMOE_ORACLE_DRAWS=100` draws more.
 """
 
 import os
@@ -22,7 +23,7 @@ from tests.oracle.conftest import NEW_TOKENS
 
 pytestmark = pytest.mark.oracle
 
-DRAWS = 20
+DRAWS = int(os.environ.get("JAXMOE_ORACLE_DRAWS", "12"))
 TOP = 5
 SEED = int(os.environ.get("JAXMOE_ORACLE_SEED", "0"))
 
