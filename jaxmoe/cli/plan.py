@@ -9,7 +9,7 @@ import jax
 
 from jaxmoe.config import PRESETS, VisionConfig
 from jaxmoe.errors import UserError
-from jaxmoe.generation.drafts import drafts_for
+from jaxmoe.generation.drafts import most_drafts
 from jaxmoe.mesh import MeshConfig
 from jaxmoe.plan import planner
 from jaxmoe.plan.drafts import drafted_steps, to_json
@@ -158,7 +158,8 @@ def _work(
         raise UserError(f"--context {context} is neither a number of tokens nor 'max'.")
     head = None
     if args.head is not None:
-        drafts_for(config, "tpu" if target.is_tpu else "gpu", args.drafts, has_head=True)
+        if most_drafts(config, target.platform) == 0:
+            raise UserError(f"this model has no drafts on {target.name}; leave out --head.")
         head = read_head(args.head, config)
     work = Work(
         config=config,

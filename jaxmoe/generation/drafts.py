@@ -20,6 +20,7 @@ left of each.
 """
 
 import collections
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -274,24 +275,37 @@ def places_of_row(tokens: int, step_tokens: int, count: int) -> int:
     return max(step_tokens + 2 * count + 2, min(tokens + count, PLACES))
 
 
+def most_drafts(config: Llama4Config, platform: str) -> int | None:
+    """How many drafts a row has at most; None for any number.
+
+    0 on TPUs, whose kernels write one token to a page in a step, and with sliding windows, of which
+    a draft would overwrite a token that is still seen. On GPUs no more than fill a line.
+    """
+    rings = (kind.mask for kind in cache_kinds(config) if isinstance(kind, RingCache))
+    if platform == "tpu" or not all(mask.block_diagonal for mask in rings):
+        return 0
+    line = line_of(config, platform)
+    return None if line == 1 else line - 1
+
+
 def drafts_for(
     config: Llama4Config, platform: str, wanted: int | None, has_head: bool = False
 ) -> int:
-    """How many drafts a row has at most.
-
-    None on TPUs, whose kernels write one token to a page in a step, and with sliding windows, of
-    which a draft would overwrite a token that is still seen. On GPUs no more than fill a line.
+    """How many drafts a row has, of those wanted, or by default; warns if they are fewer.
 
     Raises:
         UserError: for fewer than none, or if there is a head, which cannot draft there.
     """
     if wanted is not None and wanted < 0:
         raise UserError(f"drafts {wanted} is below 0.")
-    rings = (kind.mask for kind in cache_kinds(config) if isinstance(kind, RingCache))
-    if platform == "tpu" or not all(mask.block_diagonal for mask in rings):
-        if has_head:
-            raise UserError(f"this model has no drafts on {platform}; leave the head out.")
-        return 0
+    most = most_drafts(config, platform)
+    if has_head and most == 0:
+        raise UserError(f"this model has no drafts on {platform}; leave the head out.")
     default = GUESSES if has_head else DRAFTS.get(platform, 0)
-    most, line = default if wanted is None else wanted, line_of(config, platform)
-    return most if line == 1 else min(most, line - 1)
+    count = default if wanted is None else wanted
+    if most is None or count <= most:
+        return count
+    if wanted is not None:
+        limit = f"drafts {wanted}: a row of this model has at most {most} on {platform}"
+        warnings.warn(limit, stacklevel=2)
+    return most

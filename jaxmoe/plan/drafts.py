@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.errors import UserError
-from jaxmoe.generation.drafts import drafts_for
+from jaxmoe.generation.drafts import most_drafts
 from jaxmoe.plan import search
 from jaxmoe.plan.head import guess_seconds
 from jaxmoe.plan.planner import Plan
@@ -59,8 +59,8 @@ def drafted_steps(plan: Plan, most: int, accepted: Sequence[float] = ()) -> list
         raise UserError(f"--drafts goes with --task decode, not {plan.work.task}.")
     if most < 1:
         raise UserError(f"--drafts {most} is below 1.")
-    allowed = drafts_for(plan.work.config, "tpu" if plan.target.is_tpu else "gpu", most)
-    if most > allowed:
+    allowed = most_drafts(plan.work.config, plan.target.platform)
+    if allowed is not None and most > allowed:
         raise UserError(
             f"--drafts {most}: a row has at most {allowed} on {plan.target.name}; give fewer, or "
             "leave it out."

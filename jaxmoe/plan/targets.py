@@ -85,6 +85,11 @@ class Target:
         return ":" in (self.compiler or "")
 
     @property
+    def platform(self) -> str:
+        """JAX's name of its devices: `tpu` or `gpu`."""
+        return "tpu" if self.is_tpu else "gpu"
+
+    @property
     def reserve_reason(self) -> str:
         """What the reserved memory is for, in words."""
         if self.is_tpu:

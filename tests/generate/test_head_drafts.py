@@ -306,6 +306,8 @@ def test_no_head_without_drafts(llm_model):
     with pytest.raises(UserError, match="no drafts on tpu"):
         drafts_for(llm_model.config, "tpu", None, has_head=True)
     assert drafts_for(llm_model.config, "gpu", None, has_head=True) == 3
+    with pytest.warns(UserWarning, match="at most 3 on gpu"):
+        assert drafts_for(llm_model.config, "gpu", 5) == 3
     requests = [Request(0, (1, 2), 3, GREEDY)]
     with jax.set_mesh(one_device()):
         head = head_of(llm_model.config)

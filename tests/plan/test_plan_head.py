@@ -154,7 +154,7 @@ def test_a_plan_with_the_demos_head(monkeypatch, capsys):
     ("arguments", "words"),
     [
         (["scout", "--head", HEAD], "it is the head of another model"),
-        ([DEMO, "--head", HEAD, "--target", "v5p-8"], "no drafts on tpu"),
+        ([DEMO, "--head", HEAD, "--target", "v5p-8"], "no drafts on v5p-8"),
         (["scout", "--head", DEMO], "jaxmoe convert HEAD OUTPUT --target"),
         (
             [DEMO, "--head", HEAD, "--task", "train", "--context", "64"],
