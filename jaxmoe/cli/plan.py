@@ -61,6 +61,21 @@ def make_parser() -> argparse.ArgumentParser:
         help="tiles of images that a step of prefill or training sees, 1 to 17 for each image; a "
         "preset has its vision tower if this is given",
     )
+    _add_drafts(parser)
+    parser.add_argument(
+        "--mesh",
+        metavar="SPEC|auto",
+        help="as in expert=4,tensor=2, or a YAML file; default: that of --run, else auto",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="ask the target's real compiler, in minutes"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--png", metavar="FILE", help="draw memory by context")
+    return parser
+
+
+def _add_drafts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafts",
         type=int,
@@ -81,17 +96,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="how likely the first, second, ... draft is right after right ones, 0 to 1; then "
         "--drafts says how many times as fast tokens come",
     )
-    parser.add_argument(
-        "--mesh",
-        metavar="SPEC|auto",
-        help="as in expert=4,tensor=2, or a YAML file; default: that of --run, else auto",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="ask the target's real compiler, in minutes"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--png", metavar="FILE", help="draw memory by context")
-    return parser
 
 
 def main() -> None:
