@@ -22,7 +22,7 @@ newest_tests = tests/model/test_golden.py tests/generate/test_engine.py tests/tr
     tests/checkpoint/test_convert.py tests/checkpoint/test_refused_sources.py tests/checkpoint/test_formats.py
 slow = slow or absent_gpu or absent_tpu
 quick_tests = tests/test_mesh_config.py tests/test_errors.py tests/test_parsing.py tests/test_hf_config.py \
-    tests/test_reference.py tests/eval/test_needle.py tests/checkpoint/test_names.py tests/model/test_layers.py \
+    tests/test_reference.py tests/test_patches.py tests/eval/test_needle.py tests/checkpoint/test_names.py tests/model/test_layers.py \
     tests/scripts/test_main.py tests/text/test_chat.py
 ORACLE_SEED := $(or $(JAXMOE_ORACLE_SEED),$(shell date +%s))
 with_oracle = JAXMOE_ORACLE_PYTHON="$(abspath $(VENV_ORACLE))/bin/python"

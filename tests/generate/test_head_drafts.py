@@ -14,7 +14,7 @@ from jaxmoe import forward
 from jaxmoe.checkpoint.heads import Head
 from jaxmoe.eagle_config import eagle_from_hf
 from jaxmoe.errors import UserError
-from jaxmoe.generation import head_drafts
+from jaxmoe.generation import drafts, head_drafts
 from jaxmoe.generation.document import new_document, read
 from jaxmoe.generation.drafts import drafts_for
 from jaxmoe.generation.engine import Engine, generate
@@ -183,7 +183,7 @@ def test_answers_on_meshes_are_the_same(llm_model, spec, kv):
 @pytest.mark.slow
 @pytest.mark.usefixtures("always")
 def test_a_sequence_at_the_end_of_its_cache_begins_anew(llm_model, monkeypatch):
-    monkeypatch.setattr(head_drafts, "PLACES", 24)
+    monkeypatch.setattr(drafts, "PLACES", 24)
     requests = draw_requests(np.random.default_rng(2), 4, two_letters)
     places = []
     take = HeadDrafts.take
