@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jaxmoe.eagle_config import STATES, EagleConfig
 from jaxmoe.generation.batches import STEP_TOKENS
 from jaxmoe.generation.drafts import GUESSES, PLACES, places_of_row
-from jaxmoe.mesh import MeshConfig
+from jaxmoe.mesh import MeshConfig, activation_axes
 from jaxmoe.model.eagle import abstract_draft_cache, abstract_eagle, eagle_specs
 from jaxmoe.model.param_spec import is_spec
 from jaxmoe.plan.layout import device_bytes
 from jaxmoe.plan.links import Collective, spread
+from jaxmoe.plan.share import device_share
 from jaxmoe.plan.targets import Target
-from jaxmoe.plan.work import Work, abstract_mesh, axes_of_rows
+from jaxmoe.plan.work import Work, abstract_mesh
 
 DTYPE = jnp.dtype("bfloat16")
 INDEX = 4  # bytes of a token's id
@@ -51,12 +52,13 @@ def guess_seconds(work: Work, mesh: MeshConfig, target: Target, count: int) -> f
     """
     if work.head is None:
         return 0.0
-    whole = _params_bytes(work.head, dataclasses.replace(mesh, fsdp=1))
+    gathered = dataclasses.replace(mesh, fsdp=1)
+    whole = _params_bytes(work.head, gathered)
     fuses = STATES * work.head.hidden_size**2 * DTYPE.itemsize
     places = min(work.context, PLACES)
     key = 2 * work.head.num_key_value_heads * work.head.head_dim * DTYPE.itemsize // mesh.tensor
-    read = fuses + count * (whole - fuses + _rows(work, mesh) * places * key)
-    found = [*_of_parameters(work.head), *_of_pass(work, mesh) * count]
+    read = fuses + count * (whole - fuses + device_share(work, mesh).rows * places * key)
+    found = [*_of_parameters(work.head, gathered), *_of_pass(work, mesh) * count]
     found = [x for x in found if spread(mesh, x.axes, 1)[0] > 1]
     waits = math.fsum(x.seconds(mesh, target) + x.latency(mesh, target) for x in found)
     return read / target.bandwidth + count * LAUNCHES * target.launch + waits
@@ -66,18 +68,13 @@ def _params_bytes(head: EagleConfig, mesh: MeshConfig) -> int:
     return device_bytes(abstract_eagle(head, abstract_mesh(mesh), DTYPE))
 
 
-def _rows(work: Work, mesh: MeshConfig) -> int:
-    return work.rows // math.prod(
-        abstract_mesh(mesh).shape[axis] for axis in axes_of_rows(work, mesh)
-    )
-
-
-def _of_parameters(head: EagleConfig) -> list[Collective]:
-    """Matrices are gathered over `fsdp` once for a chain."""
+def _of_parameters(head: EagleConfig, gathered: MeshConfig) -> list[Collective]:
+    """Matrices are gathered over `fsdp` once for a chain, to what devices of `gathered` have."""
+    arrays = jax.tree.leaves(abstract_eagle(head, abstract_mesh(gathered), DTYPE))
     specs = jax.tree.leaves(eagle_specs(head), is_leaf=is_spec)
     return [
-        Collective("all-gather", ("fsdp",), math.prod(spec.shape) * DTYPE.itemsize)
-        for spec in specs
+        Collective("all-gather", ("fsdp",), device_bytes(array))
+        for array, spec in zip(arrays, specs, strict=True)
         if "embed" in spec.axes
     ]
 
@@ -90,7 +87,8 @@ def _of_pass(work: Work, mesh: MeshConfig) -> list[Collective]:
     places and the tokens.
     """
     assert work.head is not None
-    rows, axes = _rows(work, mesh), axes_of_rows(work, mesh)
+    rows = device_share(work, mesh).rows
+    axes = activation_axes(abstract_mesh(mesh), "batch", work.rows)
     hidden = rows * work.config.hidden_size * DTYPE.itemsize
     sums = Collective("all-reduce", ("tensor",), hidden, count=3)
     likeliest = 2 * mesh.tensor * rows * INDEX  # of each device's part of the vocabulary

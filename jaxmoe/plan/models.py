@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from jaxmoe.checkpoint import heads, store
 from jaxmoe.config import PRESETS, Llama4Config
 from jaxmoe.eagle_config import EagleConfig, default_layer_ids, read_eagle_config
 from jaxmoe.errors import UserError
@@ -25,8 +26,6 @@ def read_model(text: str) -> Llama4Config:
         )
     if (folder / "config.json").exists():
         return read_config(folder)
-    from jaxmoe.checkpoint import store  # imports Orbax, which takes longer than a plan
-
     return store.read_config(folder)
 
 
@@ -36,8 +35,6 @@ def read_head(text: str, target: Llama4Config) -> EagleConfig:
     Raises:
         UserError: if there is no head, or it is of another model than the target.
     """
-    from jaxmoe.checkpoint import heads  # imports Orbax, which takes longer than a plan
-
     if heads.is_head(text):  # which layers it reads changes no plan
         return read_eagle_config(text, target, default_layer_ids(target.num_hidden_layers))[0]
     heads.check_head(text, target)
@@ -54,6 +51,4 @@ def read_dtype(text: str) -> Any:
         return None
     if (Path(text) / "config.json").exists():
         return stated_dtype(read_object(text, "config.json"))
-    from jaxmoe.checkpoint import store  # imports Orbax, which takes longer than a plan
-
     return store.read_checkpoint(text).stated

@@ -243,15 +243,11 @@ def capacity(work: Work, mesh: MeshConfig) -> int:
     return round_capacity(work.context, abstract_mesh(mesh))
 
 
-def axes_of_rows(work: Work, mesh: MeshConfig) -> tuple[str, ...]:
-    """The mesh axes along which devices have different rows."""
-    return activation_axes(abstract_mesh(mesh), "batch", work.rows)
-
-
 def cache_bytes(work: Work, mesh: MeshConfig) -> int:
     """Bytes of the cache on one device, with coordinates and page tables."""
     abstract = abstract_mesh(mesh)
-    parts = math.prod(abstract.shape[axis] for axis in axes_of_rows(work, mesh))
+    axes = activation_axes(abstract, "batch", work.rows)
+    parts = math.prod(abstract.shape[axis] for axis in axes)
     # The axes that shard rows are one, so that meshes with equal results share a cache entry.
     equivalent = MeshConfig(data=parts, sequence=mesh.sequence, tensor=mesh.tensor)
     return _cache_bytes(work.config, work.rows, work.context, work.kv_dtype, equivalent)

@@ -10,6 +10,7 @@ from jaxmoe.plan.compiled import compile_step
 from jaxmoe.plan.memory import memory
 from jaxmoe.plan.targets import parse_target
 from jaxmoe.plan.work import Work
+from tests.plan.test_plan_head import SCOUT_HEAD
 
 
 def two_layers(name, **fields):
@@ -23,7 +24,7 @@ def two_layers(name, **fields):
     "name, target, mesh, fields",
     [
         ("scout", "h100x8", "tensor=8", {"task": "prefill", "kv": "int8"}),
-        ("scout", "h100x8", "tensor=8", {"rows": 8}),
+        ("scout", "h100x8", "tensor=8", {"rows": 8, "head": SCOUT_HEAD}),
         ("scout", "h100x1", "data=1", {"task": "prefill", "weights": "int4", "kv": "int4"}),
         ("maverick", "h200x8", "expert=8", {"task": "prefill", "weights": "fp8"}),
     ],
@@ -34,5 +35,7 @@ def test_within_five_percent_of_the_compiler(name, target, mesh, fields):
     formula, compiled = memory(work, mesh), compile_step(work, mesh, target)
     assert (compiled.weights, compiled.cache) == (formula.weights, formula.cache)
     assert formula.peak == pytest.approx(compiled.peak, rel=0.05)
+    kept = formula.weights + formula.cache + formula.head
+    assert compiled.arguments == pytest.approx(kept, rel=0.005)
     if work.task == "prefill":
         assert formula.temporaries == pytest.approx(compiled.temporaries, rel=1 / 3)

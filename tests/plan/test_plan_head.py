@@ -24,6 +24,7 @@ from jaxmoe.model.eagle import abstract_draft_cache, abstract_eagle, init_eagle
 from jaxmoe.model.eagle_unroll import draft_chain
 from jaxmoe.model.kv_cache import capacity_of
 from jaxmoe.model.params import abstract_params, init_params
+from jaxmoe.plan import head
 from jaxmoe.plan.drafts import drafted_steps
 from jaxmoe.plan.head import LAUNCHES, guess_seconds, head_bytes
 from jaxmoe.plan.layout import device_bytes
@@ -61,9 +62,9 @@ def test_memory_is_that_of_the_engine(spec):
         given = params, init_eagle(config, jax.random.key(1), jnp.bfloat16)
         params, of_head = jax.device_put(given, jax.tree.map(lambda x: x.sharding, like))
         ids = jax.device_put(jnp.arange(48), sharding(mesh, PartitionSpec()))
-        head = Head(config, of_head, ids)
         request = Request(0, (1, 2), 40, Sampling())
-        engine = Engine(target, params, [request], rows=4, drafts=GUESSES, head=head)
+        options = {"drafts": GUESSES, "head": Head(config, of_head, ids)}
+        engine = Engine(target, params, [request], rows=4, **options)
         assert engine.head is not None
         kept = of_head, ids, engine.head._memory
     rows = len(engine.head._memory.last)  # with some for prefixes
@@ -128,11 +129,17 @@ def test_meshes_that_divide_rows_gather():
     """A pass has four gathers more, and a chain one for each matrix with `fsdp`."""
     target, seconds = parse_target("h100x8"), {}
     free = dataclasses.replace(target, latency=0.0)
-    for spec in ("data=8", "fsdp=8"):
+    for spec in ("data=8", "fsdp=8", "fsdp=2,tensor=4"):
         mesh = MeshConfig.parse(spec)
         slow, fast = (guess_seconds(WORK, mesh, x, 3) for x in (target, free))
         seconds[spec] = (slow - fast) / target.latency
-    assert seconds == pytest.approx({"data=8": 3 * 4, "fsdp=8": 3 * 4 + 9})
+    assert seconds == pytest.approx(
+        {"data=8": 3 * 4, "fsdp=8": 3 * 4 + 9, "fsdp=2,tensor=4": 3 * 8 + 9}
+    )
+    matrices = sum(x.nbytes for x in head._of_parameters(SCOUT_HEAD, MeshConfig(tensor=4)))
+    whole = sum(x.nbytes for x in head._of_parameters(SCOUT_HEAD, MeshConfig()))
+    fc = 2 * 3 * 5120**2  # which devices along `tensor` have whole
+    assert matrices - fc == (whole - fc) / 4
 
 
 def planned(monkeypatch, *args):
